@@ -1,0 +1,57 @@
+# Every target does its own set-up. RUN, BUILD and TRAIN shorten or move the demo; see README.
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Real data sets: a folder the user fills; beside this checkout there may already be one.
+export DATA_ROOT ?= $(if $(wildcard ../shared/data),$(realpath ../shared/data),$(CURDIR)/data)
+# Two ranks share the cores: without this every rank starts a thread a core and they fight.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+RUN ?= runs/demo
+BUILD ?=
+TRAIN ?=
+EVAL ?= --num_samples 200
+REAL_RUN ?= runs/real_cpu
+LIMIT ?= 200
+
+.PHONY: setup setup-gpu demo real test test-slow check
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet -r requirements.txt -r requirements-dev.txt
+	python -c "from pretrain.engine import prepare_extensions; prepare_extensions()"
+	touch $@
+
+setup-gpu: setup
+	pip install --no-deps --no-build-isolation -r requirements-gpu.txt
+
+demo: setup
+	rm -rf $(RUN)
+	python data_pipeline/build.py --recipe data_pipeline/recipes/demo.yaml --out $(RUN)/data $(BUILD)
+	$(ONE_THREAD) deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \
+		--config pretrain/configs/demo.yaml output_dir=$(RUN) data.path=$(RUN)/data $(TRAIN)
+	test -f $(RUN)/DONE
+	python eval/causal_loop.py --checkpoint $(RUN)/export --output_path $(RUN)/eval --log_samples $(EVAL)
+	python eval/report.py --run $(RUN) --out $(RUN)/report.html
+
+real: setup
+	python data_pipeline/build.py --recipe data_pipeline/recipes/real_cpu.yaml --out $(REAL_RUN)/data $(BUILD)
+	$(ONE_THREAD) deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \
+		--config pretrain/configs/real_cpu.yaml output_dir=$(REAL_RUN) data.path=$(REAL_RUN)/data $(TRAIN)
+	test -f $(REAL_RUN)/DONE
+	python eval/run.py --checkpoint $(REAL_RUN)/export --tasks gsm8k,logiqa,babi,arc --limit $(LIMIT) \
+		--output_path $(REAL_RUN)/eval
+	python eval/report.py --run $(REAL_RUN) --out $(REAL_RUN)/report.html
+
+test: setup
+	$(ONE_THREAD) python -m pytest -m "not slow"
+
+test-slow: setup
+	$(ONE_THREAD) python -m pytest -m slow
+
+check: setup
+	ruff check .
+	ruff format --check .
+	mypy

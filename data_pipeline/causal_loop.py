@@ -1,0 +1,275 @@
+"""Causal-loop programs (version 1, four levels) with worked traces.
+
+A program assigns one-digit values to variables named by capital letters; every operation is `+`, `-` or `*`
+modulo 10 on a variable and a second operand (a digit or a variable):
+
+    level 1  a chain                `K=3;B=K+2;X=B*2;D=X-1`                             ?D
+    level 2  a loop                 `Z=2;L=7;loop{L=Z*L;H=L*3;Z=H-L}`                   ?L
+    level 3  chains that join       `A=3;B=A+2;C=7;D=C*2;E=B+D`                         ?E
+    level 4  a loop inside a loop   `S=4;E=5;loop{loop{Q=S-E;E=Q-S};S=E-8}`             ?Q
+
+`loop{...}` repeats its body until a whole pass leaves every variable as it was. No program reads a variable
+before it has a value. The trace copies each statement, fills in the values and gives the result
+(`B=A+2=3+2=5`), so every next character needs at most one look-up or one one-digit operation. In a loop a
+result ends with `!` if it changed its variable and with `;` if not, `|` starts the next pass and `}` follows
+a pass without any `!`.
+
+Against guessing: answers are uniform over 0..9 (the digit is drawn first), operations that do nothing or
+erase their operand (`+0`, `-0`, `*1`, `*0`, `X-X`) are not used in generation, the query of levels 1 and 3
+lies at least two operations deep, and in levels 2 and 4 the queried variable still changes after the first
+pass.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_pipeline.causal_loop_programs import DRAW, LETTERS, Run, apply_operator, program_text, variants
+from data_pipeline.errors import DataError, user_errors
+
+LEVELS = (1, 2, 3, 4)
+SPLITS = ("train", "test")
+TEST_SHARE = 0.1  # of all canonical programs
+MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one program. A document is a prompt and its completion, joined as they are."""
+
+    id: str
+    level: int
+    program: str  # without the query
+    question: str  # the queried variable, one capital letter
+    answer: int  # 0..9
+    trace: str  # the worked steps, without prompt and answer
+    prompt_trace: str
+    completion_trace: str
+    prompt_direct: str
+    completion_direct: str
+
+
+def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "train") -> Iterator[Sample]:
+    """Yield `num_samples` samples, levels round-robin; sample i depends on (levels, seed, split, i) only.
+
+    Programs of the two splits are disjoint up to the names of variables. Raises DataError for an unknown
+    level or split and for a negative count.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}: choose one of them")
+    if not levels or any(level not in LEVELS for level in levels):
+        raise DataError(f"levels {list(levels)} must be a non-empty list of 1, 2, 3, 4: mend --levels")
+    if num_samples < 0:
+        raise DataError(f"num_samples {num_samples} is negative: give 0 or more")
+    for i in range(num_samples):
+        yield _sample(i, levels[i % len(levels)], seed, split)
+
+
+def split_of(program: str) -> str:
+    """ "train" or "test": a fixed share of the sha256 of the program, its variables renamed in order."""
+    names: dict[str, str] = {}
+    canonical = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
+    bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
+    return "test" if bucket < TEST_SHARE * 2**64 else "train"
+
+
+def execute(program: str) -> dict[str, int]:
+    """Run program text (with or without a final `?X`) and return the final value of every variable.
+
+    Reads nothing but the text, so it checks the generator. Raises DataError for text that is not a program,
+    for a variable that is read before it has a value and for a loop that does not converge within 1000
+    passes.
+    """
+    tokens = re.findall(r"loop\{|[A-Z]=[A-Z0-9](?:[-+*][A-Z0-9])?|[;{}]|\?[A-Z]|.", program, re.DOTALL)
+    if tokens and tokens[-1].startswith("?"):
+        tokens.pop()
+    state: dict[str, int] = {}
+
+    def value(operand: str) -> int:
+        if operand.isdigit():
+            return int(operand)
+        if operand not in state:
+            raise DataError(f"program reads {operand} before it has a value: {program!r}")
+        return state[operand]
+
+    def block(start: int, end: str) -> int:
+        """Run the statements from tokens[start] to the closing `end`; return the position after it."""
+        position = start
+        while True:
+            token = tokens[position] if position < len(tokens) else ""
+            if token == "loop{":
+                for _ in range(1000):
+                    before = dict(state)
+                    after = block(position + 1, "}")
+                    if state == before:
+                        break
+                else:
+                    raise DataError(f"loop does not converge within 1000 passes: {program!r}")
+                position = after
+            elif re.fullmatch(r"[A-Z]=.*", token):
+                left, operator, right = token[2], token[3:4], token[4:5]
+                result = value(left)
+                if operator == "+":
+                    result += value(right)
+                elif operator == "-":
+                    result -= value(right)
+                elif operator == "*":
+                    result *= value(right)
+                state[token[0]] = result % 10
+                position += 1
+            else:
+                raise DataError(f"not a causal-loop program at {token!r}: {program!r}")
+            separator = tokens[position] if position < len(tokens) else ""
+            if separator == end:
+                return position + 1
+            if separator != ";":
+                raise DataError(f"expected ';' or the end, found {separator!r}: {program!r}")
+            position += 1
+
+    block(0, "")
+    return state
+
+
+def one_step_answer(sample: Sample) -> int:
+    """A shortcut that should fail: the last rule of the queried variable, applied once to the initial values.
+
+    The initial value of a variable is the constant first assigned to it, else 0.
+    """
+    rules = re.findall(r"([A-Z])=([A-Z0-9])([-+*]?)([A-Z0-9]?)", sample.program)
+    initial: dict[str, int] = {}
+    for target, left, operator, _ in rules:
+        if not operator and left.isdigit():
+            initial.setdefault(target, int(left))
+    _, left, operator, right = [rule for rule in rules if rule[0] == sample.question][-1]
+
+    def value(operand: str) -> int:
+        return int(operand) if operand.isdigit() else initial.get(operand, 0)
+
+    return apply_operator(value(left), operator, value(right)) if operator else value(left)
+
+
+def majority_answer(samples: Iterable[Sample]) -> int:
+    """The most common answer (the smallest of equals). Raises DataError for no samples."""
+    counts = Counter(sample.answer for sample in samples)
+    if not counts:
+        raise DataError("no samples to take the majority answer of: give at least 1")
+    return max(sorted(counts), key=counts.__getitem__)
+
+
+def training_document(sample: Sample, trace_fraction: float) -> str:
+    """Prompt and completion with the trace for `trace_fraction` of the samples, without it for the others.
+
+    The hash of the sample's id decides. Raises DataError for a fraction outside 0..1.
+    """
+    if not 0 <= trace_fraction <= 1:
+        raise DataError(f"trace_fraction {trace_fraction} is not in 0..1: mend the recipe")
+    bucket = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
+    if bucket < trace_fraction * 2**64:
+        return sample.prompt_trace + sample.completion_trace
+    return sample.prompt_direct + sample.completion_direct
+
+
+def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
+    """Per level: number of samples, share of the majority answer, accuracy of `one_step_answer`, longest
+    document.
+    """
+    by_level: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_level.setdefault(sample.level, []).append(sample)
+    report = {}
+    for level, members in sorted(by_level.items()):
+        majority = majority_answer(members)
+        report[level] = {
+            "samples": len(members),
+            "majority": sum(s.answer == majority for s in members) / len(members),
+            "one_step": sum(s.answer == one_step_answer(s) for s in members) / len(members),
+            "longest": max(len(s.prompt_trace) + len(s.completion_trace) for s in members),
+        }
+    return report
+
+
+# ---- generation: draw the answer, then draw programs until one has it
+
+
+def _sample(i: int, level: int, seed: int, split: str) -> Sample:
+    rng = random.Random(f"causal_loop/{seed}/{split}/{level}/{i}")
+    answer = rng.randrange(10)  # first, so that no answer is more common than another
+    while True:
+        body, names = DRAW[level](rng, rng.sample(LETTERS, 8))
+        for variant in variants(rng, body):
+            run = Run()
+            if not run.block(variant):
+                break  # one constant rarely decides about convergence
+            # The loop must be needed: its first pass alone gives another value.
+            candidates = [name for name in names if level in (1, 3) or name in run.late_changes]
+            if not candidates:
+                break
+            candidates = [name for name in candidates if run.state[name] == answer]
+            program = program_text(variant)
+            if not candidates or split_of(program) != split:
+                continue
+            sample = _document(
+                f"{split}-{seed}-{i}", level, program, rng.choice(candidates), answer, run.trace_text()
+            )
+            if len(sample.prompt_trace) + len(sample.completion_trace) <= MAX_DOCUMENT_LENGTH[level]:
+                return sample
+
+
+def _document(name: str, level: int, program: str, question: str, answer: int, trace: str) -> Sample:
+    query = f"{program}?{question}\n"
+    return Sample(
+        id=f"causal_loop-{name}",
+        level=level,
+        program=program,
+        question=question,
+        answer=answer,
+        trace=trace,
+        prompt_trace=f"{query}Trace:",
+        completion_trace=f" {trace}\nAnswer: {answer}",
+        prompt_direct=f"{query}Answer:",
+        completion_direct=f" {answer}",
+    )
+
+
+# ---- command line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write causal-loop samples, one JSON object a line.")
+    parser.add_argument("--num_samples", type=int, required=True, help="number of samples over all levels")
+    parser.add_argument("--levels", default="1,2,3,4", help="comma-separated levels, dealt round-robin")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--out", type=Path, help="JSONL file to write; without it nothing is written")
+    parser.add_argument("--audit", action="store_true", help="print how far guessing gets on each level")
+    arguments = parser.parse_args(argv)
+    with user_errors(DataError, OSError):
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.out is None and not arguments.audit:
+        raise DataError("nothing to do: give --out FILE.jsonl, --audit or both")
+    levels = arguments.levels.split(",")
+    if not all(level.strip().isdecimal() for level in levels):
+        raise DataError(f"--levels {arguments.levels!r} must be numbers 1..4 joined by commas: mend it")
+    samples = list(generate(arguments.num_samples, [int(x) for x in levels], arguments.seed, arguments.split))
+    if arguments.out is not None:
+        with arguments.out.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
+        print(f"{arguments.out}: {len(samples)} samples")
+    if arguments.audit:
+        print("level  samples  majority  one-step  longest document")
+        for level, row in audit(samples).items():
+            shares = f"{row['majority']:10.3f}{row['one_step']:10.3f}"
+            print(f"{level:5d}{row['samples']:9.0f}{shares}{row['longest']:10.0f}")
+
+
+if __name__ == "__main__":
+    main()

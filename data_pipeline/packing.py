@@ -1,0 +1,55 @@
+"""Documents into rows of one length, with their boundaries."""
+
+import numpy as np
+
+from data_pipeline.shards import TokenStream
+
+IGNORE_INDEX = -100
+
+
+class ConcatPacking:
+    """Row r is tokens [r*T, (r+1)*T) of the stream of documents; the last incomplete row is dropped and
+    counted.
+
+    A row edge may cut a document: the token before the edge still has its target, the token after it does not
+    see what came before.
+    """
+
+    name = "concat"
+
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        self._stream = stream
+        self._T = sequence_length
+        self.rows, self.dropped_tokens = divmod(stream.tokens, sequence_length)
+        starts = stream.document_starts[:-1]
+        inside = starts[(starts % sequence_length != 0) & (starts < self.rows * sequence_length)]
+        # A row begins a segment at its first token and one more at every document start inside it.
+        self.max_segments = 1 + int(np.bincount(inside // sequence_length, minlength=1).max())
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(tokens (T,) int32, targets (T,) int32, starts (n,) int32) of row `row`.
+
+        A target is the next token of the same document, IGNORE_INDEX at a document's last token. `starts` are
+        the row-relative starts of the n <= max_segments segments, 0 first.
+        """
+        assert 0 <= row < self.rows, (row, self.rows)
+        start, stop = row * self._T, (row + 1) * self._T
+        # One token past the row, since the target at the edge lies there.
+        tokens = self._stream.read(start, min(stop + 1, self._stream.tokens))
+        targets = np.full(self._T, IGNORE_INDEX, dtype=np.int32)
+        targets[: len(tokens) - 1] = tokens[1:]
+        first, last = np.searchsorted(self._stream.document_starts, [start + 1, stop + 1])
+        ends = (
+            self._stream.document_starts[first:last] - start
+        )  # where a document ends, hence the next starts
+        targets[ends - 1] = IGNORE_INDEX
+        starts = np.concatenate([[0], ends[ends < self._T]]).astype(np.int32)
+        return tokens[: self._T], targets, starts
+
+
+def cu_seqlens(starts: np.ndarray, sequence_length: int, size: int) -> np.ndarray:
+    """`starts` padded with `sequence_length` to (size,) int32: segment i is [cu[i], cu[i+1])."""
+    assert len(starts) < size, (len(starts), size)
+    padded = np.full(size, sequence_length, dtype=np.int32)
+    padded[: len(starts)] = starts
+    return padded

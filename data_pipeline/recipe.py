@@ -1,0 +1,106 @@
+"""The recipe of a build: one YAML with dotted overrides, checked against the dataclasses below."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_pipeline.errors import DataError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    vocab_size: int = MISSING  # upper limit on pieces
+    model_type: str = "unigram"  # unigram | bpe
+    train_bytes: int = 10_000_000  # UTF-8 bytes of text to train on, shared among the sources by weight
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str = MISSING
+    seed: int = 0  # of the shuffle and of the choice of validation documents
+    validation_fraction: float = 0.01  # of the documents, chosen by their hash
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    sources: list[dict[str, Any]] = field(default_factory=list)  # {name, kind, weight, + options of the kind}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply overrides like `tokenizer.vocab_size=512` or `sources.0.num_samples=1000`.
+
+    Raises DataError for a missing file, a key that does not exist (naming the nearest), a wrong type or
+    value.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"recipe {path} does not exist: mend --recipe")
+    try:
+        config = OmegaConf.load(path)
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise DataError(f"override {override!r} is not KEY=VALUE: mend it")
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"recipe {path}: {_one_line(error)}") from error
+    recipe = structured(Recipe, OmegaConf.to_container(config), f"recipe {path}")
+    _check(recipe, path)
+    return recipe
+
+
+def structured(kind: type[T], values: Any, where: str) -> T:
+    """An instance of the dataclass `kind` with `values`; unknown keys and wrong types are DataErrors at
+    `where`.
+    """
+    if not isinstance(values, Mapping):
+        raise DataError(f"{where}: expected KEY: VALUE lines, found {type(values).__name__}")
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise DataError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(kind), dict(values))
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise DataError(f"{where}: no value for {missing[0]}: add it")
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise DataError(f"{where}: {_one_line(error)}") from error
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """`did you mean 'x'? (one of a, b, x)` for an error line."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{guess}({', '.join(sorted(known))})"
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    if not 0 <= recipe.validation_fraction < 1:
+        raise DataError(f"recipe {path}: validation_fraction {recipe.validation_fraction} is not in [0, 1)")
+    if recipe.tokenizer.train_bytes < 1:
+        raise DataError(f"recipe {path}: tokenizer.train_bytes {recipe.tokenizer.train_bytes} is below 1")
+    if not recipe.sources:
+        raise DataError(f"recipe {path}: no sources: list at least one")
+    names = [source.get("name") for source in recipe.sources]
+    for name, source in zip(names, recipe.sources, strict=True):
+        # The name becomes part of file names and of the keys inside the shards.
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
+            raise DataError(f"recipe {path}: source name {name!r} must be made of a-z, 0-9 and _")
+        if names.count(name) > 1:
+            raise DataError(f"recipe {path}: two sources are named {name!r}: rename one")
+        if not isinstance(source.get("kind"), str):
+            raise DataError(f"recipe {path}: source {name!r} has no kind: add one")
+        weight = source.get("weight")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise DataError(f"recipe {path}: source {name!r} has weight {weight!r}: give a number above 0")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,306 @@
+"""Shards: plain tars of tokenised documents, readable by stock webdataset, with an index for random access.
+
+A data folder holds `manifest.json`, `tokenizer.model` and, for every source and split,
+`SOURCE-SPLIT-NNNNN.tar` with its `.idx`. A tar member (`SOURCE-SPLIT-NNNNN-MMMMMM.tokens`) holds up to 256
+documents: their number and their lengths as little-endian uint32, then their tokens as little-endian uint16
+(uint32 above 65,536 pieces). The `.idx` is two numpy arrays in a row: INDEX_DTYPE for the members, uint32 for
+the lengths of all documents.
+
+Sizes, indices and the tokenizer are checked by `open_manifest`, a member's checksum when it is first read,
+the sha256 of everything by `verify.py`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+SPLITS = ("train", "validation")
+MEMBER_DOCUMENTS = 256
+SHARD_BYTES = 64 * 2**20
+EXTENSION = "tokens"
+# offset and size of the payload in the tar, in bytes
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("documents", "<u4"), ("crc32", "<u4")])
+REBUILD = "build it again with data_pipeline/build.py"
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str  # NAME.tar; its index is NAME.idx
+    bytes: int
+    sha256: str
+    index_bytes: int
+    index_sha256: str
+    members: int
+    documents: int
+    tokens: int
+
+    @property
+    def stem(self) -> str:
+        return self.file.removesuffix(".tar")
+
+    @property
+    def index_file(self) -> str:
+        return f"{self.stem}.idx"
+
+
+@dataclass(frozen=True)
+class Split:
+    documents: int
+    tokens: int
+    text_bytes: int  # UTF-8
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    weight: float
+    splits: dict[str, Split]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    path: Path  # the data folder
+    sha256: str  # of manifest.json
+    build_hash: str  # of recipe and input files
+    recipe: dict[str, Any]
+    tokenizer_bytes: int
+    tokenizer_sha256: str
+    vocab_size: int
+    dtype: str  # of the tokens, "<u2" or "<u4"
+    sources: dict[str, Source]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / TOKENIZER
+
+    def shards(self) -> Iterator[Shard]:
+        for source in self.sources.values():
+            for split in source.splits.values():
+                yield from split.shards
+
+
+# ---- writing
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 65_536 else "<u4"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write under a temporary name, then rename: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_shards(
+    folder: Path, prefix: str, documents: Iterable[Sequence[int]], dtype: str, shard_bytes: int = SHARD_BYTES
+) -> tuple[Shard, ...]:
+    """Write documents (token ids) as `folder/PREFIX-NNNNN.tar` + `.idx`, a new shard past `shard_bytes` of
+    tokens.
+    """
+    shards: list[Shard] = []
+    pending: list[np.ndarray] = []
+    size = 0
+    for document in documents:
+        pending.append(np.asarray(document, dtype=dtype))
+        size += pending[-1].nbytes
+        if size >= shard_bytes:
+            shards.append(_write_shard(folder, f"{prefix}-{len(shards):05d}", pending))
+            pending, size = [], 0
+    if pending:
+        shards.append(_write_shard(folder, f"{prefix}-{len(shards):05d}", pending))
+    return tuple(shards)
+
+
+def _write_shard(folder: Path, stem: str, documents: list[np.ndarray]) -> Shard:
+    import webdataset  # here, because it imports torch: seconds that readers need not spend
+
+    lengths = np.array([len(document) for document in documents], dtype="<u4")
+    checksums = []
+    buffer = io.BytesIO()
+    with webdataset.TarWriter(buffer, encoder=False, mtime=0) as writer:
+        for number, start in enumerate(range(0, len(documents), MEMBER_DOCUMENTS)):
+            stop = start + MEMBER_DOCUMENTS
+            header = np.concatenate([[len(lengths[start:stop])], lengths[start:stop]]).astype("<u4")
+            payload = header.tobytes() + b"".join(document.tobytes() for document in documents[start:stop])
+            checksums.append((len(documents[start:stop]), zlib.crc32(payload)))
+            writer.write({"__key__": f"{stem}-{number:06d}", EXTENSION: payload})
+    data = buffer.getvalue()
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:  # where tarfile itself finds the payloads
+        places = [(member.offset_data, member.size) for member in archive]
+    members = np.array(
+        [(*place, *check) for place, check in zip(places, checksums, strict=True)], dtype=INDEX_DTYPE
+    )
+    index = io.BytesIO()
+    np.save(index, members)
+    np.save(index, lengths)
+    shard = Shard(
+        file=f"{stem}.tar",
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        index_bytes=len(index.getvalue()),
+        index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
+        members=len(members),
+        documents=len(documents),
+        tokens=int(lengths.sum(dtype=np.int64)),
+    )
+    write_file(folder / shard.file, data)
+    write_file(folder / shard.index_file, index.getvalue())
+    return shard
+
+
+def write_manifest(manifest: Manifest) -> None:
+    """Write `manifest.json`; to be called last, since a folder with a manifest counts as complete."""
+    fields = asdict(manifest)
+    del fields["path"], fields["sha256"]
+    text = json.dumps({"format": FORMAT, **fields}, indent=1, ensure_ascii=False)
+    write_file(manifest.path / MANIFEST, text.encode() + b"\n")
+
+
+# ---- opening
+
+
+def open_manifest(path: str | Path) -> Manifest:
+    """Read and check the manifest of a data folder.
+
+    Raises DataError that names the culprit: folder or manifest missing or unreadable; a shard missing, of
+    another size or not the shard of its name; an index or tokenizer whose sha256 is not the manifest's.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"data folder {folder} does not exist: mend the path or {REBUILD}")
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} has no {MANIFEST}, so its build never finished: {REBUILD}")
+    manifest = _parse_manifest(folder, (folder / MANIFEST).read_bytes())
+    check_size(manifest.tokenizer_path, manifest.tokenizer_bytes)
+    check_sha256(manifest.tokenizer_path, manifest.tokenizer_sha256)
+    for shard in manifest.shards():
+        check_size(folder / shard.file, shard.bytes)
+        check_size(folder / shard.index_file, shard.index_bytes)
+        check_sha256(folder / shard.index_file, shard.index_sha256)
+        _check_identity(folder, shard)
+    return manifest
+
+
+def check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing: {REBUILD}")
+    if path.stat().st_size != size:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, the manifest says {size}: {REBUILD}")
+
+
+def check_sha256(path: Path, sha256: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise DataError(f"{path} has sha256 {found[:16]}..., the manifest says {sha256[:16]}...: {REBUILD}")
+
+
+def _check_identity(folder: Path, shard: Shard) -> None:
+    """A shard's members carry its name, which tells two shards of one size apart without reading them."""
+    offset = int(read_index(folder, shard)[0]["offset"][0])
+    with (folder / shard.file).open("rb") as file:
+        file.seek(offset - tarfile.BLOCKSIZE)
+        name = file.read(100).split(b"\0")[0]
+    if name != f"{shard.stem}-{0:06d}.{EXTENSION}".encode():
+        raise DataError(f"{folder / shard.file} is another file: its first member is {name!r}: {REBUILD}")
+
+
+def read_index(folder: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
+    """(members of INDEX_DTYPE, document lengths uint32) of a shard whose index passed its checks."""
+    with (folder / shard.index_file).open("rb") as file:
+        return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
+
+
+def _parse_manifest(folder: Path, data: bytes) -> Manifest:
+    try:
+        fields = json.loads(data)
+        version = fields.pop("format")
+        if version != FORMAT:
+            raise DataError(f"{folder / MANIFEST} has format {version}, this code reads {FORMAT}: {REBUILD}")
+        sources = {
+            name: Source(
+                source["weight"],
+                {
+                    split: Split(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
+                    for split, value in source["splits"].items()
+                },
+            )
+            for name, source in fields.pop("sources").items()
+        }
+        manifest = Manifest(path=folder, sha256=hashlib.sha256(data).hexdigest(), sources=sources, **fields)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST} is not a manifest ({error}): {REBUILD}") from error
+    for shard in manifest.shards():
+        if shard.file != f"{Path(shard.stem).name}.tar":  # nothing outside the folder is ever opened
+            raise DataError(f"{folder / MANIFEST} names a shard outside its folder: {shard.file!r}")
+    return manifest
+
+
+# ---- reading
+
+
+class TokenStream:
+    """The documents of one source and split, end to end, with random access by token.
+
+    `document_starts` (documents + 1,) int64: the first token of each document, then the number of tokens.
+    """
+
+    def __init__(self, manifest: Manifest, source: str, split: str) -> None:
+        self._folder = manifest.path
+        self._dtype = np.dtype(manifest.dtype)
+        self._shards = manifest.sources[source].splits[split].shards
+        indices = [read_index(self._folder, shard) for shard in self._shards]
+        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *(lengths for _, lengths in indices)])
+        self.document_starts = np.cumsum(lengths, dtype=np.int64)
+        self.tokens = int(self.document_starts[-1])
+        self._members = np.concatenate([np.zeros(0, INDEX_DTYPE), *(members for members, _ in indices)])
+        self._shard_of = np.repeat(np.arange(len(indices)), [len(members) for members, _ in indices])
+        first_document = np.concatenate([[0], np.cumsum(self._members["documents"], dtype=np.int64)])
+        self._member_starts = self.document_starts[first_document]  # (members + 1,) in tokens
+        self._verified = np.zeros(len(self._members), dtype=bool)
+        self._maps: dict[int, np.memmap] = {}
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) as int32. Raises DataError if a member they lie in fails its checksum."""
+        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
+        pieces = [np.zeros(0, dtype=np.int32)]
+        member = int(np.searchsorted(self._member_starts, start, side="right")) - 1
+        while start < stop:
+            first, last = self._member_starts[member : member + 2].tolist()
+            end = min(stop, last)
+            pieces.append(self._member_tokens(member)[start - first : end - first].astype(np.int32))
+            start, member = end, member + 1
+        return np.concatenate(pieces)
+
+    def _member_tokens(self, member: int) -> np.ndarray:
+        entry = self._members[member]
+        number = int(self._shard_of[member])
+        if number not in self._maps:
+            self._maps[number] = np.memmap(self._folder / self._shards[number].file, np.uint8, mode="r")
+        payload = self._maps[number][int(entry["offset"]) : int(entry["offset"] + entry["size"])]
+        if not self._verified[member]:  # once a process: afterwards the page cache is trusted
+            if zlib.crc32(payload.data) != entry["crc32"]:
+                name = member - int(np.searchsorted(self._shard_of, number))
+                path = self._folder / self._shards[number].file
+                raise DataError(f"{path} member {name:06d}: its checksum differs, it is damaged: {REBUILD}")
+            self._verified[member] = True
+        return payload[4 * (1 + int(entry["documents"])) :].view(self._dtype)

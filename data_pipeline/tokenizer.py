@@ -1,0 +1,134 @@
+"""Sentencepiece without loss: decode(encode(text)) == text for every valid Unicode string.
+
+Ids: 0 `<pad>`, 1 `<unk>` (never produced: unknown characters become bytes), 2 `<s>`, 3 `</s>`. A training
+document is [bos] + encode(text) + [eos]. No user-defined symbols: text that looks like `</s>` stays text.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from data_pipeline.errors import DataError
+
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+MODEL_TYPES = ("unigram", "bpe")
+NUM_THREADS = 2  # fixed: the model file's bytes depend on it
+SLICE_LENGTH = 1000  # characters; longer "sentences" would be dropped without a word
+META_SPACE = "\u2581"  # sentencepiece's own mark for a space: the one character it cannot carry itself
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, model_type: str = "unigram", num_threads: int = NUM_THREADS
+) -> bytes:
+    """Train on `texts` and return the bytes of a `tokenizer.model`; equal input gives equal bytes.
+
+    `vocab_size` is an upper limit: a small corpus gives fewer pieces. Raises DataError for an unknown model
+    type, for no text at all and for a vocabulary too small for the 256 bytes, 4 control pieces and the
+    characters.
+    """
+    if model_type not in MODEL_TYPES:
+        raise DataError(
+            f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}: choose one of them"
+        )
+    slices = _slices(texts)
+    first = next(slices, None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on: check the sources of the recipe")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, slices),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            num_threads=num_threads,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * SLICE_LENGTH,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+            reason = f"its bytes, control pieces and characters need {needed[1]}, raise tokenizer.vocab_size"
+        raise DataError(f"no tokenizer of vocab_size {vocab_size} from this text: {reason}") from error
+    return model.getvalue()
+
+
+class Tokenizer:
+    """A trained `tokenizer.model`. Raises DataError if the file is missing or is not one of
+    `train_tokenizer`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"tokenizer {path} does not exist: build the data first or mend the path")
+        model = path.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model)
+        except RuntimeError as error:
+            raise DataError(
+                f"{path} is not a sentencepiece model ({len(model)} bytes): build it again"
+            ) from error
+        ids = [self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()]
+        if ids != [PAD_ID, BOS_ID, EOS_ID]:
+            raise DataError(f"{path} has pad, bos, eos ids {ids}, not [0, 2, 3]: train it with data_pipeline")
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.pad_id, self.bos_id, self.eos_id = PAD_ID, BOS_ID, EOS_ID
+        self._meta_space_ids = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
+        ]
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of `text`. Raises DataError for a lone surrogate."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text has a lone surrogate at character {error.start}, not valid Unicode: remove it"
+            ) from error
+        ids = [BOS_ID] if bos else []
+        for i, part in enumerate(text.split(META_SPACE)):
+            if i:
+                ids += self._meta_space_ids
+            ids += self._processor.encode(part)
+        return ids + [EOS_ID] if eos else ids
+
+    def encode_batch(self, texts: Iterable[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
+        return [self.encode(text, bos, eos) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; pad, unk, bos and eos are skipped. Raises DataError for an id outside the
+        vocabulary.
+        """
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(f"token id {token} is not in 0..{self.vocab_size - 1}: wrong tokenizer?")
+        return self._processor.decode([int(token) for token in ids if token > EOS_ID])
+
+
+def _slices(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), SLICE_LENGTH):
+            yield text[start : start + SLICE_LENGTH]
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest

@@ -1,0 +1,66 @@
+"""ARC, the AI2 reasoning challenge: both test sets, by log-likelihood (lm-eval's arc_easy and arc_challenge).
+
+python eval/arc.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
+
+`--data FILE` evaluates that file alone. Exemplars come from the train file beside the test file.
+"""
+
+from pathlib import Path
+
+from data_pipeline.sources import Problem, read_arc
+from eval.cli import Evaluation, Options, find_data, first, main
+from eval.core import Score, Scorer, add_fewshot, score_choices
+from eval.results import TaskResult
+
+SETS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
+
+
+def load(options: Options) -> Evaluation:
+    """Reads the test files. Raises ValueError if one is missing, bad, or not named after its set."""
+    if options.data.is_file():
+        names = [name for name, stem in SETS.items() if options.data.name.startswith(stem)]
+        if not names:
+            raise ValueError(
+                f"which set is {options.data.name}? its name must start with ARC-Easy or ARC-Challenge"
+            )
+    else:
+        names = list(SETS)
+    paths = {name: find_data(options.data, f"arc/{SETS[name]}-Test.jsonl") for name in names}
+    documents = {name: list(read_arc(path)) for name, path in paths.items()}
+    problems = {name: _prompts(name, documents[name], paths[name], options) for name in names}
+
+    def evaluation(scorer: Scorer) -> list[TaskResult]:
+        return [
+            _evaluate(scorer, name, problems[name], documents[name], paths[name], options) for name in names
+        ]
+
+    return evaluation
+
+
+def _prompts(name: str, documents: list[Problem], path: Path, options: Options) -> list[Problem]:
+    problems = first(documents, options.limit, path)
+    if options.num_fewshot:
+        exemplars = list(read_arc(path.with_name(f"{SETS[name]}-Train.jsonl")))
+        problems = add_fewshot(problems, exemplars, options.num_fewshot, options.seed)
+    return problems
+
+
+def _evaluate(
+    scorer: Scorer, name: str, problems: list[Problem], documents: list[Problem], path: Path, options: Options
+) -> TaskResult:
+    scores = score_choices(scorer, problems)
+    chance = sum(1 / len(problem.choices) for problem in problems) / len(problems)
+    return TaskResult(
+        task=name,
+        values={"acc,none": scores.acc, "acc_norm,none": scores.acc_norm},
+        num_documents=len(documents),
+        baselines={"chance": Score(chance)},
+        samples=scores.samples,
+        num_fewshot=options.num_fewshot,
+        num_truncated=scorer.take_truncated(),
+        data_files=[path],
+    )
+
+
+if __name__ == "__main__":
+    main(load, __doc__)

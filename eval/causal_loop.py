@@ -1,0 +1,123 @@
+"""Causal-loop programs, levels 1 to 4: held-out programs, answered with a worked trace and without one.
+
+python eval/causal_loop.py --checkpoint runs/NAME/export [--num_samples N per level --levels 1,2,3,4]
+
+Needs no data files: the test split is generated, and no program of it (up to the names of its variables) is
+in the training split. Two heuristics stand beside every score: the level's most common answer (chosen knowing
+the test answers, so the best of all constants), and the last rule of the queried variable applied once to the
+initial values.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipeline.causal_loop import LEVELS, Sample, generate, majority_answer, one_step_answer
+from data_pipeline.errors import user_errors
+from eval.cli import USER_ERRORS, Evaluation, Options, evaluate, make_parser, positive_integer
+from eval.core import Score, Scorer, mean_score
+from eval.results import TaskResult
+
+NUM_SAMPLES = 100  # per level
+ANSWER = re.compile(r"Answer: (\d+)")
+SPARE_TOKENS = 8  # beyond the longest reference, for a model that writes the same trace in other pieces
+
+
+def load(options: Options, num_samples: int | None = None, levels: Sequence[int] = LEVELS) -> Evaluation:
+    """Generates the test samples: `num_samples` per level, else `options.limit`, else NUM_SAMPLES.
+
+    Raises ValueError for exemplars, which this task has none of, and for an unknown level.
+    """
+    if options.num_fewshot:
+        raise ValueError(f"causal_loop has no exemplars: num_fewshot is {options.num_fewshot}, it must be 0")
+    per_level = num_samples or options.limit or NUM_SAMPLES
+    samples = list(generate(per_level * len(levels), levels, options.seed, split="test"))
+
+    def evaluation(scorer: Scorer) -> list[TaskResult]:
+        traced = _generate(scorer, [s.prompt_trace for s in samples], [s.completion_trace for s in samples])
+        direct = _generate(scorer, [s.prompt_direct for s in samples], [s.completion_direct for s in samples])
+        return summarize(
+            [grade(*sample) for sample in zip(samples, traced, direct, strict=True)],
+            samples,
+            config={"seed": options.seed, "split": "test", "num_samples_per_level": per_level},
+            num_truncated=scorer.take_truncated(),
+        )
+
+    return evaluation
+
+
+def _generate(scorer: Scorer, prompts: list[str], references: list[str]) -> list[str]:
+    longest = max(len(scorer.tokenizer.encode(text)) for text in references)
+    return scorer.generate(prompts, longest + SPARE_TOKENS)
+
+
+def grade(sample: Sample, traced: str, direct: str) -> dict[str, Any]:
+    """A sample line: both completions, the answers found in them, and whether they are right."""
+    # The prompt of the direct form already ends with "Answer:".
+    found = {"trace": ANSWER.search(traced), "direct": ANSWER.search(f"Answer:{direct}")}
+    answers = {name: match and match.group(1) for name, match in found.items()}
+    return {
+        "doc_id": sample.id,
+        "level": sample.level,
+        "program": sample.program,
+        "question": sample.question,
+        "prompt": sample.prompt_trace,
+        "prompt_direct": sample.prompt_direct,
+        "target": sample.completion_trace,
+        "answer": sample.answer,
+        "resps": {"trace": traced, "direct": direct},
+        "filtered_resps": answers,
+        **{f"exact_match,{name}": float(answer == str(sample.answer)) for name, answer in answers.items()},
+    }
+
+
+def summarize(
+    graded: list[dict[str, Any]], samples: Sequence[Sample], config: dict[str, Any], num_truncated: int
+) -> list[TaskResult]:
+    """The pooled result, with all sample lines, then one result a level."""
+    levels = sorted({sample.level for sample in samples})
+    guesses: dict[str, dict[int, list[float]]] = {"majority": {}, "one_step": {}}
+    for level in levels:
+        of_level = [sample for sample in samples if sample.level == level]
+        common = majority_answer(of_level)
+        guesses["majority"][level] = [float(sample.answer == common) for sample in of_level]
+        guesses["one_step"][level] = [float(sample.answer == one_step_answer(sample)) for sample in of_level]
+
+    def result(task: str, members: Sequence[int], **fields: Any) -> TaskResult:
+        lines = [line for line in graded if line["level"] in members]
+        baselines: dict[str, Score] = {
+            name: mean_score([value for level in members for value in values[level]])
+            for name, values in guesses.items()
+        }
+        matches = {key: [line[key] for line in lines] for key in ("exact_match,trace", "exact_match,direct")}
+        return TaskResult(
+            task=task, values=matches, num_documents=len(lines), baselines=baselines, config=config, **fields
+        )
+
+    names = {f"causal_loop_level{level}": level for level in levels}
+    return [
+        result("causal_loop", levels, samples=graded, subtasks=list(names), num_truncated=num_truncated),
+        *(result(name, [level]) for name, level in names.items()),
+    ]
+
+
+def _levels(text: str) -> list[int]:
+    return [int(level) for level in text.split(",")]
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--num_samples", type=positive_integer, metavar="N", help=f"per level (default: {NUM_SAMPLES})")
+    add("--levels", type=_levels, default=list(LEVELS), metavar="1,2,..", help="default: 1,2,3,4")
+    args = parser.parse_args()
+
+    def task(options: Options) -> Evaluation:
+        return load(options, args.num_samples, args.levels)
+
+    with user_errors(*USER_ERRORS):
+        evaluate({"causal_loop": task}, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""LogiQA 1.0: logical reasoning over a passage, four options, by log-likelihood (lm-eval's logiqa).
+
+python eval/logiqa.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
+
+Exemplars come from Eval.txt beside Test.txt, as in lm-eval where a train split is absent.
+"""
+
+from data_pipeline.sources import read_logiqa
+from eval.cli import Evaluation, Options, find_data, first, main
+from eval.core import Score, Scorer, add_fewshot, score_choices
+from eval.results import TaskResult
+
+
+def load(options: Options) -> Evaluation:
+    """Reads the test file. Raises ValueError if it is missing or bad."""
+    path = find_data(options.data, "logiqa/Test.txt")
+    documents = list(read_logiqa(path))
+    problems = first(documents, options.limit, path)
+    if options.num_fewshot:
+        exemplars = list(read_logiqa(path.with_name("Eval.txt")))
+        problems = add_fewshot(problems, exemplars, options.num_fewshot, options.seed)
+
+    def evaluation(scorer: Scorer) -> list[TaskResult]:
+        scores = score_choices(scorer, problems)
+        return [
+            TaskResult(
+                task="logiqa",
+                values={"acc,none": scores.acc, "acc_norm,none": scores.acc_norm},
+                num_documents=len(documents),
+                baselines={"chance": Score(0.25)},
+                samples=scores.samples,
+                num_fewshot=options.num_fewshot,
+                num_truncated=scorer.take_truncated(),
+                data_files=[path],
+            )
+        ]
+
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(load, __doc__)

@@ -1,0 +1,92 @@
+"""Every term of the training loss, named and weighted in one table, and the chunked cross-entropy.
+
+Shapes: N tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import ModelConfig
+
+IGNORE_INDEX = -100  # a position without target
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term is a SUM over what it counts; it is divided by the count of the whole global batch."""
+
+    name: str
+    weight: Callable[[ModelConfig], float]
+    counted_in: str  # "targets" or "rows"
+
+
+LOSS_TABLE = (
+    LossTerm("cross_entropy", lambda config: 1.0, "targets"),
+    LossTerm("balance", lambda config: config.balance_loss_weight, "rows"),
+)
+
+
+def total_loss(config: ModelConfig, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
+    """Weighted sum of the terms, each divided by its count.
+
+    Args:
+        sums: the terms by name, summed over this batch.
+        counts: "targets" and "rows"; those of the global batch make ranks and micro-batches add up to
+            exactly the loss of one process.
+    """
+    terms = [t.weight(config) * sums[t.name] / max(counts[t.counted_in], 1) for t in LOSS_TABLE]
+    return torch.stack(terms).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear head without the (N, V) logits, gradients formed in forward.
+
+    Forming them there also serves ZeRO-3, which gives the head its weight only inside its own forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        for start in range(0, len(targets), chunk):
+            rows, target = hidden[start : start + chunk], targets[start : start + chunk]
+            logits = F.linear(rows, weight).float()
+            loss += F.cross_entropy(logits, target, reduction="sum")
+            if need_hidden or need_weight:
+                error = logits.softmax(-1)
+                error[torch.arange(len(target), device=target.device), target] -= 1.0
+                error = error.to(weight.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + chunk] = error @ weight
+                if grad_weight is not None:
+                    grad_weight += error.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+    """Summed cross-entropy in fp32 of hidden (N, D) under a head (V, D); IGNORE_INDEX targets (N,) are left out.
+
+    Holds `chunk` rows of logits at a time.
+    """
+    kept = targets != IGNORE_INDEX
+    return _ChunkedCrossEntropy.apply(hidden[kept], weight, targets[kept], chunk)

@@ -1,0 +1,231 @@
+"""RunConfig: the whole description of a training run. One YAML file plus `a.b=c` overrides.
+
+The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping and ep_size. The DeepSpeed
+JSON owns ZeRO stage, precision, offload and communication, and says "auto" for the rest.
+"""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from model.config import ModelConfig, nearest
+
+
+@dataclass
+class DataConfig:
+    path: str = "???"  # folder that data_pipeline/build.py wrote
+    sequence_length: int = 512  # tokens per row
+    tokenizer: str | None = None  # sentencepiece model; default: the one in `path`
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with warm-up and decay; defaults after DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
+
+    lr: float = 1e-3  # peak learning rate
+    min_lr: float = 1e-4  # learning rate at the end of the decay
+    warmup_steps: int = 50
+    schedule: str = "cosine"  # cosine | constant, after the warm-up
+    decay_steps: int | None = None  # step at which min_lr is reached; default: max_steps
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; norms, biases and embeddings are not decayed
+    clip: float = 1.0  # limit of the global gradient norm; 0: no clipping
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "zeromodel"
+
+
+@dataclass
+class RunConfig:
+    output_dir: str = "runs/run"
+    seed: int = 0
+    max_steps: int = 100  # optimizer steps
+    global_batch_size: int = 32  # rows per optimizer step, over all ranks
+    micro_batch_size: int = 8  # most rows a rank computes at once; accumulation follows from it
+    ep_size: int = 1  # ranks that share one set of experts
+    save_every: int = 100  # steps between checkpoints; the last step is always saved
+    resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
+    eval_every: int = 0  # steps between validation losses; 0: never
+    eval_batches: int = 8  # global batches of one validation
+    log_every: int = 10  # steps between step lines (metrics.jsonl has every step)
+    peak_tflops: float | None = None  # per device, for MFU; default: known from the GPU's name, else no MFU
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
+
+
+def load_run_config(path: str, overrides: list[str]) -> RunConfig:
+    """Reads the YAML at `path`, applies `a.b=c` overrides and checks everything that needs no data.
+
+    Returns:
+        The run's config. Its `model` dict is type-checked, but vocab_size may still be missing.
+
+    Raises:
+        ValueError: one line naming the key, its value and the mend.
+        FileNotFoundError: no such YAML.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config {path} does not exist; pretrain/configs/ has some to start from")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not of the form a.b=c")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(given, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"config {path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
+    reject_unknown_keys(values, RunConfig)
+    model_values = values.pop("model", None) or {}
+    config = typing.cast(RunConfig, _typed(RunConfig, values))
+    config.model = _typed_model(model_values)
+    _check(config)
+    return config
+
+
+def _typed(cls: type, values: dict[str, Any]) -> Any:
+    """An instance of dataclass `cls` with `values` converted to the fields' types."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        hint = "; give it on the command line or in the YAML" if "mandatory" in str(error).lower() else ""
+        raise ValueError(f"{key}: {_first_line(error)}{hint}") from None
+
+
+def _typed_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The given model keys with their types checked; defaults and presets are left to ModelConfig."""
+    reject_unknown_keys(values, ModelConfig, "model.")
+    schema = OmegaConf.structured(ModelConfig)
+    OmegaConf.set_readonly(schema, False)
+    try:
+        typed = OmegaConf.to_container(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"model.{getattr(error, 'full_key', '')}: {_first_line(error)}") from None
+    return _restrict(typed, values)
+
+
+def _restrict(typed: Any, given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _restrict(typed[key], value) if isinstance(value, dict) else typed[key]
+        for key, value in given.items()
+    }
+
+
+def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
+    """Raises ValueError for the first key that no field of dataclass `cls` reads, with the nearest name."""
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(f"unknown config key {prefix}{key}{nearest(str(key), list(fields))}")
+        kind = fields[key]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise ValueError(f"{prefix}{key}={value!r} must be a section with keys")
+            reject_unknown_keys(value, kind, f"{prefix}{key}.")
+
+
+def _check(config: RunConfig) -> None:
+    positive = ("max_steps", "global_batch_size", "micro_batch_size", "ep_size", "save_every", "log_every")
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    for name, allowed, value in (
+        ("optimizer.schedule", ("cosine", "constant"), config.optimizer.schedule),
+        ("wandb.mode", ("disabled", "offline", "online"), config.wandb.mode),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    if config.data.sequence_length < 2:
+        raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")
+
+
+def check_layout(config: RunConfig, model: ModelConfig, world_size: int) -> tuple[int, int]:
+    """Rows per micro-batch and micro-batches per step of each rank.
+
+    Raises:
+        ValueError: the world size does not fit ep_size, the experts or the global batch.
+    """
+    if world_size % config.ep_size:
+        raise ValueError(
+            f"ep_size={config.ep_size} does not divide the {world_size} ranks; "
+            f"choose ep_size from the divisors of {world_size} or start another number of ranks"
+        )
+    if model.n_routed_experts % config.ep_size:
+        raise ValueError(
+            f"model.n_routed_experts={model.n_routed_experts} cannot be spread over "
+            f"ep_size={config.ep_size} ranks; choose a divisor"
+        )
+    if config.global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size={config.global_batch_size} is not divisible by the {world_size} ranks; "
+            f"choose a multiple of {world_size}"
+        )
+    rows = config.global_batch_size // world_size
+    micro = next(m for m in range(min(config.micro_batch_size, rows), 0, -1) if rows % m == 0)
+    return micro, rows // micro
+
+
+# Keys of the DeepSpeed JSON that are filled from the YAML, with the YAML's key.
+_OWNED_BY_YAML = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+}
+_REFUSED = {
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "expert_parallel": "ep_size",
+    "wandb": "wandb.mode",
+}
+
+
+def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
+    """Reads the DeepSpeed JSON and fills its "auto" values (DeepSpeed itself resolves none).
+
+    Raises:
+        ValueError: not JSON, or a key that the YAML owns is set there too.
+        FileNotFoundError: no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--ds_config {path} does not exist; ds_configs/ has some to start from")
+    try:
+        values = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from None
+    for key, yaml_key in _OWNED_BY_YAML.items():
+        if values.get(key, "auto") != "auto":
+            raise ValueError(
+                f"{key}={values[key]!r} in {path} is also set by {yaml_key} of the YAML; "
+                'write "auto" in the JSON and set it in the YAML'
+            )
+    for key, yaml_key in _REFUSED.items():
+        if key in values:
+            raise ValueError(
+                f"section {key!r} in {path} is also set by {yaml_key} of the YAML; delete it from the JSON"
+            )
+    values["train_batch_size"] = config.global_batch_size
+    values["train_micro_batch_size_per_gpu"] = micro
+    values["gradient_accumulation_steps"] = accumulation
+    values["gradient_clipping"] = config.optimizer.clip
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

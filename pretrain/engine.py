@@ -1,0 +1,225 @@
+"""The DeepSpeed engine: process group, optimizer, one optimizer step, checkpoint files, full weights.
+
+With expert_parallel.py the only file that imports deepspeed.
+"""
+
+import argparse
+import fcntl
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+# One line a rank at start-up is noise in front of the user's own; set before deepspeed reads it.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import logger, safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from model import ModelConfig, ModelOutput, ZeroModel
+from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.expert_parallel import create_groups, expert_parallel_class, gather_experts, is_expert
+
+logger.setLevel(logging.WARNING)
+
+
+def init_process_group() -> None:
+    """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Without a launcher this process is a group of its own.
+    """
+    prepare_extensions()
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def prepare_extensions() -> None:
+    """Builds DeepSpeed's CPU communication extension once, one process at a time.
+
+    A process killed while building leaves torch's `lock` file behind, on which every later run would wait
+    for ever. The operating system drops our own lock with its holder, so whoever has it may clear the other.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zeromodel" / "torch_extensions"
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if get_accelerator().device_name() != "cpu" or builder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # The build calls `ninja`, which lies beside this python even where its environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with open(folder / "zeromodel.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in folder.glob("*/lock"):
+            stale.unlink()
+        builder.load(verbose=False)
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def peak_memory_bytes() -> int:
+    """Peak device memory of this rank; 0 on a CPU, where the accelerator keeps no count."""
+    return 0 if get_accelerator().device_name() == "cpu" else get_accelerator().max_memory_allocated()
+
+
+class Engine:
+    """A ZeroModel under DeepSpeed."""
+
+    def __init__(self, config: RunConfig, model_config: ModelConfig, ds_config: dict[str, Any]) -> None:
+        self.ep_size = config.ep_size
+        create_groups(config.ep_size)
+        model = ZeroModel(model_config, expert_parallel_class(config.ep_size), seed=config.seed)
+        optimizer = build_optimizer(model, config.optimizer)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+        self.model: ZeroModel = self.deepspeed.module
+
+    def close(self) -> None:
+        """Frees DeepSpeed's resources and leaves the process group."""
+        self.deepspeed.destroy()
+        dist.destroy_process_group()
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def forward(self, **inputs: Any) -> ModelOutput:
+        return self.deepspeed(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is this rank's part of the global loss: parts of ranks and micro-batches ADD up to it."""
+        # DeepSpeed averages gradients over ranks; the factor turns that mean into the sum.
+        self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """Ends a micro-batch; on the last one of the step clips and updates the weights."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last optimizer step, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        self.deepspeed.eval()
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes DeepSpeed's files of all ranks into the folder; `latest` is checkpoint.py's to write."""
+        self.deepspeed.save_checkpoint(str(checkpoint.parent), checkpoint.name, save_latest=False)
+        self.barrier()
+
+    def load(self, checkpoint: Path) -> None:
+        """Loads what save wrote, under the same layout."""
+        with no_pickle_code():
+            loaded, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
+        if loaded is None:
+            raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and full fp32 value of every tensor of the state dict, one at a time; all ranks take part."""
+        for name, parameter in self.model.named_parameters():
+            value = safe_get_full_fp32_param(parameter)
+            if value is None:
+                raise RuntimeError(f"ZeRO holds no fp32 copy of {name}")
+            value = value.view(getattr(parameter, "ds_shape", parameter.shape))
+            yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
+        yield from self.buffers().items()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers of the state dict, the same on every rank: the routers' balancing biases."""
+        return {n: b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices other than embeddings; experts in groups of their own, as ZeRO asks."""
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.dim() >= 2 and "embed_tokens" not in name
+        groups["decay" if matrix else "no_decay"].append(parameter)
+    decay = {"decay": config.weight_decay, "no_decay": 0.0}
+    param_groups: list[dict[str, Any]] = [
+        {"name": name, "params": parameters, "weight_decay": decay[name]}
+        for name, parameters in groups.items()
+    ]
+    split = split_params_into_different_moe_groups_for_optimizer(param_groups)
+    return torch.optim.AdamW(
+        [group for group in split if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
+
+
+def convert_to_universal(checkpoint: Path, folder: Path) -> None:
+    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name."""
+    arguments = argparse.Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(folder),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with no_pickle_code(), redirect_stdout(io.StringIO()):
+        ds_to_universal.main(arguments)
+
+
+def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and full fp32 value of every parameter in a Universal Checkpoint."""
+    for path in sorted((folder / "zero").glob("*/fp32.pt")):
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        yield path.parent.name, stored["param"]
+
+
+@contextmanager
+def no_pickle_code() -> Iterator[None]:
+    """DeepSpeed's checkpoint files are read without executing pickled code.
+
+    DeepSpeed asks for weights_only=False in many places; torch's own switch overrules it, and the few
+    DeepSpeed classes its files really hold are allowed by name.
+    """
+    previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
+            yield
+    finally:
+        if previous is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = previous

@@ -1,0 +1,166 @@
+"""Expert parallelism: everything that is private to DeepSpeed's AutoEP, for one pinned version.
+
+Our MoE layer keeps its own routing; it is marked as an AutoEP layer so that ZeRO-3 shards its experts
+over the expert-data-parallel group, sums their gradients there and counts them once in the gradient norm.
+
+Shapes: n rows sent here, m rows received, D hidden, E experts, L = E / ep_size local experts.
+"""
+
+from typing import Any
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.checkpoint.autoep_affine import (
+    autoep_experts_for_rank,
+    autoep_placement_to_affine_map,
+    legacy_uniform_autoep_placement_descriptor,
+)
+from deepspeed.checkpoint.constants import (
+    AFFINE_MAP,
+    AUTOEP_EXPERT_PLACEMENT,
+    AUTOEP_PARAM_EP_RANK,
+    AUTOEP_PARAM_LOCAL_EXPERTS,
+    AUTOEP_PARAM_LOGICAL_SHAPE,
+    DS_AUTOEP_UC_META,
+)
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.moe import Experts, MoE
+
+PINNED_VERSION = "0.19.8"
+
+
+def check_version() -> None:
+    """Raises RuntimeError under any DeepSpeed but the one whose private names are used here."""
+    found = deepspeed.__version__.split("+")[0]
+    if found != PINNED_VERSION:
+        raise RuntimeError(
+            f"deepspeed {found} is installed, but expert parallelism is written for {PINNED_VERSION}; "
+            f"run `pip install deepspeed=={PINNED_VERSION}`"
+        )
+
+
+def group_name(ep_size: int) -> str:
+    return f"ep_size_{ep_size}"
+
+
+def create_groups(ep_size: int) -> None:
+    """Creates the expert-parallel groups; call after init_distributed and before the model is built."""
+    check_version()
+    groups._create_expert_and_data_parallel(ep_size)
+
+
+def expert_parallel_class(ep_size: int) -> type[MoE]:
+    """The MoE layer class for groups of ep_size ranks, to be passed to ZeroModel as moe_class."""
+    return type("ExpertParallelMoE", (_ExpertParallelMoE,), {"ep_size": ep_size})
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to their experts' ranks; the gradient travels the same way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _exchange(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    received = rows.new_empty(sum(receive), rows.shape[1])
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+class _AutoEPMarker(AutoEPMoELayer):
+    """The type by which DeepSpeed recognises an AutoEP layer, without AutoEP's own construction."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """The groups exist before the model is built; there is nothing to bind later."""
+
+
+class _ExpertParallelMoE(MoE, _AutoEPMarker):
+    """MoE whose experts are spread over the ranks of an expert-parallel group; only run_experts differs."""
+
+    ep_size: int  # set by expert_parallel_class
+
+    def __init__(self, config: ModelConfig) -> None:
+        # The names below are read by DeepSpeed from its AutoEP layers.
+        self.ep_group_name = group_name(self.ep_size)
+        self.ep_rank = groups._get_expert_parallel_rank(self.ep_group_name)
+        self.num_experts = config.n_routed_experts
+        self.num_local_experts = config.n_routed_experts // self.ep_size
+        self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
+            self.num_experts, self.num_local_experts, self.ep_size
+        )
+        super().__init__(config)
+        self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
+
+    def build_experts(self) -> Experts:
+        first = self.ep_rank * self.num_local_experts
+        experts = Experts(self.config, range(first, first + self.num_local_experts))
+        for parameter in experts.parameters():
+            self._mark(parameter)
+        return experts
+
+    def _mark(self, parameter: nn.Parameter) -> None:
+        logical_shape = [self.num_experts, *parameter.shape[1:]]
+        placement = self.expert_placement_descriptor
+        marks = {
+            "allreduce": False,
+            "group_name": self.ep_group_name,
+            "is_expert_group": True,
+            "ds_zero_placement_family": "autoep_expert",
+            "ds_zero_partition_group_name": self.ep_group_name,
+            "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(self.ep_group_name),
+            DS_AUTOEP_UC_META: {
+                AUTOEP_EXPERT_PLACEMENT: placement,
+                AFFINE_MAP: autoep_placement_to_affine_map(placement, logical_shape).to_dict(),
+                AUTOEP_PARAM_LOGICAL_SHAPE: logical_shape,
+                AUTOEP_PARAM_EP_RANK: self.ep_rank,
+                AUTOEP_PARAM_LOCAL_EXPERTS: list(autoep_experts_for_rank(placement, self.ep_rank)),
+            },
+        }
+        for name, value in marks.items():
+            setattr(parameter, name, value)
+
+    def run_experts(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x (n, D) sorted by expert, counts (E,) -> (n, D), by way of the ranks that hold the experts."""
+        if self.ep_size == 1:
+            return super().run_experts(x, counts)
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts, group=self.ep_group)
+        by_source = received.view(self.ep_size, self.num_local_experts)
+        send = counts.view(self.ep_size, self.num_local_experts).sum(1).tolist()
+        receive = by_source.sum(1).tolist()
+        rows = _AllToAll.apply(x, send, receive, self.ep_group)
+        # Rows arrive by source rank, then expert; the experts want them by expert.
+        expert = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
+        order = expert.repeat_interleave(by_source.flatten()).argsort(stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        out = self.experts(rows[order], by_source.sum(0).tolist())
+        return _AllToAll.apply(out[back], receive, send, self.ep_group)
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert"
+
+
+def gather_experts(local: Tensor, ep_size: int) -> Tensor:
+    """All experts (E, ...) from every rank's (L, ...), on every rank."""
+    if ep_size == 1:
+        return local
+    group = groups._get_expert_parallel_group(group_name(ep_size))
+    parts = [torch.empty_like(local) for _ in range(ep_size)]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts)

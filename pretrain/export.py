@@ -1,0 +1,67 @@
+"""Exports a checkpoint: model.safetensors, config.json and tokenizer.model, all that evaluation needs.
+
+Offline, in one process: python pretrain/export.py --run runs/NAME [--step N] [--out DIR]
+"""
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from data_pipeline.errors import user_errors
+from model import ModelConfig
+from model.pretrained import save_weights
+from pretrain import checkpoint
+
+
+def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], tokenizer: Path) -> None:
+    """Writes the folder; the tokenizer goes first, so that weights never lack it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer, folder / "tokenizer.model.tmp")
+    os.replace(folder / "tokenizer.model.tmp", folder / "tokenizer.model")
+    save_weights(folder, config, weights)
+
+
+def export_run(run: Path, step: int | None, out: Path) -> Path:
+    """Exports one checkpoint of a run without starting ranks and returns the checkpoint's folder.
+
+    Raises:
+        FileNotFoundError: no such run or step.
+        ValueError: the checkpoint is not whole.
+    """
+    from pretrain.engine import convert_to_universal, universal_weights
+
+    if step is None:
+        folder, _ = checkpoint.newest(run)
+        if folder is None:
+            raise FileNotFoundError(f"{run} holds no whole checkpoint; give --run a folder of a training run")
+    else:
+        folder = run / "checkpoints" / f"step-{step}"
+        if not folder.is_dir():
+            have = ", ".join(map(str, checkpoint.steps(run))) or "none"
+            raise FileNotFoundError(f"{run} has no checkpoint of step {step}; it has {have}")
+    state, buffers = checkpoint.read(folder)
+    with tempfile.TemporaryDirectory(dir=run) as scratch:
+        convert_to_universal(folder, Path(scratch))
+        weights = dict(universal_weights(Path(scratch)))
+    write_export(out, ModelConfig.from_dict(state.model), weights | buffers, run / "tokenizer.model")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Export a training checkpoint for evaluation.")
+    parser.add_argument("--run", type=Path, required=True, help="run folder, for example runs/demo")
+    parser.add_argument("--step", type=int, help="checkpoint to export; default: the newest whole one")
+    parser.add_argument("--out", type=Path, help="folder to write; default: RUN/export")
+    arguments = parser.parse_args()
+    out = arguments.out or arguments.run / "export"
+    with user_errors(ValueError, OSError):
+        folder = export_run(arguments.run, arguments.step, out)
+        print(f"exported {folder} to {out}")
+
+
+if __name__ == "__main__":
+    main()

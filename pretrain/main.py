@@ -1,0 +1,203 @@
+"""Starts or continues a training run.
+
+    deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \\
+        --config pretrain/configs/demo.yaml [a.b=c ...]
+"""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from data_pipeline.errors import DataError, user_errors
+from data_pipeline.loader import Loader
+from data_pipeline.tokenizer import Tokenizer
+from model import ModelConfig
+from pretrain import checkpoint
+from pretrain.checkpoint import TrainingState
+from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
+from pretrain.export import write_export
+from pretrain.metrics import environment
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of, checked, before any process group exists."""
+
+    config: RunConfig
+    model_config: ModelConfig
+    ds_config: dict[str, Any]
+    loader: Loader
+    validation: Loader | None
+    micro_batch_size: int
+    state: TrainingState  # of step 0; a checkpoint must agree with it
+    resume_from: Path | None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+
+def main() -> None:
+    arguments = _parse()
+    with user_errors(ValueError, OSError):
+        run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
+    with user_errors(DataError):  # a shard that is found damaged when it is read
+        _train(run)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a ZeroModel with DeepSpeed.")
+    parser.add_argument("--config", required=True, help="YAML of the run, see pretrain/configs/")
+    parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to override")
+    return parser.parse_args()
+
+
+def prepare(config_path: str, ds_config_path: str, overrides: list[str]) -> Run:
+    """Reads and checks configs, data and checkpoint for this rank.
+
+    Raises:
+        ValueError, OSError: one line for the user.
+    """
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    config = load_run_config(config_path, overrides)
+    loader = _loader(config, "train", rank, world_size)
+    model_config = build_model_config(config, loader.vocab_size)
+    micro, accumulation = check_layout(config, model_config, world_size)
+    ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
+    state = TrainingState(
+        step=0,
+        model=model_config.to_dict(),
+        data_fingerprint=loader.fingerprint,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        world_size=world_size,
+        ep_size=config.ep_size,
+        zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+    )
+    validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
+    resume_from = _choose_checkpoint(config, state, announce=rank == 0)
+    return Run(config, model_config, ds_config, loader, validation, micro, state, resume_from)
+
+
+def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader:
+    loader = Loader(
+        Path(config.data.path),
+        config.data.sequence_length,
+        config.global_batch_size,
+        config.seed,
+        rank,
+        world_size,
+        split,
+    )
+    if config.data.tokenizer is not None:
+        ours, theirs = Tokenizer(Path(config.data.tokenizer)), Tokenizer(loader.tokenizer_path)
+        if ours.sha256 != theirs.sha256:
+            raise ValueError(
+                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not write the shards in "
+                f"{config.data.path} (sha256 {theirs.sha256[:12]}); leave data.tokenizer out to use theirs"
+            )
+    return loader
+
+
+def build_model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
+    """The model of a run: its vocabulary is the tokenizer's."""
+    given = config.model.get("vocab_size", vocab_size)
+    if given != vocab_size:
+        raise ValueError(
+            f"model.vocab_size={given} is not the tokenizer's {vocab_size}; leave it out of the config"
+        )
+    model_config = ModelConfig.from_dict({**config.model, "vocab_size": vocab_size})
+    if config.data.sequence_length > model_config.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length={config.data.sequence_length} exceeds model.max_position_embeddings="
+            f"{model_config.max_position_embeddings}; raise the latter"
+        )
+    return model_config
+
+
+def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) -> Path | None:
+    """The checkpoint to continue from, compatible with this run; None: start from the first step."""
+    run = Path(config.output_dir)
+    if config.resume == "none":
+        if checkpoint.steps(run):
+            raise ValueError(
+                f"output_dir={run} already holds checkpoints and resume=none would overwrite them; "
+                "use resume=auto or another output_dir"
+            )
+        return None
+    if config.resume == "auto":
+        folder, skipped = checkpoint.newest(run)
+        for line in skipped if announce else ():
+            print(f"warning: {line}")
+    else:
+        folder = Path(config.resume)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"resume={folder} does not exist; give a checkpoints/step-N folder")
+    if folder is None:
+        return None
+    found, _ = checkpoint.read(folder)
+    checkpoint.check_compatible(folder, found, state)
+    if found.step > config.max_steps:
+        raise ValueError(
+            f"checkpoint {folder} is at step {found.step}, beyond max_steps={config.max_steps}; raise max_steps"
+        )
+    if announce:
+        print(f"resuming from {folder}")
+    return folder
+
+
+def _train(run: Run) -> None:
+    # Imported late: deepspeed takes seconds, which a user with a misspelt key should not wait for.
+    from pretrain.engine import Engine, init_process_group, rank
+    from pretrain.trainer import Trainer
+
+    init_process_group()
+    engine = Engine(run.config, run.model_config, run.ds_config)
+    trainer = Trainer(
+        run.config, run.model_config, engine, run.loader, run.validation, run.micro_batch_size, run.state
+    )
+    if run.resume_from is not None:
+        trainer.step = checkpoint.load(engine, run.resume_from)
+    if rank() == 0:
+        _write_run_folder(run)
+    engine.barrier()
+    trainer.train()
+    weights = {}
+    for name, value in engine.full_weights():
+        if rank() == 0:
+            weights[name] = value.cpu()
+    if rank() == 0:
+        write_export(run.folder / "export", run.model_config, weights, run.loader.tokenizer_path)
+        (run.folder / "DONE").write_text(f"{trainer.step}\n")
+        print(f"done: {trainer.step} steps in {run.folder}, exported to {run.folder / 'export'}")
+    engine.barrier()
+    engine.close()
+
+
+def _write_run_folder(run: Run) -> None:
+    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "DONE").unlink(missing_ok=True)
+    resolved = {**asdict(run.config), "model": run.model_config.to_dict()}
+    OmegaConf.save(OmegaConf.create(resolved), run.folder / "config.yaml")
+    (run.folder / "ds_config.json").write_text(json.dumps(run.ds_config, indent=2))
+    (run.folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    shutil.copyfile(run.loader.tokenizer_path, run.folder / "tokenizer.model")
+    counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
+    print(
+        f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active a token), "
+        f"{run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
+        f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What a run tells: metrics.jsonl (a line a step), the step line, the progress bar, wandb."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pretrain.config import RunConfig
+
+# Dense bf16 peaks in TFLOP/s, from the vendor's data sheets.
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+
+
+def peak_tflops(config: RunConfig) -> float | None:
+    """The device's peak as configured or known from its name; None: unknown, so no MFU is reported."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git commit, for environment.json."""
+    root = Path(__file__).parent.parent
+    git = subprocess.run(
+        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    from importlib.metadata import version
+
+    return {
+        "python": platform.python_version(),
+        "packages": {p: version(p) for p in ("torch", "deepspeed", "sentencepiece", "webdataset", "numpy")},
+        "git_commit": git.stdout.strip() or None,
+        "machine": platform.platform(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "command": sys.argv,
+    }
+
+
+class MetricsLog:
+    """Writes the metrics of rank 0; resuming drops the lines of steps that will be run again."""
+
+    def __init__(self, config: RunConfig, run: Path, start_step: int) -> None:
+        self.config, self.start_step, self.started = config, start_step, time.perf_counter()
+        path = run / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
+        path.write_text("".join(kept))
+        self.file = path.open("a")
+        self.bar = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None)
+        self.wandb = _start_wandb(config, run)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Records one optimizer step; see Trainer for the fields."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.bar.update()
+        step = record["step"]
+        if step % self.config.log_every == 0 or step in (self.start_step + 1, self.config.max_steps):
+            tqdm.write(self._step_line(record), file=sys.stdout)
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in record.items() if not isinstance(v, list)}, step=step)
+
+    def _step_line(self, r: dict[str, Any]) -> str:
+        per_step = (time.perf_counter() - self.started) / (r["step"] - self.start_step)
+        eta = round(per_step * (self.config.max_steps - r["step"]))
+        load = f"{r['expert_load_max']:.2f}" if r["expert_load_max"] is not None else "-"
+        line = (
+            f"step {r['step']}/{self.config.max_steps} | loss {r['loss']:.4f} | grad_norm {r['grad_norm']:.3f} | "
+            f"lr {r['lr']:.2e} | tok/s {r['tokens_per_second']:,.0f} | data {100 * r['data_wait_fraction']:.0f}% | "
+            f"mem {r['memory_bytes'] / 2**30:.1f}G | depth {r['recurrence_depth']} | load max/mean {load} | "
+            f"eta {eta // 60}:{eta % 60:02d}"
+        )
+        if r["mfu"] is not None:
+            line += f" | mfu {100 * r['mfu']:.1f}%"
+        return line + (f" | val_loss {r['val_loss']:.4f}" if "val_loss" in r else "")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines only: a run killed while writing leaves half a line at the end."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _start_wandb(config: RunConfig, run: Path) -> Any:
+    if config.wandb.mode == "disabled":
+        return None
+    import wandb  # takes seconds to import; most runs do without
+
+    return wandb.init(
+        project=config.wandb.project, mode=config.wandb.mode, dir=run, name=run.name, config=asdict(config)
+    )

@@ -1,0 +1,155 @@
+"""The training loop: which batch, which depth, which learning rate, at which step."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import Batch, Loader
+from model import ModelConfig
+from model.losses import IGNORE_INDEX, LOSS_TABLE, total_loss
+from model.recurrence import sample_depth
+from pretrain import checkpoint
+from pretrain.checkpoint import TrainingState
+from pretrain.config import RunConfig
+from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
+from pretrain.metrics import MetricsLog, peak_tflops
+from pretrain.optim import learning_rate
+
+
+class Trainer:
+    """Runs optimizer steps start_step..max_steps; everything a step sees is a function of (config, step)."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_config: ModelConfig,
+        engine: Engine,
+        loader: Loader,
+        validation: Loader | None,
+        micro_batch_size: int,
+        initial_state: TrainingState,
+    ) -> None:
+        self.config, self.model_config, self.engine = config, model_config, engine
+        self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
+        self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
+        self.peak = peak_tflops(config)
+
+    def save(self) -> None:
+        state = dataclasses.replace(self.initial_state, step=self.step)
+        checkpoint.save(self.engine, self.run, state, rank())
+
+    def train(self) -> None:
+        """Runs to max_steps and leaves a checkpoint of the last step."""
+        log = MetricsLog(self.config, self.run, self.step) if rank() == 0 else None
+        with ThreadPoolExecutor(1) as reader:
+            batch = reader.submit(self.loader.batch, self.step)
+            while self.step < self.config.max_steps:
+                following = reader.submit(self.loader.batch, self.step + 1)
+                record = self._train_step(batch)
+                batch = following
+                if self.validation is not None and self.step % self.config.eval_every == 0:
+                    record["val_loss"] = self.validation_loss(self.validation)
+                if log is not None:
+                    log.write(record)
+                if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
+                    self.save()
+        if log is not None:
+            log.close()
+
+    def _train_step(self, pending: "Future[Batch]") -> dict[str, Any]:
+        """One optimizer step on this rank's rows; returns its line of metrics.jsonl."""
+        started = time.perf_counter()
+        batch = pending.result()
+        waited = time.perf_counter() - started
+        depth = sample_depth(self.model_config, self.config.seed, self.step)
+        lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
+        counts = self._global_counts(batch)
+        self.engine.train()
+        sums = torch.zeros(len(LOSS_TABLE), dtype=torch.float64, device=device())
+        for inputs in self._micro_batches(batch):
+            output = self.engine.forward(**inputs, num_steps=depth)
+            assert output.loss_sums is not None
+            sums += torch.stack([output.loss_sums[t.name].detach().double() for t in LOSS_TABLE])
+            self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
+            self.engine.step(lr)
+        loads = self._update_router_biases()
+        all_reduce_sum(sums)
+        self.step += 1
+        seconds = time.perf_counter() - started
+        tokens = self.config.global_batch_size * self.config.data.sequence_length
+        terms = {
+            t.name: float(s) / max(counts[t.counted_in], 1) for t, s in zip(LOSS_TABLE, sums, strict=True)
+        }
+        return {
+            "step": self.step,
+            "loss": terms["cross_entropy"],
+            **{f"loss_{name}": value for name, value in terms.items() if name != "cross_entropy"},
+            "grad_norm": self.engine.grad_norm(),
+            "lr": lr,
+            "tokens": self.step * tokens,
+            "target_tokens": counts["targets"],
+            "tokens_per_second": tokens / seconds,
+            "mfu": self._mfu(tokens / seconds, depth),
+            "recurrence_depth": depth,
+            "seconds": seconds,
+            "data_wait_fraction": waited / seconds,
+            "memory_bytes": peak_memory_bytes(),
+            "expert_load_max": max((max(x) * len(x) for x in loads), default=None),
+            "expert_load": loads,
+        }
+
+    def _global_counts(self, batch: Batch) -> dict[str, int]:
+        """What the loss terms are divided by: targets and rows of all ranks and micro-batches."""
+        targets = torch.tensor(int((batch.targets != IGNORE_INDEX).sum()), device=device())
+        return {"targets": int(all_reduce_sum(targets)), "rows": self.config.global_batch_size}
+
+    def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(batch.tokens), self.micro_batch_size):
+            rows = slice(start, start + self.micro_batch_size)
+            yield {
+                "tokens": torch.from_numpy(batch.tokens[rows]).to(device()).long(),
+                "targets": torch.from_numpy(batch.targets[rows]).to(device()).long(),
+                "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
+            }
+
+    def _update_router_biases(self) -> list[list[float]]:
+        """Once per optimizer step: loads of all ranks and micro-batches move every router's bias.
+
+        Returns:
+            Each MoE layer's share of tokens per expert.
+        """
+        layers = self.engine.model.moe_layers()
+        if not layers:
+            return []
+        loads = all_reduce_sum(torch.stack([layer.load for layer in layers]))
+        for layer, load in zip(layers, loads, strict=True):
+            layer.update_bias(load)
+        return [[n / max(sum(load), 1) for n in load] for load in loads.tolist()]
+
+    @torch.no_grad()
+    def validation_loss(self, loader: Loader) -> float:
+        """Mean cross-entropy per target over the first eval_batches of the validation split."""
+        self.engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=device())
+        for step in range(self.config.eval_batches):
+            batch = loader.batch(step)
+            totals[1] += int((batch.targets != IGNORE_INDEX).sum())
+            for inputs in self._micro_batches(batch):
+                output = self.engine.forward(**inputs)
+                assert output.loss_sums is not None
+                totals[0] += output.loss_sums["cross_entropy"].double()
+        all_reduce_sum(totals)
+        return float(totals[0] / totals[1].clamp(min=1))
+
+    def _mfu(self, tokens_per_second: float, depth: int) -> float | None:
+        """Model FLOPs utilisation against the devices' peak, without recomputation; None: peak unknown."""
+        if self.peak is None:
+            return None
+        flops = 3 * self.model_config.flops_per_token(self.config.data.sequence_length, depth)
+        return tokens_per_second * flops / (world_size() * self.peak * 1e12)

@@ -1,0 +1,228 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline import build as build_module
+from data_pipeline.build import build, main, summary
+from data_pipeline.errors import DataError
+from data_pipeline.loader import Loader
+from data_pipeline.recipe import load_recipe
+from data_pipeline.shards import TokenStream, open_manifest
+from data_pipeline.sources import read_documents
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.verify import verify
+
+RECIPES = Path(build_module.__file__).parent / "recipes"
+DEMO = RECIPES / "demo.yaml"
+RECIPE = {
+    "name": "test",
+    "seed": 1,
+    "validation_fraction": 0.1,
+    "tokenizer": {"vocab_size": 400, "train_bytes": 30_000},
+    "sources": [
+        {"name": "loops", "kind": "causal_loop", "weight": 2, "num_samples": 120, "levels": [1, 3]},
+        {"name": "prose", "kind": "text", "weight": 1, "files": ["prose.txt"]},
+    ],
+}
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    (tmp_path / "raw").mkdir()
+    text = "".join(
+        f"Chapter {i}. " + "Il était une fois ▁ 東京 \u2028 \t x.\n" * 60 + "\n" for i in range(40)
+    )
+    (tmp_path / "raw" / "prose.txt").write_text(text)
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path / "recipe.yaml"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_documents_come_back_shuffled_and_split(tmp_path, root, recipe_file):
+    recipe = load_recipe(recipe_file)
+    manifest = build(recipe, root, tmp_path / "out")
+    assert verify(tmp_path / "out") == manifest
+    tokenizer = Tokenizer(manifest.tokenizer_path)
+    for source in recipe.sources:
+        options = {k: v for k, v in source.items() if k not in ("name", "kind", "weight")}
+        published = list(read_documents(source["kind"], root, options))
+        found: dict[str, list[str]] = {}
+        for split, value in manifest.sources[source["name"]].splits.items():
+            stream = TokenStream(manifest, source["name"], split)
+            starts = stream.document_starts.tolist()
+            ids = [stream.read(a, b).tolist() for a, b in zip(starts, starts[1:], strict=False)]
+            assert all((i[0], i[-1]) == (2, 3) and 2 not in i[1:] and 3 not in i[:-1] for i in ids)
+            found[split] = [tokenizer.decode(i) for i in ids]
+            assert value.documents == len(ids)
+            assert value.text_bytes == sum(len(text.encode()) for text in found[split])
+        assert sorted(found["train"] + found["validation"]) == sorted(published)
+        assert 0 < len(found["validation"]) < 0.35 * len(published)
+        assert not set(found["train"]) & set(found["validation"])
+        assert found["train"] != [text for text in published if text in set(found["train"])]
+    assert "prose                validation" in summary(manifest)
+    assert Loader(tmp_path / "out", 32, 4, 0).batch(0).tokens.max() < tokenizer.vocab_size
+
+
+def test_two_builds_are_byte_identical(tmp_path, root, recipe_file):
+    for out in ("a", "b"):
+        build(load_recipe(recipe_file), root, tmp_path / out)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    build(load_recipe(recipe_file, ["seed=2"]), root, tmp_path / "c")
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+
+
+def test_second_build_into_the_same_folder(tmp_path, root, recipe_file, capsys):
+    out = tmp_path / "out"
+    recipe = load_recipe(recipe_file)
+    build(recipe, root, out)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    build(recipe, root, out)
+    assert "already holds this build" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(DataError, match="another recipe or data"):
+        build(load_recipe(recipe_file, ["tokenizer.vocab_size=401"]), root, out)
+    with (root / "prose.txt").open("a") as file:
+        file.write("one more line\n")
+    with pytest.raises(DataError, match="another recipe or data"):
+        build(recipe, root, out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+def test_interrupted_build_is_built_anew(tmp_path, root, recipe_file):
+    out = tmp_path / "out"
+    recipe = load_recipe(recipe_file)
+    whole = contents(build(recipe, root, out).path)
+    (out / "manifest.json").unlink()  # the last file to be written
+    (out / "loops-train-00000.tar").write_bytes(b"half")
+    (out / "loops-train-00007.tar.tmp").write_bytes(b"half")
+    build(recipe, root, out)
+    assert contents(out) == whole
+    (out / "manifest.json").unlink()
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds 'thesis.txt'"):
+        build(recipe, root, out)
+    assert set(contents(out)) == set(whole) - {"manifest.json"} | {"thesis.txt"}
+
+
+def test_killed_while_writing_leaves_no_manifest(tmp_path, root, recipe_file, monkeypatch):
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(build_module, "write_manifest", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build(load_recipe(recipe_file), root, out)
+    with pytest.raises(DataError, match="its build never finished"):
+        open_manifest(out)
+
+
+def test_no_validation_documents(tmp_path, root, recipe_file):
+    manifest = build(load_recipe(recipe_file, ["validation_fraction=0"]), root, tmp_path / "out")
+    assert manifest.sources["prose"].splits["validation"].shards == ()
+    assert Loader(tmp_path / "out", 32, 4, 0).rows["prose"] > 0
+    with pytest.raises(DataError, match="0 validation tokens"):
+        Loader(tmp_path / "out", 32, 4, 0, split="validation")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tokenizr.vocab_size=3"], "did you mean 'tokenizer'"),
+        (["tokenizer.vocab_sise=3"], "vocab_size"),
+        (["tokenizer.vocab_size=many"], "many"),
+        (["tokenizer.vocab_size=100"], "100.*raise tokenizer.vocab_size"),
+        (["tokenizer.train_bytes=0"], "train_bytes 0"),
+        (["validation_fraction=1"], "validation_fraction 1"),
+        (["seed"], "'seed' is not KEY=VALUE"),
+        (["sources.0.kind=causal"], "did you mean 'causal_loop'"),
+        (["sources.0.num_sample=3"], "did you mean 'num_samples'"),
+        (["sources.0.weight=0"], "weight 0"),
+        (["sources.0.weight=heavy"], "weight 'heavy'"),
+        (["sources.0.weight=0.0000001"], "'loops' has weight"),
+        (["sources.0.name=prose"], "two sources are named 'prose'"),
+        (["sources.0.name=../x"], "'../x'"),
+        (["sources=[]"], "no sources"),
+        (["sources.0.num_samples=0"], "no training documents"),
+        (["sources.1.files=[absent.txt]"], "absent.txt does not exist"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(root, recipe_file, tmp_path, capsys, overrides, message):
+    arguments = ["--recipe", recipe_file, "--out", tmp_path / "out", "--data", root, *overrides]
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", ["", "3", "- 3", "just text", "a: [", "name: x", "\udcff"])
+def test_recipe_files_that_are_none(tmp_path, text):
+    (tmp_path / "r.yaml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match="r.yaml") as error:
+        load_recipe(tmp_path / "r.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_command_lines_run_as_scripts(tmp_path):
+    folder = Path(build_module.__file__).parent
+    out = tmp_path / "demo"
+    command = [
+        sys.executable,
+        folder / "build.py",
+        "--recipe",
+        DEMO,
+        "--out",
+        out,
+        "sources.0.num_samples=60",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "causal_loop          train" in done.stdout
+    done = subprocess.run(
+        [sys.executable, folder / "verify.py", out], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (out / "causal_loop-train-00000.tar").unlink()
+    done = subprocess.run(
+        [sys.executable, folder / "verify.py", out], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_recipes_say_what_every_field_is():
+    for path in RECIPES.glob("*.yaml"):
+        recipe = load_recipe(path)
+        assert recipe.name == path.stem
+        lines = [line for line in path.read_text().splitlines() if ":" in line and not line.startswith("#")]
+        explained = {line.split("#")[0].split(":")[0].strip(" -") for line in lines if "#" in line}
+        fields = {line.split(":")[0].strip(" -") for line in lines}
+        assert fields - {"name", "kind", "weight", "sources", "tokenizer"} <= explained
+
+
+def test_real_recipe_on_a_slice_of_the_real_files(tmp_path, data_root):
+    overrides = ["sources.0.max_bytes=300000", "tokenizer.vocab_size=1000", "tokenizer.train_bytes=200000"]
+    overrides += [f"sources.{i}.max_documents=200" for i in range(4)]
+    manifest = build(load_recipe(RECIPES / "real_cpu.yaml", overrides), data_root, tmp_path / "out")
+    assert list(manifest.sources) == ["wiki", "gsm8k", "babi", "arc"]
+    for name, source in manifest.sources.items():
+        split = source.splits["train"]
+        assert split.documents > 0
+        assert 1.5 < split.text_bytes / split.tokens < 5, name
+    batch = Loader(tmp_path / "out", 128, 64, 0).batch(0)
+    assert {name for name, _ in batch.sample_ids} == set(manifest.sources)

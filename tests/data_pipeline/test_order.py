@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.order import MIXTURE_PERIOD, Order, key_of, mixture_table, permute
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])
+def test_permute_is_a_permutation(size):
+    for key in (0, 1, 2**64 - 1, key_of("x", size)):
+        assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+def test_permute_is_the_same_for_scalars_shapes_and_arrays():
+    whole = permute(np.arange(1000), 1000, 7)
+    assert [int(permute(i, 1000, 7)) for i in range(1000)] == whole.tolist()
+    assert np.array_equal(permute(np.arange(1000).reshape(10, 100), 1000, 7), whole.reshape(10, 100))
+    assert permute(np.zeros(0, dtype=np.int64), 5, 7).shape == (0,)
+
+
+def test_permute_does_not_change_between_versions():
+    """An old run must be resumable: these numbers may never change."""
+    assert permute(np.arange(10), 10, 42).tolist() == [6, 1, 2, 8, 9, 4, 7, 5, 0, 3]
+    assert int(permute(10**12 - 1, 10**12, 42)) == 634953924963
+
+
+def reference(index: int, size: int, key: int) -> int:
+    """The Feistel network in Python's own integers, one index at a time."""
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    while True:
+        left, right = index >> half, index % 2**half
+        for number in range(1, 7):
+            x = (right * 0xD1342543DE82EF95 + key + number * 0x9E3779B97F4A7C15) % 2**64
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (x ^ x >> 31) % 2**half
+        index = left << half | right
+        if index < size:
+            return index
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 64, 65, 10**6, 10**12, 2**62])
+def test_permute_equals_the_reference(size):
+    indices = np.unique(np.random.default_rng(0).integers(0, size, 50))
+    for key in (0, 42, 2**64 - 1):
+        assert permute(indices, size, key).tolist() == [reference(i, size, key) for i in indices.tolist()]
+
+
+def test_permute_mixes_and_depends_on_the_key():
+    size = 10_000
+    a, b = permute(np.arange(size), size, 1), permute(np.arange(size), size, 2)
+    assert np.mean(a == b) < 0.002
+    assert abs(np.corrcoef(np.arange(size), a)[0, 1]) < 0.04
+    # neighbours land anywhere: the mean distance of two random places is a third of the size
+    assert np.mean(np.abs(np.diff(a))) == pytest.approx(size / 3, rel=0.05)
+
+
+def test_permute_refuses_an_index_outside():
+    with pytest.raises(AssertionError):
+        permute(5, 5, 0)
+    with pytest.raises(AssertionError):
+        permute(-1, 5, 0)
+
+
+@pytest.mark.parametrize(
+    "weights", [[1], [1, 1], [0.5, 0.15, 0.25, 0.1], [1000, 1], [1, 2, 3, 4, 5, 6, 7], [0.1] * 13]
+)
+def test_mixture_follows_the_weights_at_every_prefix(weights):
+    table = mixture_table({str(i): w for i, w in enumerate(weights)})
+    shares = np.array(weights) / sum(weights)
+    one_hot = table[:, None] == np.arange(len(weights))
+    counts = one_hot.sum(axis=0)
+    assert counts.sum() == len(table) == MIXTURE_PERIOD
+    assert np.all(np.abs(counts - shares * MIXTURE_PERIOD) < 1)
+    ahead = np.cumsum(one_hot, axis=0) - np.arange(1, MIXTURE_PERIOD + 1)[:, None] * counts / MIXTURE_PERIOD
+    assert ahead.max() < 1
+    assert ahead.min() > -len(weights) / 2 - 1
+
+
+def test_mixture_refuses_a_weight_that_is_never_drawn():
+    with pytest.raises(DataError, match="'tiny' has weight 1e-06"):
+        mixture_table({"big": 1.0, "tiny": 1e-6})
+
+
+def test_locate_against_counting_one_by_one():
+    weights, rows = {"a": 0.6, "b": 0.3, "c": 0.1}, {"a": 70, "b": 1, "c": 13}
+    order = Order.of(weights, rows, seed=3)
+    sources, epochs, places = order.locate(np.arange(10_000))
+    table = mixture_table(weights)
+    drawn = dict.fromkeys(weights, 0)
+    for counter in range(10_000):
+        name = list(weights)[table[counter % len(table)]]
+        epoch, place = divmod(drawn[name], rows[name])
+        assert order.names[sources[counter]] == name
+        assert epochs[counter] == epoch
+        if counter % 97 == 0:
+            assert order.drawn(counter) == drawn
+            assert places[counter] == int(permute(place, rows[name], key_of(3, name, epoch)))
+        drawn[name] += 1
+
+
+def test_every_row_once_per_epoch_and_another_order_each_time():
+    order = Order.of({"a": 0.7, "b": 0.3}, {"a": 70, "b": 11}, seed=0)
+    sources, epochs, rows = order.locate(np.arange(3000))
+    orders = []
+    for number, size in ((0, 70), (1, 11)):
+        for epoch in range(int(epochs[sources == number].max())):
+            seen = rows[(sources == number) & (epochs == epoch)]
+            assert sorted(seen.tolist()) == list(range(size))
+            orders.append(seen.tolist())
+    assert len({tuple(x) for x in orders}) == len(orders)
+
+
+def test_locate_far_away_costs_the_same():
+    order = Order.of({"a": 0.7, "b": 0.3}, {"a": 70, "b": 11}, seed=0)
+    far = 10**12 + np.arange(5)
+    sources, epochs, rows = order.locate(far)
+    assert order.names == ("a", "b")
+    for counter, source, epoch in zip(far.tolist(), sources.tolist(), epochs.tolist(), strict=True):
+        assert epoch == order.drawn(counter)["ab"[source]] // (70, 11)[source]
+    assert np.all((rows >= 0) & (rows < np.array([70, 11])[sources]))

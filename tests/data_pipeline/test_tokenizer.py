@@ -1,0 +1,129 @@
+import random
+
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.causal_loop import generate, training_document
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+
+TEXT = [
+    "The quick brown fox, 12345 times, jumps over the lazy dog.\n\nA new paragraph -- naïve café, 東京!\n"
+    * 3,
+    "def f(x):\n    return x * 2  # two spaces\n\tand a tab\r\n" * 5,
+    "Question: Where is Mary?\nAnswer: bathroom" * 3,
+]
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(train_tokenizer(TEXT, 400, request.param))
+    return Tokenizer(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("")
+@example("\u2581")
+@example("\u2581\u2581 a \u2581b\u2581")
+@example("\0\x01\x7f")
+@example(" leading, double  spaces, trailing ")
+@example("<s></s><pad><unk><0x41>")
+@example("\ufeffBOM \u200b \u2028 \ufffd e\u0301 \u1100\u1161 ﬁ Ⅳ")
+@example("\r\n\t\v\f\n\n\n")
+@example("👩‍👩‍👧‍👦🏳️‍🌈" * 3)
+@example("x" * 5000)
+def test_round_trip_is_lossless(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text, bos=True, eos=True)
+    assert (ids[0], ids[-1]) == (2, 3)
+    assert ids[1:-1] == tokenizer.encode(text)
+    assert all(4 <= token < tokenizer.vocab_size for token in ids[1:-1])
+    assert tokenizer.decode(ids) == text
+
+
+def test_encode_equals_stock_sentencepiece(tokenizer, tmp_path):
+    """Where the text has no U+2581 nothing of ours is between it and sentencepiece."""
+    stock = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._processor.serialized_model_proto())
+    for text in TEXT:
+        assert tokenizer.encode(text) == stock.encode(text)
+    assert tokenizer.encode_batch(TEXT, bos=True) == [[2, *stock.encode(text)] for text in TEXT]
+    ids = (stock.pad_id(), stock.unk_id(), stock.bos_id(), stock.eos_id())
+    assert ids == (tokenizer.pad_id, 1, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2, 3)
+
+
+def test_digits_are_single_and_newlines_have_a_piece(tokenizer):
+    pieces = [tokenizer._processor.id_to_piece(i) for i in range(260, tokenizer.vocab_size)]
+    assert "\n" in "".join(pieces)
+    assert all(len(piece) == 1 for piece in pieces if any(c.isdigit() for c in piece))
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+def test_training_is_reproducible(model_type):
+    assert train_tokenizer(iter(TEXT), 400, model_type) == train_tokenizer(TEXT, 400, model_type)
+
+
+def test_long_documents_are_used_whole():
+    """sentencepiece alone drops a 'sentence' over 4192 bytes without a word."""
+    rng = random.Random(0)
+    words = [f"{'ab' * 20}{rng.choice('cdefgh')}zq" for _ in range(2000)]
+    long = train_tokenizer([" ".join(words)], 300, "bpe")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=long)
+    assert any("abab" in pieces.id_to_piece(i) for i in range(pieces.vocab_size()))
+
+
+def test_small_corpus_gives_fewer_pieces(tmp_path):
+    (tmp_path / "m").write_bytes(train_tokenizer(["ab"], 1000, "unigram"))
+    assert 260 < Tokenizer(tmp_path / "m").vocab_size < 270
+
+
+def test_causal_loop_alphabet_stays_single_characters(tmp_path):
+    """A near character-level vocabulary keeps every variable and digit a token of its own."""
+    texts = [training_document(s, 0.75) for s in generate(400, [1, 2, 3, 4], 0)]
+    (tmp_path / "m").write_bytes(train_tokenizer(texts, 336, "bpe"))
+    tokenizer = Tokenizer(tmp_path / "m")
+    for text in texts[:100]:
+        for token in tokenizer.encode(text):
+            piece = tokenizer.decode([token])
+            word = piece.isalpha() and piece in "Answer Trace loop"
+            assert len(piece) == 1 or word or not any(c.isalnum() for c in piece), piece
+
+
+@pytest.mark.parametrize("text", ["\ud800", "abc\udfffdef"])
+def test_lone_surrogate_is_refused(tokenizer, text):
+    with pytest.raises(DataError, match=f"character {text.index(text.strip('abcdef'))}"):
+        tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_unknown_id_is_refused(tokenizer, token):
+    with pytest.raises(DataError, match=str(token)):
+        tokenizer.decode([5, token])
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "kind", "message"),
+    [
+        ([], 400, "unigram", "no text"),
+        ([""], 400, "bpe", "no text"),
+        (TEXT, 270, "bpe", "270.*raise tokenizer.vocab_size"),
+        (TEXT, 400, "wordpiece", "wordpiece"),
+    ],
+)
+def test_training_refuses_what_cannot_work(texts, size, kind, message):
+    with pytest.raises(DataError, match=message) as error:
+        train_tokenizer(texts, size, kind)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_refuses_what_is_no_tokenizer(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        Tokenizer(tmp_path / "absent.model")
+    model = tokenizer._processor.serialized_model_proto()
+    for data in (b"", b"not a model", model[: len(model) // 2]):
+        (tmp_path / "bad.model").write_bytes(data)
+        with pytest.raises(DataError, match="bad.model"):
+            Tokenizer(tmp_path / "bad.model")

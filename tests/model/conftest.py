@@ -1,0 +1,63 @@
+"""Small models of every kind, with weights large enough that a mistake shows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from model import ModelConfig, ZeroModel
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "num_attention_heads": 3,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "intermediate_size": 40,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 9,
+}
+BLOCK = {"placement": "block", "num_prelude_layers": 1, "num_coda_layers": 1, "num_steps": 3}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "q_lora": {"q_lora_rank": 12},
+    "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "no_shared_expert": {"n_shared_experts": 0, "norm_topk_prob": False},
+    "dense": {"first_k_dense_replace": 3},
+    "wide_values": {"v_head_dim": 16},
+    "loop": {"recurrence": BLOCK},
+    "loop_concat_simple": {"recurrence": {**BLOCK, "injection": "concat", "update": "simple"}},
+    "loop_everything": {"first_k_dense_replace": 0, "recurrence": {"placement": "block", "num_steps": 2}},
+}
+
+
+@pytest.fixture
+def build() -> Callable[..., ZeroModel]:
+    def make(variant: str = "plain", seed: int = 0, **overrides: Any) -> ZeroModel:
+        config = ModelConfig.from_dict({**SMALL, **VARIANTS[variant], **overrides})
+        model = ZeroModel(config, seed=seed).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for layer in model.moe_layers():  # a balancing bias that changes choices
+            bias = layer.gate.e_score_correction_bias
+            bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
+        return model
+
+    return make
+
+
+@pytest.fixture(params=sorted(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 61, (3, 17), generator=torch.Generator().manual_seed(1))

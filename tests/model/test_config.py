@@ -1,0 +1,86 @@
+"""Counts against the built model, and errors that help."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import ModelConfig, ZeroModel
+from model.config import PRESETS
+
+from .conftest import BLOCK, SMALL, VARIANTS
+
+
+def test_parameter_counts_equal_the_built_model(build, variant):
+    model = build(variant)
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
+    assert config.num_parameters() == parameters
+    idle = config.n_routed_experts - config.num_experts_per_tok
+    unused = sum(idle * e.experts.w1[0].numel() * 3 for e in model.moe_layers())
+    assert config.num_parameters(active=True) == parameters - unused
+
+
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wide_values"}))
+@pytest.mark.parametrize("steps", [1, 4])
+def test_flops_equal_torchs_counter_to_one_percent(build, variant, steps):
+    model, (B, T) = build(variant), (2, 48)
+    # Full T x T attention by products that the counter sees; a mask keeps SDPA from cutting it in half.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.ones(B, T, dtype=torch.long), attention_mask=torch.ones(B, T), num_steps=steps)
+    expected = counter.get_total_flops()
+    # The value columns padded up to the query's width are work the formula rightly leaves out.
+    c = model.config
+    layers = c.num_hidden_layers + (steps - 1) * c.num_core_layers
+    padding = 2 * T * c.num_attention_heads * max(c.qk_head_dim - c.v_head_dim, 0) * layers * B * T
+    assert abs(c.flops_per_token(T, steps) * B * T / (expected - padding) - 1) < 0.01
+
+
+def test_round_trip_and_presets():
+    config = ModelConfig.from_dict({**SMALL, "recurrence": BLOCK})
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    for name in PRESETS:
+        preset = ModelConfig.from_dict({"preset": name, "hidden_size": 96, "recurrence": {"num_steps": 7}})
+        assert preset.hidden_size == 96
+        assert preset.recurrence.num_steps == 7
+        assert preset.kv_lora_rank == PRESETS[name]["kv_lora_rank"]
+        assert ModelConfig.from_dict(preset.to_dict()) == preset
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hiden_size": 8}, "model.hiden_size is not a key.*did you mean 'hidden_size'"),
+        ({"recurrence": {"num_step": 2}}, "did you mean 'num_steps'"),
+        ({"preset": "huge"}, "model.preset='huge' is unknown; choose one of nano"),
+        ({"hidden_size": 0}, "model.hidden_size=0 must be at least 1"),
+        ({"qk_rope_head_dim": 3}, "must be even"),
+        ({"n_group": 3}, "n_routed_experts=8 is not divisible by n_group=3"),
+        (
+            {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3},
+            "exceeds the 2 experts of the kept groups",
+        ),
+        ({"topk_group": 2}, r"topk_group=2 must lie in 1..n_group=1"),
+        ({"n_group": 8, "topk_group": 4}, "fewer than 2 experts a group"),
+        ({"recurrence": {"placement": "blok"}}, "placement='blok' is unknown; choose one of none, block"),
+        ({"recurrence": {"num_steps": 99}}, "num_steps=99 must lie in 1..max_steps=32"),
+        ({"recurrence": {**BLOCK, "num_coda_layers": 3}}, "leaves no core layer"),
+    ],
+)
+def test_impossible_values_are_refused_in_one_line(values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelConfig.from_dict(values)
+    assert "\n" not in str(caught.value)
+
+
+def test_initial_weights_depend_on_seed_and_name_alone(build):
+    one, two, other = build(), build(), build(seed=1)
+    for (name, a), b, c in zip(
+        one.state_dict().items(), two.state_dict().values(), other.state_dict().values()
+    ):
+        assert torch.equal(a, b), name
+        if "norm" not in name:
+            assert not torch.equal(a, c), name
+    rows = one.model.layers[1].mlp.experts.w1
+    assert not torch.equal(rows[0], rows[1])
+    wide = ZeroModel(ModelConfig.from_dict({**SMALL, "n_routed_experts": 8}))
+    assert torch.equal(wide.model.layers[1].mlp.experts.w1[:4], rows)

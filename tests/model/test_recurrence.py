@@ -1,0 +1,55 @@
+"""The Latent Reasoning Unit: unrolled by hand, and its depth sampler."""
+
+import pytest
+import torch
+
+from model import ModelConfig
+from model.recurrence import sample_depth
+
+from .conftest import BLOCK, SMALL
+
+
+@pytest.mark.parametrize("variant", ["loop", "loop_concat_simple"])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_loop_equals_its_unrolling(build, tokens, variant, steps):
+    model = build(variant)
+    net, lru = model.model, model.model.recurrence
+    context = model._context(tokens, None, None, None, None)
+    prelude, _ = net.layers[0](net.embed_tokens(tokens), context)
+    state = prelude
+    for _ in range(steps):
+        normed = lru.state_norm(state)
+        if variant == "loop":
+            candidate, _ = net.layers[1](normed + prelude, context)
+            z = torch.sigmoid(lru.gate(torch.cat((state, candidate), -1)))
+            state = (1 - z) * state + z * candidate
+        else:
+            state, _ = net.layers[1](lru.injection(torch.cat((normed, prelude), -1)), context)
+    out, _ = net.layers[2](lru.output_norm(state), context)
+    expected = model.lm_head(net.norm(out))
+    torch.testing.assert_close(model(tokens, num_steps=steps).logits, expected, rtol=0, atol=2e-5)
+
+
+def test_depth_changes_the_answer_and_every_step_gets_a_gradient(build, tokens):
+    model = build("loop")
+    assert (model(tokens, num_steps=1).logits - model(tokens, num_steps=2).logits).abs().max() > 1e-3
+    model(tokens, targets=tokens, num_steps=4).loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
+        model(tokens, num_steps=0)
+
+
+def test_sampled_depth_is_a_function_of_seed_and_step():
+    config = ModelConfig.from_dict(
+        {**SMALL, "recurrence": {**BLOCK, "num_steps": 8, "max_steps": 20, "depth_sampling": "poisson"}}
+    )
+    depths = [sample_depth(config, 0, step) for step in range(3000)]
+    assert depths == [sample_depth(config, 0, step) for step in range(3000)]
+    assert depths != [sample_depth(config, 1, step) for step in range(3000)]
+    assert min(depths) >= 1
+    assert max(depths) == 20  # clamped
+    # E[R] = r + 1 with r = num_steps - 1, since E[exp(N(log r - s^2/2, s))] = r; the clamp takes a little.
+    assert abs(sum(depths) / len(depths) - 8) < 0.5
+    assert {sample_depth(ModelConfig.from_dict({**SMALL, "recurrence": BLOCK}), 0, s) for s in range(9)} == {
+        3
+    }
