@@ -12,7 +12,7 @@ modulo 10 on a variable and a second operand (a digit or a variable):
 before it has a value. The trace copies each statement, fills in the values and gives the result
 (`B=A+2=3+2=5`), so every next character needs at most one look-up or one one-digit operation. In a loop a
 result ends with `!` if it changed its variable and with `;` if not, `|` starts the next pass and `}` follows
-a pass without any `!`.
+a pass without any `!`. The query stands once more at its end, or the answer would need two look-ups.
 
 Against guessing: answers are uniform over 0..9 (the digit is drawn first), operations that do nothing or
 erase their operand (`+0`, `-0`, `*1`, `*0`, `X-X`) are not used in generation, the query of levels 1 and 3
@@ -231,7 +231,7 @@ def _document(name: str, level: int, program: str, question: str, answer: int, t
         answer=answer,
         trace=trace,
         prompt_trace=f"{query}Trace:",
-        completion_trace=f" {trace}\nAnswer: {answer}",
+        completion_trace=f" {trace}?{question}\nAnswer: {answer}",
         prompt_direct=f"{query}Answer:",
         completion_direct=f" {answer}",
     )

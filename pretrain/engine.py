@@ -25,10 +25,11 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger, safe_get_full_fp32_param
+from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
+from model.transformer import DecoderLayer
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.expert_parallel import create_groups, expert_parallel_class, gather_experts, is_expert
 
@@ -98,6 +99,9 @@ class Engine:
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
         model = ZeroModel(model_config, expert_parallel_class(config.ep_size), seed=config.seed)
+        # ZeRO-3 gathers a decoder layer at once instead of each of its modules: at small sizes the hooks of
+        # single modules cost more than the arithmetic.
+        set_z3_leaf_modules(model, [DecoderLayer])
         optimizer = build_optimizer(model, config.optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

@@ -76,7 +76,9 @@ def test_every_step_needs_one_lookup_and_one_operation(samples):
 def test_texts_fit_together(samples):
     for s in samples:
         query = f"{s.program}?{s.question}\n"
-        assert s.prompt_trace + s.completion_trace == f"{query}Trace: {s.trace}\nAnswer: {s.answer}"
+        assert (
+            s.prompt_trace + s.completion_trace == f"{query}Trace: {s.trace}?{s.question}\nAnswer: {s.answer}"
+        )
         assert s.prompt_direct + s.completion_direct == f"{query}Answer: {s.answer}"
         assert len(s.prompt_trace + s.completion_trace) <= (180 if s.level in (1, 3) else 350)
 

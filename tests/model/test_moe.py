@@ -97,7 +97,7 @@ def test_balance_loss_follows_its_equation():
             f = 8 / (3 * length) * sum(e in chosen[t] for t in range(length))
             p = sum(scores[t, e] / scores[t].sum() for t in range(length)) / length
             expected += f * p
-    assert abs(float(balance) - float(expected)) < 1e-5
+    assert abs(float(balance.detach()) - float(expected.detach())) < 1e-5
 
 
 def test_bias_moves_towards_underloaded_experts_and_stays_centred():
