@@ -10,7 +10,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 RUN ?= runs/demo
 BUILD ?=
 TRAIN ?=
-EVAL ?= --num_samples 200
+EVAL ?= --num_samples 200 --batch_size 128
 REAL_RUN ?= runs/real_cpu
 LIMIT ?= 200
 

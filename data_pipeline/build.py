@@ -27,6 +27,7 @@ from data_pipeline.shards import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
+    EncodedDocument,
     Manifest,
     Source,
     Split,
@@ -36,9 +37,10 @@ from data_pipeline.shards import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import input_files, read_documents, require_file
+from data_pipeline.sources import Document, input_files, read_documents, require_file
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
+OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind
 OWN_FILES = re.compile(
     r"tokenizer\.model(\.tmp)?|manifest\.json\.tmp|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx)(\.tmp)?"
 )
@@ -69,12 +71,13 @@ def build(recipe: Recipe, root: Path, out: Path) -> Manifest:
     )
     dtype = token_dtype(tokenizer.vocab_size)
     sources = {}
-    for name in list(texts):
+    for source in recipe.sources:
+        name, mask = source["name"], source.get("mask_prompt", False)
         splits = texts.pop(name)
         sources[name] = Source(
             weights[name],
             {
-                split: _write_split(out, name, split, splits[split], tokenizer, recipe.seed, dtype)
+                split: _write_split(out, name, split, splits[split], tokenizer, recipe.seed, dtype, mask)
                 for split in SPLITS
             },
         )
@@ -94,7 +97,7 @@ def build(recipe: Recipe, root: Path, out: Path) -> Manifest:
 
 
 def _options(source: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in ("name", "kind", "weight")}
+    return {key: value for key, value in source.items() if key not in OWN_KEYS}
 
 
 def _build_hash(recipe: Recipe, root: Path) -> str:
@@ -119,21 +122,21 @@ def _clear(out: Path) -> None:
         (out / name).unlink()
 
 
-def _read(source: dict[str, Any], recipe: Recipe, root: Path) -> dict[str, list[str]]:
+def _read(source: dict[str, Any], recipe: Recipe, root: Path) -> dict[str, list[Document]]:
     """The documents of a source by split; equal documents always fall into the same split."""
-    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
     documents = read_documents(source["kind"], root, _options(source))
-    for text in tqdm(documents, desc=f"read {source['name']}", unit=" documents", disable=None):
-        digest = hashlib.sha256(f"{recipe.seed}/".encode() + text.encode()).digest()
+    for document in tqdm(documents, desc=f"read {source['name']}", unit=" documents", disable=None):
+        digest = hashlib.sha256(f"{recipe.seed}/".encode() + document.text.encode()).digest()
         held_out = int.from_bytes(digest[:8], "big") < recipe.validation_fraction * 2**64
-        texts["validation" if held_out else "train"].append(text)
+        texts["validation" if held_out else "train"].append(document)
     if not texts["train"]:
         raise DataError(f"source {source['name']!r} has no training documents: check its options")
     return texts
 
 
 def _train_tokenizer(
-    recipe: Recipe, weights: dict[str, float], texts: dict[str, list[str]], out: Path
+    recipe: Recipe, weights: dict[str, float], texts: dict[str, list[Document]], out: Path
 ) -> Tokenizer:
     total = sum(weights.values())
 
@@ -146,8 +149,9 @@ def _train_tokenizer(
             ):
                 if left <= 0:
                     break
-                left -= len(documents[i].encode())
-                yield documents[i]
+                text = documents[i].text
+                left -= len(text.encode())
+                yield text
 
     bar = tqdm(selection(), desc="train tokenizer", unit=" documents", disable=None)
     write_file(
@@ -157,19 +161,34 @@ def _train_tokenizer(
 
 
 def _write_split(
-    out: Path, name: str, split: str, texts: list[str], tokenizer: Tokenizer, seed: int, dtype: str
+    out: Path,
+    name: str,
+    split: str,
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    seed: int,
+    dtype: str,
+    mask_prompt: bool,
 ) -> Split:
     """Encode and write the documents in a shuffled order."""
-    order = permute(np.arange(len(texts)), max(1, len(texts)), key_of(seed, name, split))
+    order = permute(np.arange(len(documents)), max(1, len(documents)), key_of(seed, name, split))
     bar = tqdm(order, desc=f"encode {name} {split}", unit=" documents", disable=None)
-    encoded = (tokenizer.encode(texts[i], bos=True, eos=True) for i in bar)
+    encoded = (_encode(documents[i], tokenizer, mask_prompt) for i in bar)
     shards = write_shards(out, f"{name}-{split}", encoded, dtype)
     return Split(
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(len(text.encode()) for text in texts),
+        text_bytes=sum(len(document.text.encode()) for document in documents),
         shards=shards,
     )
+
+
+def _encode(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> EncodedDocument:
+    """A masked prompt is encoded by itself, so that the loss begins exactly where the completion does."""
+    if not mask_prompt:
+        return EncodedDocument(tokenizer.encode(document.text, bos=True, eos=True))
+    prompt = tokenizer.encode(document.prompt, bos=True)
+    return EncodedDocument(prompt + tokenizer.encode(document.completion, eos=True), len(prompt))
 
 
 def summary(manifest: Manifest) -> str:

@@ -1,9 +1,9 @@
 """Causal-loop programs (version 1, four levels) with worked traces.
 
-A program assigns one-digit values to variables named by capital letters; every operation is `+`, `-` or `*`
+A program assigns one-digit values to variables named A, B, C, ...; every operation is `+`, `-` or `*`
 modulo 10 on a variable and a second operand (a digit or a variable):
 
-    level 1  a chain                `K=3;B=K+2;X=B*2;D=X-1`                             ?D
+    level 1  a chain                `A=3;B=A+2;C=B*2;D=C-1`                             ?D
     level 2  a loop                 `Z=2;L=7;loop{L=Z*L;H=L*3;Z=H-L}`                   ?L
     level 3  chains that join       `A=3;B=A+2;C=7;D=C*2;E=B+D`                         ?E
     level 4  a loop inside a loop   `S=4;E=5;loop{loop{Q=S-E;E=Q-S};S=E-8}`             ?Q
@@ -162,7 +162,7 @@ def majority_answer(samples: Iterable[Sample]) -> int:
     return max(sorted(counts), key=counts.__getitem__)
 
 
-def training_document(sample: Sample, trace_fraction: float) -> str:
+def training_document(sample: Sample, trace_fraction: float) -> tuple[str, str]:
     """Prompt and completion with the trace for `trace_fraction` of the samples, without it for the others.
 
     The hash of the sample's id decides. Raises DataError for a fraction outside 0..1.
@@ -171,8 +171,8 @@ def training_document(sample: Sample, trace_fraction: float) -> str:
         raise DataError(f"trace_fraction {trace_fraction} is not in 0..1: mend the recipe")
     bucket = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
     if bucket < trace_fraction * 2**64:
-        return sample.prompt_trace + sample.completion_trace
-    return sample.prompt_direct + sample.completion_direct
+        return sample.prompt_trace, sample.completion_trace
+    return sample.prompt_direct, sample.completion_direct
 
 
 def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
@@ -201,7 +201,7 @@ def _sample(i: int, level: int, seed: int, split: str) -> Sample:
     rng = random.Random(f"causal_loop/{seed}/{split}/{level}/{i}")
     answer = rng.randrange(10)  # first, so that no answer is more common than another
     while True:
-        body, names = DRAW[level](rng, rng.sample(LETTERS, 8))
+        body, names = DRAW[level](rng, LETTERS[:8])
         for variant in variants(rng, body):
             run = Run()
             if not run.block(variant):

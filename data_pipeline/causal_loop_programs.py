@@ -77,12 +77,12 @@ def _chain(rng: random.Random, names: Sequence[str]) -> list[Statement]:
     return body
 
 
-def _draw_chain(rng: random.Random, names: list[str]) -> tuple[list[Statement], list[str]]:
+def _draw_chain(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
     used = names[: rng.randint(3, 6)]
     return _chain(rng, used), used[2:]
 
 
-def _draw_converging(rng: random.Random, names: list[str]) -> tuple[list[Statement], list[str]]:
+def _draw_converging(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
     """Two chains of 2 or 3 statements, their join, and perhaps one statement more; the query is at the join
     or after.
     """
@@ -96,7 +96,7 @@ def _draw_converging(rng: random.Random, names: list[str]) -> tuple[list[Stateme
     return body, names[join:end]
 
 
-def _draw_loop(rng: random.Random, names: list[str]) -> tuple[list[Statement], list[str]]:
+def _draw_loop(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
     """A cycle of 2 to 4 updates in any order, each reading the variable before it in the cycle."""
     variables = names[: rng.randint(2, 4)]
     updates = [_operation(rng, target, variables[k - 1], variables) for k, target in enumerate(variables)]
@@ -104,7 +104,7 @@ def _draw_loop(rng: random.Random, names: list[str]) -> tuple[list[Statement], l
     return [*_initial_values(rng, updates), Loop(tuple(updates))], variables
 
 
-def _draw_nested(rng: random.Random, names: list[str]) -> tuple[list[Statement], list[str]]:
+def _draw_nested(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
     """A cycle through 3 or 4 variables of which two neighbours are updated by an inner loop."""
     variables = names[: rng.randint(3, 4)]
     updates = [_operation(rng, target, variables[k - 1], variables) for k, target in enumerate(variables)]

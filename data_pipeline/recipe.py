@@ -29,7 +29,9 @@ class Recipe:
     seed: int = 0  # of the shuffle and of the choice of validation documents
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    sources: list[dict[str, Any]] = field(default_factory=list)  # {name, kind, weight, + options of the kind}
+    sources: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # {name, kind, weight, mask_prompt, + the kind's options}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,6 +102,9 @@ def _check(recipe: Recipe, path: Path) -> None:
         weight = source.get("weight")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
             raise DataError(f"recipe {path}: source {name!r} has weight {weight!r}: give a number above 0")
+        mask = source.get("mask_prompt", False)
+        if not isinstance(mask, bool):
+            raise DataError(f"recipe {path}: source {name!r} has mask_prompt {mask!r}: give true or false")
 
 
 def _one_line(error: Exception) -> str:

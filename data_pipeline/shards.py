@@ -2,9 +2,9 @@
 
 A data folder holds `manifest.json`, `tokenizer.model` and, for every source and split,
 `SOURCE-SPLIT-NNNNN.tar` with its `.idx`. A tar member (`SOURCE-SPLIT-NNNNN-MMMMMM.tokens`) holds up to 256
-documents: their number and their lengths as little-endian uint32, then their tokens as little-endian uint16
-(uint32 above 65,536 pieces). The `.idx` is two numpy arrays in a row: INDEX_DTYPE for the members, uint32 for
-the lengths of all documents.
+documents: their number, their lengths and the lengths of their masked prompts (0: none) as little-endian
+uint32, then their tokens as little-endian uint16 (uint32 above 65,536 pieces). The `.idx` is two numpy arrays
+in a row: INDEX_DTYPE for the members, DOCUMENT_DTYPE for all documents.
 
 Sizes, indices and the tokenizer are checked by `open_manifest`, a member's checksum when it is first read,
 the sha256 of everything by `verify.py`.
@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,7 +34,13 @@ SHARD_BYTES = 64 * 2**20
 EXTENSION = "tokens"
 # offset and size of the payload in the tar, in bytes
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("documents", "<u4"), ("crc32", "<u4")])
+DOCUMENT_DTYPE = np.dtype([("length", "<u4"), ("prompt", "<u4")])  # in tokens; prompt: the masked part
 REBUILD = "build it again with data_pipeline/build.py"
+
+
+class EncodedDocument(NamedTuple):
+    tokens: Sequence[int]
+    prompt_length: int = 0  # leading tokens that are not to be predicted
 
 
 @dataclass(frozen=True)
@@ -111,17 +117,23 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_shards(
-    folder: Path, prefix: str, documents: Iterable[Sequence[int]], dtype: str, shard_bytes: int = SHARD_BYTES
+    folder: Path,
+    prefix: str,
+    documents: Iterable[EncodedDocument],
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
 ) -> tuple[Shard, ...]:
-    """Write documents (token ids) as `folder/PREFIX-NNNNN.tar` + `.idx`, a new shard past `shard_bytes` of
+    """Write documents as `folder/PREFIX-NNNNN.tar` + `.idx`, a new shard past `shard_bytes` of
     tokens.
     """
     shards: list[Shard] = []
-    pending: list[np.ndarray] = []
+    pending: list[tuple[np.ndarray, int]] = []
     size = 0
     for document in documents:
-        pending.append(np.asarray(document, dtype=dtype))
-        size += pending[-1].nbytes
+        assert document.prompt_length <= len(document.tokens)
+        tokens = np.asarray(document.tokens, dtype=dtype)
+        pending.append((tokens, document.prompt_length))
+        size += tokens.nbytes
         if size >= shard_bytes:
             shards.append(_write_shard(folder, f"{prefix}-{len(shards):05d}", pending))
             pending, size = [], 0
@@ -130,18 +142,19 @@ def write_shards(
     return tuple(shards)
 
 
-def _write_shard(folder: Path, stem: str, documents: list[np.ndarray]) -> Shard:
+def _write_shard(folder: Path, stem: str, documents: list[tuple[np.ndarray, int]]) -> Shard:
     import webdataset  # here, because it imports torch: seconds that readers need not spend
 
-    lengths = np.array([len(document) for document in documents], dtype="<u4")
+    lengths = np.array([(len(tokens), prompt) for tokens, prompt in documents], dtype=DOCUMENT_DTYPE)
     checksums = []
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, encoder=False, mtime=0) as writer:
         for number, start in enumerate(range(0, len(documents), MEMBER_DOCUMENTS)):
             stop = start + MEMBER_DOCUMENTS
-            header = np.concatenate([[len(lengths[start:stop])], lengths[start:stop]]).astype("<u4")
-            payload = header.tobytes() + b"".join(document.tobytes() for document in documents[start:stop])
-            checksums.append((len(documents[start:stop]), zlib.crc32(payload)))
+            part, sizes = documents[start:stop], lengths[start:stop]
+            header = np.concatenate([[len(part)], sizes["length"], sizes["prompt"]]).astype("<u4")
+            payload = header.tobytes() + b"".join(tokens.tobytes() for tokens, _ in part)
+            checksums.append((len(part), zlib.crc32(payload)))
             writer.write({"__key__": f"{stem}-{number:06d}", EXTENSION: payload})
     data = buffer.getvalue()
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:  # where tarfile itself finds the payloads
@@ -160,7 +173,7 @@ def _write_shard(folder: Path, stem: str, documents: list[np.ndarray]) -> Shard:
         index_sha256=hashlib.sha256(index.getvalue()).hexdigest(),
         members=len(members),
         documents=len(documents),
-        tokens=int(lengths.sum(dtype=np.int64)),
+        tokens=int(lengths["length"].sum(dtype=np.int64)),
     )
     write_file(folder / shard.file, data)
     write_file(folder / shard.index_file, index.getvalue())
@@ -225,7 +238,7 @@ def _check_identity(folder: Path, shard: Shard) -> None:
 
 
 def read_index(folder: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-    """(members of INDEX_DTYPE, document lengths uint32) of a shard whose index passed its checks."""
+    """(members of INDEX_DTYPE, documents of DOCUMENT_DTYPE) of a shard whose index passed its checks."""
     with (folder / shard.index_file).open("rb") as file:
         return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
 
@@ -262,6 +275,7 @@ class TokenStream:
     """The documents of one source and split, end to end, with random access by token.
 
     `document_starts` (documents + 1,) int64: the first token of each document, then the number of tokens.
+    `prompt_ends` (documents,) int64: the first token of each document that is to be predicted.
     """
 
     def __init__(self, manifest: Manifest, source: str, split: str) -> None:
@@ -269,8 +283,9 @@ class TokenStream:
         self._dtype = np.dtype(manifest.dtype)
         self._shards = manifest.sources[source].splits[split].shards
         indices = [read_index(self._folder, shard) for shard in self._shards]
-        lengths = np.concatenate([np.zeros(1, dtype=np.int64), *(lengths for _, lengths in indices)])
-        self.document_starts = np.cumsum(lengths, dtype=np.int64)
+        documents = np.concatenate([np.zeros(0, DOCUMENT_DTYPE), *(documents for _, documents in indices)])
+        self.document_starts = np.concatenate([[0], np.cumsum(documents["length"], dtype=np.int64)])
+        self.prompt_ends = self.document_starts[:-1] + documents["prompt"]
         self.tokens = int(self.document_starts[-1])
         self._members = np.concatenate([np.zeros(0, INDEX_DTYPE), *(members for members, _ in indices)])
         self._shard_of = np.repeat(np.arange(len(indices)), [len(members) for members, _ in indices])
@@ -303,4 +318,4 @@ class TokenStream:
                 path = self._folder / self._shards[number].file
                 raise DataError(f"{path} member {name:06d}: its checksum differs, it is damaged: {REBUILD}")
             self._verified[member] = True
-        return payload[4 * (1 + int(entry["documents"])) :].view(self._dtype)
+        return payload[4 * (1 + 2 * int(entry["documents"])) :].view(self._dtype)

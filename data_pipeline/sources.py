@@ -30,6 +30,17 @@ MIN_TEXT_DOCUMENT = (
 )
 
 
+class Document(NamedTuple):
+    """One training text: what is asked ("" for running text) and what follows it."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.completion
+
+
 @dataclass(frozen=True)
 class Problem:
     """One question. `choices` are full continuations as scored (" text"); target == choices[gold] if there
@@ -254,15 +265,15 @@ def input_files(kind: str, options: Mapping[str, Any]) -> list[str]:
     return list(entry.files(parsed))
 
 
-def read_documents(kind: str, root: Path, options: Mapping[str, Any]) -> Iterator[str]:
-    """Training text of a source kind, one document (prompt + target) at a time; training files only.
+def read_documents(kind: str, root: Path, options: Mapping[str, Any]) -> Iterator[Document]:
+    """Training text of a source kind, one document at a time; training files only.
 
     Raises DataError for an unknown kind or option (naming the nearest), a wrong type and a missing file.
     """
     entry, parsed = _parse(kind, options)
     size = 0
     for count, document in enumerate(entry.read([Path(root) / file for file in entry.files(parsed)], parsed)):
-        size += len(document.encode())
+        size += len(document.text.encode())
         if isinstance(parsed, FixedOptions) and (
             (parsed.max_documents is not None and count >= parsed.max_documents)
             or (parsed.max_bytes is not None and size > parsed.max_bytes)
@@ -274,7 +285,7 @@ def read_documents(kind: str, root: Path, options: Mapping[str, Any]) -> Iterato
 class _Kind(NamedTuple):
     options: type
     files: Callable[[Any], Sequence[str]]
-    read: Callable[[list[Path], Any], Iterator[str]]
+    read: Callable[[list[Path], Any], Iterator[Document]]
 
 
 def _parse(kind: str, options: Mapping[str, Any]) -> tuple[_Kind, Any]:
@@ -283,21 +294,21 @@ def _parse(kind: str, options: Mapping[str, Any]) -> tuple[_Kind, Any]:
     return KINDS[kind], structured(KINDS[kind].options, options, f"options of source kind {kind!r}")
 
 
-def _problems(read: Callable[[Path], Iterator[Problem]]) -> Callable[[list[Path], Any], Iterator[str]]:
-    return lambda paths, _: (problem.prompt + problem.target for path in paths for problem in read(path))
+def _problems(read: Callable[[Path], Iterator[Problem]]) -> Callable[[list[Path], Any], Iterator[Document]]:
+    return lambda paths, _: (Document(p.prompt, p.target) for path in paths for p in read(path))
 
 
-def _texts(read: Callable[[Path], Iterator[str]]) -> Callable[[list[Path], Any], Iterator[str]]:
-    return lambda paths, _: (text for path in paths for text in read(path))
+def _texts(read: Callable[[Path], Iterator[str]]) -> Callable[[list[Path], Any], Iterator[Document]]:
+    return lambda paths, _: (Document("", text) for path in paths for text in read(path))
 
 
-def _read_babi_documents(paths: list[Path], options: BabiOptions) -> Iterator[str]:
-    return (problem.prompt + problem.target for problem in read_babi(paths[0], "train", options.size))
+def _read_babi_documents(paths: list[Path], options: BabiOptions) -> Iterator[Document]:
+    return (Document(p.prompt, p.target) for p in read_babi(paths[0], "train", options.size))
 
 
-def _read_causal_loop(_: list[Path], options: CausalLoopOptions) -> Iterator[str]:
+def _read_causal_loop(_: list[Path], options: CausalLoopOptions) -> Iterator[Document]:
     for sample in causal_loop.generate(options.num_samples, options.levels, options.seed, "train"):
-        yield causal_loop.training_document(sample, options.trace_fraction)
+        yield Document(*causal_loop.training_document(sample, options.trace_fraction))
 
 
 _ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")

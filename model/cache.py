@@ -27,8 +27,8 @@ class LatentCache:
                 grown[:, : self.length] = held[:, : self.length]
             elif self.length:
                 raise ValueError(
-                    f"loop step {step + 1} of layer {layer} has no cached latents for the first {self.length} "
-                    "tokens: the number of loop steps must not grow while a cache is in use"
+                    f"loop step {step + 1} of layer {layer} has no cached latents for the first "
+                    f"{self.length} tokens: the number of loop steps must not grow while a cache is in use"
                 )
             self._slots[slot] = held = grown
         held[:, self.length : total] = latent

@@ -31,7 +31,7 @@ class ModelConfig:
         ValueError: a size or switch is impossible; the line names the value, the limit and the mend.
     """
 
-    preset: str | None = None  # nano | small: start from a named set of sizes, other keys override it
+    preset: str | None = None  # nano: start from a named set of sizes, other keys override it
     vocab_size: int = 8192
     hidden_size: int = 256
     num_hidden_layers: int = 4  # distinct layers; a looped layer counts once
@@ -98,7 +98,8 @@ class ModelConfig:
         for name, allowed in _CHOICES.items():
             if getattr(r, name) not in allowed:
                 raise ValueError(
-                    f"model.recurrence.{name}={getattr(r, name)!r} is unknown; choose one of {', '.join(allowed)}"
+                    f"model.recurrence.{name}={getattr(r, name)!r} is unknown; "
+                    f"choose one of {', '.join(allowed)}"
                 )
         if not 1 <= r.num_steps <= r.max_steps:
             raise ValueError(
@@ -198,7 +199,7 @@ class ModelConfig:
         return total + 2.0 * self._recurrence_weights() * steps
 
 
-_POSITIVE = [
+_POSITIVE = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -213,7 +214,7 @@ _POSITIVE = [
     "num_experts_per_tok",
     "moe_intermediate_size",
     "n_group",
-]
+)
 
 _CHOICES = {
     "placement": ("none", "block"),

@@ -84,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """Summed cross-entropy in fp32 of hidden (N, D) under a head (V, D); IGNORE_INDEX targets (N,) are left out.
+    """Summed cross-entropy in fp32 of hidden (N, D) under a head (V, D), without IGNORE_INDEX targets (N,).
 
     Holds `chunk` rows of logits at a time.
     """

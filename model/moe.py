@@ -23,7 +23,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, D) -> weights (N, K) in fp32, chosen experts (N, K), affinities (N, E) in fp32 (eq. 12-16)."""
+        """x (N, D) -> weights (N, K), chosen experts (N, K), affinities (N, E), in fp32 (eq. 12-16)."""
         c = self.config
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         chosen = (scores.detach() + self.e_score_correction_bias.float()).masked_fill_(
@@ -117,7 +117,7 @@ class MoE(nn.Module):
         return out.view_as(x), balance
 
     def _balance(self, chosen: Tensor, scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens per expert (E,) and the sequence-wise balance loss summed over rows (eq. 17-20, alpha = 1)."""
+        """Tokens per expert (E,) and the rows' summed sequence-wise balance loss (eq. 17-20, alpha = 1)."""
         B, T = real.shape
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         picked = F.one_hot(chosen, E).sum(1).view(B, T, E) * real[..., None]

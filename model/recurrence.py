@@ -12,6 +12,10 @@ from .config import ModelConfig
 from .layers import RMSNorm
 
 
+# The gate starts nearly open, so that an untrained loop moves its state by most of what the core says.
+GATE_BIAS = 2.0
+
+
 class LatentReasoningUnit(nn.Module):
     """Carries a latent state through R passes of the core layers.
 

@@ -19,7 +19,7 @@ from .generate import generate
 from .layers import RMSNorm, SwiGLU, rotary_tables
 from .losses import IGNORE_INDEX, chunked_cross_entropy, total_loss
 from .moe import Experts, MoE
-from .recurrence import LatentReasoningUnit
+from .recurrence import GATE_BIAS, LatentReasoningUnit
 
 
 class ModelOutput(NamedTuple):
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, context: AttentionContext, num_steps: int) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) -> normed hidden states (B, T, D) and the balance loss summed over rows and layers."""
+        """tokens (B, T) -> normed hidden states (B, T, D) and the balance loss of all rows and layers."""
         x = self.embed_tokens(tokens)
         first, last = self._core_range()
         x, balance = self._run(range(first), x, context)
@@ -237,7 +237,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                 for row, expert in zip(parameter, module.expert_ids, strict=True):
                     _fill(row, model, f"{seed}:{full_name}:{expert}")
             elif name == "bias":
-                parameter.zero_()
+                parameter.fill_(GATE_BIAS)  # the recurrence gate has the only bias
             elif isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
             else:

@@ -100,7 +100,7 @@ def steps(run: Path) -> list[int]:
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a line for every newer folder that is damaged."""
-    skipped = []
+    skipped: list[str] = []
     for step in steps(run):
         folder = run / "checkpoints" / f"step-{step}"
         problem = damage(folder)

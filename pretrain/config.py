@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -83,12 +83,13 @@ def load_run_config(path: str, overrides: list[str]) -> RunConfig:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form a.b=c")
     try:
-        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(given, resolve=True)
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
+        given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        values: Any = OmegaConf.to_container(given, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"config {path} cannot be read: {_first_line(error)}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
     reject_unknown_keys(values, RunConfig)
     model_values = values.pop("model", None) or {}
     config = typing.cast(RunConfig, _typed(RunConfig, values))

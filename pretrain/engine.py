@@ -4,11 +4,13 @@ With expert_parallel.py the only file that imports deepspeed.
 """
 
 import argparse
+import atexit
 import fcntl
 import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -34,6 +36,8 @@ from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.expert_parallel import create_groups, expert_parallel_class, gather_experts, is_expert
 
 logger.setLevel(logging.WARNING)
+# DeepSpeed's own calls, which a user can do nothing about.
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def init_process_group() -> None:
@@ -45,7 +49,15 @@ def init_process_group() -> None:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    atexit.register(_remove_shared_memory)
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def _remove_shared_memory() -> None:
+    """Deletes this rank's communication buffer, 66 MiB of memory that DeepSpeed leaves behind on a CPU."""
+    parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"])
+    name = "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def prepare_extensions() -> None:

@@ -101,8 +101,8 @@ def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader
         ours, theirs = Tokenizer(Path(config.data.tokenizer)), Tokenizer(loader.tokenizer_path)
         if ours.sha256 != theirs.sha256:
             raise ValueError(
-                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not write the shards in "
-                f"{config.data.path} (sha256 {theirs.sha256[:12]}); leave data.tokenizer out to use theirs"
+                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not write the shards "
+                f"in {config.data.path} (sha256 {theirs.sha256[:12]}); leave data.tokenizer out to use theirs"
             )
     return loader
 
@@ -147,7 +147,8 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
     checkpoint.check_compatible(folder, found, state)
     if found.step > config.max_steps:
         raise ValueError(
-            f"checkpoint {folder} is at step {found.step}, beyond max_steps={config.max_steps}; raise max_steps"
+            f"checkpoint {folder} is at step {found.step}, beyond max_steps={config.max_steps}; "
+            "raise max_steps"
         )
     if announce:
         print(f"resuming from {folder}")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,8 @@ def peak_tflops(config: RunConfig) -> float | None:
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit, for environment.json."""
     root = Path(__file__).parent.parent
-    git = subprocess.run(
-        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    from importlib.metadata import version
-
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "packages": {p: version(p) for p in ("torch", "deepspeed", "sentencepiece", "webdataset", "numpy")},
@@ -74,16 +72,23 @@ class MetricsLog:
     def _step_line(self, r: dict[str, Any]) -> str:
         per_step = (time.perf_counter() - self.started) / (r["step"] - self.start_step)
         eta = round(per_step * (self.config.max_steps - r["step"]))
-        load = f"{r['expert_load_max']:.2f}" if r["expert_load_max"] is not None else "-"
-        line = (
-            f"step {r['step']}/{self.config.max_steps} | loss {r['loss']:.4f} | grad_norm {r['grad_norm']:.3f} | "
-            f"lr {r['lr']:.2e} | tok/s {r['tokens_per_second']:,.0f} | data {100 * r['data_wait_fraction']:.0f}% | "
-            f"mem {r['memory_bytes'] / 2**30:.1f}G | depth {r['recurrence_depth']} | load max/mean {load} | "
-            f"eta {eta // 60}:{eta % 60:02d}"
-        )
+        load = r["expert_load_max"]
+        parts = [
+            f"step {r['step']}/{self.config.max_steps}",
+            f"loss {r['loss']:.4f}",
+            f"grad_norm {r['grad_norm']:.3f}",
+            f"lr {r['lr']:.2e}",
+            f"tok/s {r['tokens_per_second']:,.0f}",
+            f"data {100 * r['data_wait_fraction']:.0f}%",
+            f"mem {r['memory_bytes'] / 2**30:.1f}G",
+            f"depth {r['recurrence_depth']}",
+            "load max/mean -" if load is None else f"load max/mean {load:.2f}",
+        ]
         if r["mfu"] is not None:
-            line += f" | mfu {100 * r['mfu']:.1f}%"
-        return line + (f" | val_loss {r['val_loss']:.4f}" if "val_loss" in r else "")
+            parts.append(f"mfu {100 * r['mfu']:.1f}%")
+        if "val_loss" in r:
+            parts.append(f"val_loss {r['val_loss']:.4f}")
+        return " | ".join([*parts, f"eta {eta // 60}:{eta % 60:02d}"])
 
     def close(self) -> None:
         self.bar.close()
@@ -104,6 +109,5 @@ def _start_wandb(config: RunConfig, run: Path) -> Any:
         return None
     import wandb  # takes seconds to import; most runs do without
 
-    return wandb.init(
-        project=config.wandb.project, mode=config.wandb.mode, dir=run, name=run.name, config=asdict(config)
-    )
+    mode: Any = config.wandb.mode
+    return wandb.init(project=config.wandb.project, mode=mode, dir=run, name=run.name, config=asdict(config))

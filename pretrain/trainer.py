@@ -84,7 +84,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         tokens = self.config.global_batch_size * self.config.data.sequence_length
         terms = {
-            t.name: float(s) / max(counts[t.counted_in], 1) for t, s in zip(LOSS_TABLE, sums, strict=True)
+            term.name: float(value) / max(counts[term.counted_in], 1)
+            for term, value in zip(LOSS_TABLE, sums, strict=True)
         }
         return {
             "step": self.step,

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.shards import Manifest, Source, Split, write_file, write_manifest, write_shards
+from data_pipeline.shards import (
+    EncodedDocument,
+    Manifest,
+    Source,
+    Split,
+    write_file,
+    write_manifest,
+    write_shards,
+)
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 
 Documents = dict[str, dict[str, list[list[int]]]]  # source -> split -> documents
@@ -15,6 +23,11 @@ Documents = dict[str, dict[str, list[list[int]]]]  # source -> split -> document
 def random_documents(seed: int, count: int, longest: int) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [[2, *rng.integers(4, 260, rng.integers(0, longest)).tolist(), 3] for _ in range(count)]
+
+
+def prompt_length(source: str, text: list[int]) -> int:
+    """Documents of "long" have masked prompts of every kind: none, a part, nearly all."""
+    return sum(text) % len(text) if source == "long" else 0
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +49,8 @@ def make_folder() -> Callable[..., Path]:
         for name, splits in documents.items():
             written = {}
             for split, texts in splits.items():
-                shards = write_shards(folder, f"{name}-{split}", texts, "<u2", shard_bytes)
+                encoded = [EncodedDocument(text, prompt_length(name, text)) for text in texts]
+                shards = write_shards(folder, f"{name}-{split}", encoded, "<u2", shard_bytes)
                 written[split] = Split(len(texts), sum(map(len, texts)), 0, shards)
             sources[name] = Source(0.75 if name == "short" else 0.25, written)
         write_manifest(

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from data_pipeline import build as build_module
-from data_pipeline.build import build, main, summary
+from data_pipeline.build import OWN_KEYS, build, main, summary
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader
 from data_pipeline.recipe import load_recipe
@@ -24,7 +24,14 @@ RECIPE = {
     "validation_fraction": 0.1,
     "tokenizer": {"vocab_size": 400, "train_bytes": 30_000},
     "sources": [
-        {"name": "loops", "kind": "causal_loop", "weight": 2, "num_samples": 120, "levels": [1, 3]},
+        {
+            "name": "loops",
+            "kind": "causal_loop",
+            "weight": 2,
+            "num_samples": 120,
+            "levels": [1, 3],
+            "mask_prompt": True,
+        },
         {"name": "prose", "kind": "text", "weight": 1, "files": ["prose.txt"]},
     ],
 }
@@ -56,8 +63,9 @@ def test_documents_come_back_shuffled_and_split(tmp_path, root, recipe_file):
     assert verify(tmp_path / "out") == manifest
     tokenizer = Tokenizer(manifest.tokenizer_path)
     for source in recipe.sources:
-        options = {k: v for k, v in source.items() if k not in ("name", "kind", "weight")}
-        published = list(read_documents(source["kind"], root, options))
+        options = {k: v for k, v in source.items() if k not in OWN_KEYS}
+        documents = list(read_documents(source["kind"], root, options))
+        published = [document.text for document in documents]
         found: dict[str, list[str]] = {}
         for split, value in manifest.sources[source["name"]].splits.items():
             stream = TokenStream(manifest, source["name"], split)
@@ -66,6 +74,11 @@ def test_documents_come_back_shuffled_and_split(tmp_path, root, recipe_file):
             assert all((i[0], i[-1]) == (2, 3) and 2 not in i[1:] and 3 not in i[:-1] for i in ids)
             found[split] = [tokenizer.decode(i) for i in ids]
             assert value.documents == len(ids)
+            if source.get("mask_prompt"):
+                prompts = [d[:n] for d, n in zip(ids, stream.prompt_ends - starts[:-1], strict=True)]
+                assert {tokenizer.decode(p) for p in prompts} <= {d.prompt for d in documents}
+            else:
+                assert stream.prompt_ends.tolist() == starts[:-1]
             assert value.text_bytes == sum(len(text.encode()) for text in found[split])
         assert sorted(found["train"] + found["validation"]) == sorted(published)
         assert 0 < len(found["validation"]) < 0.35 * len(published)

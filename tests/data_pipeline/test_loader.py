@@ -8,14 +8,21 @@ from data_pipeline.loader import Loader
 from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.shards import TokenStream, open_manifest
 
+from .conftest import prompt_length
 
-def brute_force_rows(texts: list[list[int]], length: int) -> list[tuple[list[int], list[int], list[int]]]:
+
+def brute_force_rows(
+    source: str, texts: list[list[int]], length: int
+) -> list[tuple[list[int], list[int], list[int]]]:
     """(tokens, targets, segment starts) of every row, token by token."""
     stream = [(token, d, i) for d, text in enumerate(texts) for i, token in enumerate(text)]
     rows = []
     for r in range(len(stream) // length):
         part = stream[r * length : (r + 1) * length]
-        targets = [texts[d][i + 1] if i + 1 < len(texts[d]) else IGNORE_INDEX for _, d, i in part]
+        targets = []
+        for _, d, i in part:
+            predicted = prompt_length(source, texts[d]) <= i + 1 < len(texts[d])
+            targets.append(texts[d][i + 1] if predicted else IGNORE_INDEX)
         starts = [0] + [k for k in range(1, length) if part[k][1] != part[k - 1][1]]
         rows.append(([token for token, _, _ in part], targets, starts))
     return rows
@@ -25,7 +32,7 @@ def brute_force_rows(texts: list[list[int]], length: int) -> list[tuple[list[int
 @pytest.mark.parametrize("source", ["short", "long"])
 def test_packing_equals_brute_force_on_every_row(folder, documents, source, length):
     packing = ConcatPacking(TokenStream(open_manifest(folder), source, "train"), length)
-    expected = brute_force_rows(documents[source]["train"], length)
+    expected = brute_force_rows(source, documents[source]["train"], length)
     assert packing.rows == len(expected)
     total = sum(map(len, documents[source]["train"]))
     assert packing.rows * length + packing.dropped_tokens == total
@@ -53,7 +60,7 @@ def test_row_that_ends_with_the_corpus(tmp_path, make_folder):
 
 def test_batches_hold_the_rows_they_name(folder, documents):
     loader = Loader(folder, 32, 12, seed=5)
-    expected = {name: brute_force_rows(splits["train"], 32) for name, splits in documents.items()}
+    expected = {name: brute_force_rows(name, splits["train"], 32) for name, splits in documents.items()}
     for step in (0, 1, 17, 10**9):
         batch = loader.batch(step)
         assert batch.tokens.shape == batch.targets.shape == (12, 32)

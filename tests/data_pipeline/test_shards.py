@@ -8,7 +8,7 @@ import webdataset
 
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader
-from data_pipeline.shards import TokenStream, open_manifest, token_dtype, write_shards
+from data_pipeline.shards import EncodedDocument, TokenStream, open_manifest, token_dtype, write_shards
 from data_pipeline.verify import main, verify
 
 
@@ -42,7 +42,8 @@ def test_stock_webdataset_reads_the_shards(folder, documents):
         payload = sample["tokens"]
         count = int(np.frombuffer(payload, "<u4", 1)[0])
         lengths = np.frombuffer(payload, "<u4", count, 4)
-        tokens = np.frombuffer(payload, "<u2", offset=4 + 4 * count)
+        assert not np.frombuffer(payload, "<u4", count, 4 + 4 * count).any()  # no masked prompts
+        tokens = np.frombuffer(payload, "<u2", offset=4 + 8 * count)
         assert lengths.sum() == len(tokens)
         assert count <= 256
         texts += [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
@@ -52,17 +53,17 @@ def test_stock_webdataset_reads_the_shards(folder, documents):
 
 def test_wide_vocabulary_uses_four_bytes(tmp_path, make_folder):
     assert (token_dtype(65_536), token_dtype(65_537)) == ("<u2", "<u4")
-    shards = write_shards(tmp_path, "wide-train", [[2, 70_000, 3]], "<u4")
+    shards = write_shards(tmp_path, "wide-train", [EncodedDocument([2, 70_000, 3])], "<u4")
     assert shards[0].tokens == 3
-    assert int.from_bytes((tmp_path / shards[0].file).read_bytes()[512 + 8 + 4 :][:4], "little") == 70_000
+    assert int.from_bytes((tmp_path / shards[0].file).read_bytes()[512 + 12 + 4 :][:4], "little") == 70_000
     with pytest.raises(OverflowError):
-        write_shards(tmp_path, "narrow-train", [[2, 70_000, 3]], "<u2")
+        write_shards(tmp_path, "narrow-train", [EncodedDocument([2, 70_000, 3])], "<u2")
 
 
 def test_edge_shapes(tmp_path):
     assert write_shards(tmp_path, "none-train", [], "<u2") == ()
     for count, members in ((1, 1), (256, 1), (257, 2)):
-        (shard,) = write_shards(tmp_path, f"n{count}-train", [[2, 3]] * count, "<u2")
+        (shard,) = write_shards(tmp_path, f"n{count}-train", [EncodedDocument([2, 3])] * count, "<u2")
         assert (shard.documents, shard.members, shard.tokens) == (count, members, 2 * count)
     assert not list(tmp_path.glob("*.tmp"))
 

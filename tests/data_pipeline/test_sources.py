@@ -150,13 +150,13 @@ def test_training_text_of_every_kind(data_root):
         "wiki": {"files": ["text/enwiki2015-AA.tar.xz"]}, "causal_loop": {"num_samples": 5},
     }.items():  # fmt: skip
         first = next(read_documents(kind, data_root, options))
-        assert len(first) > 30, kind
+        assert len(first.text) > 30, kind
         assert all("test" not in f.lower() for f in input_files(kind, options)), kind
     assert sum(1 for _ in read_documents("arc", data_root, {})) == 2251 + 1119
     assert sum(1 for _ in read_documents("gsm8k", data_root, {"max_documents": 7})) == 7
     assert sum(1 for _ in read_documents("gsm8k", data_root, {"max_documents": 0})) == 0
     some = list(read_documents("text", data_root, {**files, "max_bytes": 10_000}))
-    size = sum(len(d.encode()) for d in some)
+    size = sum(len(d.text.encode()) for d in some)
     assert 7000 < size <= 10_000
 
 

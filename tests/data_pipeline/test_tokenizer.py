@@ -82,8 +82,8 @@ def test_small_corpus_gives_fewer_pieces(tmp_path):
 
 def test_causal_loop_alphabet_stays_single_characters(tmp_path):
     """A near character-level vocabulary keeps every variable and digit a token of its own."""
-    texts = [training_document(s, 0.75) for s in generate(400, [1, 2, 3, 4], 0)]
-    (tmp_path / "m").write_bytes(train_tokenizer(texts, 336, "bpe"))
+    texts = ["".join(training_document(s, 0.75)) for s in generate(400, [1, 2, 3, 4], 0)]
+    (tmp_path / "m").write_bytes(train_tokenizer(texts, 316, "bpe"))
     tokenizer = Tokenizer(tmp_path / "m")
     for text in texts[:100]:
         for token in tokenizer.encode(text):

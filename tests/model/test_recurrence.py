@@ -50,6 +50,5 @@ def test_sampled_depth_is_a_function_of_seed_and_step():
     assert max(depths) == 20  # clamped
     # E[R] = r + 1 with r = num_steps - 1, since E[exp(N(log r - s^2/2, s))] = r; the clamp takes a little.
     assert abs(sum(depths) / len(depths) - 8) < 0.5
-    assert {sample_depth(ModelConfig.from_dict({**SMALL, "recurrence": BLOCK}), 0, s) for s in range(9)} == {
-        3
-    }
+    fixed = ModelConfig.from_dict({**SMALL, "recurrence": BLOCK})
+    assert {sample_depth(fixed, 0, step) for step in range(9)} == {3}

@@ -1,0 +1,139 @@
+"""Run by test_equality under the deepspeed launcher: every rank trains, rank 0 also plain torch, and compares.
+
+For every case it prints one JSON line with the largest differences over the steps.
+"""
+
+import copy
+import json
+import sys
+
+import torch
+
+from model import ModelConfig, RecurrenceConfig, ZeroModel
+from model.losses import IGNORE_INDEX, total_loss
+from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+
+CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 10, 21
+LOOP = RecurrenceConfig(placement="block", num_prelude_layers=1, num_coda_layers=1, num_steps=2)
+CASES = {
+    "expert parallel": {"ep_size": 2, "micro": 4},
+    "expert parallel, accumulation 4": {"ep_size": 2, "micro": 1},
+    "data parallel": {"ep_size": 1, "micro": 2},
+    "experts that no token chooses": {"ep_size": 2, "micro": 4, "starve": True},
+}
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets of one global batch; ranks hold different numbers of targets, some rows none."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 97, (ROWS, T), generator=generator)
+    targets = tokens.roll(-1, 1).clone()
+    targets[:, -1] = IGNORE_INDEX
+    targets[ROWS // 2 :, 4 + step :] = IGNORE_INDEX
+    targets[-1] = IGNORE_INDEX
+    return tokens, targets
+
+
+def starve(model: ZeroModel) -> None:
+    """A balancing bias that sends every token to the first rank's experts."""
+    for layer in model.moe_layers():
+        layer.gate.e_score_correction_bias.copy_(torch.tensor([5.0, 5.0, -5.0, -5.0]))
+
+
+def reference(config: RunConfig, model_config: ModelConfig, starved: bool) -> list[dict]:
+    """The same training in plain torch, in this process, on whole batches."""
+    model = ZeroModel(model_config, seed=config.seed).train()
+    if starved:
+        starve(model)
+    optimizer = build_optimizer(model, config.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    history = []
+    for step in range(STEPS):
+        tokens, targets = batch(step)
+        output = model(tokens, targets=targets, num_steps=1 + step % 3)
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        loads = [layer.load.clone() for layer in model.moe_layers()]
+        for layer, load in zip(model.moe_layers(), loads, strict=True):
+            layer.update_bias(load)
+        history.append({"loss": output.loss.item(), "norm": norm.item(), "loads": loads})
+    history[-1]["weights"] = copy.deepcopy(model.state_dict())
+    return history
+
+
+def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> list[dict]:
+    micro, accumulation = check_layout(config, model_config, world_size())
+    ds_config = load_ds_config(sys.argv[-1], config, micro, accumulation)
+    engine = Engine(config, model_config, ds_config)
+    if starved:
+        starve(engine.model)
+    history = []
+    for step in range(STEPS):
+        tokens, targets = batch(step)
+        counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": ROWS}
+        total = torch.zeros((), dtype=torch.float64)
+        engine.train()
+        mine = slice(rank() * ROWS // world_size(), (rank() + 1) * ROWS // world_size())
+        parts = zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)
+        for part_tokens, part_targets in parts:
+            output = engine.forward(tokens=part_tokens, targets=part_targets, num_steps=1 + step % 3)
+            loss = total_loss(model_config, output.loss_sums, counts)
+            total += loss.detach().double()
+            engine.backward(loss)
+            engine.step(LR)
+        loads = [all_reduce_sum(layer.load.clone()) for layer in engine.model.moe_layers()]
+        for layer, load in zip(engine.model.moe_layers(), loads, strict=True):
+            layer.update_bias(load)
+        history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm(), "loads": loads})
+    history[-1]["weights"] = dict(engine.full_weights())
+    biases = torch.cat(list(engine.buffers().values()))
+    history[-1]["bias_spread"] = (all_reduce_sum(biases.clone()) - world_size() * biases).abs().max().item()
+    return history
+
+
+def main() -> None:
+    init_process_group()
+    for name, case in CASES.items():
+        config = RunConfig(ep_size=case["ep_size"], global_batch_size=ROWS, micro_batch_size=case["micro"])
+        config.optimizer.clip = CLIP
+        model_config = ModelConfig(
+            vocab_size=97,
+            hidden_size=48,
+            num_hidden_layers=3,
+            intermediate_size=64,
+            moe_intermediate_size=24,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            balance_loss_weight=0.01,
+            initializer_range=0.1,
+            recurrence=LOOP,
+        )
+        starved = case.get("starve", False)
+        ours, plain = distributed(config, model_config, starved), reference(config, model_config, starved)
+        if rank() == 0:
+            weights, expected = ours[-1]["weights"], plain[-1]["weights"]
+            assert set(weights) == set(expected)
+            report = {
+                "case": name,
+                "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, plain, strict=True)),
+                "norm": max(abs(a["norm"] - b["norm"]) for a, b in zip(ours, plain, strict=True)),
+                "smallest_norm": min(b["norm"] for b in plain),
+                "loss_fell_by": plain[0]["loss"] - plain[-1]["loss"],
+                "weights": max((weights[n] - expected[n]).abs().max().item() for n in expected),
+                "loads_equal": all(
+                    torch.equal(x, y)
+                    for a, b in zip(ours, plain, strict=True)
+                    for x, y in zip(a["loads"], b["loads"], strict=True)
+                ),
+                "idle_experts": int((torch.stack(plain[0]["loads"]) == 0).sum()),
+                "bias_spread": ours[-1]["bias_spread"],
+            }
+            print("REPORT " + json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()

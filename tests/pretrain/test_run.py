@@ -1,0 +1,131 @@
+"""The training command itself: run folder, resume, export."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.loader import Loader
+from data_pipeline.tokenizer import Tokenizer
+from model import load_pretrained
+from pretrain import checkpoint
+from pretrain.config import load_run_config
+from pretrain.export import export_run
+
+FIELDS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "recurrence_depth"}
+DEPTH = ["model.recurrence.depth_sampling=poisson", "model.recurrence.max_steps=6", "save_every=3"]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(train, tmp_path_factory) -> tuple[Path, Path]:
+    """Six steps in one go, and three steps, resumed for three more."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole, parts = folder / "whole", folder / "parts"
+    train(whole, "max_steps=6", "eval_every=3", "eval_batches=1", *DEPTH)
+    train(parts, "max_steps=3", "optimizer.decay_steps=6", *DEPTH)
+    assert (parts / "DONE").read_text() == "3\n"
+    with (parts / "metrics.jsonl").open("a") as log:  # a killed run may leave lines past its checkpoint
+        log.write(json.dumps({**metrics(parts)[-1], "step": 4}) + '\n{"step": 5, "lo')
+    resumed = train(parts, "max_steps=6", "optimizer.decay_steps=6", *DEPTH, "wandb.mode=offline")
+    assert f"resuming from {parts}/checkpoints/step-3" in resumed.stdout
+    return whole, parts
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(runs):
+    whole, parts = (metrics(run) for run in runs)
+    assert [r["step"] for r in parts] == [r["step"] for r in whole] == [1, 2, 3, 4, 5, 6]
+    for key in ("loss", "grad_norm", "lr", "recurrence_depth", "expert_load", "target_tokens"):
+        assert [r[key] for r in parts] == [r[key] for r in whole], key
+    exported = [load_file(run / "export/model.safetensors") for run in runs]
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_the_run_folder_holds_what_it_promises(runs, data_folder):
+    run, records = runs[0], metrics(runs[0])
+    for name in ("config.yaml", "ds_config.json", "environment.json", "DONE", "tokenizer.model"):
+        assert (run / name).is_file(), name
+    assert (run / "checkpoints/latest").read_text() == "step-6\n"
+    assert checkpoint.damage(run / "checkpoints/step-6") is None
+    for record in records:
+        assert set(record) >= FIELDS
+        for shares in record["expert_load"]:
+            assert abs(sum(shares) - 1) < 1e-9
+    assert len({r["recurrence_depth"] for r in records}) > 1
+    assert [r["step"] for r in records if "val_loss" in r] == [3, 6]
+    assert records[-1]["tokens"] == 6 * 8 * 64
+    resolved = load_run_config(str(run / "config.yaml"), [])
+    assert resolved.model["hidden_size"] == 32
+    assert resolved.model["vocab_size"] == Tokenizer(data_folder / "tokenizer.model").vocab_size
+    assert list((runs[1] / "wandb").glob("offline-run-*"))
+
+
+def test_the_step_line_says_what_a_person_looks_at(runs, train):
+    done = train(runs[0], "max_steps=6", "eval_every=3", "eval_batches=1", *DEPTH)  # finished: only exports
+    assert "resuming from" in done.stdout
+    assert "done: 6 steps" in done.stdout
+
+
+def test_the_exported_model_has_the_loss_that_training_reported(runs, data_folder):
+    model = load_pretrained(runs[0] / "export")
+    batch = Loader(data_folder, 64, 8, seed=0, split="validation").batch(0)
+    tokens, targets = (torch.from_numpy(x).long() for x in (batch.tokens, batch.targets))
+    with torch.no_grad():
+        out = model(tokens, targets=targets, cu_seqlens=torch.from_numpy(batch.cu_seqlens))
+    loss = float(out.loss_sums["cross_entropy"]) / int((targets != -100).sum())
+    assert abs(loss - metrics(runs[0])[-1]["val_loss"]) < 1e-5
+
+
+def test_offline_export_equals_the_live_one(runs, tmp_path):
+    export_run(runs[0], None, tmp_path / "last")
+    export_run(runs[0], 3, tmp_path / "middle")
+    live = load_file(runs[0] / "export/model.safetensors")
+    last, middle = (load_file(tmp_path / name / "model.safetensors") for name in ("last", "middle"))
+    assert live.keys() == last.keys() == middle.keys()
+    assert all(torch.equal(live[name], last[name]) for name in live)
+    assert any(not torch.equal(live[name], middle[name]) for name in live)
+    assert load_pretrained(tmp_path / "last").config == load_pretrained(runs[0] / "export").config
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; it has 6, 3"):
+        export_run(runs[0], 5, tmp_path / "none")
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(runs, train, tmp_path):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    victim = next((run / "checkpoints/step-6").glob("*_optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    done = train(run, "max_steps=6", "eval_every=3", "eval_batches=1", *DEPTH)
+    assert f"warning: {run}/checkpoints/step-6 is not whole ({victim.name} has" in done.stdout
+    assert f"resuming from {run}/checkpoints/step-3" in done.stdout
+    same = ("step", "loss", "grad_norm", "val_loss")
+    assert [[r.get(k) for k in same] for r in metrics(run)] == [
+        [r.get(k) for k in same] for r in metrics(runs[0])
+    ]
+
+
+def test_a_malicious_checkpoint_is_not_executed(runs, train, tmp_path):
+    """Even one whose manifest fits: the files are loaded without running pickled code."""
+    import shutil
+
+    run, mark = tmp_path / "run", tmp_path / "executed"
+    shutil.copytree(runs[0], run)
+    folder = run / "checkpoints/step-6"
+
+    class Malice:
+        def __reduce__(self):
+            return (Path.touch, (mark,))
+
+    torch.save(Malice(), folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._seal(folder)
+    done = train(run, "max_steps=6", *DEPTH, check=False)
+    assert done.returncode != 0
+    assert "weights_only" in (done.stdout + done.stderr).lower()
+    assert not mark.exists()

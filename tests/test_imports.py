@@ -1,0 +1,71 @@
+"""Who may import whom: data_pipeline -> pretrain -> checkpoint -> eval, and model under both."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"model", "data_pipeline", "pretrain", "eval"}
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of the modules a file imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            prefix = path.parent.name if node.level else ""
+            module = ".".join(part for part in (prefix, base) if part)
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+
+
+def files(package: str) -> list[Path]:
+    found = sorted((ROOT / package).glob("*.py"))
+    assert found
+    return found
+
+
+def test_model_imports_torch_and_safetensors_only():
+    for path in files("model"):
+        assert roots(path) <= {"torch", "safetensors", "model"}, path
+        assert not any("torch.distributed" in name for name in imported(path)), path
+
+
+def test_data_pipeline_imports_neither_model_nor_pretrain():
+    for path in files("data_pipeline"):
+        assert not roots(path) & {"model", "pretrain", "eval", "torch", "deepspeed"}, path
+
+
+def test_eval_scores_without_the_training_stack():
+    allowed = {"sources", "tokenizer", "causal_loop", "errors"}
+    for path in files("eval"):
+        assert not roots(path) & {"deepspeed", "pretrain", "omegaconf", "webdataset"}, path
+        used = {name.split(".")[1] for name in imported(path) if name.startswith("data_pipeline.")}
+        assert used <= allowed, path
+
+
+def test_only_two_files_know_deepspeed():
+    known = {"engine.py", "expert_parallel.py"}
+    for package in PACKAGES:
+        for path in files(package):
+            if "deepspeed" in roots(path):
+                assert package == "pretrain", path
+                assert path.name in known, path
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_every_import_outside_is_pinned(package):
+    pinned = (ROOT / "requirements.txt").read_text().lower()
+    names = {"yaml": "pyyaml"}
+    for path in files(package):
+        for name in roots(path) - PACKAGES:
+            assert f"{names.get(name, name)}==" in pinned, f"{path} imports {name}"

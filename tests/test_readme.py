@@ -1,0 +1,136 @@
+"""Every command of the README runs, in a copy of the project; slow ones shortened by overrides."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# What shortens a command: (part of the command, what is added to it). Every command whose full length takes
+# longer than seconds has a line here; `make test-slow` runs the demo and the real run at full length.
+TINY_MODEL = "model.hidden_size=32 model.intermediate_size=64 model.moe_intermediate_size=32"
+TINY_RUN = f"max_steps=2 global_batch_size=4 eval_every=0 {TINY_MODEL}"
+SHORT = [
+    (
+        "make demo",
+        "BUILD='sources.0.num_samples=400 sources.0.levels=[1,3]' "
+        f"TRAIN='{TINY_RUN}' EVAL='--num_samples 4 --levels 1,3'",
+    ),
+    ("build.py", "sources.0.max_bytes=300000 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000"),
+    ("real_cpu.yaml max_steps=620", TINY_RUN.replace("max_steps=2", "max_steps=4")),
+    ("pretrain/main.py", TINY_RUN),
+    ("pretrain/export.py", "--step 4"),
+    ("eval/run.py", "--limit 1"),
+    ("eval/arc.py", "--limit 2"),
+    ("eval/logiqa.py", "--limit 2"),
+    ("eval/babi.py", "--limit 1"),
+    ("eval/gsm8k.py", "--limit 1 --max_new_tokens 8"),
+    ("eval/causal_loop.py", "--num_samples 4"),
+]
+NEEDS_DATA = ("real_cpu", "eval/")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    found = [line for block in blocks for line in block.splitlines()]
+    assert len(found) > 10
+    return found
+
+
+def shortened(command: str) -> str:
+    return command + next((f" {extra}" for part, extra in SHORT if part in command), "")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the files under version control, with this environment in place of an installation."""
+    copy = tmp_path_factory.mktemp("clone") / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    environment = copy / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    for tool in ("python", "python3", "deepspeed", "pip"):
+        (environment / "bin" / tool).symlink_to(Path(sys.executable).parent / tool)
+    (environment / "ready").touch()  # `make setup` has nothing to do: its stamp is newer than its inputs
+    return copy
+
+
+def run(project: Path, command: str, timeout: int = 400) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment.pop("RANK", None)
+    done = subprocess.run(
+        command, shell=True, cwd=project, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_every_shortening_belongs_to_a_command():
+    for part, _ in SHORT:
+        assert any(part in command for command in commands()), part
+
+
+def test_make_demo(project):
+    """One after the other: they build on each other, as they do for a reader."""
+    output = run(project, shortened("make demo"))
+    assert "causal_loop_level1" in output
+    assert (project / "runs/demo/report.html").stat().st_size > 20_000
+    run(project, shortened("python eval/causal_loop.py --checkpoint runs/demo/export --levels 1,3"))
+
+
+def test_all_other_commands(project, data_root):
+    test_make_demo(project) if not (project / "runs/demo/DONE").exists() else None
+    os.environ.setdefault("DATA_ROOT", str(data_root))
+    for command in commands():
+        if command.split()[0] == "make":
+            continue  # `make demo` ran above, `make test` is what runs this
+        run(project, shortened(command))
+    assert (project / "runs/real_cpu/report.html").exists()
+
+
+def test_the_python_example(project):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    assert code
+    run(project, f"python -c {shlex.quote(code.group(1))}")
+
+
+def demo_accuracy(project: Path) -> dict[str, dict]:
+    import json
+
+    newest = max((project / "runs/demo/eval").glob("results_*.json"))
+    return json.loads(newest.read_text())
+
+
+@pytest.mark.slow
+def test_the_demo_at_full_length_learns_level_1(project):
+    run(project, "make demo", timeout=1500)
+    report = demo_accuracy(project)
+    level = report["results"]["causal_loop_level1"]
+    score, error = level["exact_match,trace"], level["exact_match_stderr,trace"]
+    for name in ("majority", "one_step"):
+        baseline = report["baselines"]["causal_loop_level1"][name]
+        assert score > baseline["value"] + 0.2
+        assert score > baseline["value"] + 3 * error
+
+
+@pytest.mark.slow
+def test_the_real_run_at_full_length(project, data_root):
+    os.environ.setdefault("DATA_ROOT", str(data_root))
+    output = run(project, "make real", timeout=5400)
+    for task in ("gsm8k", "logiqa", "babi", "arc_easy", "arc_challenge"):
+        assert task in output
