@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .layers import RMSNorm
 
-
 # The gate starts nearly open, so that an untrained loop moves its state by most of what the core says.
 GATE_BIAS = 2.0
 

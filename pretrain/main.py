@@ -101,8 +101,8 @@ def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader
         ours, theirs = Tokenizer(Path(config.data.tokenizer)), Tokenizer(loader.tokenizer_path)
         if ours.sha256 != theirs.sha256:
             raise ValueError(
-                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not write the shards "
-                f"in {config.data.path} (sha256 {theirs.sha256[:12]}); leave data.tokenizer out to use theirs"
+                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not write the "
+                f"shards in {config.data.path} (sha256 {theirs.sha256[:12]}); leave data.tokenizer out"
             )
     return loader
 

@@ -1,5 +1,6 @@
 """Every command of the README runs, in a copy of the project; slow ones shortened by overrides."""
 
+import json
 import os
 import re
 import shlex
@@ -32,7 +33,6 @@ SHORT = [
     ("eval/gsm8k.py", "--limit 1 --max_new_tokens 8"),
     ("eval/causal_loop.py", "--num_samples 4"),
 ]
-NEEDS_DATA = ("real_cpu", "eval/")
 
 
 def commands() -> list[str]:
@@ -69,8 +69,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def run(project: Path, command: str, timeout: int = 400) -> str:
+def run(project: Path, command: str, timeout: int = 400, data_root: Path | None = None) -> str:
     environment = {**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
+    if data_root is not None:
+        environment["DATA_ROOT"] = str(data_root)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment.pop("RANK", None)
     done = subprocess.run(
@@ -85,33 +87,32 @@ def test_every_shortening_belongs_to_a_command():
         assert any(part in command for command in commands()), part
 
 
-def test_make_demo(project):
-    """One after the other: they build on each other, as they do for a reader."""
-    output = run(project, shortened("make demo"))
-    assert "causal_loop_level1" in output
+@pytest.fixture(scope="module")
+def demo(project: Path) -> str:
+    """What `make demo` prints."""
+    return run(project, shortened("make demo"))
+
+
+def test_make_demo(project, demo):
+    assert "causal_loop_level1" in demo
     assert (project / "runs/demo/report.html").stat().st_size > 20_000
-    run(project, shortened("python eval/causal_loop.py --checkpoint runs/demo/export --levels 1,3"))
 
 
-def test_all_other_commands(project, data_root):
-    test_make_demo(project) if not (project / "runs/demo/DONE").exists() else None
-    os.environ.setdefault("DATA_ROOT", str(data_root))
+def test_all_other_commands(project, demo, data_root):
+    """One after the other: they build on each other, as they do for a reader."""
     for command in commands():
-        if command.split()[0] == "make":
-            continue  # `make demo` ran above, `make test` is what runs this
-        run(project, shortened(command))
+        if command.split()[0] != "make":  # `make test` is what runs this
+            run(project, shortened(command), data_root=data_root)
     assert (project / "runs/real_cpu/report.html").exists()
 
 
-def test_the_python_example(project):
+def test_the_python_example(project, demo):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert code
     run(project, f"python -c {shlex.quote(code.group(1))}")
 
 
 def demo_accuracy(project: Path) -> dict[str, dict]:
-    import json
-
     newest = max((project / "runs/demo/eval").glob("results_*.json"))
     return json.loads(newest.read_text())
 
@@ -130,7 +131,6 @@ def test_the_demo_at_full_length_learns_level_1(project):
 
 @pytest.mark.slow
 def test_the_real_run_at_full_length(project, data_root):
-    os.environ.setdefault("DATA_ROOT", str(data_root))
-    output = run(project, "make real", timeout=5400)
+    output = run(project, "make real", timeout=5400, data_root=data_root)
     for task in ("gsm8k", "logiqa", "babi", "arc_easy", "arc_challenge"):
         assert task in output

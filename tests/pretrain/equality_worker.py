@@ -1,4 +1,4 @@
-"""Run by test_equality under the deepspeed launcher: every rank trains, rank 0 also plain torch, and compares.
+"""Run by test_equality under the deepspeed launcher: two ranks train, and so does plain torch.
 
 For every case it prints one JSON line with the largest differences over the steps.
 """

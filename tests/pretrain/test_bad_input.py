@@ -113,7 +113,7 @@ def test_unreadable_configs(start, tmp_path):
 def test_a_tokenizer_that_does_not_belong_to_the_shards(start, data_folder, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(["some other text"], 300))
-    with pytest.raises(ValueError, match="other.model .* did not write the shards"):
+    with pytest.raises(ValueError, match="other.model .* did not write the *shards"):
         start(f"data.tokenizer={other}")
     copied = tmp_path / "data"
     shutil.copytree(data_folder, copied)
