@@ -55,7 +55,7 @@ def save(engine: "Engine", run: Path, state: TrainingState, rank: int) -> Path:
 def _seal(folder: Path) -> None:
     """Forces the files to disk and writes their sizes and checksums."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         with path.open("rb") as f:
             os.fsync(f.fileno())
             digest = hashlib.file_digest(f, "sha256").hexdigest()
@@ -133,8 +133,8 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
                 "use the same model or another output_dir"
             )
     mends = {
-        "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "seed": "use the same seed or another output_dir",
+        "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "global_batch_size": "use the same value or another output_dir",
         "world_size": "start the same number of ranks",
         "ep_size": "use the same ep_size",
