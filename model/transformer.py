@@ -128,7 +128,8 @@ class ZeroModel(nn.Module):
         self.config = config
         self.model = Transformer(config, moe_class)
         self.lm_head = LMHead(config)
-        initialize(self, seed)
+        if not self.lm_head.weight.is_meta:  # on the meta device there are shapes only
+            initialize(self, seed)
 
     def forward(
         self,

@@ -216,10 +216,10 @@ def convert_to_universal(checkpoint: Path, folder: Path) -> None:
 
 
 def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and full fp32 value of every parameter in a Universal Checkpoint."""
+    """Name and full fp32 value of every parameter of a Universal Checkpoint (flat, if ZeRO-3 wrote it)."""
     for path in sorted((folder / "zero").glob("*/fp32.pt")):
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        yield path.parent.name, stored["param"]
+        yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
 
 
 @contextmanager

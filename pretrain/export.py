@@ -9,10 +9,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from data_pipeline.errors import user_errors
-from model import ModelConfig
+from model import ModelConfig, ZeroModel
 from model.pretrained import save_weights
 from pretrain import checkpoint
 
@@ -46,8 +47,13 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     state, buffers = checkpoint.read(folder)
     with tempfile.TemporaryDirectory(dir=run) as scratch:
         convert_to_universal(folder, Path(scratch))
-        weights = dict(universal_weights(Path(scratch)))
-    write_export(out, ModelConfig.from_dict(state.model), weights | buffers, run / "tokenizer.model")
+        weights = dict(universal_weights(Path(scratch))) | buffers
+    config = ModelConfig.from_dict(state.model)
+    with torch.device("meta"):
+        expected = ZeroModel(config).state_dict()
+    assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
+    weights = {name: weights[name].view(expected[name].shape) for name in expected}
+    write_export(out, config, weights, run / "tokenizer.model")
     return folder
 
 
