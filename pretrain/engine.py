@@ -9,15 +9,13 @@ import fcntl
 import io
 import logging
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
-
-# One line a rank at start-up is noise in front of the user's own; set before deepspeed reads it.
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 import deepspeed
 import deepspeed.comm as dist
@@ -100,8 +98,10 @@ def device() -> torch.device:
 
 
 def peak_memory_bytes() -> int:
-    """Peak device memory of this rank; 0 on a CPU, where the accelerator keeps no count."""
-    return 0 if get_accelerator().device_name() == "cpu" else get_accelerator().max_memory_allocated()
+    """Peak device memory of this rank, on a CPU the peak resident size of its process."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return get_accelerator().max_memory_allocated()
 
 
 class Engine:

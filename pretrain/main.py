@@ -47,8 +47,7 @@ def main() -> None:
     arguments = _parse()
     with user_errors(ValueError, OSError):
         run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
-    with user_errors(DataError):  # a shard that is found damaged when it is read
-        _train(run)
+    _train(run)
 
 
 def _parse() -> argparse.Namespace:
@@ -158,7 +157,7 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
 def _train(run: Run) -> None:
     # Imported late: deepspeed takes seconds, which a user with a misspelt key should not wait for.
     from pretrain.engine import Engine, init_process_group, rank
-    from pretrain.trainer import Trainer
+    from pretrain.trainer import Trainer, TrainingError
 
     init_process_group()
     engine = Engine(run.config, run.model_config, run.ds_config)
@@ -170,7 +169,8 @@ def _train(run: Run) -> None:
     if rank() == 0:
         _write_run_folder(run)
     engine.barrier()
-    trainer.train()
+    with user_errors(DataError, TrainingError):  # a shard found damaged when it is read, a loss that is NaN
+        trainer.train()
     weights = {}
     for name, value in engine.full_weights():
         if rank() == 0:

@@ -53,7 +53,8 @@ class MetricsLog:
         self.config, self.start_step, self.started = config, start_step, time.perf_counter()
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(kept))
+        path.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(path.with_suffix(".tmp"), path)  # killed here, a run still has its history
         self.file = path.open("a")
         self.bar = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None)
         self.wandb = _start_wandb(config, run)

@@ -1,6 +1,7 @@
 """The training loop: which batch, which depth, which learning rate, at which step."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,10 @@ from pretrain.config import RunConfig
 from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
 from pretrain.metrics import MetricsLog, peak_tflops
 from pretrain.optim import learning_rate
+
+
+class TrainingError(ValueError):
+    """The training itself went wrong: one line that says where and what to do."""
 
 
 class Trainer:
@@ -87,11 +92,17 @@ class Trainer:
             term.name: float(value) / max(counts[term.counted_in], 1)
             for term, value in zip(LOSS_TABLE, sums, strict=True)
         }
+        norm = self.engine.grad_norm()
+        if not (math.isfinite(terms["cross_entropy"]) and math.isfinite(norm)):
+            raise TrainingError(
+                f"the loss of step {self.step} is {terms['cross_entropy']} and its grad_norm {norm}; "
+                "nothing of it was saved: lower optimizer.lr and resume from the last checkpoint"
+            )
         return {
             "step": self.step,
             "loss": terms["cross_entropy"],
             **{f"loss_{name}": value for name, value in terms.items() if name != "cross_entropy"},
-            "grad_norm": self.engine.grad_norm(),
+            "grad_norm": norm,
             "lr": lr,
             "tokens": self.step * tokens,
             "target_tokens": counts["targets"],

@@ -23,7 +23,7 @@ SHORT = [
         f"TRAIN='{TINY_RUN}' EVAL='--num_samples 4 --levels 1,3'",
     ),
     ("build.py", "sources.0.max_bytes=300000 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000"),
-    ("real_cpu.yaml max_steps=620", TINY_RUN.replace("max_steps=2", "max_steps=4")),
+    ("real_cpu.yaml max_steps=380", TINY_RUN.replace("max_steps=2", "max_steps=4")),
     ("pretrain/main.py", TINY_RUN),
     ("pretrain/export.py", "--step 4"),
     ("eval/run.py", "--limit 1"),

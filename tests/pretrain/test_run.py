@@ -1,6 +1,10 @@
 """The training command itself: run folder, resume, export."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ from model import load_pretrained
 from pretrain import checkpoint
 from pretrain.config import load_run_config
 from pretrain.export import export_run
+
+from .conftest import ROOT, TINY
 
 FIELDS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "recurrence_depth"}
 DEPTH = ["model.recurrence.depth_sampling=poisson", "model.recurrence.max_steps=6", "save_every=3"]
@@ -44,6 +50,20 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(runs):
         assert [r[key] for r in parts] == [r[key] for r in whole], key
     exported = [load_file(run / "export/model.safetensors") for run in runs]
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_one_process_without_a_launcher_trains_the_same_model(runs, data_folder, tmp_path):
+    """Two ranks with expert parallelism against one without, through the whole command."""
+    run = tmp_path / "alone"
+    arguments = ["--ds_config", "ds_configs/zero3_ep.json", "--config", "pretrain/configs/demo.yaml"]
+    overrides = [*TINY, *DEPTH, f"output_dir={run}", f"data.path={data_folder}", "max_steps=6", "ep_size=1"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "pretrain/main.py", *arguments, *overrides, "eval_every=0"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True)
+    for alone, together in zip(metrics(run), metrics(runs[0]), strict=True):
+        assert abs(alone["loss"] - together["loss"]) < 1e-5
+        assert abs(alone["grad_norm"] - together["grad_norm"]) < 1e-5
+        assert alone["expert_load"] == together["expert_load"]
 
 
 def test_the_run_folder_holds_what_it_promises(runs, data_folder):
@@ -95,8 +115,6 @@ def test_offline_export_equals_the_live_one(runs, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_line(runs, train, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
     victim = next((run / "checkpoints/step-6").glob("*_optim_states.pt"))
@@ -112,8 +130,6 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(runs, train, tmp_path):
 
 def test_a_malicious_checkpoint_is_not_executed(runs, train, tmp_path):
     """Even one whose manifest fits: the files are loaded without running pickled code."""
-    import shutil
-
     run, mark = tmp_path / "run", tmp_path / "executed"
     shutil.copytree(runs[0], run)
     folder = run / "checkpoints/step-6"
@@ -129,3 +145,11 @@ def test_a_malicious_checkpoint_is_not_executed(runs, train, tmp_path):
     assert done.returncode != 0
     assert "weights_only" in (done.stdout + done.stderr).lower()
     assert not mark.exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_before_anything_is_saved(train, tmp_path):
+    done = train(tmp_path / "run", "max_steps=9", "save_every=9", "optimizer.lr=1e30", check=False)
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("error: the loss of step") == 1
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (tmp_path / "run/DONE").exists()
