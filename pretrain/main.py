@@ -167,7 +167,8 @@ def _train(run: Run) -> None:
     if run.resume_from is not None:
         trainer.step = checkpoint.load(engine, run.resume_from)
     if rank() == 0:
-        _write_run_folder(run)
+        with user_errors(OSError):
+            _write_run_folder(run)
     engine.barrier()
     with user_errors(DataError, TrainingError):  # a shard found damaged when it is read, a loss that is NaN
         trainer.train()

@@ -53,6 +53,14 @@ def test_eval_scores_without_the_training_stack():
         assert used <= allowed, path
 
 
+def test_the_mark_of_a_position_without_target_is_the_same_on_both_sides():
+    """data_pipeline and model may not import each other, so the number stands twice."""
+    from data_pipeline.packing import IGNORE_INDEX as WRITTEN
+    from model.losses import IGNORE_INDEX as READ
+
+    assert WRITTEN == READ
+
+
 def test_only_two_files_know_deepspeed():
     known = {"engine.py", "expert_parallel.py"}
     for package in PACKAGES:
