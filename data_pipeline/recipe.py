@@ -29,9 +29,8 @@ class Recipe:
     seed: int = 0  # of the shuffle and of the choice of validation documents
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    sources: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # {name, kind, weight, mask_prompt, + the kind's options}
+    # Each {name, kind, weight, mask_prompt, + the kind's options}.
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -25,9 +25,8 @@ from data_pipeline.recipe import nearest, structured
 
 log = logging.getLogger(__name__)
 
-MIN_TEXT_DOCUMENT = (
-    2000  # characters; a plain text file is cut at blank lines into documents of at least this
-)
+# Characters; a plain text file is cut at blank lines into documents of at least this.
+MIN_TEXT_DOCUMENT = 2000
 
 
 class Document(NamedTuple):

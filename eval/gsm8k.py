@@ -33,6 +33,10 @@ def load(options: Options) -> Evaluation:
     max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
+        """Answers every problem greedily and grades it by both of lm-eval's gsm8k filters.
+
+        Raises ValueError if max_new_tokens leaves no room for a prompt.
+        """
         responses = scorer.generate([problem.prompt for problem in problems], max_new_tokens, STOP)
         samples = [grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
         return [

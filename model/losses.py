@@ -51,6 +51,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar in fp32.
+
+        The gradients kept for backward are those of the sum: softmax minus one-hot, times the other factor.
+        """
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None

@@ -26,23 +26,22 @@ class Router(nn.Module):
         """x (N, D) -> weights (N, K), chosen experts (N, K), affinities (N, E), in fp32 (eq. 12-16)."""
         c = self.config
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
-        chosen = (scores.detach() + self.e_score_correction_bias.float()).masked_fill_(
-            self._outside_kept_groups(scores.detach()), float("-inf")
-        )
-        chosen = chosen.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
+        biased = scores.detach() + self.e_score_correction_bias.float()
+        biased = biased.masked_fill(self._outside_kept_groups(biased), float("-inf"))
+        chosen = biased.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
         weights = scores.gather(-1, chosen)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * c.routed_scaling_factor, chosen, scores
 
-    def _outside_kept_groups(self, scores: Tensor) -> Tensor:
-        """(N, E) booleans: experts outside the topk_group groups whose best two score highest."""
+    def _outside_kept_groups(self, biased: Tensor) -> Tensor:
+        """biased affinities (N, E) -> (N, E) booleans: experts outside the topk_group best groups (by best two)."""
         c = self.config
         if c.n_group == 1:
-            return torch.zeros_like(scores, dtype=torch.bool)
-        grouped = (scores + self.e_score_correction_bias.float()).unflatten(-1, (c.n_group, -1))
+            return torch.zeros_like(biased, dtype=torch.bool)
+        grouped = biased.unflatten(-1, (c.n_group, -1))
         kept = grouped.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
-        outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=scores.device)
+        outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=biased.device)
         outside.scatter_(1, kept, False)
         return outside.repeat_interleave(grouped.shape[-1], dim=1)
 

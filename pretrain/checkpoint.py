@@ -110,15 +110,15 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
-    """State and buffers of a checkpoint.
-
-    Raises:
-        ValueError: the folder is not a whole checkpoint.
-    """
+def require_whole(folder: Path) -> None:
+    """Raises ValueError if a checkpoint that the user named is damaged; `newest` checks its own."""
     problem = damage(folder)
     if problem is not None:
         raise ValueError(f"{folder} is not a whole checkpoint: {problem}; choose another step")
+
+
+def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
+    """State and buffers of a checkpoint known to be whole."""
     state = TrainingState(**json.loads((folder / STATE).read_text()))
     return state, load_file(folder / BUFFERS)
 

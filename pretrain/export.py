@@ -44,6 +44,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         if not folder.is_dir():
             have = ", ".join(map(str, checkpoint.steps(run))) or "none"
             raise FileNotFoundError(f"{run} has no checkpoint of step {step}; it has {have}")
+        checkpoint.require_whole(folder)
     state, buffers = checkpoint.read(folder)
     with tempfile.TemporaryDirectory(dir=run) as scratch:
         convert_to_universal(folder, Path(scratch))

@@ -140,6 +140,7 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
         folder = Path(config.resume)
         if not folder.is_dir():
             raise FileNotFoundError(f"resume={folder} does not exist; give a checkpoints/step-N folder")
+        checkpoint.require_whole(folder)
     if folder is None:
         return None
     found, _ = checkpoint.read(folder)
