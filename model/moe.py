@@ -35,7 +35,7 @@ class Router(nn.Module):
         return weights * c.routed_scaling_factor, chosen, scores
 
     def _outside_kept_groups(self, biased: Tensor) -> Tensor:
-        """biased affinities (N, E) -> (N, E) booleans: experts outside the topk_group best groups (by best two)."""
+        """biased (N, E) -> (N, E) booleans: outside the topk_group groups whose best two score highest."""
         c = self.config
         if c.n_group == 1:
             return torch.zeros_like(biased, dtype=torch.bool)
