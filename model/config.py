@@ -8,6 +8,8 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import counts
+
 
 @dataclass(frozen=True)
 class RecurrenceConfig:
@@ -24,6 +26,18 @@ class RecurrenceConfig:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """A context longer than the one first trained on (YaRN, arXiv 2309.00071); DeepSeek-V3's defaults."""
+
+    factor: float = 40.0  # how many times longer
+    original_max_position_embeddings: int = 4096  # the context first trained on, in tokens
+    beta_fast: float = 32.0  # pairs that turn more often than this in the old context keep their speed
+    beta_slow: float = 1.0  # pairs that turn less often than this are slowed down by `factor`
+    mscale: float = 1.0  # temperature of the rotated part of query and key
+    mscale_all_dim: float = 1.0  # temperature of the whole score; 0: none
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A DeepSeek-V3-style decoder with an optional Latent Reasoning Unit.
 
@@ -31,23 +45,33 @@ class ModelConfig:
         ValueError: a size or switch is impossible; the line names the value, the limit and the mend.
     """
 
-    preset: str | None = None  # nano: start from a named set of sizes, other keys override it
+    preset: str | None = None  # nano | small | base | large: a named set of sizes, other keys override it
     vocab_size: int = 8192
     hidden_size: int = 256
     num_hidden_layers: int = 4  # distinct layers; a looped layer counts once
     max_position_embeddings: int = 2048  # longest sequence, in tokens
     initializer_range: float = 0.02  # standard deviation of the initial weights
     rms_norm_eps: float = 1e-6
+    rms_norm_affine: bool = True  # learned scales in RMSNorm; without them only with use_mla=false
     rope_theta: float = 10000.0
-    # Multi-head latent attention
+    rope_scaling: YarnConfig | None = None
     num_attention_heads: int = 4
+    use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
+    # Multi-head latent attention
     q_lora_rank: int | None = None  # None: queries are projected directly
     kv_lora_rank: int = 64  # width of the cached latent
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 16
     v_head_dim: int = 32
+    # Grouped-query attention
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    qk_norm: bool = False  # RMSNorm on every head's query and key, before they are rotated
     # Feed-forward layers
+    use_moe: bool = True  # mixture of experts; false: every layer is dense
+    hidden_act: str = "silu"  # silu: SwiGLU | relu2: squared ReLU without a gate, only with use_moe=false
     intermediate_size: int = 688  # width of a dense feed-forward layer
+    # Mixture of experts
     first_k_dense_replace: int = 1  # this many leading layers are dense, the others are MoE
     n_routed_experts: int = 8
     num_experts_per_tok: int = 2
@@ -59,19 +83,51 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     router_bias_update_rate: float = 0.001  # step of the loss-free balancing bias, once per optimizer step
     balance_loss_weight: float = 1e-4  # sequence-wise balance loss
+    router_z_loss_weight: float = 0.0  # keeps the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5)
+    # Multi-token prediction
+    num_nextn_predict_layers: int = 0  # modules, each of which predicts one token further ahead
+    mtp_loss_weight: float = 0.3
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"model.qk_rope_head_dim={self.qk_rope_head_dim} must be even: it rotates in pairs"
-            )
-        if self.first_k_dense_replace < self.num_hidden_layers:
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
+        if self.hidden_act not in ("silu", "relu2"):
+            raise ValueError(f"model.hidden_act={self.hidden_act!r} is unknown; choose one of silu, relu2")
+        self._check_attention()
+        if self.has_experts:
             self._check_experts()
         self._check_recurrence()
+
+    def _check_attention(self) -> None:
+        name = "qk_rope_head_dim" if self.use_mla else "head_dim"
+        if self.rotary_dim % 2 or self.rotary_dim < 2:
+            raise ValueError(f"model.{name}={self.rotary_dim} must be even: it rotates in pairs")
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads={self.kv_heads}; choose a divisor"
+            )
+        plain_only = (
+            ("qk_norm", self.qk_norm, "use_mla", self.use_mla),
+            ("rms_norm_affine=false", not self.rms_norm_affine, "use_mla", self.use_mla),
+            ("hidden_act=relu2", self.hidden_act == "relu2", "use_moe", self.use_moe),
+        )
+        for option, wanted, switch, on in plain_only:
+            if wanted and on:
+                raise ValueError(
+                    f"model.{option} belongs to the plain form; set model.{switch}=false with it"
+                )
+        yarn = self.rope_scaling
+        if yarn is not None and (yarn.factor < 1 or yarn.original_max_position_embeddings < 1):
+            raise ValueError(
+                f"model.rope_scaling has factor={yarn.factor} and original_max_position_embeddings="
+                f"{yarn.original_max_position_embeddings}; both must be at least 1"
+            )
 
     def _check_experts(self) -> None:
         if self.n_routed_experts % self.n_group:
@@ -116,6 +172,26 @@ class ModelConfig:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
+    def plain_head_dim(self) -> int:
+        """Width of a head of grouped-query attention."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of grouped-query attention."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Width that is rotated in every head."""
+        return self.qk_rope_head_dim if self.use_mla else self.plain_head_dim
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer, those of multi-token prediction included, is a mixture of experts."""
+        return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
+
+    @property
     def num_core_layers(self) -> int:
         """Layers inside the loop; 0 without recurrence."""
         if self.recurrence.placement == "none":
@@ -123,7 +199,7 @@ class ModelConfig:
         return self.num_hidden_layers - self.recurrence.num_prelude_layers - self.recurrence.num_coda_layers
 
     def is_moe_layer(self, layer: int) -> bool:
-        return layer >= self.first_k_dense_replace
+        return self.use_moe and layer >= self.first_k_dense_replace
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -141,62 +217,20 @@ class ModelConfig:
             base = PRESETS[preset]
             recurrence = {**base.get("recurrence", {}), **values.get("recurrence", {})}
             values = {**base, **values, "recurrence": recurrence}
-        recurrence = values.pop("recurrence", {})
         _reject_unknown(values, cls, "model")
-        _reject_unknown(recurrence, RecurrenceConfig, "model.recurrence")
-        return cls(**values, recurrence=RecurrenceConfig(**recurrence))
-
-    # --- counts, from the sizes alone -------------------------------------------------------------
-
-    def _attention_weights(self) -> int:
-        d, h = self.hidden_size, self.num_attention_heads
-        if self.q_lora_rank is None:
-            query = d * h * self.qk_head_dim
-        else:
-            query = d * self.q_lora_rank + self.q_lora_rank * h * self.qk_head_dim
-        latent = d * (self.kv_lora_rank + self.qk_rope_head_dim)
-        key_value = self.kv_lora_rank * h * (self.qk_nope_head_dim + self.v_head_dim)
-        return query + latent + key_value + h * self.v_head_dim * d
-
-    def _feed_forward_weights(self, layer: int, experts: int) -> int:
-        d = self.hidden_size
-        if not self.is_moe_layer(layer):
-            return 3 * d * self.intermediate_size
-        expert = 3 * d * self.moe_intermediate_size
-        return (experts + self.n_shared_experts) * expert + d * self.n_routed_experts
-
-    def _recurrence_weights(self) -> int:
-        """Matrix weights of the recurrence itself, used once per step."""
-        if self.recurrence.placement == "none":
-            return 0
-        d = self.hidden_size
-        return (2 * d * d if self.recurrence.injection == "concat" else 0) + (
-            2 * d * d if self.recurrence.update == "gated" else 0
-        )
+        for key, section in _SECTIONS.items():
+            if values.get(key) is not None:
+                _reject_unknown(values[key], section, f"model.{key}")
+                values[key] = section(**values[key])
+        return cls(**values)
 
     def num_parameters(self, active: bool = False) -> int:
-        """Distinct parameters; `active`: those one token uses (its experts only), loops counted once."""
-        d, layers = self.hidden_size, self.num_hidden_layers
-        experts = self.num_experts_per_tok if active else self.n_routed_experts
-        norms = layers * (2 * d + self.kv_lora_rank + (self.q_lora_rank or 0)) + d
-        if self.recurrence.placement != "none":
-            norms += 2 * d + (d if self.recurrence.update == "gated" else 0)  # two norms, the gate's bias
-        matrices = sum(
-            self._attention_weights() + self._feed_forward_weights(i, experts) for i in range(layers)
-        )
-        return 2 * self.vocab_size * d + norms + matrices + self._recurrence_weights()
+        """See counts.num_parameters."""
+        return counts.num_parameters(self, active)
 
     def flops_per_token(self, sequence_length: int, num_steps: int | None = None) -> float:
-        """Forward FLOPs of one token, attention over the full sequence (PaLM, appendix B); training is 3x."""
-        steps = num_steps or self.recurrence.num_steps
-        first_core = self.recurrence.num_prelude_layers
-        total = 2.0 * self.vocab_size * self.hidden_size
-        for layer in range(self.num_hidden_layers):
-            weights = self._attention_weights() + self._feed_forward_weights(layer, self.num_experts_per_tok)
-            attention = sequence_length * self.num_attention_heads * (self.qk_head_dim + self.v_head_dim)
-            looped = self.num_core_layers and first_core <= layer < first_core + self.num_core_layers
-            total += 2.0 * (weights + attention) * (steps if looped else 1)
-        return total + 2.0 * self._recurrence_weights() * steps
+        """See counts.flops_per_token."""
+        return counts.flops_per_token(self, sequence_length, num_steps)
 
 
 _POSITIVE = (
@@ -215,6 +249,8 @@ _POSITIVE = (
     "moe_intermediate_size",
     "n_group",
 )
+_NOT_NEGATIVE = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+_SECTIONS: dict[str, type] = {"recurrence": RecurrenceConfig, "rope_scaling": YarnConfig}
 
 _CHOICES = {
     "placement": ("none", "block"),
@@ -223,7 +259,36 @@ _CHOICES = {
     "update": ("gated", "simple"),
 }
 
+
+def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: int) -> dict[str, Any]:
+    """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of as many weights.
+
+    Its two matrices of width 4D become three of width 8/3 D. A head is split 3:1 into an unrotated and a
+    rotated part, and the latent is D/2 wide.
+    """
+    head = width // heads
+    return {
+        "vocab_size": 50304,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "kv_lora_rank": width // 2,
+        "qk_nope_head_dim": head * 3 // 4,
+        "qk_rope_head_dim": head // 4,
+        "v_head_dim": head,
+        "intermediate_size": width * 8 // 3,
+        "first_k_dense_replace": 0,
+        "moe_intermediate_size": width * 8 // 3,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": 2,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
+    "small": _nanodeepseek(layers=6, width=384, heads=4, kv_heads=4, experts=4),
+    "base": _nanodeepseek(layers=12, width=768, heads=6, kv_heads=6, experts=8),
+    "large": _nanodeepseek(layers=24, width=1536, heads=12, kv_heads=6, experts=8),
     # A looped model that a laptop trains in minutes: 1 prelude, 1 core x 4, 1 coda layer.
     "nano": {
         "hidden_size": 128,

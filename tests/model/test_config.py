@@ -51,7 +51,7 @@ def test_round_trip_and_presets():
     [
         ({"hiden_size": 8}, "model.hiden_size is not a key.*did you mean 'hidden_size'"),
         ({"recurrence": {"num_step": 2}}, "did you mean 'num_steps'"),
-        ({"preset": "huge"}, "model.preset='huge' is unknown; choose one of nano"),
+        ({"preset": "huge"}, "model.preset='huge' is unknown; choose one of base, large, nano, small"),
         ({"hidden_size": 0}, "model.hidden_size=0 must be at least 1"),
         ({"qk_rope_head_dim": 3}, "must be even"),
         ({"n_group": 3}, "n_routed_experts=8 is not divisible by n_group=3"),

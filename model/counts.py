@@ -1,0 +1,105 @@
+"""Parameters and FLOPs of a config, from its sizes alone."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+
+
+def num_parameters(config: "ModelConfig", active: bool = False) -> int:
+    """Distinct parameters, those of multi-token prediction included.
+
+    Args:
+        active: those one token uses when the next one is predicted: of the experts only its own, no
+            multi-token prediction; loops counted once.
+    """
+    d = config.hidden_size
+    experts = config.num_experts_per_tok if active else config.n_routed_experts
+    total = 2 * config.vocab_size * d + _norm(config, d) + _recurrence_weights(config)
+    total += sum(_layer_parameters(config, i, experts) for i in range(config.num_hidden_layers))
+    if config.recurrence.placement != "none":
+        total += 2 * _norm(config, d) + (
+            d if config.recurrence.update == "gated" else 0
+        )  # and the gate's bias
+    if not active:
+        module = (
+            _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _norm(config, d) + 2 * d * d
+        )
+        total += config.num_nextn_predict_layers * module
+    return total
+
+
+def flops_per_token(config: "ModelConfig", sequence_length: int, num_steps: int | None = None) -> float:
+    """Forward FLOPs of one token that predicts the next, attention over the full sequence (PaLM, appendix B).
+
+    Args:
+        sequence_length: tokens attended to.
+        num_steps: loop steps; default: the config's.
+    """
+    steps = num_steps or config.recurrence.num_steps
+    first_core = config.recurrence.num_prelude_layers
+    total = 2.0 * config.vocab_size * config.hidden_size + 2.0 * _recurrence_weights(config) * steps
+    for layer in range(config.num_hidden_layers):
+        looped = config.num_core_layers and first_core <= layer < first_core + config.num_core_layers
+        total += _layer_flops(config, layer, sequence_length) * (steps if looped else 1)
+    return total
+
+
+def training_flops_per_token(
+    config: "ModelConfig", sequence_length: int, num_steps: int | None = None
+) -> float:
+    """FLOPs of one token's forward and backward pass (twice the forward), multi-token prediction included."""
+    d = config.hidden_size
+    module = _layer_flops(config, config.num_hidden_layers, sequence_length)
+    module += 2.0 * (2 * d * d + config.vocab_size * d)
+    forward = flops_per_token(config, sequence_length, num_steps) + config.num_nextn_predict_layers * module
+    return 3 * forward
+
+
+def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
+    norms = 2 * _norm(config, config.hidden_size)
+    if config.use_mla:
+        norms += _norm(config, config.kv_lora_rank) + _norm(config, config.q_lora_rank or 0)
+    elif config.qk_norm:
+        norms += 2 * _norm(config, config.plain_head_dim)
+    return norms + _attention_weights(config) + _feed_forward_weights(config, layer, experts)
+
+
+def _layer_flops(config: "ModelConfig", layer: int, sequence_length: int) -> float:
+    weights = _attention_weights(config) + _feed_forward_weights(config, layer, config.num_experts_per_tok)
+    widths = config.qk_head_dim + config.v_head_dim if config.use_mla else 2 * config.plain_head_dim
+    return 2.0 * (weights + sequence_length * config.num_attention_heads * widths)
+
+
+def _norm(config: "ModelConfig", width: int) -> int:
+    return width if config.rms_norm_affine else 0
+
+
+def _attention_weights(config: "ModelConfig") -> int:
+    d, h = config.hidden_size, config.num_attention_heads
+    if not config.use_mla:
+        return d * config.plain_head_dim * 2 * (h + config.kv_heads)
+    if config.q_lora_rank is None:
+        query = d * h * config.qk_head_dim
+    else:
+        query = d * config.q_lora_rank + config.q_lora_rank * h * config.qk_head_dim
+    latent = d * (config.kv_lora_rank + config.qk_rope_head_dim)
+    key_value = config.kv_lora_rank * h * (config.qk_nope_head_dim + config.v_head_dim)
+    return query + latent + key_value + h * config.v_head_dim * d
+
+
+def _feed_forward_weights(config: "ModelConfig", layer: int, experts: int) -> int:
+    d = config.hidden_size
+    if not config.is_moe_layer(layer):
+        return (3 if config.hidden_act == "silu" else 2) * d * config.intermediate_size
+    expert = 3 * d * config.moe_intermediate_size
+    return (experts + config.n_shared_experts) * expert + d * config.n_routed_experts
+
+
+def _recurrence_weights(config: "ModelConfig") -> int:
+    """Matrix weights of the recurrence itself, used once per step."""
+    if config.recurrence.placement == "none":
+        return 0
+    d = config.hidden_size
+    injection = 2 * d * d if config.recurrence.injection == "concat" else 0
+    return injection + (2 * d * d if config.recurrence.update == "gated" else 0)
