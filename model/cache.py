@@ -1,6 +1,6 @@
-"""The latent KV cache.
+"""The KV cache.
 
-Shapes: B batch, T new tokens, S cached tokens, C latent width, R rotary width.
+Shapes: B batch, T new tokens, S cached tokens, C latent width, R rotary width, W numbers per token.
 """
 
 import torch
@@ -10,15 +10,17 @@ from torch import Tensor
 class LatentCache:
     """Keeps, per token and slot, the C + R numbers [normed KV latent | rotated shared key].
 
-    A slot is (layer, loop step): a looped layer keeps every step's own latents, so decoding is exact.
+    Plain attention keeps its rotated keys and its values instead. A slot is (layer, loop step): a looped
+    layer keeps every step's own, so decoding is exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limited: bool = True) -> None:
+        self.limited = limited  # false: the caller sees to max_position_embeddings himself
         self.length = 0  # tokens held, the same for every slot between two forward passes
         self._slots: dict[tuple[int, int], Tensor] = {}
 
     def append(self, layer: int, step: int, latent: Tensor) -> Tensor:
-        """Adds latent (B, T, C+R) after the tokens held and returns all of them, (B, S, C+R)."""
+        """Adds latent (B, T, W) after the tokens held and returns all of them, (B, S, W)."""
         slot, total = (layer, step), self.length + latent.shape[1]
         held = self._slots.get(slot)
         if held is None or held.shape[1] < total:
@@ -37,6 +39,11 @@ class LatentCache:
     def advance(self, num_tokens: int) -> None:
         """Called once at the end of a forward pass over num_tokens new tokens."""
         self.length += num_tokens
+
+    def crop(self, num_tokens: int) -> None:
+        """Forgets the last num_tokens tokens."""
+        assert 0 <= num_tokens <= self.length
+        self.length -= num_tokens
 
     def numel(self) -> int:
         """Numbers held for the tokens seen (spare capacity not counted)."""

@@ -201,6 +201,11 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.use_moe and layer >= self.first_k_dense_replace
 
+    def runs_of_layer(self, layer: int, num_steps: int) -> int:
+        """How often a forward pass with num_steps loop steps runs a layer."""
+        first = self.recurrence.num_prelude_layers
+        return num_steps if first <= layer < first + self.num_core_layers else 1
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -37,11 +37,9 @@ def flops_per_token(config: "ModelConfig", sequence_length: int, num_steps: int 
         num_steps: loop steps; default: the config's.
     """
     steps = num_steps or config.recurrence.num_steps
-    first_core = config.recurrence.num_prelude_layers
     total = 2.0 * config.vocab_size * config.hidden_size + 2.0 * _recurrence_weights(config) * steps
     for layer in range(config.num_hidden_layers):
-        looped = config.num_core_layers and first_core <= layer < first_core + config.num_core_layers
-        total += _layer_flops(config, layer, sequence_length) * (steps if looped else 1)
+        total += _layer_flops(config, layer, sequence_length) * config.runs_of_layer(layer, steps)
     return total
 
 

@@ -1,6 +1,6 @@
-"""Batched greedy generation over the latent cache.
+"""Batched generation over the latent cache.
 
-Shapes: B batch, T prompt tokens, n new tokens.
+Shapes: B batch, T prompt tokens, n new tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,12 @@ def generate(
     eos_token_id: int | None = None,
     stopping: Callable[[Tensor], Tensor] | None = None,
     num_steps: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
 ) -> Tensor:
-    """Continues every row with its most likely token until all rows have ended.
+    """Continues every row until all rows have ended.
 
     Args:
         tokens: (B, T) int64, shorter prompts padded on the LEFT.
@@ -34,32 +38,89 @@ def generate(
         eos_token_id: ends a row; what follows it is PAD_TOKEN_ID.
         stopping: called with the new tokens (B, n), returns (B,) booleans of rows to end.
         num_steps: loop steps; default: the config's.
+        temperature: 0 takes the most likely token, other values divide the logits before sampling.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the most likely tokens that together reach this probability (nucleus sampling,
+            Holtzman et al. 2020), taken after top_k.
+        seed: of the samples.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
 
     Raises:
-        ValueError: prompt and continuation exceed max_position_embeddings.
+        ValueError: prompt and continuation exceed max_position_embeddings, or an impossible option.
     """
+    check_length(model, tokens, max_new_tokens)
+    choose = _chooser(temperature, top_k, top_p, seed, tokens.device)
+    attention_mask = without_padding(attention_mask)
+    prompt_length, cache, step_input = tokens.shape[1], LatentCache(), tokens
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        output = model(
+            step_input, attention_mask=attention_mask, num_steps=num_steps, cache=cache, logits_to_keep=1
+        )
+        step_input = choose(output.logits[:, -1]).masked_fill(ended[:, None], PAD_TOKEN_ID)
+        tokens = torch.cat((tokens, step_input), 1)
+        if attention_mask is not None:
+            attention_mask = torch.cat((attention_mask, (~ended[:, None]).to(attention_mask.dtype)), 1)
+        if eos_token_id is not None:
+            ended = ended | (step_input[:, 0] == eos_token_id)
+        if stopping is not None:
+            ended = ended | stopping(tokens[:, prompt_length:])
+        if (eos_token_id is not None or stopping is not None) and bool(ended.all()):
+            break
+    return tokens
+
+
+def check_length(model: "ZeroModel", tokens: Tensor, max_new_tokens: int) -> None:
     limit = model.config.max_position_embeddings
+    if tokens.shape[1] < 1 or max_new_tokens < 0:
+        raise ValueError(
+            f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens}: the prompt needs at "
+            "least 1 token and max_new_tokens may not be negative"
+        )
     if tokens.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"prompt of {tokens.shape[1]} and max_new_tokens={max_new_tokens} exceed "
             f"max_position_embeddings={limit}; shorten one of them"
         )
-    if attention_mask is None:
-        attention_mask = torch.ones_like(tokens)
-    prompt_length, cache, step_input = tokens.shape[1], LatentCache(), tokens
-    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        logits = model(step_input, attention_mask=attention_mask, num_steps=num_steps, cache=cache).logits
-        step_input = logits[:, -1:].argmax(-1).masked_fill(ended[:, None], PAD_TOKEN_ID)
-        tokens = torch.cat((tokens, step_input), 1)
-        attention_mask = torch.cat((attention_mask, (~ended[:, None]).to(attention_mask.dtype)), 1)
-        if eos_token_id is not None:
-            ended = ended | (step_input[:, 0] == eos_token_id)
-        if stopping is not None:
-            ended = ended | stopping(tokens[:, prompt_length:])
-        if bool(ended.all()):
-            break
-    return tokens
+
+
+def without_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """None for a mask that masks nothing: a batch without padding needs none."""
+    return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+
+def _chooser(
+    temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """The function from logits (B, V) to tokens (B, 1)."""
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must not be negative; 0 takes the most likely token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must lie in 0 < top_p <= 1")
+    if temperature == 0:
+        return lambda logits: logits.argmax(-1, keepdim=True)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def sample(logits: Tensor) -> Tensor:
+        kept = truncated(logits.float() / temperature, top_k, top_p)
+        return torch.multinomial(kept.softmax(-1), 1, generator=generator)
+
+    return sample
+
+
+def truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """logits (B, V) with -inf for the tokens outside top_k or top_p; the likeliest always stays."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        outside = torch.ones_like(logits, dtype=torch.bool)
+        outside.scatter_(-1, logits.topk(top_k, dim=-1).indices, False)
+        logits = logits.masked_fill(outside, float("-inf"))
+    if top_p is not None:
+        likely, order = logits.sort(dim=-1, descending=True)
+        probabilities = likely.softmax(-1)
+        beyond = probabilities.cumsum(-1) - probabilities >= top_p
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    return logits

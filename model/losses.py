@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import ModelConfig
+from .layers import linear
 
 IGNORE_INDEX = -100  # a position without target
 
@@ -23,23 +23,32 @@ class LossTerm:
     name: str
     weight: Callable[[ModelConfig], float]
     counted_in: str  # "targets" or "rows"
+    applies: Callable[[ModelConfig], bool] = lambda config: True
 
 
 LOSS_TABLE = (
-    LossTerm("cross_entropy", lambda config: 1.0, "targets"),
-    LossTerm("balance", lambda config: config.balance_loss_weight, "rows"),
+    LossTerm("cross_entropy", lambda c: 1.0, "targets"),
+    LossTerm("balance", lambda c: c.balance_loss_weight, "rows", lambda c: c.has_experts),
+    LossTerm("router_z", lambda c: c.router_z_loss_weight, "rows", lambda c: c.has_experts),
+    # The modules' mean; each is divided by all targets, as in DeepSeek-V3 eq. 24 and 25.
+    LossTerm("mtp", lambda c: c.mtp_loss_weight, "targets", lambda c: c.num_nextn_predict_layers > 0),
 )
 
 
+def loss_terms(config: ModelConfig) -> list[LossTerm]:
+    """The terms that a model has."""
+    return [term for term in LOSS_TABLE if term.applies(config)]
+
+
 def total_loss(config: ModelConfig, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-    """Weighted sum of the terms, each divided by its count.
+    """Weighted sum of the model's terms, each divided by its count.
 
     Args:
         sums: the terms by name, summed over this batch.
         counts: "targets" and "rows"; those of the global batch make ranks and micro-batches add up to
             exactly the loss of one process.
     """
-    terms = [t.weight(config) * sums[t.name] / max(counts[t.counted_in], 1) for t in LOSS_TABLE]
+    terms = [t.weight(config) * sums[t.name] / max(counts[t.counted_in], 1) for t in loss_terms(config)]
     return torch.stack(terms).sum()
 
 
@@ -61,16 +70,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, len(targets), chunk):
             rows, target = hidden[start : start + chunk], targets[start : start + chunk]
-            logits = F.linear(rows, weight).float()
-            loss += F.cross_entropy(logits, target, reduction="sum")
+            logits = linear(rows, weight).float()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            loss += (normaliser - logits.gather(-1, target[:, None])).sum()
             if need_hidden or need_weight:
-                error = logits.softmax(-1)
+                error = logits.sub_(normaliser).exp_()
                 error[torch.arange(len(target), device=target.device), target] -= 1.0
                 error = error.to(weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = error @ weight
+                    grad_hidden[start : start + chunk] = linear(error, weight.T)
                 if grad_weight is not None:
-                    grad_weight += error.T @ rows
+                    grad_weight += linear(error.T, rows.T)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

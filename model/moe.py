@@ -3,12 +3,33 @@
 Shapes: N tokens (batch and time flattened), D hidden, E experts, K experts per token, F expert width.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import SwiGLU
+from .execution import ExecutionConfig, expert_backend
+from .layers import SwiGLU, linear, upcasts
+
+
+class Routing(NamedTuple):
+    """What the router decided."""
+
+    weights: Tensor  # (N, K) fp32
+    chosen: Tensor  # (N, K) expert numbers
+    scores: Tensor  # (N, E) fp32 affinities
+    logits: Tensor  # (N, E) fp32
+
+
+class MoEStatistics(NamedTuple):
+    """What a layer reports beside its output, summed over the B rows (the losses) or tokens (the load)."""
+
+    balance: Tensor  # sequence-wise balance loss
+    router_z: Tensor  # squared log-sum-exp of the router's logits, averaged over each row's tokens
+    load: Tensor  # (E,) int64, tokens given to each expert
 
 
 class Router(nn.Module):
@@ -22,23 +43,23 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, D) -> weights (N, K), chosen experts (N, K), affinities (N, E), in fp32 (eq. 12-16)."""
+    def forward(self, x: Tensor) -> Routing:
+        """x (N, D) -> the choice and its weights (eq. 12-16)."""
         c = self.config
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.sigmoid()
         biased = scores.detach() + self.e_score_correction_bias.float()
-        biased = biased.masked_fill(self._outside_kept_groups(biased), float("-inf"))
+        if c.n_group > 1:
+            biased = biased.masked_fill(self._outside_kept_groups(biased), float("-inf"))
         chosen = biased.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
         weights = scores.gather(-1, chosen)
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return weights * c.routed_scaling_factor, chosen, scores
+        return Routing(weights * c.routed_scaling_factor, chosen, scores, logits)
 
     def _outside_kept_groups(self, biased: Tensor) -> Tensor:
         """biased (N, E) -> (N, E) booleans: outside the topk_group groups whose best two score highest."""
         c = self.config
-        if c.n_group == 1:
-            return torch.zeros_like(biased, dtype=torch.bool)
         grouped = biased.unflatten(-1, (c.n_group, -1))
         kept = grouped.topk(2, dim=-1).values.sum(-1).topk(c.topk_group, dim=-1).indices
         outside = torch.ones(grouped.shape[:2], dtype=torch.bool, device=biased.device)
@@ -46,29 +67,109 @@ class Router(nn.Module):
         return outside.repeat_interleave(grouped.shape[-1], dim=1)
 
 
+class Permute(torch.autograd.Function):
+    """Rows in another order: x[order]. Its gradient is a gather too, where indexing would scatter and add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        """x (n, D), order (n,) a permutation and back (n,) its inverse -> (n, D)."""
+        ctx.save_for_backward(back)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grads[0][back], None, None
+
+
+class _Dispatch(torch.autograd.Function):
+    """A copy of every token for each of its K experts, sorted by expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        """x (N, D), order and back (N*K,) -> (N*K, D)."""
+        ctx.save_for_backward(back)
+        ctx.K = len(order) // len(x)
+        return x[order // ctx.K]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grads[0][back].unflatten(0, (-1, ctx.K)).sum(1), None, None
+
+
+def inverse_permutation(order: Tensor) -> Tensor:
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return back
+
+
 class Experts(nn.Module):
     """Stacked SwiGLU experts; w1 gates, w3 is the up and w2 the down projection (names DeepSpeed expects)."""
 
-    def __init__(self, config: ModelConfig, expert_ids: range) -> None:
+    def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
-        self.expert_ids = expert_ids  # the global numbers of the experts held here
+        self.expert_ids, self.execution = expert_ids, execution  # the global numbers of the experts held here
         E, D, width = len(expert_ids), config.hidden_size, config.moe_intermediate_size
+        self.widths = (D, width)
         self.w1 = nn.Parameter(torch.empty(E, width, D))
         self.w2 = nn.Parameter(torch.empty(E, D, width))
         self.w3 = nn.Parameter(torch.empty(E, width, D))
 
-    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
-        """x (rows sorted by expert, D) and the rows of each expert -> (rows, D).
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x (rows sorted by expert, D) and the rows of each expert (E,) -> (rows, D).
 
         An expert without rows still takes part, so that every weight always has a gradient.
         """
-        outputs = [
-            F.linear(F.silu(F.linear(rows, w1)) * F.linear(rows, w3), w2)
-            for rows, w1, w2, w3 in zip(
-                x.split(counts), self.w1.unbind(), self.w2.unbind(), self.w3.unbind(), strict=True
-            )
-        ]
-        return torch.cat(outputs)
+        backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
+        multiply = _MULTIPLY[backend]
+        gate, up = multiply(x, self.w1, counts), multiply(x, self.w3, counts)
+        return multiply(F.silu(gate) * up, self.w2, counts)
+
+
+def _loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x (rows, in) sorted by expert, weight (E, out, in), counts (E,) -> (rows, out), expert by expert."""
+    parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
+    return torch.cat([linear(rows, w) for rows, w in parts])
+
+
+class _UpcastGroupedMM(torch.autograd.Function):
+    """_grouped_mm computed in fp32 that keeps its operands in bf16: see layers.upcasts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return F.grouped_mm(x.float(), weight.float().transpose(1, 2), offs=ends).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].float()
+        grad_x = F.grouped_mm(grad, weight.float(), offs=ends)
+        grad_weight = F.grouped_mm(grad.T, x.float(), offs=ends)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """As _loop, by torch's grouped matrix product."""
+    ends = counts.cumsum(0).int()
+    if upcasts(x):
+        return _UpcastGroupedMM.apply(x, weight, ends)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+def _megablocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """As _loop, by the grouped GEMM that megablocks' grouped MLP uses (GPU, bf16)."""
+    from megablocks.grouped_gemm_util import ops  # type: ignore[import-not-found]
+
+    return ops.gmm(x, weight, counts.cpu(), trans_b=True)
+
+
+_MULTIPLY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "loop": _loop,
+    "grouped_mm": _grouped_mm,
+    "megablocks": _megablocks,
+}
 
 
 class MoE(nn.Module):
@@ -76,9 +177,9 @@ class MoE(nn.Module):
 
     load: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.execution = config, execution
         self.gate = Router(config)
         self.experts = self.build_experts()
         if config.n_shared_experts:
@@ -90,49 +191,51 @@ class MoE(nn.Module):
         )
 
     def build_experts(self) -> Experts:
-        return Experts(self.config, range(self.config.n_routed_experts))
+        return Experts(self.config, range(self.config.n_routed_experts), self.execution)
 
     def run_experts(self, x: Tensor, counts: Tensor) -> Tensor:
         """x (N*K, D) sorted by expert, counts (E,) -> (N*K, D). Expert parallelism overrides this."""
-        return self.experts(x, counts.tolist())
+        return self.experts(x, counts)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, T, D), token_mask (B, T) -> output (B, T, D) and the summed balance loss of the B rows."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, MoEStatistics]:
+        """x (B, T, D), token_mask (B, T), False under padding -> output (B, T, D) and the statistics.
+
+        Does not touch `load`: under activation checkpointing it runs twice. See decoder.run_layer.
+        """
         tokens = x.flatten(0, 1)
-        weights, chosen, scores = self.gate(tokens)
-        K = chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        counts = chosen.flatten().bincount(minlength=self.config.n_routed_experts)
-        rows = self.run_experts(tokens[order // K], counts)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        out = (rows[back].unflatten(0, (-1, K)) * weights[..., None].to(rows.dtype)).sum(1)
+        routing = self.gate(tokens)
+        flat = routing.chosen.flatten()
+        order = flat.argsort(stable=True)
+        back = inverse_permutation(order)
+        counts = flat.bincount(minlength=self.config.n_routed_experts)
+        rows = self.run_experts(_Dispatch.apply(tokens, order, back), counts)
+        rows = Permute.apply(rows, back, order).unflatten(0, (len(tokens), -1))
+        out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
         if self.config.n_shared_experts:
             out = out + self.shared_experts(tokens)
-        real = torch.ones(x.shape[:2], device=x.device) if token_mask is None else token_mask
-        load, balance = self._balance(chosen, scores, real.float())
-        if self.training:
-            self.load += load
-        return out.view_as(x), balance
+        return out.view_as(x), self._statistics(routing, x.shape[0], token_mask)
 
-    def _balance(self, chosen: Tensor, scores: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens per expert (E,) and the rows' summed sequence-wise balance loss (eq. 17-20, alpha = 1)."""
-        B, T = real.shape
+    def _statistics(self, routing: Routing, B: int, token_mask: Tensor | None) -> MoEStatistics:
+        """Balance loss (eq. 17-20 with alpha 1), router z-loss (ST-MoE eq. 5) and load of real tokens."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
-        picked = F.one_hot(chosen, E).sum(1).view(B, T, E) * real[..., None]
+        scores = routing.scores
+        real = scores.new_ones(B, len(scores) // B) if token_mask is None else token_mask.float()
+        picked = torch.zeros_like(scores).scatter_(1, routing.chosen, 1.0).view(B, -1, E) * real[..., None]
         length = real.sum(1).clamp(min=1)[:, None]
-        frequency = picked.sum(1) * E / (K * length)
-        share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).view(B, T, E) * real[..., None]
-        return picked.sum((0, 1)).long(), (frequency * share.sum(1) / length).sum()
+        taken = picked.sum(1)
+        share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).view(B, -1, E)
+        share = torch.einsum("bte,bt->be", share, real)
+        balance = (taken * E / (K * length) * share / length).sum()
+        z = (routing.logits.logsumexp(-1).square().view(B, -1) * real / length).sum()
+        return MoEStatistics(balance, z, taken.sum(0).round().long())
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
         """Moves the balancing bias towards underloaded experts by one step; load (E,) is the global one.
 
-        Re-centred, so that the bias cannot drift. Clears this layer's own count.
+        Re-centred, so that the bias cannot drift.
         """
         bias = self.gate.e_score_correction_bias
         load = load.double()
         bias += self.config.router_bias_update_rate * torch.sign(load.mean() - load).to(bias.dtype)
         bias -= bias.mean()
-        self.load.zero_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
-from .layers import RMSNorm
+from .layers import Linear, RMSNorm
 
 # The gate starts nearly open, so that an untrained loop moves its state by most of what the core says.
 GATE_BIAS = 2.0
@@ -27,12 +27,12 @@ class LatentReasoningUnit(nn.Module):
         super().__init__()
         self.config = config.recurrence
         D = config.hidden_size
-        self.state_norm = RMSNorm(D, config.rms_norm_eps)
-        self.output_norm = RMSNorm(D, config.rms_norm_eps)
+        self.state_norm = RMSNorm(D, config.rms_norm_eps, config.rms_norm_affine)
+        self.output_norm = RMSNorm(D, config.rms_norm_eps, config.rms_norm_affine)
         if self.config.injection == "concat":
-            self.injection = nn.Linear(2 * D, D, bias=False)
+            self.injection = Linear(2 * D, D, bias=False)
         if self.config.update == "gated":
-            self.gate = nn.Linear(2 * D, D)
+            self.gate = Linear(2 * D, D)
 
     def forward(
         self, prelude: Tensor, core: Callable[[Tensor, int], tuple[Tensor, Tensor]], num_steps: int
@@ -41,17 +41,17 @@ class LatentReasoningUnit(nn.Module):
 
         Args:
             prelude: (B, T, D), the state before the first pass and the input of every pass.
-            core: maps (B, T, D) and the step's number to (B, T, D) and its balance loss.
+            core: maps (B, T, D) and the step's number to (B, T, D) and its auxiliary losses.
 
         Returns:
-            The last state (B, T, D), normed, and the balance loss averaged over the passes.
+            The last state (B, T, D), normed, and the auxiliary losses averaged over the passes.
         """
-        state, balance = prelude, prelude.new_zeros((), dtype=torch.float32)
+        state, total = prelude, torch.zeros(())
         for step in range(num_steps):
-            candidate, step_balance = core(self._inject(self.state_norm(state), prelude), step)
+            candidate, aux = core(self._inject(self.state_norm(state), prelude), step)
             state = self._update(state, candidate)
-            balance = balance + step_balance
-        return self.output_norm(state), balance / num_steps
+            total = total.to(aux.device) + aux
+        return self.output_norm(state), total / num_steps
 
     def _inject(self, state: Tensor, prelude: Tensor) -> Tensor:
         if self.config.injection == "concat":

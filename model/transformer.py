@@ -4,56 +4,35 @@ Shapes: B batch, T new tokens, S cached and new tokens, D hidden, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionContext, MultiHeadLatentAttention, visible_keys
+from .attention_backends import AttentionContext, flex_mask, row_boundaries, segments, visible_keys
 from .cache import LatentCache, full_mask
 from .config import ModelConfig
+from .decoder import AUX_TERMS, DecoderLayer, run_layer
+from .execution import ExecutionConfig, attention_backend
 from .generate import generate
-from .layers import RMSNorm, SwiGLU, rotary_tables
-from .losses import IGNORE_INDEX, chunked_cross_entropy, total_loss
+from .layers import RMSNorm, linear, rotary_tables
+from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
 from .moe import Experts, MoE
+from .mtp import MTPModule, shifted
 from .recurrence import GATE_BIAS, LatentReasoningUnit
 
 
 class ModelOutput(NamedTuple):
-    """`logits` (B, T, V) when no targets are given; otherwise the loss of this batch and its terms.
+    """Logits and hidden states when no targets are given; otherwise the loss of this batch and its terms.
 
     A named tuple, since ZeRO-3 looks for tensors in tuples and dicts only.
     """
 
-    logits: Tensor | None = None
+    logits: Tensor | None = None  # (B, T, V), or of the last logits_to_keep places
+    hidden: Tensor | None = None  # (B, T, D), normed
     loss: Tensor | None = None  # normalised by this batch's own counts
-    loss_sums: dict[str, Tensor] | None = None  # one scalar per row of losses.LOSS_TABLE, not normalised
-
-
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and feed-forward layer, dense or mixture of experts."""
-
-    def __init__(self, config: ModelConfig, layer: int, moe_class: type[MoE]) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.is_moe = config.is_moe_layer(layer)
-        self.mlp: nn.Module = (
-            moe_class(config) if self.is_moe else SwiGLU(config.hidden_size, config.intermediate_size)
-        )
-
-    def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> (B, T, D) and the balance loss summed over rows."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
-        normed = self.post_attention_layernorm(x)
-        if self.is_moe:
-            out, balance = self.mlp(normed, context.token_mask)
-            return x + out, balance
-        return x + self.mlp(normed), x.new_zeros((), dtype=torch.float32)
+    loss_sums: dict[str, Tensor] | None = None  # one scalar per term of losses.loss_terms, not normalised
 
 
 class LMHead(nn.Module):
@@ -66,50 +45,65 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy."""
         if targets is None:
-            return F.linear(hidden, self.weight)
+            return linear(hidden, self.weight)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten())
 
 
 class Transformer(nn.Module):
-    """Embedding, layers (some looped), final norm."""
+    """Embedding, layers (some looped), final norm, modules of multi-token prediction."""
 
-    def __init__(self, config: ModelConfig, moe_class: type[MoE]) -> None:
+    def __init__(self, config: ModelConfig, moe_class: type[MoE], execution: ExecutionConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.execution, L = config, execution, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i, moe_class) for i in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, i, moe_class, execution) for i in range(L))
         if config.recurrence.placement == "block":
             self.recurrence = LatentReasoningUnit(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
+        if config.num_nextn_predict_layers:
+            modules = range(L, L + config.num_nextn_predict_layers)
+            self.mtp = nn.ModuleList(MTPModule(config, i, moe_class, execution) for i in modules)
 
     def forward(self, tokens: Tensor, context: AttentionContext, num_steps: int) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) -> normed hidden states (B, T, D) and the balance loss of all rows and layers."""
+        """tokens (B, T) -> normed hidden states (B, T, D) and the (2,) auxiliary losses of all layers."""
         x = self.embed_tokens(tokens)
         first, last = self._core_range()
-        x, balance = self._run(range(first), x, context)
+        x, aux = self._run(range(first), x, context)
         if first < last:
 
             def core(state: Tensor, step: int) -> tuple[Tensor, Tensor]:
                 context.step = step
                 return self._run(range(first, last), state, context)
 
-            x, core_balance = self.recurrence(x, core, num_steps)
+            x, core_aux = self.recurrence(x, core, num_steps)
             context.step = 0
-            balance = balance + core_balance
-        x, coda_balance = self._run(range(last, len(self.layers)), x, context)
-        return self.norm(x), balance + coda_balance
+            aux = aux + core_aux
+        x, coda_aux = self._run(range(last, len(self.layers)), x, context)
+        return self.norm(x), aux + coda_aux
+
+    def predict_further(
+        self, module: int, hidden: Tensor, tokens: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        """One module of multi-token prediction.
+
+        Args:
+            hidden: (B, T, D) of the model or of the module before.
+            tokens: (B, T), those that the hidden states predict.
+
+        Returns:
+            Normed states (B, T, D) that predict the tokens after those, and the (2,) auxiliary losses.
+        """
+        return run_layer(self.mtp[module], self.execution, hidden, self.embed_tokens(tokens), context)
 
     def _core_range(self) -> tuple[int, int]:
         first = self.config.recurrence.num_prelude_layers if self.config.num_core_layers else 0
         return first, first + self.config.num_core_layers
 
     def _run(self, layers: range, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros((), dtype=torch.float32)
+        total = torch.zeros(len(AUX_TERMS), device=x.device)
         for i in layers:
-            x, balance = self.layers[i](x, context)
-            total = total + balance
+            x, aux = run_layer(self.layers[i], self.execution, x, context)
+            total = total + aux
         return x, total
 
 
@@ -121,12 +115,19 @@ class ZeroModel(nn.Module):
         moe_class: the mixture-of-experts layer; pretrain passes its expert-parallel one.
         seed: the initial weights are a function of (seed, parameter name, global expert number), so that
             they are the same however the model is spread over ranks.
+        execution: how to compute; changes no result.
     """
 
-    def __init__(self, config: ModelConfig, moe_class: type[MoE] = MoE, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe_class: type[MoE] = MoE,
+        seed: int = 0,
+        execution: ExecutionConfig | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.model = Transformer(config, moe_class)
+        self.config, self.execution = config, execution or ExecutionConfig()
+        self.model = Transformer(config, moe_class, self.execution)
         self.lm_head = LMHead(config)
         if not self.lm_head.weight.is_meta:  # on the meta device there are shapes only
             initialize(self, seed)
@@ -140,6 +141,7 @@ class ZeroModel(nn.Module):
         targets: Tensor | None = None,
         num_steps: int | None = None,
         cache: LatentCache | None = None,
+        logits_to_keep: int = 0,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -151,22 +153,66 @@ class ZeroModel(nn.Module):
             targets: (B, T) int64, the token to predict at each place or losses.IGNORE_INDEX.
             num_steps: loop steps; default: the config's.
             cache: latents of earlier tokens; extended in place.
+            logits_to_keep: form the logits of the last so many places only; 0: of all.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
         """
-        context = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
-        hidden, balance = self.model(tokens, context, steps)
+        context, segment = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
+        hidden, aux = self.model(tokens, context, steps)
         if cache is not None:
             cache.advance(tokens.shape[1])
         if targets is None:
-            return ModelOutput(logits=self.lm_head(hidden))
-        sums = {"cross_entropy": self.lm_head(hidden, targets), "balance": balance}
+            return ModelOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]), hidden=hidden)
+        sums = {"cross_entropy": self.lm_head(hidden, targets)}
+        if self.config.num_nextn_predict_layers:
+            sums["mtp"], mtp_aux = self._predict_further(hidden, tokens, targets, context, segment)
+            aux = aux + mtp_aux
+        sums |= dict(zip(AUX_TERMS, aux.unbind(), strict=True))
+        sums = {term.name: sums[term.name] for term in loss_terms(self.config)}
         counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(tokens)}
         return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums)
+
+    def _predict_further(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        targets: Tensor,
+        context: AttentionContext,
+        segment: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of multi-token prediction, the modules' mean, and auxiliary losses (2,)."""
+        modules = self.config.num_nextn_predict_layers
+        loss, total = torch.zeros((), device=hidden.device), torch.zeros(len(AUX_TERMS), device=hidden.device)
+        segment = torch.zeros_like(tokens) if segment is None else segment
+        for module in range(modules):
+            further, further_targets = shifted(tokens, targets, segment, module + 1)
+            hidden, aux = self.model.predict_further(module, hidden, further, context)
+            loss = loss + self.lm_head(hidden, further_targets) / modules
+            total = total + aux
+        return loss, total
+
+    def draft(
+        self, hidden: Tensor, tokens: Tensor, attention_mask: Tensor | None, cache: LatentCache
+    ) -> Tensor:
+        """Logits of multi-token prediction's first module, for drafts.
+
+        Args:
+            hidden: (B, T, D) as forward returned them for the last T tokens.
+            tokens: (B, T), the tokens that followed those.
+            attention_mask: as in the call of forward.
+            cache: the module's own, extended in place.
+
+        Returns:
+            (B, T, V), predictions of the tokens after `tokens`.
+        """
+        context, _ = self._context(tokens, attention_mask, None, None, cache)
+        further, _ = self.model.predict_further(0, hidden, tokens, context)
+        cache.advance(tokens.shape[1])
+        return self.lm_head(further)
 
     def _context(
         self,
@@ -175,38 +221,55 @@ class ZeroModel(nn.Module):
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: LatentCache | None,
-    ) -> AttentionContext:
-        B, T = tokens.shape
-        past = cache.length if cache is not None else 0
+    ) -> tuple[AttentionContext, Tensor | None]:
+        """What the layers share, and segments (B, S); None: one document without padding a row."""
+        (B, T), past = tokens.shape, cache.length if cache is not None else 0
         S = past + T
-        if self.config.max_position_embeddings < S:
+        if self.config.max_position_embeddings < S and (cache is None or cache.limited):
             raise ValueError(
                 f"{S} tokens exceed max_position_embeddings={self.config.max_position_embeddings}; "
                 "shorten the input or train with a larger value"
             )
         if cu_seqlens is not None and past:
             raise ValueError("cu_seqlens describes whole rows and cannot be used with a filled cache")
-        plain = attention_mask is None and cu_seqlens is None and past == 0
-        real = full_mask(attention_mask, B, S, tokens.device)
-        mask = None if plain else visible_keys(real, T, cu_seqlens)
-        if position_ids is None:
-            position_ids = _positions(real, cu_seqlens)[:, past:]
-        cos, sin = rotary_tables(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
-        token_mask = None if attention_mask is None else real[:, past:]
-        return AttentionContext(cos, sin, mask, token_mask, cache)
+        plain = attention_mask is None and cu_seqlens is None
+        segment, token_mask = None, None
+        if not plain:
+            real = full_mask(attention_mask, B, S, tokens.device)
+            segment = segments(real, cu_seqlens)
+            token_mask = None if attention_mask is None else real[:, past:]
+            position_ids = _positions(real, cu_seqlens)[:, past:] if position_ids is None else position_ids
+        elif position_ids is None:
+            position_ids = torch.arange(past, S, device=tokens.device)[None]
+        cos, sin = rotary_tables(position_ids, self.config)
+        context = AttentionContext(cos, sin, "sdpa", None, token_mask, cache=cache)
+        self._choose_backend(context, tokens, segment, cu_seqlens)
+        return context, segment
+
+    def _choose_backend(
+        self, context: AttentionContext, tokens: Tensor, segment: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        """Fills in what the attention backend needs.
+
+        flex takes whole rows, varlen and flash_attn whole rows without padding; all else goes through sdpa.
+        """
+        (B, T), dtype = tokens.shape, self.model.embed_tokens.weight.dtype
+        backend = attention_backend(self.execution.attention, tokens.device.type, dtype)
+        past = context.cache.length if context.cache is not None else 0
+        if backend == "flex" and not past:
+            segment = tokens.new_zeros(B, T) if segment is None else segment
+            context.backend, context.block_mask = backend, flex_mask(segment)
+        elif backend in ("varlen", "flash_attn") and not past and context.token_mask is None:
+            context.backend, context.boundaries = backend, row_boundaries(B, T, cu_seqlens, tokens.device)
+        elif segment is not None:
+            context.mask = visible_keys(segment, T)
+        elif past and T > 1:
+            context.mask = visible_keys(tokens.new_zeros(1, past + T), T)
 
     @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int = 64,
-        attention_mask: Tensor | None = None,
-        eos_token_id: int | None = None,
-        stopping: Callable[[Tensor], Tensor] | None = None,
-        num_steps: int | None = None,
-    ) -> Tensor:
-        """Greedy continuation of tokens (B, T) -> (B, T + n); see generate.generate."""
-        return generate(self, tokens, max_new_tokens, attention_mask, eos_token_id, stopping, num_steps)
+    def generate(self, tokens: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
+        """Continuation of tokens (B, T) -> (B, T + n), greedy by default; see generate.generate."""
+        return generate(self, tokens, max_new_tokens, **options)
 
     def moe_layers(self) -> list[MoE]:
         return [m for m in self.modules() if isinstance(m, MoE)]

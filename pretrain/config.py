@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from model.config import ModelConfig, nearest
+from model.execution import ExecutionConfig
 
 
 @dataclass
@@ -64,6 +65,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/execution.py
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
 
 
@@ -101,8 +103,9 @@ def load_run_config(path: str, overrides: list[str]) -> RunConfig:
 def _typed(cls: type, values: dict[str, Any]) -> Any:
     """An instance of dataclass `cls` with `values` converted to the fields' types."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(cls), values)
-        return OmegaConf.to_object(merged)
+        schema = OmegaConf.structured(cls)
+        OmegaConf.set_readonly(schema, False)
+        return OmegaConf.to_object(OmegaConf.merge(schema, values))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         hint = "; give it on the command line or in the YAML" if "mandatory" in str(error).lower() else ""

@@ -29,7 +29,7 @@ from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_module
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
-from model.transformer import DecoderLayer
+from model.decoder import DecoderLayer
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.expert_parallel import create_groups, expert_parallel_class, gather_experts, is_expert
 
@@ -110,7 +110,7 @@ class Engine:
     def __init__(self, config: RunConfig, model_config: ModelConfig, ds_config: dict[str, Any]) -> None:
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
-        model = ZeroModel(model_config, expert_parallel_class(config.ep_size), seed=config.seed)
+        model = ZeroModel(model_config, expert_parallel_class(config.ep_size), config.seed, config.execution)
         # ZeRO-3 gathers a decoder layer at once instead of each of its modules: at small sizes the hooks of
         # single modules cost more than the arithmetic.
         set_z3_leaf_modules(model, [DecoderLayer])
@@ -141,6 +141,10 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
+
+    def step_applied(self) -> bool:
+        """Whether the last step changed the weights: DeepSpeed skips one whose gradients are not finite."""
+        return self.deepspeed.was_step_applied()
 
     def grad_norm(self) -> float:
         """Global gradient norm of the last optimizer step, before clipping."""

@@ -29,7 +29,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.moe import Experts, MoE
+from model.execution import ExecutionConfig
+from model.moe import Experts, MoE, Permute, inverse_permutation
 
 PINNED_VERSION = "0.19.8"
 
@@ -93,7 +94,7 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
 
     ep_size: int  # set by expert_parallel_class
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, execution: ExecutionConfig) -> None:
         # The names below are read by DeepSpeed from its AutoEP layers.
         self.ep_group_name = group_name(self.ep_size)
         self.ep_rank = groups._get_expert_parallel_rank(self.ep_group_name)
@@ -102,12 +103,12 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             self.num_experts, self.num_local_experts, self.ep_size
         )
-        super().__init__(config)
+        super().__init__(config, execution)
         self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
 
     def build_experts(self) -> Experts:
         first = self.ep_rank * self.num_local_experts
-        experts = Experts(self.config, range(first, first + self.num_local_experts))
+        experts = Experts(self.config, range(first, first + self.num_local_experts), self.execution)
         for parameter in experts.parameters():
             self._mark(parameter)
         return experts
@@ -146,10 +147,9 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
         # Rows arrive by source rank, then expert; the experts want them by expert.
         expert = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
         order = expert.repeat_interleave(by_source.flatten()).argsort(stable=True)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        out = self.experts(rows[order], by_source.sum(0).tolist())
-        return _AllToAll.apply(out[back], receive, send, self.ep_group)
+        back = inverse_permutation(order)
+        out = self.experts(Permute.apply(rows, order, back), by_source.sum(0))
+        return _AllToAll.apply(Permute.apply(out, back, order), receive, send, self.ep_group)
 
 
 def is_expert(parameter: nn.Parameter) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch, Loader
 from model import ModelConfig
-from model.losses import IGNORE_INDEX, LOSS_TABLE, total_loss
+from model.counts import training_flops_per_token
+from model.losses import IGNORE_INDEX, loss_terms, total_loss
 from model.recurrence import sample_depth
 from pretrain import checkpoint
 from pretrain.checkpoint import TrainingState
@@ -43,7 +44,7 @@ class Trainer:
         self.config, self.model_config, self.engine = config, model_config, engine
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
-        self.peak = peak_tflops(config)
+        self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
 
     def save(self) -> None:
         state = dataclasses.replace(self.initial_state, step=self.step)
@@ -76,11 +77,11 @@ class Trainer:
         lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
         counts = self._global_counts(batch)
         self.engine.train()
-        sums = torch.zeros(len(LOSS_TABLE), dtype=torch.float64, device=device())
+        sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
         for inputs in self._micro_batches(batch):
             output = self.engine.forward(**inputs, num_steps=depth)
             assert output.loss_sums is not None
-            sums += torch.stack([output.loss_sums[t.name].detach().double() for t in LOSS_TABLE])
+            sums += torch.stack([output.loss_sums[t.name].detach().double() for t in self.terms])
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
             self.engine.step(lr)
         loads = self._update_router_biases()
@@ -90,8 +91,9 @@ class Trainer:
         tokens = self.config.global_batch_size * self.config.data.sequence_length
         terms = {
             term.name: float(value) / max(counts[term.counted_in], 1)
-            for term, value in zip(LOSS_TABLE, sums, strict=True)
+            for term, value in zip(self.terms, sums, strict=True)
         }
+        shares = [[n / max(sum(load), 1) for n in load] for load in loads]
         norm = self.engine.grad_norm()
         if not (math.isfinite(terms["cross_entropy"]) and math.isfinite(norm)):
             raise TrainingError(
@@ -112,8 +114,10 @@ class Trainer:
             "seconds": seconds,
             "data_wait_fraction": waited / seconds,
             "memory_bytes": peak_memory_bytes(),
-            "expert_load_max": max((max(x) * len(x) for x in loads), default=None),
-            "expert_load": loads,
+            "expert_load_max": max((max(x) * len(x) for x in shares), default=None),
+            "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
+            "dropped_tokens": self._routed_tokens(depth) - sum(map(sum, loads)),
+            "expert_load": shares,
         }
 
     def _global_counts(self, batch: Batch) -> dict[str, int]:
@@ -130,19 +134,31 @@ class Trainer:
                 "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
             }
 
-    def _update_router_biases(self) -> list[list[float]]:
+    def _update_router_biases(self) -> list[list[int]]:
         """Once per optimizer step: loads of all ranks and micro-batches move every router's bias.
 
+        A step that the engine skipped moves no bias either.
+
         Returns:
-            Each MoE layer's share of tokens per expert.
+            Tokens per expert of each MoE layer, over the whole global batch and all loop steps.
         """
         layers = self.engine.model.moe_layers()
         if not layers:
             return []
         loads = all_reduce_sum(torch.stack([layer.load for layer in layers]))
         for layer, load in zip(layers, loads, strict=True):
-            layer.update_bias(load)
-        return [[n / max(sum(load), 1) for n in load] for load in loads.tolist()]
+            if self.engine.step_applied():
+                layer.update_bias(load)
+            layer.load.zero_()
+        return loads.tolist()
+
+    def _routed_tokens(self, depth: int) -> int:
+        """Choices of an expert that a step makes, over all MoE layers: what the loads must add up to."""
+        c = self.model_config
+        layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
+        runs = sum(c.runs_of_layer(i, depth) for i in layers if c.is_moe_layer(i))
+        tokens = self.config.global_batch_size * self.config.data.sequence_length
+        return tokens * c.num_experts_per_tok * runs
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float:
@@ -163,5 +179,11 @@ class Trainer:
         """Model FLOPs utilisation against the devices' peak, without recomputation; None: peak unknown."""
         if self.peak is None:
             return None
-        flops = 3 * self.model_config.flops_per_token(self.config.data.sequence_length, depth)
+        flops = training_flops_per_token(self.model_config, self.config.data.sequence_length, depth)
         return tokens_per_second * flops / (world_size() * self.peak * 1e12)
+
+
+def normalised_entropy(shares: list[float]) -> float:
+    """Entropy of the experts' shares over its maximum: 1 is an even load, 0 all tokens on one expert."""
+    entropy = -sum(p * math.log(p) for p in shares if p > 0)
+    return entropy / math.log(len(shares)) if len(shares) > 1 else 1.0

@@ -14,18 +14,18 @@ from .conftest import BLOCK, SMALL
 def test_the_loop_equals_its_unrolling(build, tokens, variant, steps):
     model = build(variant)
     net, lru = model.model, model.model.recurrence
-    context = model._context(tokens, None, None, None, None)
-    prelude, _ = net.layers[0](net.embed_tokens(tokens), context)
+    context, _ = model._context(tokens, None, None, None, None)
+    prelude = net.layers[0](net.embed_tokens(tokens), context).hidden
     state = prelude
     for _ in range(steps):
         normed = lru.state_norm(state)
         if variant == "loop":
-            candidate, _ = net.layers[1](normed + prelude, context)
+            candidate = net.layers[1](normed + prelude, context).hidden
             z = torch.sigmoid(lru.gate(torch.cat((state, candidate), -1)))
             state = (1 - z) * state + z * candidate
         else:
-            state, _ = net.layers[1](lru.injection(torch.cat((normed, prelude), -1)), context)
-    out, _ = net.layers[2](lru.output_norm(state), context)
+            state = net.layers[1](lru.injection(torch.cat((normed, prelude), -1)), context).hidden
+    out = net.layers[2](lru.output_norm(state), context).hidden
     expected = model.lm_head(net.norm(out))
     torch.testing.assert_close(model(tokens, num_steps=steps).logits, expected, rtol=0, atol=2e-5)
 

@@ -60,6 +60,7 @@ def reference(config: RunConfig, model_config: ModelConfig, starved: bool) -> li
         loads = [layer.load.clone() for layer in model.moe_layers()]
         for layer, load in zip(model.moe_layers(), loads, strict=True):
             layer.update_bias(load)
+            layer.load.zero_()
         history.append({"loss": output.loss.item(), "norm": norm.item(), "loads": loads})
     history[-1]["weights"] = copy.deepcopy(model.state_dict())
     return history
@@ -88,6 +89,7 @@ def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> 
         loads = [all_reduce_sum(layer.load.clone()) for layer in engine.model.moe_layers()]
         for layer, load in zip(engine.model.moe_layers(), loads, strict=True):
             layer.update_bias(load)
+            layer.load.zero_()
         history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm(), "loads": loads})
     history[-1]["weights"] = dict(engine.full_weights())
     biases = torch.cat(list(engine.buffers().values()))

@@ -1,0 +1,177 @@
+"""Softmax attention over expanded heads behind one switch, and who may see whom.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, G key-value heads, K key width, V value width.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from .cache import LatentCache
+from .layers import upcasts
+
+
+@dataclass
+class AttentionContext:
+    """What every attention layer of one forward pass shares."""
+
+    cos: Tensor  # (B, T, R/2)
+    sin: Tensor
+    backend: str  # see execution.attention_backend
+    mask: Tensor | None  # (B or 1, 1, T, S) booleans, True: may attend; None: plain causal
+    token_mask: Tensor | None  # (B, T) booleans, False: padding; None: every token is real
+    boundaries: Tensor | None = None  # (n,) int32, starts of the documents in the B*T tokens of all rows
+    block_mask: Any = None  # flex_attention's form of the mask
+    cache: LatentCache | None = None
+    step: int = 0  # loop step that is running, part of the cache slot
+
+
+def segments(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(B, S) numbers; a query sees the keys of its own number at or before its own place.
+
+    Documents count from 0. Every padded token has a negative number of its own: nobody sees it but itself,
+    for a query without any key would turn into NaN.
+
+    Args:
+        real: (B, S) booleans, False under padding.
+        cu_seqlens: (B, n) starts of the documents of each row, padded with S; None: one document.
+    """
+    place = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
+    document = (
+        torch.zeros_like(place)
+        if cu_seqlens is None
+        else torch.searchsorted(cu_seqlens, place, right=True) - 1
+    )
+    return torch.where(real, document, -1 - place)
+
+
+def visible_keys(segment: Tensor, query_length: int) -> Tensor:
+    """segments (B, S) -> (B, 1, T, S) booleans for the last T = query_length tokens."""
+    place = torch.arange(segment.shape[1], device=segment.device)
+    first = segment.shape[1] - query_length
+    causal = place <= place[first:, None]
+    return ((segment[:, first:, None] == segment[:, None, :]) & causal)[:, None]
+
+
+def flex_mask(segment: Tensor) -> Any:
+    """The same rule for a whole row as flex_attention wants it."""
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (segment[b, q] == segment[b, k]) & (k <= q)
+
+    B, S = segment.shape
+    return create_block_mask(visible, B, None, S, S, device=segment.device)
+
+
+def row_boundaries(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Starts of all documents in the flattened B*T tokens, and the end; empty documents are allowed."""
+    rows = torch.arange(B, device=device, dtype=torch.int32)[:, None] * T
+    starts = rows if cu_seqlens is None else rows + cu_seqlens.int()
+    return F.pad(starts.flatten(), (0, 1), value=B * T)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    """query (B, T, H, K), key (B, S, G, K), value (B, S, G, V) -> (B, T, H, V); H a multiple of G."""
+    return _BACKENDS[context.backend](query, key, value, context, scale)
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """torch's fused attention on (B, T, H, K), (B, S, G, K), (B, S, G, V) -> (B, T, H, V)."""
+    dtype = query.dtype
+    if upcasts(query):
+        query, key, value = query.float(), key.float(), value.float()
+    width = value.shape[-1]
+    if query.device.type == "cpu":  # its fused kernel wants equal widths
+        value = _widened(value, query.shape[-1])
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out[..., :width].transpose(1, 2).to(dtype)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    causal = context.mask is None and query.shape[1] > 1  # one token sees all that is cached
+    return sdpa(query, key, value, context.mask, causal, scale)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    return _flex_function(query.device.type)(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        block_mask=context.block_mask,
+        scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    ).transpose(1, 2)
+
+
+@functools.cache
+def _flex_function(device: str) -> Any:
+    """Only the compiled function is fused; on a CPU it would compile for minutes to save little."""
+    return flex_attention if device == "cpu" else torch.compile(flex_attention)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    T, width, bounds = query.shape[1], value.shape[-1], context.boundaries
+    assert bounds is not None
+    out = varlen_attn(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        _widened(value, query.shape[-1]).flatten(0, 1),
+        bounds,
+        bounds,
+        T,
+        T,
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (-1, T))[..., :width]
+
+
+def _flash_attn(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    T, width, bounds = query.shape[1], value.shape[-1], context.boundaries
+    out = flash_attn_varlen_func(
+        query.flatten(0, 1),
+        key.flatten(0, 1),
+        _widened(value, query.shape[-1]).flatten(0, 1),
+        bounds,
+        bounds,
+        T,
+        T,
+        softmax_scale=scale,
+        causal=True,
+    )
+    return out.unflatten(0, (-1, T))[..., :width]
+
+
+def _widened(value: Tensor, width: int) -> Tensor:
+    """Zero columns up to `width`: they change nothing and are cut off again."""
+    return F.pad(value, (0, max(width - value.shape[-1], 0)))
+
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor]] = {
+    "sdpa": _sdpa,
+    "flex": _flex,
+    "varlen": _varlen,
+    "flash_attn": _flash_attn,
+}

@@ -1,0 +1,98 @@
+"""How the network is computed: the same numbers to rounding, at another speed and in other memory."""
+
+import functools
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+import torch
+
+log = logging.getLogger("zeromodel")
+
+ATTENTION_BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash_attn")
+EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "megablocks")
+CHECKPOINTING = ("none", "block", "selective")
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """Switches that change no result; not part of a checkpoint.
+
+    Raises:
+        ValueError: unknown value.
+    """
+
+    # auto: sdpa | flex (on a CPU without gradients) | varlen, flash_attn (GPU, half precision)
+    attention: str = "auto"
+    # auto: grouped_mm where its kernels take the sizes, else loop | megablocks (GPU, bf16)
+    experts: str = "auto"
+    # none | block: a layer keeps its input and its router's choice | selective: and its matrix products
+    checkpointing: str = "none"
+    compile: bool = False  # torch.compile of each layer's dense parts
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("attention", ATTENTION_BACKENDS),
+            ("experts", EXPERT_BACKENDS),
+            ("checkpointing", CHECKPOINTING),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"execution.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
+                )
+
+
+@functools.cache
+def attention_backend(name: str, device: str, dtype: torch.dtype) -> str:
+    """The backend that `name` stands for on a device ("cpu", "cuda"), logged once.
+
+    Raises:
+        ValueError: a backend named by hand does not run there.
+    """
+    chosen = "sdpa" if name == "auto" else name
+    if chosen in ("varlen", "flash_attn"):
+        _require_gpu("attention", chosen, device, dtype)
+    if chosen == "flash_attn":
+        _require_package("attention", "flash_attn")
+    log.info("attention backend on %s: %s", device, chosen)
+    return chosen
+
+
+@functools.cache
+def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
+    """The backend that `name` stands for; widths: the inner sizes of the experts' products. Logged once.
+
+    Raises:
+        ValueError: a backend named by hand does not run there.
+    """
+    aligned = all(width * dtype.itemsize % 16 == 0 for width in widths) and dtype != torch.float64
+    chosen = name
+    if name == "auto":
+        chosen = "grouped_mm" if aligned and (device == "cpu" or dtype == torch.bfloat16) else "loop"
+    if chosen == "grouped_mm" and not aligned:
+        raise ValueError(
+            f"execution.experts=grouped_mm needs expert widths that are multiples of 16 bytes, but they are "
+            f"{' and '.join(map(str, widths))} numbers of {dtype}; choose other widths or experts=loop"
+        )
+    if chosen == "megablocks":
+        _require_gpu("experts", chosen, device, dtype)
+        _require_package("experts", "megablocks")
+        _require_package("experts", "grouped_gemm")
+    log.info("expert backend on %s in %s: %s", device, dtype, chosen)
+    return chosen
+
+
+def _require_gpu(switch: str, name: str, device: str, dtype: torch.dtype) -> None:
+    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"execution.{switch}={name} needs a GPU and half precision, but the model runs in {dtype} on "
+            f"{device}; choose execution.{switch}=auto"
+        )
+
+
+def _require_package(switch: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f"execution.{switch} needs the package {package}, which is not installed; run `make setup-gpu` "
+            f"or choose execution.{switch}=auto"
+        )

@@ -1,0 +1,62 @@
+"""Multi-token prediction by sequential modules (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .attention_backends import AttentionContext
+from .config import ModelConfig
+from .decoder import DecoderLayer, LayerOutput
+from .execution import ExecutionConfig
+from .layers import Linear, RMSNorm
+from .losses import IGNORE_INDEX
+from .moe import MoE
+
+
+class MTPModule(nn.Module):
+    """Predicts one token further ahead than the states it is given; embedding and head are the model's."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, moe_class: type[MoE], execution: ExecutionConfig
+    ) -> None:
+        super().__init__()
+        D, eps, affine = config.hidden_size, config.rms_norm_eps, config.rms_norm_affine
+        self.enorm, self.hnorm = RMSNorm(D, eps, affine), RMSNorm(D, eps, affine)
+        self.eh_proj = Linear(2 * D, D, bias=False)
+        self.layer = DecoderLayer(config, layer, moe_class, execution)
+        self.norm = RMSNorm(D, eps, affine)
+
+    def forward(self, hidden: Tensor, embedded: Tensor, context: AttentionContext) -> LayerOutput:
+        """Eq. 21 and 22.
+
+        Args:
+            hidden: (B, T, D) normed states of the model, or of the module before this one.
+            embedded: (B, T, D) embeddings of the tokens that those states predict.
+
+        Returns:
+            (B, T, D) normed states that predict the tokens after those, and the layer's statistics.
+        """
+        joined = torch.cat((self.enorm(embedded), self.hnorm(hidden)), -1)
+        out = self.layer(self.eh_proj(joined), context)
+        return out._replace(hidden=self.norm(out.hidden))
+
+    def count(self, load: Tensor) -> None:
+        """See DecoderLayer.count."""
+        self.layer.count(load)
+
+
+def shifted(tokens: Tensor, targets: Tensor, segment: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """What module number `places` reads and predicts at each place.
+
+    Args:
+        tokens, targets: (B, T) of the model.
+        segment: (B, T), equal numbers for the tokens of one document, see attention_backends.segments.
+
+    Returns:
+        (B, T) tokens to embed and (B, T) targets; where the document ends sooner, IGNORE_INDEX.
+    """
+    beyond = segment.roll(-places, 1) != segment
+    beyond[:, -places:] = True
+    return tokens.roll(-places, 1), targets.roll(-places, 1).masked_fill(beyond, IGNORE_INDEX)
