@@ -29,6 +29,7 @@ class AttentionContext:
     boundaries: Tensor | None = None  # (n,) int32, starts of the documents in the B*T tokens of all rows
     block_mask: Any = None  # flex_attention's form of the mask
     cache: LatentCache | None = None
+    statistics: bool = False  # whether the experts report balance and load
     step: int = 0  # loop step that is running, part of the cache slot
 
 

@@ -119,9 +119,7 @@ class ModelConfig:
         )
         for option, wanted, switch, on in plain_only:
             if wanted and on:
-                raise ValueError(
-                    f"model.{option} belongs to the plain form; set model.{switch}=false with it"
-                )
+                raise ValueError(f"model.{option} needs the plain form; set model.{switch}=false too")
         yarn = self.rope_scaling
         if yarn is not None and (yarn.factor < 1 or yarn.original_max_position_embeddings < 1):
             raise ValueError(

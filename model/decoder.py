@@ -24,8 +24,8 @@ class LayerOutput(NamedTuple):
     """A layer's result."""
 
     hidden: Tensor  # (B, T, D)
-    aux: Tensor  # (2,) fp32, AUX_TERMS summed over the rows
-    load: Tensor  # (E,) int64 tokens given to each expert, (0,) from a dense layer
+    aux: Tensor | None = None  # (2,) fp32, AUX_TERMS summed over the rows
+    load: Tensor | None = None  # (E,) int64 tokens given to each expert
 
 
 class DecoderLayer(nn.Module):
@@ -49,9 +49,10 @@ class DecoderLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), context)
         normed = self.post_attention_layernorm(x)
         if not isinstance(self.mlp, MoE):
-            none = torch.zeros(len(AUX_TERMS), device=x.device)
-            return LayerOutput(x + self.mlp(normed), none, none.new_empty(0, dtype=torch.int64))
-        out, statistics = self.mlp(normed, context.token_mask)
+            return LayerOutput(x + self.mlp(normed))
+        out, statistics = self.mlp(normed, context.token_mask, context.statistics)
+        if statistics is None:
+            return LayerOutput(x + out)
         aux = torch.stack((statistics.balance, statistics.router_z))
         return LayerOutput(x + out, aux, statistics.load)
 
@@ -61,22 +62,22 @@ class DecoderLayer(nn.Module):
             self.mlp.load += load
 
 
-def run_layer(module: Any, execution: ExecutionConfig, *inputs: Any) -> tuple[Tensor, Tensor]:
+def run_layer(module: Any, execution: ExecutionConfig, *inputs: Any) -> tuple[Tensor, Tensor | float]:
     """Runs a DecoderLayer or an MTPModule.
 
     The load is counted here, outside of what activation checkpointing runs a second time.
 
     Returns:
-        (B, T, D) hidden states and the (2,) auxiliary losses.
+        (B, T, D) hidden states and the (2,) auxiliary losses, 0 where there are none.
     """
     if execution.checkpointing == "none" or not torch.is_grad_enabled():
         out = module(*inputs)
     else:
         contexts = functools.partial(create_selective_checkpoint_contexts, _SAVED[execution.checkpointing])
         out = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    if module.training:
+    if module.training and out.load is not None:
         module.count(out.load)
-    return out.hidden, out.aux
+    return out.hidden, 0.0 if out.aux is None else out.aux
 
 
 # Operations whose results are kept. A router that chose again could choose otherwise, by rounding.

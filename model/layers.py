@@ -33,7 +33,7 @@ class _UpcastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float()).to(x.dtype)
+        return linear(x.float(), weight.float()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,10 +43,21 @@ class _UpcastLinear(torch.autograd.Function):
         return (grad @ weight.float()).to(x.dtype), grad_weight.to(weight.dtype)
 
 
+# Up to here a CPU is 1.2 to 4 times faster when it multiplies the other way round.
+FEW_ROWS = 128
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether x (..., in) is a decoding step on a CPU, where reading the weights takes the time."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in), weight (out, in) -> (..., out)."""
     if upcasts(x):
         return _UpcastLinear.apply(x, weight)
+    if few_rows(x):
+        return (weight @ x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
 
 

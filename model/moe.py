@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .execution import ExecutionConfig, expert_backend
-from .layers import SwiGLU, linear, upcasts
+from .layers import SwiGLU, few_rows, linear, upcasts
 
 
 class Routing(NamedTuple):
@@ -46,7 +46,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """x (N, D) -> the choice and its weights (eq. 12-16)."""
         c = self.config
-        logits = F.linear(x.float(), self.weight.float())
+        logits = linear(x.float(), self.weight.float())
         scores = logits.sigmoid()
         biased = scores.detach() + self.e_score_correction_bias.float()
         if c.n_group > 1:
@@ -122,9 +122,20 @@ class Experts(nn.Module):
         An expert without rows still takes part, so that every weight always has a gradient.
         """
         backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
+        if few_rows(x) and len(x):
+            return self._decode(x, counts)
         multiply = _MULTIPLY[backend]
         gate, up = multiply(x, self.w1, counts), multiply(x, self.w3, counts)
         return multiply(F.silu(gate) * up, self.w2, counts)
+
+    def _decode(self, x: Tensor, counts: Tensor) -> Tensor:
+        """As forward, for few rows without gradients: rows as columns, no work for idle experts."""
+        dtype, outputs = torch.float32 if upcasts(x) else x.dtype, []
+        for expert, columns in enumerate(x.to(dtype).T.split(counts.tolist(), 1)):
+            if columns.shape[1]:
+                w1, w2, w3 = (w[expert].to(dtype) for w in (self.w1, self.w2, self.w3))
+                outputs.append(w2 @ (F.silu(w1 @ columns) * (w3 @ columns)))
+        return torch.cat(outputs, 1).T.to(x.dtype)
 
 
 def _loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -197,10 +208,20 @@ class MoE(nn.Module):
         """x (N*K, D) sorted by expert, counts (E,) -> (N*K, D). Expert parallelism overrides this."""
         return self.experts(x, counts)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, MoEStatistics]:
-        """x (B, T, D), token_mask (B, T), False under padding -> output (B, T, D) and the statistics.
+    def forward(
+        self, x: Tensor, token_mask: Tensor | None = None, statistics: bool = True
+    ) -> tuple[Tensor, MoEStatistics | None]:
+        """Routes every token through its experts.
 
         Does not touch `load`: under activation checkpointing it runs twice. See decoder.run_layer.
+
+        Args:
+            x: (B, T, D).
+            token_mask: (B, T), False under padding, which the statistics leave out.
+            statistics: whether to form them.
+
+        Returns:
+            (B, T, D) and the statistics.
         """
         tokens = x.flatten(0, 1)
         routing = self.gate(tokens)
@@ -213,7 +234,7 @@ class MoE(nn.Module):
         out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
         if self.config.n_shared_experts:
             out = out + self.shared_experts(tokens)
-        return out.view_as(x), self._statistics(routing, x.shape[0], token_mask)
+        return out.view_as(x), self._statistics(routing, x.shape[0], token_mask) if statistics else None
 
     def _statistics(self, routing: Routing, B: int, token_mask: Tensor | None) -> MoEStatistics:
         """Balance loss (eq. 17-20 with alpha 1), router z-loss (ST-MoE eq. 5) and load of real tokens."""

@@ -83,7 +83,7 @@ class Transformer(nn.Module):
 
     def predict_further(
         self, module: int, hidden: Tensor, tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | float]:
         """One module of multi-token prediction.
 
         Args:
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         return first, first + self.config.num_core_layers
 
     def _run(self, layers: range, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(AUX_TERMS), device=x.device)
+        total = _no_aux(x)
         for i in layers:
             x, aux = run_layer(self.layers[i], self.execution, x, context)
             total = total + aux
@@ -162,6 +162,7 @@ class ZeroModel(nn.Module):
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
         context, segment = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
+        context.statistics = targets is not None
         hidden, aux = self.model(tokens, context, steps)
         if cache is not None:
             cache.advance(tokens.shape[1])
@@ -186,7 +187,7 @@ class ZeroModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of multi-token prediction, the modules' mean, and auxiliary losses (2,)."""
         modules = self.config.num_nextn_predict_layers
-        loss, total = torch.zeros((), device=hidden.device), torch.zeros(len(AUX_TERMS), device=hidden.device)
+        loss, total = hidden.new_zeros((), dtype=torch.float32), _no_aux(hidden)
         segment = torch.zeros_like(tokens) if segment is None else segment
         for module in range(modules):
             further, further_targets = shifted(tokens, targets, segment, module + 1)
@@ -256,6 +257,10 @@ class ZeroModel(nn.Module):
         (B, T), dtype = tokens.shape, self.model.embed_tokens.weight.dtype
         backend = attention_backend(self.execution.attention, tokens.device.type, dtype)
         past = context.cache.length if context.cache is not None else 0
+        if backend == "flex" and tokens.device.type == "cpu" and torch.is_grad_enabled():
+            raise ValueError(
+                "execution.attention=flex has no gradients on a CPU; use torch.no_grad() or attention=sdpa"
+            )
         if backend == "flex" and not past:
             segment = tokens.new_zeros(B, T) if segment is None else segment
             context.backend, context.block_mask = backend, flex_mask(segment)
@@ -279,6 +284,10 @@ class ZeroModel(nn.Module):
         from .pretrained import save_weights
 
         save_weights(Path(directory), self.config, self.state_dict())
+
+
+def _no_aux(x: Tensor) -> Tensor:
+    return torch.zeros(len(AUX_TERMS), device=x.device)
 
 
 def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel
+from model.execution import ExecutionConfig
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,
@@ -24,15 +25,28 @@ SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 9,
 }
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.3}
 BLOCK = {"placement": "block", "num_prelude_layers": 1, "num_coda_layers": 1, "num_steps": 3}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "deepseek": {},
     "q_lora": {"q_lora_rank": 12},
     "groups": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
     "no_shared_expert": {"n_shared_experts": 0, "norm_topk_prob": False},
     "dense": {"first_k_dense_replace": 3},
     "wide_values": {"v_head_dim": 16},
+    "yarn": {"rope_scaling": YARN},
+    "grouped_query": {"use_mla": False, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "plain": {
+        "use_mla": False,
+        "use_moe": False,
+        "qk_norm": True,
+        "rms_norm_affine": False,
+        "hidden_act": "relu2",
+        "head_dim": 10,
+    },
+    "latent_dense": {"use_moe": False},
+    "multi_token": {"num_nextn_predict_layers": 2},
     "loop": {"recurrence": BLOCK},
     "loop_concat_simple": {"recurrence": {**BLOCK, "injection": "concat", "update": "simple"}},
     "loop_everything": {"first_k_dense_replace": 0, "recurrence": {"placement": "block", "num_steps": 2}},
@@ -41,9 +55,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def build() -> Callable[..., ZeroModel]:
-    def make(variant: str = "plain", seed: int = 0, **overrides: Any) -> ZeroModel:
+    def make(
+        variant: str = "deepseek", seed: int = 0, execution: dict[str, Any] | None = None, **overrides: Any
+    ) -> ZeroModel:
         config = ModelConfig.from_dict({**SMALL, **VARIANTS[variant], **overrides})
-        model = ZeroModel(config, seed=seed).eval()
+        model = ZeroModel(config, seed=seed, execution=ExecutionConfig(**(execution or {}))).eval()
         generator = torch.Generator().manual_seed(seed)
         for layer in model.moe_layers():  # a balancing bias that changes choices
             bias = layer.gate.e_score_correction_bias

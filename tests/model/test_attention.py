@@ -45,7 +45,7 @@ def literal_attention(layer, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_attention_follows_the_equations(build):
-    for variant in ("plain", "q_lora", "wide_values"):
+    for variant in ("deepseek", "q_lora", "wide_values"):
         model = build(variant)
         layer = model.model.layers[0].self_attn
         x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3))

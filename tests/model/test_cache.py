@@ -16,7 +16,7 @@ def test_decoding_in_chunks_equals_one_forward_pass(build, variant, tokens, chun
 
 
 def test_the_cache_holds_latent_plus_rope_numbers_per_token_and_slot(build, tokens):
-    for variant, slots in (("plain", 3), ("loop", 1 + 3 + 1)):
+    for variant, slots in (("deepseek", 3), ("loop", 1 + 3 + 1)):
         cache = LatentCache()
         build(variant)(tokens, cache=cache)
         assert cache.numel() == tokens.numel() * slots * (10 + 4)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
 from model.config import PRESETS
+from model.counts import training_flops_per_token
 
 from .conftest import BLOCK, SMALL, VARIANTS
 
@@ -16,23 +17,50 @@ def test_parameter_counts_equal_the_built_model(build, variant):
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     assert config.num_parameters() == parameters
     idle = config.n_routed_experts - config.num_experts_per_tok
-    unused = sum(idle * e.experts.w1[0].numel() * 3 for e in model.moe_layers())
-    assert config.num_parameters(active=True) == parameters - unused
+    further = sum(p.numel() for p in model.model.mtp.parameters()) if config.num_nextn_predict_layers else 0
+    layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
+    unused = sum(idle * e.experts.w1[0].numel() * 3 for e in model.moe_layers()[:layers])
+    assert config.num_parameters(active=True) == parameters - unused - further
 
 
+# Torch counts 0 for fused CPU attention and grouped products: math attention, and experts in a loop.
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wide_values"}))
 @pytest.mark.parametrize("steps", [1, 4])
 def test_flops_equal_torchs_counter_to_one_percent(build, variant, steps):
-    model, (B, T) = build(variant), (2, 48)
+    model, (B, T) = build(variant, execution={"experts": "loop"}), (2, 48)
+    tokens = torch.ones(B, T, dtype=torch.long)
     # Full T x T attention by products that the counter sees; a mask keeps SDPA from cutting it in half.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(torch.ones(B, T, dtype=torch.long), attention_mask=torch.ones(B, T), num_steps=steps)
-    expected = counter.get_total_flops()
-    # The value columns padded up to the query's width are work the formula rightly leaves out.
-    c = model.config
-    layers = c.num_hidden_layers + (steps - 1) * c.num_core_layers
-    padding = 2 * T * c.num_attention_heads * max(c.qk_head_dim - c.v_head_dim, 0) * layers * B * T
-    assert abs(c.flops_per_token(T, steps) * B * T / (expected - padding) - 1) < 0.01
+    mask = torch.ones(B, T)
+    mask[0, 0] = 0
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, attention_mask=mask, num_steps=steps, logits_to_keep=0)
+    c, expected = model.config, counter.get_total_flops()
+    layers = sum(c.runs_of_layer(i, steps) for i in range(c.num_hidden_layers))
+    assert abs(c.flops_per_token(T, steps) * B * T / (expected - _padding(c, B, T) * layers) - 1) < 0.01
+
+
+@pytest.mark.parametrize("variant", ["deepseek", "multi_token", "plain", "loop"])
+def test_training_flops_equal_torchs_counter_to_one_percent(build, variant):
+    model, (B, T) = build(variant, execution={"experts": "loop"}, vocab_size=2048), (2, 48)
+    tokens = torch.ones(B, T, dtype=torch.long)
+    mask = torch.ones(B, T)
+    mask[0, 0] = 0
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, attention_mask=mask, targets=tokens).loss.backward()
+    c, expected = model.config, counter.get_total_flops()
+    layers = sum(c.runs_of_layer(i, c.recurrence.num_steps) for i in range(c.num_hidden_layers))
+    layers += c.num_nextn_predict_layers
+    counted = expected - 3 * _padding(c, B, T) * layers
+    # An ignored target costs nothing: module k of multi-token prediction has none at the last k places.
+    ignored = B * sum(range(1, c.num_nextn_predict_layers + 1))
+    counted += 3 * 2 * c.vocab_size * c.hidden_size * ignored
+    assert abs(training_flops_per_token(c, T) * B * T / counted - 1) < 0.01
+
+
+def _padding(c: ModelConfig, B: int, T: int) -> int:
+    """FLOPs of the zero columns that widen MLA's values, which the formula rightly leaves out."""
+    spare = max(c.qk_head_dim - c.v_head_dim, 0) if c.use_mla else 0
+    return 2 * T * c.num_attention_heads * spare * B * T
 
 
 def test_round_trip_and_presets():
@@ -54,6 +82,15 @@ def test_round_trip_and_presets():
         ({"preset": "huge"}, "model.preset='huge' is unknown; choose one of base, large, nano, small"),
         ({"hidden_size": 0}, "model.hidden_size=0 must be at least 1"),
         ({"qk_rope_head_dim": 3}, "must be even"),
+        ({"use_mla": False, "head_dim": 5}, "model.head_dim=5 must be even"),
+        ({"use_mla": False, "num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_v"),
+        ({"qk_norm": True}, "model.qk_norm needs the plain form; set model.use_mla=false too"),
+        ({"rms_norm_affine": False}, "rms_norm_affine=false needs the plain form"),
+        ({"hidden_act": "relu2"}, "hidden_act=relu2 needs the plain form; set model.use_moe=false too"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is unknown; choose one of silu, relu2"),
+        ({"rope_scaling": {"factr": 2}}, "model.rope_scaling.factr is not a key.*did you mean 'factor'"),
+        ({"rope_scaling": {"factor": 0.5}}, "rope_scaling has factor=0.5"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1 must not be negative"),
         ({"n_group": 3}, "n_routed_experts=8 is not divisible by n_group=3"),
         (
             {"n_group": 4, "topk_group": 1, "num_experts_per_tok": 3},

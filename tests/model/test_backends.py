@@ -1,0 +1,158 @@
+"""Every backend computes the same numbers, hides the same tokens, and is refused where it cannot run."""
+
+import logging
+
+import pytest
+import torch
+
+from model import ModelConfig, ZeroModel
+from model.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
+
+from .conftest import SMALL
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=torch.int32)
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+ON_GPU = [pytest.param(name, marks=[pytest.mark.gpu, GPU]) for name in ("varlen", "flash_attn")]
+ATTENTION = ["sdpa", "flex", *ON_GPU]
+# Sizes that the GPU kernels take: half precision, widths that are multiples of 16 bytes.
+GPU_SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "head_dim": 32,
+    "moe_intermediate_size": 32,
+}
+
+
+def make(build, attention: str, variant: str = "deepseek", **overrides) -> tuple[ZeroModel, torch.device]:
+    """A model that the backend can run, on the device it runs on."""
+    if attention in ("varlen", "flash_attn"):
+        model = build(variant, execution={"attention": attention}, **{**GPU_SIZES, **overrides})
+        return model.to("cuda", torch.bfloat16), torch.device("cuda")
+    return build(variant, execution={"attention": attention}, **overrides), torch.device("cpu")
+
+
+@pytest.mark.parametrize("attention", ["flex", *ON_GPU])
+@pytest.mark.parametrize("variant", ["deepseek", "wide_values", "grouped_query", "loop"])
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_attention_backends_agree_with_sdpa(build, tokens, attention, variant, packed):
+    model, device = make(build, attention, variant)
+    plain, _ = make(build, "sdpa", variant, **(GPU_SIZES if device.type == "cuda" else {}))
+    plain = plain.to(device, model.lm_head.weight.dtype)
+    starts = STARTS.to(device) if packed else None
+    found = model(tokens.to(device), cu_seqlens=starts).logits.float()
+    expected = plain(tokens.to(device), cu_seqlens=starts).logits.float()
+    limit = 2e-5 if device.type == "cpu" else 0.05 * expected.abs().max().item()
+    assert (found - expected).abs().max() < limit
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("place", [0, 1, 9, 16])
+@torch.no_grad()
+def test_no_backend_looks_ahead_or_into_other_documents(build, tokens, attention, place):
+    model, device = make(build, attention)
+    starts, tokens = STARTS.to(device), tokens.to(device)
+    changed = tokens.clone()
+    changed[:, place] = changed[:, place] % 60 + 1
+    for cu_seqlens in (None, starts):
+        before = model(tokens, cu_seqlens=cu_seqlens).logits.float()
+        difference = (model(changed, cu_seqlens=cu_seqlens).logits.float() - before).abs().amax(-1)
+        for row, row_starts in enumerate(STARTS.tolist() if cu_seqlens is not None else [[0, 17]] * 3):
+            end = next(s for s in row_starts if s > place)
+            assert difference[row, place] > 1e-3
+            hidden = torch.cat((difference[row, :place], difference[row, end:]))
+            assert hidden.numel() == 0 or hidden.max() < 2e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@torch.no_grad()
+def test_padding_and_cached_decoding_work_under_every_backend_of_a_cpu(build, tokens, attention):
+    model, _ = make(build, attention)
+    plain, _ = make(build, "auto")
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    found = model(tokens, attention_mask=mask).logits
+    torch.testing.assert_close(found, plain(tokens, attention_mask=mask).logits, **TOLERANCE)
+    assert torch.equal(model.generate(tokens, 8), plain.generate(tokens, 8))
+
+
+def expert_model(experts: str, **overrides) -> ZeroModel:
+    sizes = {**SMALL, "moe_intermediate_size": 12, **overrides}
+    return ZeroModel(ModelConfig.from_dict(sizes), execution=ExecutionConfig(experts=experts))
+
+
+@pytest.mark.parametrize("starve", [False, True])
+def test_grouped_mm_equals_the_loop_in_value_and_gradient(tokens, starve):
+    results = []
+    for experts in ("loop", "grouped_mm"):
+        model = expert_model(experts)
+        if starve:  # all tokens on the first two experts, none on the others
+            for layer in model.moe_layers():
+                layer.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9, -9, -9]))
+        output = model(tokens, targets=tokens)
+        output.loss.backward()
+        results.append((output.loss, {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert gradient is not None
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_auto_takes_the_loop_for_sizes_that_grouped_mm_cannot(tokens, caplog):
+    expert_backend.cache_clear()
+    with caplog.at_level(logging.INFO, logger="zeromodel"):
+        expert_model("auto", moe_intermediate_size=9)(tokens, targets=tokens).loss.backward()
+        expert_model("auto")(tokens)
+    assert [r.getMessage() for r in caplog.records if "expert" in r.getMessage()] == [
+        "expert backend on cpu in torch.float32: loop",
+        "expert backend on cpu in torch.float32: grouped_mm",
+    ]
+    with pytest.raises(ValueError, match="24 and 9 numbers of torch.float32; choose other widths"):
+        expert_model("grouped_mm", moe_intermediate_size=9)(tokens)
+
+
+@pytest.mark.parametrize("name", ["varlen", "flash_attn"])
+def test_a_named_attention_backend_that_cannot_run_is_refused(build, tokens, name):
+    with pytest.raises(ValueError, match=f"attention={name} needs a GPU and half precision"):
+        build(execution={"attention": name})(tokens)
+
+
+def test_flex_on_a_cpu_is_refused_where_gradients_are_wanted(build, tokens):
+    with pytest.raises(ValueError, match="attention=flex has no gradients on a CPU"):
+        build(execution={"attention": "flex"})(tokens, targets=tokens)
+
+
+def test_megablocks_without_a_gpu_is_refused(tokens):
+    with pytest.raises(ValueError, match="experts=megablocks needs a GPU and half precision"):
+        expert_model("megablocks")(tokens)
+
+
+@pytest.mark.parametrize(
+    ("field", "names"), [("attention", ATTENTION_BACKENDS), ("experts", EXPERT_BACKENDS)]
+)
+def test_unknown_names_are_refused_with_the_known_ones(field, names):
+    with pytest.raises(ValueError, match=f"{field}='cuda' is unknown; choose one of {', '.join(names)}"):
+        ExecutionConfig(**{field: "cuda"})
+
+
+def test_bf16_stays_close_to_fp32(build, variant, tokens):
+    """Also on CPUs without bf16 instructions, where products run in fp32 and are rounded."""
+    model = build(variant)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    half = model.to(torch.bfloat16)
+    for layer in half.moe_layers():  # as training keeps it
+        layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.float()
+    out = half(tokens, targets=tokens)
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in half.parameters())
+    found = half(tokens).logits.float()
+    # A choice between experts that rounding flips changes a few tokens much; most must stay close.
+    relative = (found - expected).abs().amax(-1) / expected.abs().max()
+    assert relative.median() < 0.05
