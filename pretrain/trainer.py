@@ -84,7 +84,7 @@ class Trainer:
             sums += torch.stack([output.loss_sums[t.name].detach().double() for t in self.terms])
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
             self.engine.step(lr)
-        loads = self._update_router_biases()
+        loads = update_router_biases(self.engine)
         all_reduce_sum(sums)
         self.step += 1
         seconds = time.perf_counter() - started
@@ -134,24 +134,6 @@ class Trainer:
                 "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
             }
 
-    def _update_router_biases(self) -> list[list[int]]:
-        """Once per optimizer step: loads of all ranks and micro-batches move every router's bias.
-
-        A step that the engine skipped moves no bias either.
-
-        Returns:
-            Tokens per expert of each MoE layer, over the whole global batch and all loop steps.
-        """
-        layers = self.engine.model.moe_layers()
-        if not layers:
-            return []
-        loads = all_reduce_sum(torch.stack([layer.load for layer in layers]))
-        for layer, load in zip(layers, loads, strict=True):
-            if self.engine.step_applied():
-                layer.update_bias(load)
-            layer.load.zero_()
-        return loads.tolist()
-
     def _routed_tokens(self, depth: int) -> int:
         """Choices of an expert that a step makes, over all MoE layers: what the loads must add up to."""
         c = self.model_config
@@ -181,6 +163,25 @@ class Trainer:
             return None
         flops = training_flops_per_token(self.model_config, self.config.data.sequence_length, depth)
         return tokens_per_second * flops / (world_size() * self.peak * 1e12)
+
+
+def update_router_biases(engine: Engine) -> list[list[int]]:
+    """Once per optimizer step: loads of all ranks and micro-batches move every router's bias.
+
+    A step that the engine skipped moves no bias either.
+
+    Returns:
+        Tokens per expert of each MoE layer, over the whole global batch and all loop steps.
+    """
+    layers = engine.model.moe_layers()
+    if not layers:
+        return []
+    loads = all_reduce_sum(torch.stack([layer.load for layer in layers]))
+    for layer, load in zip(layers, loads, strict=True):
+        if engine.step_applied():
+            layer.update_bias(load)
+        layer.load.zero_()
+    return loads.tolist()
 
 
 def normalised_entropy(shares: list[float]) -> float:

@@ -10,9 +10,11 @@ import sys
 import torch
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
+from model.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX, total_loss
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+from pretrain.trainer import update_router_biases
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 10, 21
 LOOP = RecurrenceConfig(placement="block", num_prelude_layers=1, num_coda_layers=1, num_steps=2)
@@ -21,6 +23,14 @@ CASES = {
     "expert parallel, accumulation 4": {"ep_size": 2, "micro": 1},
     "data parallel": {"ep_size": 1, "micro": 2},
     "experts that no token chooses": {"ep_size": 2, "micro": 4, "starve": True},
+    "a block recomputed": {"ep_size": 2, "micro": 2, "execution": {"checkpointing": "block"}},
+    "products kept": {"ep_size": 2, "micro": 2, "execution": {"checkpointing": "selective"}},
+    "multi-token prediction and z-loss": {
+        "ep_size": 2,
+        "micro": 2,
+        "model": {"num_nextn_predict_layers": 2, "router_z_loss_weight": 0.01},
+    },
+    "plain attention": {"ep_size": 2, "micro": 4, "model": {"use_mla": False, "num_key_value_heads": 2}},
 }
 
 
@@ -86,21 +96,37 @@ def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> 
             total += loss.detach().double()
             engine.backward(loss)
             engine.step(LR)
-        loads = [all_reduce_sum(layer.load.clone()) for layer in engine.model.moe_layers()]
-        for layer, load in zip(engine.model.moe_layers(), loads, strict=True):
-            layer.update_bias(load)
-            layer.load.zero_()
+        loads = [torch.tensor(load) for load in update_router_biases(engine)]
         history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm(), "loads": loads})
     history[-1]["weights"] = dict(engine.full_weights())
     biases = torch.cat(list(engine.buffers().values()))
+    history[-1]["skipped"] = skipped_step(engine, tokens[mine][:micro], targets[mine][:micro])
     history[-1]["bias_spread"] = (all_reduce_sum(biases.clone()) - world_size() * biases).abs().max().item()
     return history
+
+
+def skipped_step(engine: Engine, tokens: torch.Tensor, targets: torch.Tensor) -> bool:
+    """Whether a step whose gradients are not finite changes neither weights nor balancing biases."""
+    before = {name: value.clone() for name, value in engine.full_weights()}
+    for _ in range(engine.deepspeed.gradient_accumulation_steps()):
+        output = engine.forward(tokens=tokens, targets=targets)
+        engine.backward(output.loss * float("nan"))
+        engine.step(LR)
+    update_router_biases(engine)
+    unchanged = all(torch.equal(before[name], value) for name, value in engine.full_weights())
+    cleared = all(int(layer.load.sum()) == 0 for layer in engine.model.moe_layers())
+    return unchanged and cleared and not engine.step_applied()
 
 
 def main() -> None:
     init_process_group()
     for name, case in CASES.items():
-        config = RunConfig(ep_size=case["ep_size"], global_batch_size=ROWS, micro_batch_size=case["micro"])
+        config = RunConfig(
+            ep_size=case["ep_size"],
+            global_batch_size=ROWS,
+            micro_batch_size=case["micro"],
+            execution=ExecutionConfig(**case.get("execution", {})),
+        )
         config.optimizer.clip = CLIP
         model_config = ModelConfig(
             vocab_size=97,
@@ -113,18 +139,20 @@ def main() -> None:
             balance_loss_weight=0.01,
             initializer_range=0.1,
             recurrence=LOOP,
+            **case.get("model", {}),
         )
         starved = case.get("starve", False)
         ours, plain = distributed(config, model_config, starved), reference(config, model_config, starved)
         if rank() == 0:
             weights, expected = ours[-1]["weights"], plain[-1]["weights"]
             assert set(weights) == set(expected)
+            initial = ZeroModel(model_config, seed=config.seed).state_dict()
             report = {
                 "case": name,
                 "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, plain, strict=True)),
                 "norm": max(abs(a["norm"] - b["norm"]) for a, b in zip(ours, plain, strict=True)),
                 "smallest_norm": min(b["norm"] for b in plain),
-                "loss_fell_by": plain[0]["loss"] - plain[-1]["loss"],
+                "moved": max((expected[n] - v).abs().max().item() for n, v in initial.items()),
                 "weights": max((weights[n] - expected[n]).abs().max().item() for n in expected),
                 "loads_equal": all(
                     torch.equal(x, y)
@@ -133,6 +161,7 @@ def main() -> None:
                 ),
                 "idle_experts": int((torch.stack(plain[0]["loads"]) == 0).sum()),
                 "bias_spread": ours[-1]["bias_spread"],
+                "skipped": ours[-1]["skipped"],
             }
             print("REPORT " + json.dumps(report), flush=True)
 

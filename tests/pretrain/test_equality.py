@@ -10,13 +10,14 @@ def test_two_ranks_equal_one_plain_process(launch):
     """One launch for all cases: 10 steps, clipping, a depth that changes, targets unevenly spread."""
     output = launch(2, WORKER, "ds_configs/zero3_ep.json").stdout
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
-    assert len(reports) == 4
+    assert len(reports) == 8
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-5, report
         assert report["smallest_norm"] > 0.3, report  # clipping was at work
-        assert report["loss_fell_by"] > 0.01, report  # training was at work
+        assert report["moved"] > 5e-3, report  # training was at work: 10 steps of 1e-3
         assert report["weights"] < 1e-4, report  # AdamW turns rounding of tiny gradients into steps
         assert report["loads_equal"], report
         assert report["bias_spread"] == 0, report
+        assert report["skipped"], report  # a step with gradients that are not finite changes nothing
     assert reports[3]["idle_experts"] == 2 * 2, reports[3]
