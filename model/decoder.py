@@ -14,7 +14,7 @@ from .attention import GroupedQueryAttention, MultiHeadLatentAttention
 from .attention_backends import AttentionContext
 from .config import ModelConfig
 from .execution import ExecutionConfig
-from .layers import RMSNorm, feed_forward
+from .layers import RMSNorm, call, feed_forward
 from .moe import MoE
 
 AUX_TERMS = ("balance", "router_z")
@@ -40,16 +40,17 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(D, eps, affine)
         self.self_attn = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, eps, affine)
+        self.compile_dense = execution.compile
         self.mlp: nn.Module = (
             moe_class(config, execution) if config.is_moe_layer(layer) else feed_forward(config)
         )
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        x = x + self.self_attn(self.input_layernorm(x), context)
+        x = x + call(self.self_attn, self.compile_dense, self.input_layernorm(x), context)
         normed = self.post_attention_layernorm(x)
         if not isinstance(self.mlp, MoE):
-            return LayerOutput(x + self.mlp(normed))
+            return LayerOutput(x + call(self.mlp, self.compile_dense, normed))
         out, statistics = self.mlp(normed, context.token_mask, context.statistics)
         if statistics is None:
             return LayerOutput(x + out)

@@ -171,3 +171,17 @@ def feed_forward(config: ModelConfig) -> SwiGLU | SquaredReLU:
     """The dense feed-forward layer of a config."""
     kind = SwiGLU if config.hidden_act == "silu" else SquaredReLU
     return kind(config.hidden_size, config.intermediate_size)
+
+
+def call(module: nn.Module, compiled: bool, *inputs: Any) -> Any:
+    """module(*inputs); in training by torch.compile if `compiled`.
+
+    All modules of a class share one compiled forward. Decoding stays eager: its lengths grow.
+    """
+    kind: Any = type(module)
+    return _compiled(kind)(module, *inputs) if compiled and module.training else module(*inputs)
+
+
+@functools.cache
+def _compiled(kind: Any) -> Any:
+    return torch.compile(kind.forward)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .execution import ExecutionConfig, expert_backend
-from .layers import SwiGLU, few_rows, linear, upcasts
+from .layers import SwiGLU, call, few_rows, linear, upcasts
 
 
 class Routing(NamedTuple):
@@ -233,7 +233,7 @@ class MoE(nn.Module):
         rows = Permute.apply(rows, back, order).unflatten(0, (len(tokens), -1))
         out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
         if self.config.n_shared_experts:
-            out = out + self.shared_experts(tokens)
+            out = out + call(self.shared_experts, self.execution.compile, tokens)
         return out.view_as(x), self._statistics(routing, x.shape[0], token_mask) if statistics else None
 
     def _statistics(self, routing: Routing, B: int, token_mask: Tensor | None) -> MoEStatistics:

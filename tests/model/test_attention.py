@@ -54,3 +54,34 @@ def test_attention_follows_the_equations(build):
             context, _ = model._context(torch.zeros(2, 9, dtype=torch.long), None, None, None, None)
             expected = torch.stack([literal_attention(layer, row) for row in x])
             torch.testing.assert_close(layer(x, context), expected, rtol=0, atol=2e-5)
+
+
+def literal_grouped_query_attention(layer, x: torch.Tensor) -> torch.Tensor:
+    """Softmax attention for x (T, D), every query head with the key-value head of its group."""
+    c, out = layer.config, []
+    width, group = c.plain_head_dim, c.num_attention_heads // c.kv_heads
+    for position, h in enumerate(x):
+        heads = []
+        for head in range(c.num_attention_heads):
+            rows, kv_rows = (slice(i * width, (i + 1) * width) for i in (head, head // group))
+            query = layer.q_proj.weight[rows] @ h
+            keys = [layer.k_proj.weight[kv_rows] @ x[s] for s in range(position + 1)]
+            if c.qk_norm:
+                query, keys = rms_normed(query, torch.ones(())), [rms_normed(k, torch.ones(())) for k in keys]
+            query = rotated(query, position, c.rope_theta)
+            keys = torch.stack([rotated(k, s, c.rope_theta) for s, k in enumerate(keys)])
+            weights = (keys @ query / width**0.5).softmax(0)
+            heads.append(sum(w * (layer.v_proj.weight[kv_rows] @ x[s]) for s, w in enumerate(weights)))
+        out.append(layer.o_proj.weight @ torch.cat(heads))
+    return torch.stack(out)
+
+
+def test_grouped_query_attention_follows_its_definition(build):
+    for variant in ("grouped_query", "plain"):
+        model = build(variant)
+        layer = model.model.layers[0].self_attn
+        x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            context, _ = model._context(torch.zeros(2, 9, dtype=torch.long), None, None, None, None)
+            expected = torch.stack([literal_grouped_query_attention(layer, row) for row in x])
+            torch.testing.assert_close(layer(x, context), expected, rtol=0, atol=2e-5)

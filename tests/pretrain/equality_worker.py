@@ -25,6 +25,7 @@ CASES = {
     "experts that no token chooses": {"ep_size": 2, "micro": 4, "starve": True},
     "a block recomputed": {"ep_size": 2, "micro": 2, "execution": {"checkpointing": "block"}},
     "products kept": {"ep_size": 2, "micro": 2, "execution": {"checkpointing": "selective"}},
+    "compiled": {"ep_size": 2, "micro": 4, "execution": {"compile": True}},
     "multi-token prediction and z-loss": {
         "ep_size": 2,
         "micro": 2,
