@@ -1,0 +1,148 @@
+"""The sentencepiece tokenizer in the format of Hugging Face's tokenizers library.
+
+The two give the same ids for every text but two rare kinds: U+2581, sentencepiece's own mark for a space, is
+a space to Hugging Face, while data_pipeline keeps it as bytes; and the spelled name of a byte, `<0x41>`, is
+that byte to Hugging Face if one of its characters is unknown to the tokenizer.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+PAD_TOKEN_ID, UNK_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2, 3
+META_SPACE = "\u2581"
+# A space in the name: no text can spell a control token, for spaces become META_SPACE first.
+CONTROL_TOKENS = ("<pad >", "<unk >", "<s >", "</s >")
+NEVER = -1e4  # a score, in nats
+_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type
+
+
+def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
+    """Writes tokenizer.json and tokenizer_config.json for a sentencepiece tokenizer.model.
+
+    Raises:
+        ValueError: the file is not a sentencepiece model, or one of another kind than data_pipeline trains.
+    """
+    pieces, model_type = _read_sentencepiece(model)
+    vocabulary = [*CONTROL_TOKENS, *(piece for piece, _, _ in pieces[len(CONTROL_TOKENS) :])]
+    # sentencepiece finds neither control nor byte pieces in a text; a text that spells the name of a byte
+    # must be cheaper in any other way.
+    scores = [NEVER if kind in (_CONTROL, _UNKNOWN, _BYTE) else score for _, score, kind in pieces]
+    values = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": i,
+                "content": token,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i, token in enumerate(CONTROL_TOKENS)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": META_SPACE},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": META_SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": _unigram(vocabulary, scores) if model_type == _UNIGRAM else _bpe(vocabulary, scores),
+    }
+    pad, unk, bos, eos = CONTROL_TOKENS
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "unk_token": unk,
+        "bos_token": bos,
+        "eos_token": eos,
+        "split_special_tokens": True,  # text that looks like a control token stays text
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    (out / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False))
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _unigram(vocabulary: list[str], scores: list[float]) -> dict[str, Any]:
+    vocab = [list(pair) for pair in zip(vocabulary, scores, strict=True)]
+    return {"type": "Unigram", "unk_id": UNK_TOKEN_ID, "vocab": vocab, "byte_fallback": True}
+
+
+def _bpe(vocabulary: list[str], scores: list[float]) -> dict[str, Any]:
+    """Merges in the order of their results' scores, as sentencepiece applies them."""
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    merges = [
+        (-scores[i], piece[:cut], piece[cut:])
+        for i, piece in enumerate(vocabulary[len(CONTROL_TOKENS) :], len(CONTROL_TOKENS))
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    ]
+    merges.sort(key=lambda merge: merge[0])
+    return {
+        "type": "BPE",
+        "unk_token": CONTROL_TOKENS[UNK_TOKEN_ID],
+        "vocab": ids,
+        "merges": [[left, right] for _, left, right in merges],
+        "fuse_unk": True,
+        "byte_fallback": True,
+    }
+
+
+def _read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], int]:
+    """(piece, score, type) of every piece, and the model type, of a sentencepiece ModelProto."""
+    pieces, model_type = [], _UNIGRAM
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:  # ModelProto.pieces: 1 piece, 2 score, 3 type
+                parts = dict(_fields(value))
+                score = struct.unpack("<f", parts[2])[0]
+                pieces.append((parts[1].decode(), score, parts.get(3, _NORMAL)))
+            elif number == 2:  # ModelProto.trainer_spec: 3 model_type
+                model_type = dict(_fields(value)).get(3, _UNIGRAM)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error, AttributeError):
+        raise ValueError(f"{path} is not a sentencepiece model; export the checkpoint again") from None
+    if len(pieces) <= len(CONTROL_TOKENS) or model_type not in (_UNIGRAM, _BPE):
+        raise ValueError(f"{path} is not a unigram or BPE model with pieces; train it with data_pipeline")
+    return pieces, model_type
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of the fields of a protobuf message: int, 4 or 8 bytes, or bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(message, at)
+            yield number, value
+            continue
+        if wire == 2:
+            length, at = _varint(message, at)
+        else:
+            length = {1: 8, 5: 4}[wire]
+        if at + length > len(message):
+            raise IndexError("the message ends inside a field")
+        yield number, message[at : at + length]
+        at += length
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at

@@ -1,0 +1,90 @@
+"""The exported tokenizer gives the ids of data_pipeline's, and loses nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from model.hf_tokenizer import META_SPACE, write_tokenizer
+
+TEXT = [
+    "The cat sat on the mat; 12 + 34 = 460.\n\tWhy? <b>bold</b> & {x: [1, 2]}\n",
+    "naïve café — 東京 😀 e\u0301 \u00a0 end  of   line </s> <s> <pad> <unk>\n",
+] * 20
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def both(request, tmp_path_factory) -> tuple[Tokenizer, AutoTokenizer]:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    path = folder / "tokenizer.model"
+    path.write_bytes(train_tokenizer(TEXT, 420, request.param))
+    write_tokenizer(path, folder, 1024)
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    return Tokenizer(path), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def assert_same(both: tuple[Tokenizer, AutoTokenizer], text: str) -> None:
+    ours, theirs = both
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "   ",
+        " a",
+        "a ",
+        "a  b",
+        "\n\n\t x\r\n",
+        "</s>",
+        "<s> </s> <pad> <unk>",
+        "</s >",
+        "<s ><pad ><unk >",
+        "<0x41><0x34>",
+        "日本語 テスト",
+        "👩\u200d👩\u200d👧 \ufeff\x00\x01\u2028",
+        "12345678901234567890",
+        "ab" * 2000,
+    ],
+)
+def test_hard_texts(both, text):
+    assert_same(both, text)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_characters=META_SPACE, exclude_categories=["Cs"]), max_size=40))
+def test_any_text(both, text):
+    assert_same(both, text)
+
+
+def test_control_tokens_have_their_ids(both):
+    _, theirs = both
+    assert [theirs.pad_token_id, theirs.unk_token_id, theirs.bos_token_id, theirs.eos_token_id] == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert theirs.decode([2, 3], skip_special_tokens=True) == ""
+    assert len(theirs) == both[0].vocab_size
+
+
+def test_real_text(data_root, both):
+    text = (data_root / "text" / "tinyshakespeare.txt").read_text()[:200_000]
+    for start in range(0, len(text), 5000):
+        assert_same(both, text[start : start + 5000])
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x0a\xff\xff\xff\x7f"])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a"):
+        write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 8)
