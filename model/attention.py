@@ -48,9 +48,9 @@ class MultiHeadLatentAttention(nn.Module):
         )
         query = query.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
-        q_rope = rotate(q_rope, context.cos, context.sin)
+        q_rope = rotate(q_rope, context.rotation)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, context.cos, context.sin)
+        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, context.rotation)
         if context.cache is not None:
             held = context.cache.append(self.layer, context.step, torch.cat((latent, k_rope), -1))
             if self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
@@ -128,7 +128,7 @@ class GroupedQueryAttention(nn.Module):
         query, key, value = (p(x).unflatten(-1, (-1, width)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        query, key = rotate(query, context.rotation), rotate(key, context.rotation)
         if context.cache is not None:
             both = torch.cat((key, value), 2).flatten(2)
             both = context.cache.append(self.layer, context.step, both).unflatten(-1, (-1, width))

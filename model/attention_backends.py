@@ -21,8 +21,7 @@ from .layers import upcasts
 class AttentionContext:
     """What every attention layer of one forward pass shares."""
 
-    cos: Tensor  # (B, T, R/2)
-    sin: Tensor
+    rotation: Tensor  # (B or 1, T, R/2) complex, see layers.rotations
     backend: str  # see execution.attention_backend
     mask: Tensor | None  # (B or 1, 1, T, S) booleans, True: may attend; None: plain causal
     token_mask: Tensor | None  # (B, T) booleans, False: padding; None: every token is real

@@ -5,7 +5,8 @@ Shapes: B batch, T tokens, D hidden, H heads, R rotary width.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 
-def rotary_tables(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, (B, T, R/2) in fp32, of positions (B, T) (Su et al. 2021, eq. 15; YaRN, eq. 23)."""
+def rotations(position_ids: Tensor, config: ModelConfig) -> Tensor:
+    """(B, T, R/2) complex factors cos + i sin of positions (B, T) (Su et al. 2021, eq. 15; YaRN, eq. 23)."""
     R = config.rotary_dim
     exponents = torch.arange(0, R, 2, device=position_ids.device, dtype=torch.float32) / R
     frequencies, scale = config.rope_theta**-exponents, 1.0
@@ -92,7 +93,7 @@ def rotary_tables(position_ids: Tensor, config: ModelConfig) -> tuple[Tensor, Te
         frequencies = _yarn_frequencies(frequencies, config.rope_theta, config.rope_scaling)
         scale = _yarn_rotary_scale(config.rope_scaling)
     angles = position_ids[..., None].float() * frequencies
-    return angles.cos() * scale, angles.sin() * scale
+    return torch.polar(torch.full_like(angles, scale), angles)
 
 
 def _yarn_frequencies(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Tensor:
@@ -134,12 +135,67 @@ def _temperature(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (2i, 2i+1) of x (B, T, ..., R), as DeepSeek does; computed in fp32."""
-    while cos.dim() < x.dim():
-        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns the pairs (2i, 2i+1) of x (B, T, R) or (B, T, H, R), as DeepSeek does; computed in fp32."""
+    if x.dim() == 4:
+        rotation = rotation.unsqueeze(2)
+    pairs = x.float()
+    if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
+        pairs = pairs.contiguous()  # a view as complex numbers must start at even places
+    turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+class Products(NamedTuple):
+    """How rows meet a weight: one for all of them (out, in), or one for each group (E, out, in)."""
+
+    forward: Callable[[Tensor, Tensor], Tensor]  # rows (n, in), weight -> (n, out)
+    to_rows: Callable[[Tensor, Tensor], Tensor]  # gradient (n, out), weight -> (n, in)
+    to_weight: Callable[[Tensor, Tensor], Tensor]  # gradient (n, out), rows (n, in) -> like weight
+
+
+DENSE = Products(
+    forward=lambda rows, weight: rows @ weight.T,
+    to_rows=lambda grad, weight: grad @ weight,
+    to_weight=lambda grad, rows: grad.T @ rows,
+)
+
+
+class GatedFeedForward(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) that keeps x, gate(x) and up(x) only, in the dtype of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, products: Products, dtype: torch.dtype
+    ) -> Tensor:
+        """x (n, D), w1 (gate) and w3 (up) (..., F, D), w2 (down) (..., D, F) -> (n, D).
+
+        dtype: of the products; see upcasts.
+        """
+        rows = x.to(dtype)
+        gate, up = products.forward(rows, w1.to(dtype)), products.forward(rows, w3.to(dtype))
+        ctx.save_for_backward(x, gate.to(x.dtype), up.to(x.dtype), w1, w3, w2)
+        ctx.products, ctx.product_dtype = products, dtype
+        return products.forward(F.silu(gate).mul_(up), w2.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, up, w1, w3, w2 = (t.to(ctx.product_dtype) for t in ctx.saved_tensors)
+        products, grad = ctx.products, grads[0].to(ctx.product_dtype).contiguous()
+        opened = F.silu(gate)
+        grad_w2 = products.to_weight(grad, opened * up)
+        grad_hidden = products.to_rows(grad, w2)
+        grad_up = opened.mul_(grad_hidden)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+        grad_x = products.to_rows(grad_gate, w1) + products.to_rows(grad_up, w3)
+        grad_w1, grad_w3 = products.to_weight(grad_gate, x), products.to_weight(grad_up, x)
+        dtype = grads[0].dtype
+        return grad_x.to(dtype), grad_w1.to(dtype), grad_w3.to(dtype), grad_w2.to(dtype), None, None
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are computed."""
+    return torch.float32 if upcasts(x) else x.dtype
 
 
 class SwiGLU(nn.Module):
@@ -152,7 +208,11 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if few_rows(x):
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        rows = x.reshape(-1, x.shape[-1])
+        return GatedFeedForward.apply(rows, gate, up, down, DENSE, product_dtype(x)).view_as(x)
 
 
 class SquaredReLU(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .execution import ExecutionConfig, expert_backend
-from .layers import SwiGLU, call, few_rows, linear, upcasts
+from .layers import GatedFeedForward, Products, SwiGLU, call, few_rows, linear, product_dtype
 
 
 class Routing(NamedTuple):
@@ -124,13 +124,12 @@ class Experts(nn.Module):
         backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
         if few_rows(x) and len(x):
             return self._decode(x, counts)
-        multiply = _MULTIPLY[backend]
-        gate, up = multiply(x, self.w1, counts), multiply(x, self.w3, counts)
-        return multiply(F.silu(gate) * up, self.w2, counts)
+        products = _PRODUCTS[backend](counts)
+        return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, product_dtype(x))
 
     def _decode(self, x: Tensor, counts: Tensor) -> Tensor:
         """As forward, for few rows without gradients: rows as columns, no work for idle experts."""
-        dtype, outputs = torch.float32 if upcasts(x) else x.dtype, []
+        dtype, outputs = product_dtype(x), []
         for expert, columns in enumerate(x.to(dtype).T.split(counts.tolist(), 1)):
             if columns.shape[1]:
                 w1, w2, w3 = (w[expert].to(dtype) for w in (self.w1, self.w2, self.w3))
@@ -138,45 +137,45 @@ class Experts(nn.Module):
         return torch.cat(outputs, 1).T.to(x.dtype)
 
 
-def _loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x (rows, in) sorted by expert, weight (E, out, in), counts (E,) -> (rows, out), expert by expert."""
-    parts = zip(x.split(counts.tolist()), weight.unbind(), strict=True)
-    return torch.cat([linear(rows, w) for rows, w in parts])
+def _loop(counts: Tensor) -> Products:
+    """Expert by expert: the reference of the tests, and what every size and dtype can use."""
+    sizes = counts.tolist()
+    return Products(
+        forward=lambda rows, weight: torch.cat(
+            [r @ w.T for r, w in zip(rows.split(sizes), weight, strict=True)]
+        ),
+        to_rows=lambda grad, weight: torch.cat(
+            [g @ w for g, w in zip(grad.split(sizes), weight, strict=True)]
+        ),
+        to_weight=lambda grad, rows: torch.stack(
+            [g.T @ r for g, r in zip(grad.split(sizes), rows.split(sizes), strict=True)]
+        ),
+    )
 
 
-class _UpcastGroupedMM(torch.autograd.Function):
-    """_grouped_mm computed in fp32 that keeps its operands in bf16: see layers.upcasts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        return F.grouped_mm(x.float(), weight.float().transpose(1, 2), offs=ends).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, ends = ctx.saved_tensors
-        grad = grads[0].float()
-        grad_x = F.grouped_mm(grad, weight.float(), offs=ends)
-        grad_weight = F.grouped_mm(grad.T, x.float(), offs=ends)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """As _loop, by torch's grouped matrix product."""
+def _grouped_mm(counts: Tensor) -> Products:
+    """torch's grouped matrix products."""
     ends = counts.cumsum(0).int()
-    if upcasts(x):
-        return _UpcastGroupedMM.apply(x, weight, ends)
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return Products(
+        forward=lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends),
+        to_rows=lambda grad, weight: F.grouped_mm(grad, weight, offs=ends),
+        to_weight=lambda grad, rows: F.grouped_mm(grad.T, rows, offs=ends),
+    )
 
 
-def _megablocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """As _loop, by the grouped GEMM that megablocks' grouped MLP uses (GPU, bf16)."""
-    from megablocks.grouped_gemm_util import ops  # type: ignore[import-not-found]
+def _megablocks(counts: Tensor) -> Products:
+    """The grouped products of megablocks' grouped MLP (GPU, bf16)."""
+    from megablocks.grouped_gemm_util import backend  # type: ignore[import-not-found]
 
-    return ops.gmm(x, weight, counts.cpu(), trans_b=True)
+    sizes = counts.cpu()
+    return Products(
+        forward=lambda rows, weight: backend.gmm(rows, weight, sizes, trans_b=True),
+        to_rows=lambda grad, weight: backend.gmm(grad, weight, sizes),
+        to_weight=lambda grad, rows: backend.gmm(grad, rows, sizes, trans_a=True),
+    )
 
 
-_MULTIPLY: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+_PRODUCTS: dict[str, Callable[[Tensor], Products]] = {
     "loop": _loop,
     "grouped_mm": _grouped_mm,
     "megablocks": _megablocks,

@@ -16,7 +16,7 @@ from .config import ModelConfig
 from .decoder import AUX_TERMS, DecoderLayer, run_layer
 from .execution import ExecutionConfig, attention_backend
 from .generate import generate
-from .layers import RMSNorm, linear, rotary_tables
+from .layers import RMSNorm, linear, rotations
 from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
 from .moe import Experts, MoE
 from .mtp import MTPModule, shifted
@@ -242,8 +242,8 @@ class ZeroModel(nn.Module):
             position_ids = _positions(real, cu_seqlens)[:, past:] if position_ids is None else position_ids
         elif position_ids is None:
             position_ids = torch.arange(past, S, device=tokens.device)[None]
-        cos, sin = rotary_tables(position_ids, self.config)
-        context = AttentionContext(cos, sin, "sdpa", None, token_mask, cache=cache)
+        rotation = rotations(position_ids, self.config)
+        context = AttentionContext(rotation, "sdpa", None, token_mask, cache=cache)
         self._choose_backend(context, tokens, segment, cu_seqlens)
         return context, segment
 
