@@ -73,7 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
         key_value = self.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, value = key_value.split([c.qk_nope_head_dim, c.v_head_dim], -1)
         k_rope = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
-        query, key = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1)
+        query, key = _joined(q_nope, q_rope), _joined(k_nope, k_rope)
         return attend(query, key, value, context, self.scale)
 
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, held: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,6 +100,11 @@ class MultiHeadLatentAttention(nn.Module):
         per_head = attended.view(B, H, T, C).transpose(0, 1).reshape(H, B * T, C)
         out = per_head @ w_value.transpose(1, 2)  # (H, B*T, V)
         return out.view(H, B, T, -1).permute(1, 2, 0, 3).to(dtype)
+
+
+def _joined(nope: Tensor, rope: Tensor) -> Tensor:
+    """(B, T, H, N) and (B, T, H, R) -> (B, T, H, N+R), laid out as (B, H, T, N+R), which attention reads."""
+    return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), -1).transpose(1, 2)
 
 
 class GroupedQueryAttention(nn.Module):

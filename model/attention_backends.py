@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from .blockwise_attention import BlockwiseAttention, Hidden
 from .cache import LatentCache
-from .layers import upcasts
+from .layers import product_dtype, upcasts
 
 
 @dataclass
@@ -27,6 +28,7 @@ class AttentionContext:
     token_mask: Tensor | None  # (B, T) booleans, False: padding; None: every token is real
     boundaries: Tensor | None = None  # (n,) int32, starts of the documents in the B*T tokens of all rows
     block_mask: Any = None  # flex_attention's form of the mask
+    hidden: Hidden | None = None  # blockwise attention's; None: plain causal
     cache: LatentCache | None = None
     statistics: bool = False  # whether the experts report balance and load
     step: int = 0  # loop step that is running, part of the cache slot
@@ -108,6 +110,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, 
     return sdpa(query, key, value, context.mask, causal, scale)
 
 
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+    original, dtype = query.dtype, product_dtype(query)
+    H, group = query.shape[2], query.shape[2] // key.shape[2]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
+    query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    out = BlockwiseAttention.apply(query, key, value, context.hidden, scale)
+    return out.unflatten(0, (-1, H)).transpose(1, 2).to(original)
+
+
 def _flex(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
     return _flex_function(query.device.type)(
         query.transpose(1, 2),
@@ -171,6 +183,7 @@ def _widened(value: Tensor, width: int) -> Tensor:
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor]] = {
     "sdpa": _sdpa,
+    "blockwise": _blockwise,
     "flex": _flex,
     "varlen": _varlen,
     "flash_attn": _flash_attn,

@@ -4,7 +4,7 @@ Faster than torch's fused CPU kernel, which also computes what the mask hides, a
 formed again in backward. Shapes: B rows, N rows times heads, T tokens, K key width, V value width.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,54 +12,70 @@ from torch import Tensor
 QUERIES = 128  # queries a block; more compute hidden scores, fewer make small products
 
 
+class Hidden(NamedTuple):
+    """What queries may not see beside what is later."""
+
+    mask: Tensor  # (B, 1, T, T) booleans, True: visible
+    begins: list[int]  # for each block the first key that any of its queries sees
+
+
+def hidden_keys(mask: Tensor) -> Hidden:
+    """From a causal mask (B, 1, T, T) in which every query sees some key."""
+    first_key = mask[:, 0].byte().argmax(-1).amin(0)  # (T,)
+    return Hidden(mask, [int(block.min()) for block in first_key.split(QUERIES)])
+
+
 class BlockwiseAttention(torch.autograd.Function):
     """softmax(scale * query key^T + mask) value, each query seeing keys at or before its own place only."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Hidden | None, scale: float
     ) -> Tensor:
-        """query, key (N, T, K), value (N, T, V) -> (N, T, V).
-
-        mask: (B, 1, T, T) booleans, True where a query may look, of what is causal; None: everywhere.
-        """
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
+        """query, key (N, T, K), value (N, T, V), N a multiple of B -> (N, T, V)."""
+        ctx.save_for_backward(query, key, value)
+        ctx.hidden, ctx.scale = hidden, scale
         out = torch.empty_like(value)
-        for start, end in _blocks(query):
-            weights = _weights(query, key, mask, scale, start, end)
-            torch.bmm(weights, value[:, :end], out=out[:, start:end])
+        for begin, start, end in _blocks(query, hidden):
+            weights = _weights(query, key, hidden, scale, begin, start, end)
+            torch.bmm(weights, value[:, begin:end], out=out[:, start:end])
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         scale, grad = ctx.scale, grads[0].contiguous()
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        for start, end in _blocks(query):
-            weights = _weights(query, key, mask, scale, start, end)
+        for begin, start, end in _blocks(query, ctx.hidden):
+            weights = _weights(query, key, ctx.hidden, scale, begin, start, end)
             rows = grad[:, start:end]
-            grad_value[:, :end].baddbmm_(weights.transpose(1, 2), rows)
-            grad_weights = rows @ value[:, :end].transpose(1, 2)
+            grad_value[:, begin:end].baddbmm_(weights.transpose(1, 2), rows)
+            grad_weights = rows @ value[:, begin:end].transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_query[:, start:end].baddbmm_(grad_scores, key[:, :end], beta=0, alpha=scale)
-            grad_key[:, :end].baddbmm_(grad_scores.transpose(1, 2), query[:, start:end], alpha=scale)
+            grad_query[:, start:end].baddbmm_(grad_scores, key[:, begin:end], beta=0, alpha=scale)
+            grad_key[:, begin:end].baddbmm_(grad_scores.transpose(1, 2), query[:, start:end], alpha=scale)
         return grad_query, grad_key, grad_value, None, None
 
 
-def _blocks(query: Tensor) -> list[tuple[int, int]]:
+def _blocks(query: Tensor, hidden: Hidden | None) -> list[tuple[int, int, int]]:
+    """First key, first query and end of every block."""
     T = query.shape[1]
-    return [(start, min(start + QUERIES, T)) for start in range(0, T, QUERIES)]
+    starts = range(0, T, QUERIES)
+    begins = [0] * len(starts) if hidden is None else hidden.begins
+    return [(b, start, min(start + QUERIES, T)) for b, start in zip(begins, starts, strict=True)]
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float, start: int, end: int) -> Tensor:
-    """Attention weights (N, end - start, end) of the queries start..end."""
-    N, rows = len(query), end - start
-    scores = query.new_empty(N, rows, end)
-    scores.baddbmm_(query[:, start:end], key[:, :end].transpose(1, 2), beta=0, alpha=scale)
-    later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    scores[:, :, start:].masked_fill_(later, float("-inf"))
-    if mask is not None:
-        hidden = ~mask[:, :, start:end, :end]  # (B, 1, rows, end)
-        scores.view(len(mask), -1, rows, end).masked_fill_(hidden, float("-inf"))
+def _weights(
+    query: Tensor, key: Tensor, hidden: Hidden | None, scale: float, begin: int, start: int, end: int
+) -> Tensor:
+    """Attention weights (N, end - start, end - begin) of the queries start..end."""
+    N, rows, keys = len(query), end - start, end - begin
+    scores = query.new_empty(N, rows, keys)
+    scores.baddbmm_(query[:, start:end], key[:, begin:end].transpose(1, 2), beta=0, alpha=scale)
+    if hidden is None:
+        later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+        scores[:, :, start - begin :].masked_fill_(later, float("-inf"))
+    else:
+        invisible = ~hidden.mask[:, :, start:end, begin:end]  # causal too
+        scores.view(len(invisible), -1, rows, keys).masked_fill_(invisible, float("-inf"))
     return scores.softmax(-1)

@@ -9,7 +9,7 @@ import torch
 
 log = logging.getLogger("zeromodel")
 
-ATTENTION_BACKENDS = ("auto", "sdpa", "flex", "varlen", "flash_attn")
+ATTENTION_BACKENDS = ("auto", "sdpa", "blockwise", "flex", "varlen", "flash_attn")
 EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "megablocks")
 CHECKPOINTING = ("none", "block", "selective")
 
@@ -22,7 +22,7 @@ class ExecutionConfig:
         ValueError: unknown value.
     """
 
-    # auto: sdpa | flex (on a CPU without gradients) | varlen, flash_attn (GPU, half precision)
+    # auto: blockwise on a CPU, else sdpa | flex (on a CPU no gradients) | varlen, flash_attn (GPU, 16 bits)
     attention: str = "auto"
     # auto: grouped_mm where its kernels take the sizes, else loop | megablocks (GPU, bf16)
     experts: str = "auto"
@@ -49,7 +49,7 @@ def attention_backend(name: str, device: str, dtype: torch.dtype) -> str:
     Raises:
         ValueError: a backend named by hand does not run there.
     """
-    chosen = "sdpa" if name == "auto" else name
+    chosen = {"cpu": "blockwise"}.get(device, "sdpa") if name == "auto" else name
     if chosen in ("varlen", "flash_attn"):
         _require_gpu("attention", chosen, device, dtype)
     if chosen == "flash_attn":

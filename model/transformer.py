@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_backends import AttentionContext, flex_mask, row_boundaries, segments, visible_keys
+from .blockwise_attention import hidden_keys
 from .cache import LatentCache, full_mask
 from .config import ModelConfig
 from .decoder import AUX_TERMS, DecoderLayer, run_layer
@@ -266,6 +267,11 @@ class ZeroModel(nn.Module):
             context.backend, context.block_mask = backend, flex_mask(segment)
         elif backend in ("varlen", "flash_attn") and not past and context.token_mask is None:
             context.backend, context.boundaries = backend, row_boundaries(B, T, cu_seqlens, tokens.device)
+        elif backend == "blockwise" and not past:
+            context.backend = backend
+            if segment is not None:
+                context.mask = visible_keys(segment, T)
+                context.hidden = hidden_keys(context.mask)
         elif segment is not None:
             context.mask = visible_keys(segment, T)
         elif past and T > 1:

@@ -1,11 +1,16 @@
 """Every backend computes the same numbers, hides the same tokens, and is refused where it cannot run."""
 
 import logging
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model import ModelConfig, ZeroModel
+from model.attention_backends import AttentionContext, attend, segments, visible_keys
+from model.blockwise_attention import hidden_keys
 from model.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
 
 from .conftest import SMALL
@@ -15,7 +20,7 @@ TOLERANCE = {"rtol": 0, "atol": 2e-5}
 STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=torch.int32)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 ON_GPU = [pytest.param(name, marks=[pytest.mark.gpu, GPU]) for name in ("varlen", "flash_attn")]
-ATTENTION = ["sdpa", "flex", *ON_GPU]
+ATTENTION = ["sdpa", "blockwise", "flex", *ON_GPU]
 # Sizes that the GPU kernels take: half precision, widths that are multiples of 16 bytes.
 GPU_SIZES = {
     "hidden_size": 64,
@@ -37,7 +42,7 @@ def make(build, attention: str, variant: str = "deepseek", **overrides) -> tuple
     return build(variant, execution={"attention": attention}, **overrides), torch.device("cpu")
 
 
-@pytest.mark.parametrize("attention", ["flex", *ON_GPU])
+@pytest.mark.parametrize("attention", ["blockwise", "flex", *ON_GPU])
 @pytest.mark.parametrize("variant", ["deepseek", "wide_values", "grouped_query", "loop"])
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
@@ -70,7 +75,7 @@ def test_no_backend_looks_ahead_or_into_other_documents(build, tokens, attention
             assert hidden.numel() == 0 or hidden.max() < 2e-5
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+@pytest.mark.parametrize("attention", ["sdpa", "blockwise", "flex"])
 @torch.no_grad()
 def test_padding_and_cached_decoding_work_under_every_backend_of_a_cpu(build, tokens, attention):
     model, _ = make(build, attention)
@@ -80,6 +85,34 @@ def test_padding_and_cached_decoding_work_under_every_backend_of_a_cpu(build, to
     found = model(tokens, attention_mask=mask).logits
     torch.testing.assert_close(found, plain(tokens, attention_mask=mask).logits, **TOLERANCE)
     assert torch.equal(model.generate(tokens, 8), plain.generate(tokens, 8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    rows=st.integers(1, 3),
+    padded=st.floats(0, 0.9),
+    queries=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_blockwise_attention_equals_sdpa_in_value_and_gradient(lengths, rows, padded, queries, seed):
+    """Any documents, padding anywhere, and blocks that end anywhere."""
+    T, generator = sum(lengths), torch.Generator().manual_seed(seed)
+    starts = torch.tensor([0, *lengths]).cumsum(0).expand(rows, -1).contiguous()
+    real = torch.rand(rows, T, generator=generator) >= padded
+    segment = segments(real, starts)
+    mask = visible_keys(segment, T)
+    shapes = ((rows, T, 4, 6), (rows, T, 2, 6), (rows, T, 2, 5))
+    inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(rows, T, 4, 5, generator=generator)
+    results = []
+    for backend in ("sdpa", "blockwise"):
+        with patch("model.blockwise_attention.QUERIES", queries):
+            context = AttentionContext(torch.empty(0), backend, mask, None, hidden=hidden_keys(mask))
+            out = attend(*inputs, context, 0.4)
+            results.append((out, *torch.autograd.grad(out, inputs, upstream)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def expert_model(experts: str, **overrides) -> ZeroModel:

@@ -27,7 +27,7 @@ def test_parameter_counts_equal_the_built_model(build, variant):
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wide_values"}))
 @pytest.mark.parametrize("steps", [1, 4])
 def test_flops_equal_torchs_counter_to_one_percent(build, variant, steps):
-    model, (B, T) = build(variant, execution={"experts": "loop"}), (2, 48)
+    model, (B, T) = build(variant, execution={"experts": "loop", "attention": "sdpa"}), (2, 48)
     tokens = torch.ones(B, T, dtype=torch.long)
     # Full T x T attention by products that the counter sees; a mask keeps SDPA from cutting it in half.
     mask = torch.ones(B, T)
@@ -41,7 +41,10 @@ def test_flops_equal_torchs_counter_to_one_percent(build, variant, steps):
 
 @pytest.mark.parametrize("variant", ["deepseek", "multi_token", "plain", "loop"])
 def test_training_flops_equal_torchs_counter_to_one_percent(build, variant):
-    model, (B, T) = build(variant, execution={"experts": "loop"}, vocab_size=2048), (2, 48)
+    model, (B, T) = (
+        build(variant, execution={"experts": "loop", "attention": "sdpa"}, vocab_size=2048),
+        (2, 48),
+    )
     tokens = torch.ones(B, T, dtype=torch.long)
     mask = torch.ones(B, T)
     mask[0, 0] = 0
