@@ -1,4 +1,5 @@
 # Every target does its own set-up. RUN, BUILD and TRAIN shorten or move the demo; see README.
+# BENCH holds further flags of the benchmark, such as --device=cuda.
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -13,8 +14,9 @@ TRAIN ?=
 EVAL ?= --num_samples 200 --batch_size 128
 REAL_RUN ?= runs/real_cpu
 LIMIT ?= 200
+BENCH ?=
 
-.PHONY: setup setup-gpu demo real test test-slow check
+.PHONY: setup setup-gpu demo real test test-slow check bench gpu-check
 
 setup: $(VENV)/ready
 
@@ -55,3 +57,11 @@ check: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench: setup
+	python bench/compare.py --out runs/bench.json $(BENCH)
+
+# What only a GPU can show; after `make setup-gpu`, or the table names what is missing.
+gpu-check: setup
+	python -m pytest -m gpu
+	python bench/gpu.py --out runs/gpu.json
