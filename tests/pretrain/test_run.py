@@ -74,6 +74,8 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
     assert checkpoint.damage(run / "checkpoints/step-6") is None
     for record in records:
         assert set(record) >= FIELDS
+        assert record["dropped_tokens"] == 0  # the loads add up to every choice of every token and loop step
+        assert 0 <= record["expert_load_entropy"] <= 1
         for shares in record["expert_load"]:
             assert abs(sum(shares) - 1) < 1e-9
     assert len({r["recurrence_depth"] for r in records}) > 1
