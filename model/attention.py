@@ -5,15 +5,41 @@ Shapes: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value he
 N no-position width, R rotary width, V value width.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from .attention_backends import AttentionContext, attend, sdpa
 from .config import ModelConfig
+from .execution import ExecutionConfig
+from .latent_terms import LoopTrace
 from .layers import Linear, RMSNorm, attention_scale, rotate, upcasts
+from .recurrence import LatentRefinement
 
 # The reference leaves the latents' norms at its default whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
+
+
+class AttentionOutput(NamedTuple):
+    """An attention layer's result."""
+
+    out: Tensor  # (B, T, D)
+    kept: tuple[Tensor, ...] | None = None  # keys and values for the next loop step; see cache.kept_keys
+    trace: LoopTrace | None = None  # of the layer's own Latent Reasoning Unit
+
+
+def refinement(
+    config: ModelConfig, layer: int, width: int, query_width: int, execution: ExecutionConfig
+) -> LatentRefinement:
+    return LatentRefinement(config, layer, width, query_width, execution.checkpointing == "iteration")
+
+
+def refined_placement(config: ModelConfig, layer: int) -> str | None:
+    """kv or post_attention, where this layer has a Latent Reasoning Unit of its own."""
+    r = config.recurrence
+    inside = r.token_local and r.range_of(layer, config.num_hidden_layers) is not None
+    return r.placement if inside else None
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -23,40 +49,73 @@ class MultiHeadLatentAttention(nn.Module):
     and output, so that decoding reads C + R numbers per cached token.
     """
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, execution: ExecutionConfig) -> None:
         super().__init__()
         self.config, self.layer, self.scale = config, layer, attention_scale(config)
         D, H = config.hidden_size, config.num_attention_heads
+        self.placement = refined_placement(config, layer)
+        self.key_source = config.recurrence.key_source if self.placement == "kv" else "hidden"
+        C, R = config.kv_lora_rank, config.qk_rope_head_dim
         if config.q_lora_rank is None:
             self.q_proj = Linear(D, H * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = Linear(D, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = Linear(D, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_proj_with_mqa = Linear(D, C + (R if self.key_source != "latent" else 0), bias=False)
+        self.kv_a_layernorm = RMSNorm(C, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(
             config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
         self.o_proj = Linear(H * config.v_head_dim, D, bias=False)
+        if self.placement is not None:
+            width = C if self.placement == "kv" else D
+            self.reasoning = refinement(config, layer, width, H * config.qk_head_dim, execution)
+        if self.key_source != "hidden":
+            self.k_latent_proj = Linear(C, R, bias=False, zero=self.key_source == "hidden_plus_latent")
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+    def forward(self, x: Tensor, context: AttentionContext) -> AttentionOutput:
+        """x (B, T, D) -> the layer's output."""
         c = self.config
         query = (
             self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         )
-        query = query.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
-        q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        heads = query.unflatten(-1, (c.num_attention_heads, c.qk_head_dim))
+        q_nope, q_rope = heads.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         q_rope = rotate(q_rope, context.rotation)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_layernorm(latent), rotate(k_rope, context.rotation)
-        if context.cache is not None:
-            held = context.cache.append(self.layer, context.step, torch.cat((latent, k_rope), -1))
-            if self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
-                return self.o_proj(self._attend_absorbed(q_nope, q_rope, held, context.mask).flatten(2))
+        latent, k_rope, trace = self._latent(x, query, context)
+        k_rope = rotate(k_rope, context.rotation)
+        kept = None
+        if context.cache is not None or context.loop is not None:
+            held, context, kept = context.remember(self.layer, torch.cat((latent, k_rope), -1))
             latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        return self.o_proj(self._attend_expanded(q_nope, q_rope, latent, k_rope, context).flatten(2))
+        if context.cache is not None and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
+            attended = self._attend_absorbed(q_nope, q_rope, held, context.mask)
+        else:
+            attended = self._attend_expanded(q_nope, q_rope, latent, k_rope, context)
+        out = self.o_proj(attended.flatten(2))
+        if self.placement == "post_attention":
+            out, trace = self.reasoning(out, query, context)
+        return AttentionOutput(out, kept, trace)
+
+    def _latent(
+        self, x: Tensor, query: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor, LoopTrace | None]:
+        """x (B, T, D) and queries (B, T, H Q) -> latent (B, T, C), the shared key before rotation (B, T, R).
+
+        k_rope_source: `hidden` is DeepSeek's; `latent` forms the key from the refined latent; `hidden_plus_latent`
+        adds what the refinement changed, through a projection that starts at 0.
+        """
+        down, C = self.kv_a_proj_with_mqa(x), self.config.kv_lora_rank
+        latent, k_rope = self.kv_a_layernorm(down[..., :C]), down[..., C:]
+        if self.placement != "kv":
+            return latent, k_rope, None
+        refined, trace = self.reasoning(latent, query, context)
+        if self.key_source == "latent":
+            k_rope = self.k_latent_proj(refined)
+        elif self.key_source == "hidden_plus_latent":
+            k_rope = k_rope + self.k_latent_proj(refined - latent)
+        return refined, k_rope, trace
 
     def _absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """Compares the multiplications of a head in both forms."""
@@ -110,9 +169,10 @@ def _joined(nope: Tensor, rope: Tensor) -> Tensor:
 class GroupedQueryAttention(nn.Module):
     """Plain attention with fewer key-value heads than query heads; the whole width of a head is rotated."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, execution: ExecutionConfig) -> None:
         super().__init__()
         self.config, self.layer, self.scale = config, layer, attention_scale(config)
+        self.placement = refined_placement(config, layer)
         D, H, G, width = (
             config.hidden_size,
             config.num_attention_heads,
@@ -126,16 +186,22 @@ class GroupedQueryAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
             self.k_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
+        if self.placement is not None:
+            self.reasoning = refinement(config, layer, D, H * width, execution)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
-        width = self.config.plain_head_dim
-        query, key, value = (p(x).unflatten(-1, (-1, width)) for p in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, context: AttentionContext) -> AttentionOutput:
+        """x (B, T, D) -> the layer's output."""
+        width, kept, trace = self.config.plain_head_dim, None, None
+        flat = self.q_proj(x)
+        query, key, value = (y.unflatten(-1, (-1, width)) for y in (flat, self.k_proj(x), self.v_proj(x)))
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, context.rotation), rotate(key, context.rotation)
-        if context.cache is not None:
+        if context.cache is not None or context.loop is not None:
             both = torch.cat((key, value), 2).flatten(2)
-            both = context.cache.append(self.layer, context.step, both).unflatten(-1, (-1, width))
-            key, value = both.chunk(2, 2)
-        return self.o_proj(attend(query, key, value, context, self.scale).flatten(2))
+            held, context, kept = context.remember(self.layer, both)
+            key, value = held.unflatten(-1, (-1, width)).chunk(2, 2)
+        out = self.o_proj(attend(query, key, value, context, self.scale).flatten(2))
+        if self.placement is not None:
+            out, trace = self.reasoning(out, flat, context)
+        return AttentionOutput(out, kept, trace)

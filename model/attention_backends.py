@@ -3,10 +3,11 @@
 Shapes: B batch, T query tokens, S key tokens, H query heads, G key-value heads, K key width, V value width.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .blockwise_attention import BlockwiseAttention, Hidden
-from .cache import LatentCache
+from .cache import LatentCache, kept_keys, slot_of
 from .layers import product_dtype, upcasts
+from .recurrence_config import RecurrenceConfig
 
 
 @dataclass
@@ -30,8 +32,44 @@ class AttentionContext:
     block_mask: Any = None  # flex_attention's form of the mask
     hidden: Hidden | None = None  # blockwise attention's; None: plain causal
     cache: LatentCache | None = None
-    statistics: bool = False  # whether the experts report balance and load
-    step: int = 0  # loop step that is running, part of the cache slot
+    statistics: bool = False  # whether there are targets: experts report balance and load
+    segment: Tensor | None = None  # (B or 1, S), see segments; None: one document without padding a row
+    num_steps: int = 1  # of every loop
+    loop: "LoopStep | None" = None  # inside a looped layer
+
+    def remember(self, layer: int, new: Tensor) -> "Remembered":
+        """new (B, T, W), keys and values of a layer's tokens -> all that they may attend to."""
+        if self.loop is None:
+            return Remembered(new if self.cache is None else self.cache.append((layer, 0), new), self, None)
+        config, kept = self.loop.config, None
+        slots, first = (new,), slot_of(config, self.loop.step)
+        if config.carries_keys:
+            slots = kept = kept_keys(config, self.loop.kept.get(layer), new, self.loop.step, self.loop.running)
+            first = 0 if config.cache == "parallel" else first
+        if self.cache is not None:
+            slots = tuple(self.cache.append((layer, first + i), s) for i, s in enumerate(slots))
+        if len(slots) == 1:
+            return Remembered(slots[0], self, kept)
+        assert self.mask is not None
+        tiled = dataclasses.replace(self, mask=self.mask.repeat(1, 1, 1, len(slots)))
+        return Remembered(torch.cat(slots, 1), tiled, kept)
+
+
+class LoopStep(NamedTuple):
+    """Where a looped layer stands."""
+
+    config: RecurrenceConfig
+    step: int
+    running: Tensor | None  # (B, T), False: has halted; None: all run
+    kept: dict[int, tuple[Tensor, ...]]  # what the step before left, by layer; see cache.kept_keys
+
+
+class Remembered(NamedTuple):
+    """Keys and values to attend to."""
+
+    held: Tensor  # (B, S, W); of several steps side by side: (B, steps S, W)
+    context: AttentionContext  # whose mask fits them
+    kept: tuple[Tensor, ...] | None  # for the next loop step
 
 
 def segments(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -1,40 +1,54 @@
-"""The KV cache.
+"""The KV cache, and which keys and values a looped layer keeps.
 
-Shapes: B batch, T new tokens, S cached tokens, C latent width, R rotary width, W numbers per token.
+Shapes: B batch, T new tokens, S cached tokens, W numbers per token.
 """
 
 import torch
 from torch import Tensor
 
+from .recurrence_config import RecurrenceConfig
+
+Slot = tuple[int | str, int]  # (layer or named place, loop step)
+
 
 class LatentCache:
     """Keeps, per token and slot, the C + R numbers [normed KV latent | rotated shared key].
 
-    Plain attention keeps its rotated keys and its values instead. A slot is (layer, loop step): a looped
-    layer keeps every step's own, so decoding is exact.
+    Plain attention keeps its rotated keys and its values instead. Loops keep what else they need of earlier
+    tokens (states for position mixing, halting signals) in slots of their own.
     """
 
     def __init__(self, limited: bool = True) -> None:
         self.limited = limited  # false: the caller sees to max_position_embeddings himself
         self.length = 0  # tokens held, the same for every slot between two forward passes
-        self._slots: dict[tuple[int, int], Tensor] = {}
+        self._slots: dict[Slot, Tensor] = {}
 
-    def append(self, layer: int, step: int, latent: Tensor) -> Tensor:
-        """Adds latent (B, T, W) after the tokens held and returns all of them, (B, S, W)."""
-        slot, total = (layer, step), self.length + latent.shape[1]
+    def append(self, slot: Slot, values: Tensor) -> Tensor:
+        """Adds values (B, T, W) after the tokens held and returns all of them, (B, S, W).
+
+        Appending again before `advance` writes over what the same pass appended.
+        """
+        total = self.length + values.shape[1]
         held = self._slots.get(slot)
         if held is None or held.shape[1] < total:
-            grown = latent.new_empty(latent.shape[0], max(total, 2 * self.length), latent.shape[2])
+            grown = values.new_empty(values.shape[0], max(total, 2 * self.length), values.shape[2])
             if held is not None:
                 grown[:, : self.length] = held[:, : self.length]
             elif self.length:
                 raise ValueError(
-                    f"loop step {step + 1} of layer {layer} has no cached latents for the first "
+                    f"loop step {slot[1] + 1} of layer {slot[0]} has nothing cached for the first "
                     f"{self.length} tokens: the number of loop steps must not grow while a cache is in use"
                 )
             self._slots[slot] = held = grown
-        held[:, self.length : total] = latent
+        held[:, self.length : total] = values
         return held[:, :total]
+
+    def repeat(self, step: int, later: int, num_tokens: int) -> None:
+        """Gives the new tokens in every slot of loop step `later` what they have in `step`, if anything."""
+        for place, number in list(self._slots):
+            held = self._slots[place, number]
+            if number == step and held.shape[1] >= self.length + num_tokens:
+                self.append((place, later), held[:, self.length : self.length + num_tokens])
 
     def advance(self, num_tokens: int) -> None:
         """Called once at the end of a forward pass over num_tokens new tokens."""
@@ -60,3 +74,52 @@ def full_mask(attention_mask: Tensor | None, batch: int, length: int, device: to
             "it covers the cached tokens and the new ones"
         )
     return attention_mask.bool()
+
+
+def kept_keys(
+    config: RecurrenceConfig,
+    previous: tuple[Tensor, ...] | None,
+    new: Tensor,
+    step: int,
+    running: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What a looped layer lets a loop step attend to, for the tokens of this pass.
+
+    Earlier tokens, from the cache, offer what their last step left. Decoding therefore equals a full pass
+    exactly for `per_step` and `parallel` (all steps kept) and for `first`; for `ema`, `average`, `last` and for
+    fewer virtual layers than steps it is an approximation: a full pass shows every step the merge so far.
+
+    per_step: the step's own (LoopLlama's serial virtual layers) | parallel: those of all steps so far side by
+    side | first, last | average: mean over the steps so far | ema: m_n = decay m_(n-1) + (1 - decay) new.
+
+    Args:
+        previous: what this function returned for the step before; None at the first step.
+        new: (B, T, W) keys and values, or latents, of this step.
+        running: (B, T) booleans; a token that has halted keeps those of its last step; None: all run.
+
+    Returns:
+        One (B, T, W) tensor, or one a step for `parallel`.
+    """
+    if previous is None:
+        return (new,)
+    last = previous[-1]
+    if config.cache == "first":
+        return (last,)
+    if config.cache == "ema":
+        new = config.ema_decay * last + (1 - config.ema_decay) * new
+    elif config.cache == "average":
+        new = last + (new - last) / (step + 1)
+    if running is not None:
+        new = torch.where(running[..., None], new, last)
+    if config.cache != "parallel":
+        return (new,)
+    if config.virtual_layers is not None and len(previous) == config.virtual_layers:
+        return (*previous[:-1], new)
+    return (*previous, new)
+
+
+def slot_of(config: RecurrenceConfig, step: int) -> int:
+    """Number of the slot that keeps a step's keys and values."""
+    if config.cache not in ("per_step", "parallel"):
+        return 0
+    return step if config.virtual_layers is None else min(step, config.virtual_layers - 1)

@@ -9,20 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import counts
-
-
-@dataclass(frozen=True)
-class RecurrenceConfig:
-    """The Latent Reasoning Unit: which layers are looped, how often, and how the state is carried."""
-
-    placement: str = "none"  # none | block: prelude layers -> core layers x num_steps -> coda layers
-    num_prelude_layers: int = 0  # layers before the loop, run once
-    num_coda_layers: int = 0  # layers after the loop, run once; what is left in between is the core
-    num_steps: int = 1  # loop steps R at inference; in training the fixed or the mean depth
-    depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson, one draw per optimizer step)
-    max_steps: int = 32  # upper limit of a sampled depth
-    injection: str = "add"  # add | concat: how the prelude's output re-enters at every step
-    update: str = "gated"  # gated (GRU-style convex update) | simple (the core's output is the state)
+from .recurrence_config import HaltingConfig, RecurrenceConfig, check_recurrence
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ class ModelConfig:
         self._check_attention()
         if self.has_experts:
             self._check_experts()
-        self._check_recurrence()
+        check_recurrence(self.recurrence, self.num_hidden_layers, self.use_mla)
 
     def _check_attention(self) -> None:
         name = "qk_rope_head_dim" if self.use_mla else "head_dim"
@@ -147,24 +134,6 @@ class ModelConfig:
                 "ranked by their best 2; lower n_group"
             )
 
-    def _check_recurrence(self) -> None:
-        r = self.recurrence
-        for name, allowed in _CHOICES.items():
-            if getattr(r, name) not in allowed:
-                raise ValueError(
-                    f"model.recurrence.{name}={getattr(r, name)!r} is unknown; "
-                    f"choose one of {', '.join(allowed)}"
-                )
-        if not 1 <= r.num_steps <= r.max_steps:
-            raise ValueError(
-                f"model.recurrence.num_steps={r.num_steps} must lie in 1..max_steps={r.max_steps}"
-            )
-        if r.placement == "block" and self.num_core_layers < 1:
-            raise ValueError(
-                f"model.num_hidden_layers={self.num_hidden_layers} leaves no core layer between "
-                f"{r.num_prelude_layers} prelude and {r.num_coda_layers} coda layers; raise it"
-            )
-
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -190,19 +159,24 @@ class ModelConfig:
         return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
 
     @property
-    def num_core_layers(self) -> int:
-        """Layers inside the loop; 0 without recurrence."""
-        if self.recurrence.placement == "none":
-            return 0
-        return self.num_hidden_layers - self.recurrence.num_prelude_layers - self.recurrence.num_coda_layers
+    def learns_to_halt(self) -> bool:
+        return self.recurrence.placement != "none" and self.recurrence.halting.learned
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.use_moe and layer >= self.first_k_dense_replace
 
-    def runs_of_layer(self, layer: int, num_steps: int) -> int:
-        """How often a forward pass with num_steps loop steps runs a layer."""
-        first = self.recurrence.num_prelude_layers
-        return num_steps if first <= layer < first + self.num_core_layers else 1
+    def runs_of_layer(self, layer: int, num_steps: int, training: bool = False) -> int:
+        """How often a forward pass with num_steps loop steps runs a layer.
+
+        Training with an expected loss reads every step out, through all layers after the loop.
+        """
+        r = self.recurrence
+        if r.placement != "block":
+            return 1
+        ranges = r.layer_ranges(self.num_hidden_layers)
+        looped = r.range_of(layer, self.num_hidden_layers) is not None
+        read_out = training and r.expectation == "loss" and layer > ranges[-1][1]
+        return num_steps if looped or read_out else 1
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -223,8 +197,7 @@ class ModelConfig:
         _reject_unknown(values, cls, "model")
         for key, section in _SECTIONS.items():
             if values.get(key) is not None:
-                _reject_unknown(values[key], section, f"model.{key}")
-                values[key] = section(**values[key])
+                values[key] = _section(values[key], section, f"model.{key}")
         return cls(**values)
 
     def num_parameters(self, active: bool = False) -> int:
@@ -253,15 +226,11 @@ _POSITIVE = (
     "n_group",
 )
 _NOT_NEGATIVE = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
-_SECTIONS: dict[str, type] = {"recurrence": RecurrenceConfig, "rope_scaling": YarnConfig}
-
-_CHOICES = {
-    "placement": ("none", "block"),
-    "depth_sampling": ("fixed", "poisson"),
-    "injection": ("add", "concat"),
-    "update": ("gated", "simple"),
+_SECTIONS: dict[str, type] = {
+    "recurrence": RecurrenceConfig,
+    "rope_scaling": YarnConfig,
+    "halting": HaltingConfig,
 }
-
 
 def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: int) -> dict[str, Any]:
     """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of as many weights.
@@ -307,8 +276,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "recurrence": {
             "placement": "block",
-            "num_prelude_layers": 1,
-            "num_coda_layers": 1,
+            "ranges": [[1, 1]],
             "num_steps": 4,
         },
     },
@@ -319,6 +287,17 @@ def nearest(name: str, known: list[str]) -> str:
     """Says which known name is closest, for errors about misspelt keys."""
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(sorted(known))}"
+
+
+def _section(values: dict[str, Any], section: type, where: str) -> Any:
+    """A section of the config, and those inside it, from plain values."""
+    _reject_unknown(values, section, where)
+    return section(
+        **{
+            key: _section(value, _SECTIONS[key], f"{where}.{key}") if key in _SECTIONS else value
+            for key, value in values.items()
+        }
+    )
 
 
 def _reject_unknown(values: dict[str, Any], cls: type, where: str) -> None:

@@ -3,17 +3,17 @@
 Shapes: B batch, T tokens, D hidden, E experts.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .attention import GroupedQueryAttention, MultiHeadLatentAttention
 from .attention_backends import AttentionContext
+from .checkpointing import recomputed
 from .config import ModelConfig
 from .execution import ExecutionConfig
+from .latent_terms import LoopTrace
 from .layers import RMSNorm, call, feed_forward
 from .moe import MoE
 
@@ -26,6 +26,8 @@ class LayerOutput(NamedTuple):
     hidden: Tensor  # (B, T, D)
     aux: Tensor | None = None  # (2,) fp32, AUX_TERMS summed over the rows
     load: Tensor | None = None  # (E,) int64 tokens given to each expert
+    kept: tuple[Tensor, ...] | None = None  # see attention.AttentionOutput
+    trace: LoopTrace | None = None  # of the attention layer's own Latent Reasoning Unit
 
 
 class DecoderLayer(nn.Module):
@@ -38,24 +40,33 @@ class DecoderLayer(nn.Module):
         D, eps, affine = config.hidden_size, config.rms_norm_eps, config.rms_norm_affine
         attention = MultiHeadLatentAttention if config.use_mla else GroupedQueryAttention
         self.input_layernorm = RMSNorm(D, eps, affine)
-        self.self_attn = attention(config, layer)
+        self.self_attn = attention(config, layer, execution)
         self.post_attention_layernorm = RMSNorm(D, eps, affine)
         self.compile_dense = execution.compile
         self.mlp: nn.Module = (
             moe_class(config, execution) if config.is_moe_layer(layer) else feed_forward(config)
         )
 
+        r = config.recurrence
+        looped = r.placement == "block" and r.range_of(layer, config.num_hidden_layers) is not None
+        self.sandwich = r.sandwich_norm and looped
+        if self.sandwich:  # CogView, arXiv 2105.13290, section 2.4
+            self.attention_output_layernorm = RMSNorm(D, eps, affine)
+            self.mlp_output_layernorm = RMSNorm(D, eps, affine)
+
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        x = x + call(self.self_attn, self.compile_dense, self.input_layernorm(x), context)
-        normed = self.post_attention_layernorm(x)
-        if not isinstance(self.mlp, MoE):
-            return LayerOutput(x + call(self.mlp, self.compile_dense, normed))
-        out, statistics = self.mlp(normed, context.token_mask, context.statistics)
-        if statistics is None:
-            return LayerOutput(x + out)
-        aux = torch.stack((statistics.balance, statistics.router_z))
-        return LayerOutput(x + out, aux, statistics.load)
+        attention = call(self.self_attn, self.compile_dense, self.input_layernorm(x), context)
+        x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
+        normed, statistics = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, MoE):
+            out, statistics = self.mlp(normed, context.token_mask, context.statistics)
+        else:
+            out = call(self.mlp, self.compile_dense, normed)
+        x = x + (self.mlp_output_layernorm(out) if self.sandwich else out)
+        aux = None if statistics is None else torch.stack((statistics.balance, statistics.router_z))
+        load = None if statistics is None else statistics.load
+        return LayerOutput(x, aux, load, attention.kept, attention.trace)
 
     def count(self, load: Tensor) -> None:
         """Adds a forward pass's load to the experts' own count."""
@@ -63,35 +74,14 @@ class DecoderLayer(nn.Module):
             self.mlp.load += load
 
 
-def run_layer(module: Any, execution: ExecutionConfig, *inputs: Any) -> tuple[Tensor, Tensor | float]:
-    """Runs a DecoderLayer or an MTPModule.
+def run_layer(module: Any, execution: ExecutionConfig, *inputs: Any) -> LayerOutput:
+    """Runs a DecoderLayer or an MTPModule, under activation checkpointing if asked for.
 
-    The load is counted here, outside of what activation checkpointing runs a second time.
-
-    Returns:
-        (B, T, D) hidden states and the (2,) auxiliary losses, 0 where there are none.
+    The caller counts the load, outside of what activation checkpointing runs a second time.
     """
-    if execution.checkpointing == "none" or not torch.is_grad_enabled():
+    if execution.checkpointing in ("none", "iteration") or not torch.is_grad_enabled():
         out = module(*inputs)
     else:
-        contexts = functools.partial(create_selective_checkpoint_contexts, _SAVED[execution.checkpointing])
-        out = checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-    if module.training and out.load is not None:
-        module.count(out.load)
-    return out.hidden, 0.0 if out.aux is None else out.aux
-
-
-# Operations whose results are kept. A router that chose again could choose otherwise, by rounding.
-_CHOICE = [torch.ops.aten.topk.default]
-_SAVED: dict[str, list[Any]] = {
-    "block": _CHOICE,
-    "selective": [
-        *_CHOICE,
-        torch.ops.aten.mm.default,
-        torch.ops.aten._grouped_mm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    ],
-}
+        out = recomputed(execution.checkpointing, module, *inputs)
+    assert isinstance(out, LayerOutput)
+    return out

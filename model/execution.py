@@ -11,7 +11,7 @@ log = logging.getLogger("zeromodel")
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "blockwise", "flex", "varlen", "flash_attn")
 EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "megablocks")
-CHECKPOINTING = ("none", "block", "selective")
+CHECKPOINTING = ("none", "block", "selective", "iteration")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ExecutionConfig:
     # auto: grouped_mm where its kernels take the sizes, else loop | megablocks (GPU, bf16)
     experts: str = "auto"
     # none | block: a layer keeps its input and its router's choice | selective: and its matrix products
+    # | iteration: every step of a loop keeps its state and the routers' choices
     checkpointing: str = "none"
     compile: bool = False  # torch.compile of each layer's dense parts
 

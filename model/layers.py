@@ -63,7 +63,23 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that is also fast in bf16 on CPUs without bf16 instructions."""
+    """nn.Linear that is also fast in bf16 on CPUs without bf16 instructions.
+
+    Args:
+        initial_bias: of every output.
+        zero: start with a weight of 0.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        initial_bias: float = 0.0,
+        zero: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.initial_bias, self.zero = initial_bias, zero
 
     def forward(self, input: Tensor) -> Tensor:
         out = linear(input, self.weight)

@@ -32,6 +32,26 @@ LOSS_TABLE = (
     LossTerm("router_z", lambda c: c.router_z_loss_weight, "rows", lambda c: c.has_experts),
     # The modules' mean; each is divided by all targets, as in DeepSeek-V3 eq. 24 and 25.
     LossTerm("mtp", lambda c: c.mtp_loss_weight, "targets", lambda c: c.num_nextn_predict_layers > 0),
+    # Of the loops: latent_terms.py. Means over a row's tokens and over the loops.
+    LossTerm("ponder", lambda c: c.recurrence.halting.ponder_scale, "rows", lambda c: c.learns_to_halt),
+    LossTerm(
+        "stability",
+        lambda c: c.recurrence.halting.stability_weight,
+        "rows",
+        lambda c: c.learns_to_halt and c.recurrence.halting.stability_weight > 0,
+    ),
+    LossTerm(
+        "sparsity",
+        lambda c: c.recurrence.halting.sparsity_weight,
+        "rows",
+        lambda c: c.recurrence.placement != "none" and c.recurrence.halting.sparsity_weight > 0,
+    ),
+    LossTerm(
+        "information",
+        lambda c: c.recurrence.halting.information_weight,
+        "rows",
+        lambda c: c.recurrence.placement != "none" and c.recurrence.halting.information_weight > 0,
+    ),
 )
 
 
@@ -59,48 +79,60 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None, chunk: int
+    ) -> Tensor:
         """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar in fp32.
 
-        The gradients kept for backward are those of the sum: softmax minus one-hot, times the other factor.
+        share (N,): factor on each token's loss; None: 1. The gradients kept for backward are those of the sum:
+        softmax minus one-hot, times the other factor; and each token's loss, which is that of its share.
         """
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        need_hidden, need_weight, _, need_share, _ = ctx.needs_input_grad
+        loss = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, len(targets), chunk):
-            rows, target = hidden[start : start + chunk], targets[start : start + chunk]
+            part = slice(start, start + chunk)
+            rows, target = hidden[part], targets[part]
             logits = linear(rows, weight).float()
             normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += (normaliser - logits.gather(-1, target[:, None])).sum()
+            loss[part] = (normaliser - logits.gather(-1, target[:, None]))[:, 0]
             if need_hidden or need_weight:
                 error = logits.sub_(normaliser).exp_()
                 error[torch.arange(len(target), device=target.device), target] -= 1.0
+                if share is not None:
+                    error *= share[part, None]
                 error = error.to(weight.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = linear(error, weight.T)
+                    grad_hidden[part] = linear(error, weight.T)
                 if grad_weight is not None:
                     grad_weight += linear(error.T, rows.T)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, loss if need_share else None)
         ctx.weight_dtype = weight.dtype
-        return loss
+        return (loss if share is None else loss * share).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, loss = ctx.saved_tensors
         scale = grad_outputs[0]
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
             None,
+            None if loss is None else loss * scale,
             None,
         )
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None = None, chunk: int = 1024
+) -> Tensor:
     """Summed cross-entropy in fp32 of hidden (N, D) under a head (V, D), without IGNORE_INDEX targets (N,).
 
-    Holds `chunk` rows of logits at a time.
+    Args:
+        share: (N,) fp32 factor on each token's loss, such as the probability of halting here; None: 1.
+        chunk: rows of logits held at a time.
     """
     kept = targets != IGNORE_INDEX
-    return _ChunkedCrossEntropy.apply(hidden[kept], weight, targets[kept], chunk)
+    share = None if share is None else share[kept]
+    return _ChunkedCrossEntropy.apply(hidden[kept], weight, targets[kept], share, chunk)

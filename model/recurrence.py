@@ -1,68 +1,284 @@
-"""The Latent Reasoning Unit in `block` placement: prelude -> core x R -> coda.
+"""The Latent Reasoning Unit: one loop for every placement.
 
-Shapes: B batch, T tokens, D hidden, R loop steps.
+    block           prelude layers -> looped layers x R -> coda layers; attention inside the loop
+    kv              the KV latent of a token, before keys and values are formed from it
+    post_attention  what attention gives a token, before it is added to the residual stream
+
+Shapes: B batch, T tokens, W width of the state, R loop steps.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention_backends import AttentionContext
+from .cache import slot_of
+from .checkpointing import recomputed
 from .config import ModelConfig
-from .layers import Linear, RMSNorm
+from .halting import Halting, HaltingUnit
+from .latent_terms import LoopTrace, loop_trace
+from .layers import Linear, RMSNorm, SwiGLU
 
-# The gate starts nearly open, so that an untrained loop moves its state by most of what the core says.
+# The gates start nearly open, so that an untrained loop moves its state by most of what the core says.
 GATE_BIAS = 2.0
 
 
-class LatentReasoningUnit(nn.Module):
-    """Carries a latent state through R passes of the core layers.
+class CoreOutput(NamedTuple):
+    """One run of what is looped."""
 
-    Each pass reads the normed state with the prelude's output re-injected, which keeps the loop from
-    forgetting its input (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex
-    combination of a GRU (Cho et al. 2014, eq. 7) with the core's output as the candidate.
+    candidate: Tensor  # (B, T, W)
+    kept: dict[int, tuple[Tensor, ...]]  # keys and values for the next step, by layer; see cache.kept_keys
+    extra: Any = None  # handed through
+
+
+# (input (B, T, W), step, tokens that run (B, T) or None, `kept` of the step before) -> CoreOutput
+Core = Callable[[Tensor, int, Tensor | None, dict[int, tuple[Tensor, ...]]], CoreOutput]
+
+
+class LoopResult(NamedTuple):
+    """A whole loop."""
+
+    out: Tensor  # (B, T, W), normed
+    trace: LoopTrace
+    states: list[Tensor]  # (B, T, W) after each step, not normed
+    extras: list[Any]  # of each step
+
+
+class LatentReasoningUnit(nn.Module):
+    """Carries a latent state through R passes of a core.
+
+    Each pass reads the normed state with the loop's input re-injected, which keeps the loop from forgetting it
+    (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of a GRU (Cho et al.
+    2014, eq. 7) with the core's output as the candidate.
+
+    Args:
+        width: W.
+        place: names the loop in the cache.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, width: int, place: str, recompute_steps: bool) -> None:
         super().__init__()
-        self.config = config.recurrence
-        D = config.hidden_size
-        self.state_norm = RMSNorm(D, config.rms_norm_eps, config.rms_norm_affine)
-        self.output_norm = RMSNorm(D, config.rms_norm_eps, config.rms_norm_affine)
-        if self.config.injection == "concat":
-            self.injection = Linear(2 * D, D, bias=False)
-        if self.config.update == "gated":
-            self.gate = Linear(2 * D, D)
+        self.config, self.place, self.recompute_steps = config.recurrence, place, recompute_steps
+        r = self.config
+        self.state_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
+        self.output_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
+        if r.injection in ("concat", "gate"):
+            gate = r.injection == "gate"
+            self.injection = Linear(2 * width, width, bias=gate, initial_bias=0.0)
+        if r.update == "gated":
+            self.gate = Linear(2 * width, width, initial_bias=GATE_BIAS)
+        if r.iteration_embedding:
+            self.iteration = IterationEmbedding(width)
+        self.halting = HaltingUnit(width, r.halting) if r.halting.learned else None
 
     def forward(
-        self, prelude: Tensor, core: Callable[[Tensor, int], tuple[Tensor, Tensor]], num_steps: int
-    ) -> tuple[Tensor, Tensor]:
-        """Runs num_steps passes.
+        self,
+        initial: Tensor,
+        core: Core,
+        context: AttentionContext,
+        predict: Callable[[Tensor], Tensor] | None = None,
+        first_state: Tensor | None = None,
+    ) -> LoopResult:
+        """Runs context.num_steps passes, or, at inference, until every token has halted.
 
         Args:
-            prelude: (B, T, D), the state before the first pass and the input of every pass.
-            core: maps (B, T, D) and the step's number to (B, T, D) and its auxiliary losses.
-
-        Returns:
-            The last state (B, T, D), normed, and the auxiliary losses averaged over the passes.
+            initial: (B, T, W), the input of every pass and, by default, the state before the first.
+            core: what is looped.
+            predict: normed states (B, T, W) -> logits, for exits by divergence.
+            first_state: (B, T, W), another state to start from.
         """
-        state, total = prelude, torch.zeros(())
-        for step in range(num_steps):
-            candidate, aux = core(self._inject(self.state_norm(state), prelude), step)
-            state = self._update(state, candidate)
-            total = total.to(aux.device) + aux
-        return self.output_norm(state), total / num_steps
+        r, N = self.config, context.num_steps
+        active = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
+        lens = None if predict is None else lambda state: predict(self.output_norm(state))
+        halting = Halting(r.halting, self.halting, active, context, self.place, N, lens)
+        state = initial if first_state is None else first_state
+        states, extras, kept = [state], [], {}
+        for step in range(N):
+            # With targets all ranks take all steps, whatever their data says.
+            if not context.statistics and not self.training and halting.finished():
+                self._fill_cache(context, step, initial.shape[1])
+                break
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._cut(step, N)):
+                advance = self._recomputed_advance if self.recompute_steps else self._advance
+                state, out = advance(state, initial, core, step, halting.running, kept)
+            halting.update(step, states[-1], state)
+            states.append(state)
+            extras.append(out.extra)
+            kept = out.kept
+        result = self._read_out(states, halting)
+        trace = loop_trace(
+            r.halting,
+            halting.probabilities,
+            halting.executed,
+            states,
+            result,
+            context.segment,
+            context.token_mask,
+        )
+        return LoopResult(result, trace, states[1:], extras)
 
-    def _inject(self, state: Tensor, prelude: Tensor) -> Tensor:
-        if self.config.injection == "concat":
-            return self.injection(torch.cat((state, prelude), -1))
-        return state + prelude
+    def _advance(
+        self,
+        state: Tensor,
+        initial: Tensor,
+        core: Core,
+        step: int,
+        running: Tensor | None,
+        kept: dict[int, tuple[Tensor, ...]],
+    ) -> tuple[Tensor, CoreOutput]:
+        """One pass; the state of a token that has halted stays."""
+        out = core(self._inject(state, initial, step), step, running, kept)
+        new = self._update(state, out.candidate)
+        return (new if running is None else torch.where(running[..., None], new, state)), out
+
+    def _recomputed_advance(self, *inputs: Any) -> tuple[Tensor, CoreOutput]:
+        if not torch.is_grad_enabled():
+            return self._advance(*inputs)
+        state, out = recomputed("iteration", self._advance, *inputs)
+        return state, out
+
+    def _inject(self, state: Tensor, initial: Tensor, step: int) -> Tensor:
+        x, kind = self.state_norm(state), self.config.injection
+        if self.config.iteration_embedding:
+            x = x + self.iteration(step)
+        if kind == "add":
+            return x + initial
+        if kind == "none":
+            return x
+        mixed = self.injection(torch.cat((x, initial), -1))
+        if kind == "concat":
+            return mixed
+        share = mixed.sigmoid()
+        return share * initial + (1 - share) * x
 
     def _update(self, state: Tensor, candidate: Tensor) -> Tensor:
         if self.config.update == "simple":
             return candidate
         gate = self.gate(torch.cat((state, candidate), -1)).sigmoid()
         return state + gate * (candidate - state)
+
+    def _cut(self, step: int, num_steps: int) -> bool:
+        """Whether truncated back-propagation leaves this step out."""
+        kept = self.config.backprop_steps
+        return self.training and kept is not None and step < num_steps - kept
+
+    def _read_out(self, states: list[Tensor], halting: Halting) -> Tensor:
+        if self.config.expectation != "state":
+            return self.output_norm(states[-1])
+        weighted = [p[..., None] * s for p, s in zip(halting.probabilities, states[1:], strict=True)]
+        return self.output_norm(torch.stack(weighted).sum(0).to(states[-1].dtype))
+
+    def _fill_cache(self, context: AttentionContext, done: int, num_tokens: int) -> None:
+        """Later tokens may take more steps than these did: they find what these left in their last."""
+        if context.cache is None:
+            return
+        last = slot_of(self.config, done - 1)
+        for step in range(done, context.num_steps):
+            if slot_of(self.config, step) != last:
+                context.cache.repeat(last, slot_of(self.config, step), num_tokens)
+
+
+class IterationEmbedding(nn.Module):
+    """Sinusoids of the step's number (Universal Transformer, arXiv 1807.03819, eq. 6), with learned scales that
+    start at 0. Defined for any depth.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.scale = width, nn.Parameter(torch.zeros(width))
+
+    def forward(self, step: int) -> Tensor:
+        """Number of a step, from 0 -> (W,)."""
+        pairs = torch.arange((self.width + 1) // 2, device=self.scale.device)
+        angles = (step + 1) * torch.exp(pairs * (-2 * math.log(10_000.0) / self.width))
+        waves = torch.cat((angles.sin(), angles.cos()))[: self.width]
+        return waves.to(self.scale.dtype) * self.scale
+
+
+class LatentRefinement(nn.Module):
+    """The unit of one attention layer: iterates on each token's own state.
+
+    The core is a pre-norm gated feed-forward layer, before which, on request, a causal depthwise convolution mixes
+    the states of neighbouring tokens and a projection adds the token's own query.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, width: int, query_width: int, recompute: bool) -> None:
+        super().__init__()
+        r = config.recurrence
+        self.place = f"layer{layer}"
+        self.unit = LatentReasoningUnit(config, width, self.place, recompute)
+        self.norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
+        self.core = SwiGLU(width, latent_inner_width(config, width))
+        if r.position_mixing:
+            self.mixing = CausalMixing(width, r.position_mixing)
+        if r.query_conditioned:
+            self.query_proj = Linear(query_width, width, bias=False)
+
+    def forward(self, latent: Tensor, query: Tensor, context: AttentionContext) -> tuple[Tensor, LoopTrace]:
+        """latent (B, T, W) and queries (B, T, Q) of the same tokens -> refined latent (B, T, W), normed."""
+        condition = self.query_proj(query) if hasattr(self, "query_proj") else None
+
+        def core(
+            x: Tensor, step: int, running: Tensor | None, kept: dict[int, tuple[Tensor, ...]]
+        ) -> CoreOutput:
+            if hasattr(self, "mixing"):
+                # Neighbours of a token that has halted see what it showed in its last step.
+                shown = x if running is None or not kept else torch.where(running[..., None], x, kept[0][0])
+                kept = {0: (shown,)}
+                x = x + self.mixing(shown, context, (f"{self.place}.mixing", step))
+            if condition is not None:
+                x = x + condition
+            return CoreOutput(x + self.core(self.norm(x)), kept)
+
+        result = self.unit(latent, core, context)
+        return result.out, result.trace
+
+
+class CausalMixing(nn.Module):
+    """Depthwise convolution over a token and the `taps` - 1 before it in its document; its inputs are cached."""
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(taps, width))
+
+    def forward(self, x: Tensor, context: AttentionContext, slot: tuple[str, int]) -> Tensor:
+        """x (B, T, W) -> (B, T, W)."""
+        T, held = x.shape[1], x if context.cache is None else context.cache.append(slot, x)
+        segment, out = context.segment, x * self.weight[0]
+        for back, weight in enumerate(self.weight[1:].unbind(), start=1):
+            shifted = F.pad(held, (0, 0, back, 0))[:, -T - back : -back]
+            if segment is not None:
+                before = F.pad(segment, (back, 0), value=torch.iinfo(segment.dtype).min)
+                shifted = shifted * (before[:, -T - back : -back] == segment[:, -T:])[..., None]
+            out = out + shifted * weight
+        return out
+
+
+def latent_inner_width(config: ModelConfig, width: int) -> int:
+    """Inner width of a refinement's core."""
+    return config.recurrence.latent_intermediate_size or 2 * width
+
+
+def stacked_traces(traces: Sequence[LoopTrace]) -> LoopTrace | None:
+    """The loops of a model side by side: every field gets a leading axis; shorter loops are filled with 0."""
+    if not traces:
+        return None
+    longest = max(t.halt_probs.shape[-1] for t in traces)
+
+    def filled(x: Tensor) -> Tensor:
+        return F.pad(x, (0, longest - x.shape[-1]))
+
+    return LoopTrace(
+        halt_probs=torch.stack([filled(t.halt_probs) for t in traces]),
+        num_iterations=torch.stack([t.num_iterations for t in traces]),
+        ponder_cost=torch.stack([t.ponder_cost for t in traces]),
+        residuals=torch.stack([filled(t.residuals) for t in traces]),
+        terms=torch.stack([t.terms for t in traces]),
+    )
 
 
 def sample_depth(config: ModelConfig, seed: int, step: int) -> int:

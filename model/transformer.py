@@ -3,25 +3,35 @@
 Shapes: B batch, T new tokens, S cached and new tokens, D hidden, V vocabulary.
 """
 
+import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import AttentionContext, flex_mask, row_boundaries, segments, visible_keys
+from .attention_backends import (
+    AttentionContext,
+    LoopStep,
+    flex_mask,
+    row_boundaries,
+    segments,
+    visible_keys,
+)
 from .blockwise_attention import hidden_keys
 from .cache import LatentCache, full_mask
 from .config import ModelConfig
 from .decoder import AUX_TERMS, DecoderLayer, run_layer
 from .execution import ExecutionConfig, attention_backend
 from .generate import generate
-from .layers import RMSNorm, linear, rotations
+from .latent_terms import LATENT_TERMS, LoopTrace
+from .layers import Linear, RMSNorm, linear, rotations
 from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
 from .moe import Experts, MoE
 from .mtp import MTPModule, shifted
-from .recurrence import GATE_BIAS, LatentReasoningUnit
+from .recurrence import CausalMixing, CoreOutput, IterationEmbedding, LatentReasoningUnit, stacked_traces
 
 
 class ModelOutput(NamedTuple):
@@ -34,6 +44,11 @@ class ModelOutput(NamedTuple):
     hidden: Tensor | None = None  # (B, T, D), normed
     loss: Tensor | None = None  # normalised by this batch's own counts
     loss_sums: dict[str, Tensor] | None = None  # one scalar per term of losses.loss_terms, not normalised
+    # Of the U loops, without recurrence None; see latent_terms.LoopTrace
+    halt_probs: Tensor | None = None  # (U, B, T, N)
+    num_iterations: Tensor | None = None  # (U, B, T)
+    ponder_cost: Tensor | None = None  # (U, B, T)
+    residuals: Tensor | None = None  # (U, N)
 
 
 class LMHead(nn.Module):
@@ -43,11 +58,36 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, share: Tensor | None = None
+    ) -> Tensor:
+        """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy.
+
+        share: (B, T) factor on each target's loss; None: 1.
+        """
         if targets is None:
             return linear(hidden, self.weight)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten())
+        share = None if share is None else share.flatten()
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), share)
+
+
+class _LayersOutput(NamedTuple):
+    """Several layers' result."""
+
+    hidden: Tensor  # (B, T, D)
+    aux: Tensor  # (2,), AUX_TERMS
+    kept: dict[int, tuple[Tensor, ...]]  # by layer, see cache.kept_keys
+    loads: dict[int, Tensor]  # by layer, (E,) tokens given to each expert
+    traces: list[LoopTrace]  # of the layers' own Latent Reasoning Units
+
+
+class TransformerOutput(NamedTuple):
+    """What the head and the loss need."""
+
+    hidden: Tensor  # (B, T, D), normed
+    aux: Tensor  # (2,), AUX_TERMS summed over the layers, averaged over loop steps
+    readouts: list[tuple[Tensor, Tensor]]  # for an expected loss: hidden (B, T, D) and p_n (B, T) of each step
+    traces: list[LoopTrace]  # of every loop
 
 
 class Transformer(nn.Module):
@@ -58,33 +98,72 @@ class Transformer(nn.Module):
         self.config, self.execution, L = config, execution, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i, moe_class, execution) for i in range(L))
-        if config.recurrence.placement == "block":
-            self.recurrence = LatentReasoningUnit(config)
+        block = config.recurrence.placement == "block"
+        self.ranges = config.recurrence.layer_ranges(L) if block else []
+        if self.ranges:
+            recompute = execution.checkpointing == "iteration"
+            self.recurrence = nn.ModuleList(
+                LatentReasoningUnit(config, config.hidden_size, f"loop{i}", recompute)
+                for i in range(len(self.ranges))
+            )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
         if config.num_nextn_predict_layers:
             modules = range(L, L + config.num_nextn_predict_layers)
             self.mtp = nn.ModuleList(MTPModule(config, i, moe_class, execution) for i in modules)
 
-    def forward(self, tokens: Tensor, context: AttentionContext, num_steps: int) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) -> normed hidden states (B, T, D) and the (2,) auxiliary losses of all layers."""
+    def forward(
+        self,
+        tokens: Tensor,
+        context: AttentionContext,
+        predict: Callable[[Tensor], Tensor] | None = None,
+        noise_seed: int | None = None,
+    ) -> TransformerOutput:
+        """tokens (B, T) -> normed hidden states and what the loss needs.
+
+        Args:
+            predict: states (B, T, D), not yet normed -> logits, for exits by divergence.
+            noise_seed: start the loops from normal noise instead of their input.
+        """
         x = self.embed_tokens(tokens)
-        first, last = self._core_range()
-        x, aux = self._run(range(first), x, context)
-        if first < last:
+        aux, traces, done = _no_aux(x), [], 0
+        states, probabilities = [x], None
+        for number, (first, last) in enumerate(self.ranges):
+            out = self._run_counted(range(done, first), x, context)
+            start = None if noise_seed is None else _noise(out.hidden, noise_seed)
+            unit: Any = self.recurrence[number]
+            loop = unit(out.hidden, self._core(first, last, context), context, predict, start)
+            for _, loads in loop.extras:
+                self._count(loads)
+            aux = aux + out.aux + torch.stack([core_aux for core_aux, _ in loop.extras]).mean(0)
+            traces.append(loop.trace)
+            x, done = loop.out, last + 1
+            states = [x]
+            if self.training and context.statistics and self.config.recurrence.expectation == "loss":
+                states = [unit.output_norm(state) for state in loop.states]
+                probabilities = loop.trace.halt_probs.unbind(-1)
+        tails = [self._run_counted(range(done, len(self.layers)), state, context) for state in states]
+        hidden = [self.norm(tail.hidden) for tail in tails]
+        aux = aux + torch.stack([tail.aux for tail in tails]).mean(0)
+        readouts = [] if probabilities is None else list(zip(hidden, probabilities, strict=True))
+        return TransformerOutput(hidden[-1], aux, readouts, traces + tails[-1].traces)
 
-            def core(state: Tensor, step: int) -> tuple[Tensor, Tensor]:
-                context.step = step
-                return self._run(range(first, last), state, context)
+    def _core(self, first: int, last: int, context: AttentionContext) -> Callable[..., CoreOutput]:
+        """Layers first..last as what a loop runs; see recurrence.Core."""
+        r = self.config.recurrence
+        remembers = r.carries_keys or context.cache is not None
 
-            x, core_aux = self.recurrence(x, core, num_steps)
-            context.step = 0
-            aux = aux + core_aux
-        x, coda_aux = self._run(range(last, len(self.layers)), x, context)
-        return self.norm(x), aux + coda_aux
+        def core(
+            state: Tensor, step: int, running: Tensor | None, kept: dict[int, tuple[Tensor, ...]]
+        ) -> CoreOutput:
+            loop = LoopStep(r, step, running, kept) if remembers else None
+            out = self._run(range(first, last + 1), state, dataclasses.replace(context, loop=loop))
+            return CoreOutput(out.hidden, out.kept, (out.aux, out.loads))
+
+        return core
 
     def predict_further(
         self, module: int, hidden: Tensor, tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor | float]:
+    ) -> tuple[Tensor, Tensor]:
         """One module of multi-token prediction.
 
         Args:
@@ -94,18 +173,38 @@ class Transformer(nn.Module):
         Returns:
             Normed states (B, T, D) that predict the tokens after those, and the (2,) auxiliary losses.
         """
-        return run_layer(self.mtp[module], self.execution, hidden, self.embed_tokens(tokens), context)
+        mtp: Any = self.mtp[module]
+        out = run_layer(mtp, self.execution, hidden, self.embed_tokens(tokens), context)
+        if self.training and out.load is not None:
+            mtp.count(out.load)
+        return out.hidden, _no_aux(hidden) if out.aux is None else out.aux
 
-    def _core_range(self) -> tuple[int, int]:
-        first = self.config.recurrence.num_prelude_layers if self.config.num_core_layers else 0
-        return first, first + self.config.num_core_layers
-
-    def _run(self, layers: range, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-        total = _no_aux(x)
+    def _run(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
+        result = _LayersOutput(x, _no_aux(x), {}, {}, [])
         for i in layers:
-            x, aux = run_layer(self.layers[i], self.execution, x, context)
-            total = total + aux
-        return x, total
+            out = run_layer(self.layers[i], self.execution, result.hidden, context)
+            result = result._replace(
+                hidden=out.hidden, aux=result.aux if out.aux is None else result.aux + out.aux
+            )
+            if out.kept is not None:
+                result.kept[i] = out.kept
+            if out.load is not None:
+                result.loads[i] = out.load
+            if out.trace is not None:
+                result.traces.append(out.trace)
+        return result
+
+    def _run_counted(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
+        out = self._run(layers, x, context)
+        self._count(out.loads)
+        return out
+
+    def _count(self, loads: dict[int, Tensor]) -> None:
+        """Adds a pass's load to the experts' own count, in training."""
+        if self.training:
+            for i, load in loads.items():
+                layer: Any = self.layers[i]
+                layer.count(load)
 
 
 class ZeroModel(nn.Module):
@@ -143,6 +242,7 @@ class ZeroModel(nn.Module):
         num_steps: int | None = None,
         cache: LatentCache | None = None,
         logits_to_keep: int = 0,
+        noise_seed: int | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -155,6 +255,7 @@ class ZeroModel(nn.Module):
             num_steps: loop steps; default: the config's.
             cache: latents of earlier tokens; extended in place.
             logits_to_keep: form the logits of the last so many places only; 0: of all.
+            noise_seed: start block loops from noise, to see whether they forget where they started.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
@@ -162,21 +263,45 @@ class ZeroModel(nn.Module):
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
-        context, segment = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
-        context.statistics = targets is not None
-        hidden, aux = self.model(tokens, context, steps)
+        context = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
+        context.statistics, context.num_steps = targets is not None, steps
+        out = self.model(tokens, context, self._predict if self._compares_predictions() else None, noise_seed)
         if cache is not None:
             cache.advance(tokens.shape[1])
+        loops = stacked_traces(out.traces)
+        report = {} if loops is None else {name: getattr(loops, name) for name in _REPORTED}
         if targets is None:
-            return ModelOutput(logits=self.lm_head(hidden[:, -logits_to_keep:]), hidden=hidden)
-        sums = {"cross_entropy": self.lm_head(hidden, targets)}
+            logits = self.lm_head(out.hidden[:, -logits_to_keep:])
+            return ModelOutput(logits=logits, hidden=out.hidden, **report)
+        sums = {"cross_entropy": self._cross_entropy(out, targets)}
+        aux = out.aux
         if self.config.num_nextn_predict_layers:
-            sums["mtp"], mtp_aux = self._predict_further(hidden, tokens, targets, context, segment)
+            sums["mtp"], mtp_aux = self._predict_further(out.hidden, tokens, targets, context)
             aux = aux + mtp_aux
         sums |= dict(zip(AUX_TERMS, aux.unbind(), strict=True))
+        if loops is not None:
+            sums |= dict(zip(LATENT_TERMS, loops.terms.mean(0).unbind(), strict=True))
         sums = {term.name: sums[term.name] for term in loss_terms(self.config)}
         counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(tokens)}
-        return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums)
+        return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums, **report)
+
+    def _cross_entropy(self, out: TransformerOutput, targets: Tensor) -> Tensor:
+        """Summed over the targets; in training with an expected loss, sum_n p_n CE_n."""
+        if not out.readouts:
+            return self.lm_head(out.hidden, targets)
+        return torch.stack([self.lm_head(h, targets, p) for h, p in out.readouts]).sum()
+
+    def _predict(self, states: Tensor) -> Tensor:
+        """Early readout of states (B, T, D): head and final norm alone.
+
+        The layers after the loop would see the unfinished states of other tokens in a full pass, and their last
+        ones in decoding: the two would halt differently.
+        """
+        return self.lm_head(self.model.norm(states))
+
+    def _compares_predictions(self) -> bool:
+        halting = self.config.recurrence.halting
+        return halting.kind == "threshold" and halting.measure == "kl" and not self.training
 
     def _predict_further(
         self,
@@ -184,12 +309,11 @@ class ZeroModel(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         context: AttentionContext,
-        segment: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of multi-token prediction, the modules' mean, and auxiliary losses (2,)."""
         modules = self.config.num_nextn_predict_layers
         loss, total = hidden.new_zeros((), dtype=torch.float32), _no_aux(hidden)
-        segment = torch.zeros_like(tokens) if segment is None else segment
+        segment = torch.zeros_like(tokens) if context.segment is None else context.segment
         for module in range(modules):
             further, further_targets = shifted(tokens, targets, segment, module + 1)
             hidden, aux = self.model.predict_further(module, hidden, further, context)
@@ -211,7 +335,7 @@ class ZeroModel(nn.Module):
         Returns:
             (B, T, V), predictions of the tokens after `tokens`.
         """
-        context, _ = self._context(tokens, attention_mask, None, None, cache)
+        context = self._context(tokens, attention_mask, None, None, cache)
         further, _ = self.model.predict_further(0, hidden, tokens, context)
         cache.advance(tokens.shape[1])
         return self.lm_head(further)
@@ -223,8 +347,8 @@ class ZeroModel(nn.Module):
         position_ids: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: LatentCache | None,
-    ) -> tuple[AttentionContext, Tensor | None]:
-        """What the layers share, and segments (B, S); None: one document without padding a row."""
+    ) -> AttentionContext:
+        """What the layers share."""
         (B, T), past = tokens.shape, cache.length if cache is not None else 0
         S = past + T
         if self.config.max_position_embeddings < S and (cache is None or cache.limited):
@@ -244,9 +368,9 @@ class ZeroModel(nn.Module):
         elif position_ids is None:
             position_ids = torch.arange(past, S, device=tokens.device)[None]
         rotation = rotations(position_ids, self.config)
-        context = AttentionContext(rotation, "sdpa", None, token_mask, cache=cache)
+        context = AttentionContext(rotation, "sdpa", None, token_mask, cache=cache, segment=segment)
         self._choose_backend(context, tokens, segment, cu_seqlens)
-        return context, segment
+        return context
 
     def _choose_backend(
         self, context: AttentionContext, tokens: Tensor, segment: Tensor | None, cu_seqlens: Tensor | None
@@ -258,6 +382,9 @@ class ZeroModel(nn.Module):
         (B, T), dtype = tokens.shape, self.model.embed_tokens.weight.dtype
         backend = attention_backend(self.execution.attention, tokens.device.type, dtype)
         past = context.cache.length if context.cache is not None else 0
+        if self.config.recurrence.cache == "parallel":  # the keys of several steps need a mask of their own
+            context.mask = visible_keys(tokens.new_zeros(1, past + T) if segment is None else segment, T)
+            return
         if backend == "flex" and tokens.device.type == "cpu" and torch.is_grad_enabled():
             raise ValueError(
                 "execution.attention=flex has no gradients on a CPU; use torch.no_grad() or attention=sdpa"
@@ -292,8 +419,17 @@ class ZeroModel(nn.Module):
         save_weights(Path(directory), self.config, self.state_dict())
 
 
+_REPORTED = ("halt_probs", "num_iterations", "ponder_cost", "residuals")
+
+
 def _no_aux(x: Tensor) -> Tensor:
     return torch.zeros(len(AUX_TERMS), device=x.device)
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """(B, T, D) standard normal, the same for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(like)
 
 
 def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -315,8 +451,12 @@ def initialize(model: nn.Module, seed: int) -> None:
             if isinstance(module, Experts):
                 for row, expert in zip(parameter, module.expert_ids, strict=True):
                     _fill(row, model, f"{seed}:{full_name}:{expert}")
-            elif name == "bias":
-                parameter.fill_(GATE_BIAS)  # the recurrence gate has the only bias
+            elif isinstance(module, Linear) and name == "bias":
+                parameter.fill_(module.initial_bias)
+            elif isinstance(module, Linear) and module.zero:
+                parameter.zero_()
+            elif isinstance(module, IterationEmbedding | CausalMixing):
+                parameter.zero_()
             elif isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
             else:

@@ -37,7 +37,7 @@ def tiny_config(vocab_size: int, max_position_embeddings: int = 4096) -> ModelCo
         moe_intermediate_size=16,
         n_routed_experts=4,
         initializer_range=0.3,
-        recurrence=RecurrenceConfig(placement="block", num_prelude_layers=1, num_coda_layers=1, num_steps=2),
+        recurrence=RecurrenceConfig(placement="block", ranges=[[1, 1]], num_steps=2),
     )
 
 

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "moe_intermediate_size": 9,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.3}
-BLOCK = {"placement": "block", "num_prelude_layers": 1, "num_coda_layers": 1, "num_steps": 3}
+BLOCK = {"placement": "block", "ranges": [[1, 1]], "num_steps": 3}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek": {},

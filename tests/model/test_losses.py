@@ -15,11 +15,28 @@ def test_value_and_gradients_equal_torch(chunk, kept):
     weight = torch.randn(11, 5, generator=generator, requires_grad=True)
     targets = torch.randint(0, 11, (7,), generator=generator)
     targets[kept:] = IGNORE_INDEX
-    loss = chunked_cross_entropy(hidden, weight, targets, chunk)
+    loss = chunked_cross_entropy(hidden, weight, targets, chunk=chunk)
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(loss, expected)
     found = torch.autograd.grad(3 * loss, (hidden, weight))
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_a_share_of_each_token_scales_its_loss_and_has_a_gradient(chunk):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, requires_grad=True)
+    share = torch.rand(7, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    targets[2] = IGNORE_INDEX
+    loss = chunked_cross_entropy(hidden, weight, targets, share, chunk)
+    each = F.cross_entropy(hidden @ weight.T, targets, reduction="none", ignore_index=IGNORE_INDEX)
+    torch.testing.assert_close(loss, (each * share).sum())
+    found = torch.autograd.grad(3 * loss, (hidden, weight, share))
+    wanted = torch.autograd.grad(3 * (each * share).sum(), (hidden, weight, share))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
 

@@ -19,8 +19,9 @@ STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=to
 def literal_mtp_loss(model: ZeroModel, document: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Eq. 21-25 for one document (T,): sum over modules and places, divided by the modules."""
     T, total = len(document), torch.zeros(())
-    context, _ = model._context(document[None], None, None, None, None)
-    hidden, _ = model.model(document[None], context, model.config.recurrence.num_steps)
+    context = model._context(document[None], None, None, None, None)
+    context.num_steps = model.config.recurrence.num_steps
+    hidden = model.model(document[None], context).hidden
     for k, module in enumerate(model.model.mtp, 1):
         ahead = document.roll(-k)  # the last k places have no token ahead and are left out below
         joined = torch.cat((module.enorm(model.model.embed_tokens(ahead[None])), module.hnorm(hidden)), -1)

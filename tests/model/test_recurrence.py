@@ -13,8 +13,8 @@ from .conftest import BLOCK, SMALL
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_the_loop_equals_its_unrolling(build, tokens, variant, steps):
     model = build(variant)
-    net, lru = model.model, model.model.recurrence
-    context, _ = model._context(tokens, None, None, None, None)
+    net, lru = model.model, model.model.recurrence[0]
+    context = model._context(tokens, None, None, None, None)
     prelude = net.layers[0](net.embed_tokens(tokens), context).hidden
     state = prelude
     for _ in range(steps):

@@ -17,7 +17,7 @@ from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_proces
 from pretrain.trainer import update_router_biases
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 10, 21
-LOOP = RecurrenceConfig(placement="block", num_prelude_layers=1, num_coda_layers=1, num_steps=2)
+LOOP = RecurrenceConfig(placement="block", ranges=[[1, 1]], num_steps=2)
 CASES = {
     "expert parallel": {"ep_size": 2, "micro": 4},
     "expert parallel, accumulation 4": {"ep_size": 2, "micro": 1},

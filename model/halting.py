@@ -1,0 +1,163 @@
+"""Halting: one code path for every kind, in training, prefill and decoding.
+
+A token that reaches step n stops there with probability l_n, so that it stops at n in all with
+p_n = l_n prod_{j<n} (1 - l_j) (PonderNet, arXiv 2107.05407, eq. 6), the last step taking what is left: the p_n
+sum to 1. A token halts, and its state freezes, once 1 - prod_{j<=n} (1 - l_j) reaches the threshold, and then
+that step takes what is left. Fixed depth is l = 0, a training-free exit is l in {0, 1}.
+
+Shapes: B batch, T tokens, S cached and new tokens, W width of the state, N loop steps.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import Linear
+from .recurrence_config import HaltingConfig
+
+if TYPE_CHECKING:
+    from .attention_backends import AttentionContext
+
+# An untrained unit halts with probability 0.12 a step, so that learning starts from many steps.
+HALTING_BIAS = -2.0
+
+
+class HaltingUnit(nn.Module):
+    """Logits of halting: of a token's own state, and of the mean over its document so far."""
+
+    def __init__(self, width: int, config: HaltingConfig) -> None:
+        super().__init__()
+        if config.granularity != "sequence":
+            self.token = Linear(width, 1, initial_bias=HALTING_BIAS)
+        if config.granularity != "token":
+            self.sequence = Linear(width, 1, initial_bias=HALTING_BIAS)
+
+
+class Halting:
+    """Who still runs in one pass of a loop, and with which probability each step is the last.
+
+    Args:
+        config: kind, granularity and limits.
+        unit: the learned logits; None for the kinds without.
+        active: whether this pass halts anybody; a training-free exit does so at inference only.
+        context: of the pass.
+        place: names the loop in the cache.
+        num_steps: N.
+        predict: states (B, T, W) -> logits (B, T, V), for the divergence of predictions.
+    """
+
+    def __init__(
+        self,
+        config: HaltingConfig,
+        unit: HaltingUnit | None,
+        active: bool,
+        context: "AttentionContext",
+        place: str,
+        num_steps: int,
+        predict: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.config, self.unit, self.active, self.context = config, unit, active, context
+        self.place, self.num_steps, self.predict = place, num_steps, predict
+        self.running: Tensor | None = None  # (B, T) tokens that execute the next step; None: all
+        self.probabilities: list[Tensor] = []  # p_n, each (B, T)
+        self.executed: list[Tensor] = []  # booleans, each (B, T)
+        self._left = torch.ones(())
+        self._signals: dict[str, Tensor] = {}
+        self._prediction: Tensor | None = None
+
+    def finished(self) -> bool:
+        """Whether nobody runs any more; asks the device."""
+        return self.running is not None and not bool(self.running.any())
+
+    def update(self, step: int, before: Tensor, after: Tensor) -> None:
+        """Takes note of a step from states before to after, (B, T, W)."""
+        shape = after.shape[:2]
+        running = (
+            torch.ones(shape, dtype=torch.bool, device=after.device) if self.running is None else self.running
+        )
+        left = self._left.to(after.device).expand(shape) if step == 0 else self._left
+        self.executed.append(running)
+        if step == self.num_steps - 1:
+            self.probabilities.append(left)
+            self._left = torch.zeros_like(left)
+            return
+        if not self.active:
+            self.probabilities.append(torch.zeros(shape, device=after.device))
+            self._left = left
+            return
+        chance = self._chance(step, before, after, running)
+        if step + 1 < self.config.min_steps:
+            chance = torch.zeros_like(chance)
+        limit = self.config.limit if self.config.learned else 1.0
+        halts = running & (1 - left * (1 - chance) >= limit)
+        spent = torch.where(halts, left, left * chance)  # 0 for those that halted before: nothing is left
+        self.probabilities.append(spent)
+        self._left = left - spent
+        self.running = running & ~halts
+
+    def _chance(self, step: int, before: Tensor, after: Tensor, running: Tensor) -> Tensor:
+        """(B, T) l_n in fp32."""
+        share = {"token": 1.0, "sequence": 0.0, "mixed": self.config.mixture}[self.config.granularity]
+        if self.config.learned:
+            assert self.unit is not None
+            chance = torch.zeros((), device=after.device)
+            if share > 0:
+                chance = chance + share * self.unit.token(after)[..., 0].float().sigmoid()
+            if share < 1:
+                mean = self._document_mean(step, self.unit.sequence(after)[..., 0].float(), running)
+                chance = chance + (1 - share) * mean.sigmoid()
+            return chance
+        signal = self._change(before, after)
+        if share < 1:
+            mean = self._document_mean(step, signal, running)
+            signal = share * signal + (1 - share) * mean
+        still = signal >= self.config.limit if self.config.measure == "cosine" else signal <= self.config.limit
+        return still.float()
+
+    def _change(self, before: Tensor, after: Tensor) -> Tensor:
+        """(B, T): cosine of successive states, or KL(prediction after || prediction before) in nats."""
+        if self.config.measure == "cosine":
+            return F.cosine_similarity(before.float(), after.float(), dim=-1)
+        assert self.predict is not None
+        if self._prediction is None:
+            self._prediction = self.predict(before).float().log_softmax(-1)
+        prediction = self.predict(after).float().log_softmax(-1)
+        change = (prediction.exp() * (prediction - self._prediction)).sum(-1)
+        self._prediction = prediction
+        return change
+
+    def _document_mean(self, step: int, signal: Tensor, running: Tensor) -> Tensor:
+        """Mean of a signal (B, T) over the token's document up to it; the halted count as when they ran."""
+        if "last" in self._signals:
+            signal = torch.where(running, signal, self._signals["last"])
+        self._signals["last"] = signal
+        T = signal.shape[1]
+        cache = self.context.cache
+        if cache is not None:
+            signal = cache.append((f"{self.place}.halting", step), signal[..., None])[..., 0]
+        return document_mean(signal, self.context.segment)[:, -T:]
+
+
+def document_mean(signal: Tensor, segment: Tensor | None) -> Tensor:
+    """Causal mean (B, S) of signal (B, S) within segments (B, S), see attention_backends.segments.
+
+    Padding keeps its own value. None: one document a row.
+    """
+    if segment is None:
+        return signal.cumsum(1) / torch.arange(1, signal.shape[1] + 1, device=signal.device)
+    B, S = signal.shape
+    real = segment >= 0
+    document = segment.clamp(min=0).expand(B, S)
+    place = torch.arange(S, device=signal.device).expand(B, S)
+    first = torch.full((B, S), S, device=signal.device).scatter_reduce(
+        1, document, torch.where(real, place, S), "amin"
+    )
+    begin = first.gather(1, document).clamp(max=S - 1)
+    sums = F.pad((signal * real).cumsum(1), (1, 0))
+    counts = F.pad(real.expand(B, S).long().cumsum(1), (1, 0))
+    total = sums[:, 1:] - sums.gather(1, begin)
+    count = counts[:, 1:] - counts.gather(1, begin)
+    return torch.where(real, total / count.clamp(min=1), signal)
