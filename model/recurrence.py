@@ -223,7 +223,7 @@ class LatentRefinement(nn.Module):
         self.place = f"layer{layer}"
         self.unit = LatentReasoningUnit(config, width, self.place, (), recompute)
         self.norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
-        self.core = SwiGLU(width, latent_inner_width(config, width))
+        self.core = SwiGLU(width, r.latent_intermediate_size or 2 * width)
         if r.position_mixing:
             self.mixing = CausalMixing(width, r.position_mixing)
         if r.query_conditioned:
@@ -267,11 +267,6 @@ class CausalMixing(nn.Module):
                 shifted = shifted * (before[:, -T - back : -back] == segment[:, -T:])[..., None]
             out = out + shifted * weight
         return out
-
-
-def latent_inner_width(config: ModelConfig, width: int) -> int:
-    """Inner width of a refinement's core."""
-    return config.recurrence.latent_intermediate_size or 2 * width
 
 
 def stacked_traces(traces: Sequence[LoopTrace]) -> LoopTrace | None:

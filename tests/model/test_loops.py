@@ -9,6 +9,7 @@ import torch
 from model import ModelConfig, ZeroModel
 from model.cache import LatentCache
 from model.losses import IGNORE_INDEX
+from model.recurrence import LatentReasoningUnit
 
 from .conftest import SMALL
 from .loops import COVERING, EVERY, EXACT
@@ -48,12 +49,33 @@ def make(name: str, seed: int = 0, **overrides) -> ZeroModel:
                 parameter.normal_(0, 1.0, generator=generator)
             if ".halting." in path and path.endswith("bias"):
                 parameter.fill_(0.0)
+    if "-threshold-" in name:
+        set_limit_between_the_tokens(model)
     return model
+
+
+TOKENS = torch.randint(1, 61, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+def set_limit(model: ZeroModel, limit: float) -> None:
+    for unit in model.modules():
+        if isinstance(unit, LatentReasoningUnit):
+            halting = dataclasses.replace(unit.config.halting, threshold=limit)
+            unit.config = dataclasses.replace(unit.config, halting=halting)
+
+
+def set_limit_between_the_tokens(model: ZeroModel) -> None:
+    """A threshold at which some tokens halt early and some do not."""
+    for limit in (0.97, 0.9, 0.8, 0.6, 0.3, 0.2, 0.12, 0.1, 0.08, 0.05, 0.03, 0.01):
+        set_limit(model, limit)
+        if len(model(TOKENS).num_iterations.unique()) > 1:
+            return
+    raise AssertionError("no threshold divides the tokens")
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    return torch.randint(1, 61, (3, 17), generator=torch.Generator().manual_seed(1))
+    return TOKENS
 
 
 @cases()
@@ -127,11 +149,7 @@ def test_with_zero_halting_it_equals_fixed_depth(name, tokens):
         found = model.train()(tokens, targets=tokens).loss_sums["cross_entropy"]
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     else:  # never still enough
-        halting = model.config.recurrence.halting
-        never = dataclasses.replace(halting, threshold=2.0 if halting.measure == "cosine" else -1.0)
-        units = [m for m in model.modules() if hasattr(m, "recompute_steps")]
-        for unit in units:
-            unit.config = dataclasses.replace(unit.config, halting=never)
+        set_limit(model, 2.0 if model.config.recurrence.halting.measure == "cosine" else -1.0)
     torch.testing.assert_close(model.eval()(tokens).logits, fixed.eval()(tokens).logits, **TOLERANCE)
 
 
@@ -205,7 +223,7 @@ def test_gradients_equal_finite_differences(name, tokens):
 @pytest.mark.parametrize("name", [n for n in COVERING if adaptive(n)])
 def test_inference_stops_when_every_token_has_halted(name, tokens):
     model, calls = make(name), []
-    looped = [m for m in model.modules() if hasattr(m, "recompute_steps")]
+    looped = [m for m in model.modules() if isinstance(m, LatentReasoningUnit)]
     for unit in looped:
         unit.state_norm.register_forward_hook(lambda *_, unit=unit: calls.append(unit))
     out = model(tokens[:, :1])
