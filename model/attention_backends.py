@@ -44,7 +44,9 @@ class AttentionContext:
         config, kept = self.loop.config, None
         slots, first = (new,), slot_of(config, self.loop.step)
         if config.carries_keys:
-            slots = kept = kept_keys(config, self.loop.kept.get(layer), new, self.loop.step, self.loop.running)
+            slots = kept = kept_keys(
+                config, self.loop.kept.get(layer), new, self.loop.step, self.loop.running
+            )
             first = 0 if config.cache == "parallel" else first
         if self.cache is not None:
             slots = tuple(self.cache.append((layer, first + i), s) for i, s in enumerate(slots))

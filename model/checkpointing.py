@@ -1,18 +1,18 @@
 """Activation checkpointing that never lets a router choose a second time."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 # Operations whose results are kept. A router that chose again could choose otherwise, by rounding.
-_CHOICE = [torch.ops.aten.topk.default]
-_SAVED: dict[str, list[Any]] = {
+_CHOICE = (torch.ops.aten.topk.default,)
+_SAVED: dict[str, tuple[Any, ...]] = {
     "block": _CHOICE,
     "iteration": _CHOICE,
-    "selective": [
+    "selective": (
         *_CHOICE,
         torch.ops.aten.mm.default,
         torch.ops.aten._grouped_mm.default,
@@ -20,11 +20,55 @@ _SAVED: dict[str, list[Any]] = {
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    ],
+    ),
 }
+
+
+class _Record(TorchDispatchMode):
+    """Keeps the results of some operations.
+
+    torch's own selective checkpointing wants the recomputation to run the very same operations. Under ZeRO-3 it
+    does not: weights that were still gathered in the forward pass are gathered anew.
+    """
+
+    def __init__(self, operations: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.operations, self.results = operations, list[Any]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.operations:
+            self.results.append(out)
+        return out
+
+
+class _Replay(TorchDispatchMode):
+    """Gives the recorded results, in their order, instead of computing them again."""
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()
+        self.record, self.used = record, 0
+
+    def __enter__(self) -> Any:
+        self.used = 0
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in self.record.operations:
+            return func(*args, **(kwargs or {}))
+        self.used += 1
+        return self.record.results[self.used - 1]
 
 
 def recomputed(policy: str, function: Callable[..., Any], *inputs: Any) -> Any:
     """function(*inputs), of which backward recomputes what `policy` does not keep."""
-    contexts = functools.partial(create_selective_checkpoint_contexts, _SAVED[policy])
+
+    def contexts() -> tuple[_Record, _Replay]:
+        record = _Record(_SAVED[policy])
+        return record, _Replay(record)
+
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

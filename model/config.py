@@ -232,6 +232,7 @@ _SECTIONS: dict[str, type] = {
     "halting": HaltingConfig,
 }
 
+
 def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: int) -> dict[str, Any]:
     """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of as many weights.
 

@@ -81,6 +81,9 @@ class Halting:
         left = self._left.to(after.device).expand(shape) if step == 0 else self._left
         self.executed.append(running)
         if step == self.num_steps - 1:
+            if self.config.learned and torch.is_grad_enabled():
+                # Every weight has a gradient in every step, also at a depth of 1: ZeRO-3 counts on it.
+                left = left + 0.0 * self._chance(step, before, after, running)
             self.probabilities.append(left)
             self._left = torch.zeros_like(left)
             return
@@ -114,7 +117,9 @@ class Halting:
         if share < 1:
             mean = self._document_mean(step, signal, running)
             signal = share * signal + (1 - share) * mean
-        still = signal >= self.config.limit if self.config.measure == "cosine" else signal <= self.config.limit
+        still = (
+            signal >= self.config.limit if self.config.measure == "cosine" else signal <= self.config.limit
+        )
         return still.float()
 
     def _change(self, before: Tensor, after: Tensor) -> Tensor:

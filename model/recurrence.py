@@ -217,7 +217,9 @@ class LatentRefinement(nn.Module):
     the states of neighbouring tokens and a projection adds the token's own query.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, width: int, query_width: int, recompute: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, width: int, query_width: int, recompute: bool
+    ) -> None:
         super().__init__()
         r = config.recurrence
         self.place = f"layer{layer}"

@@ -58,9 +58,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, share: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, share: Tensor | None = None) -> Tensor:
         """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy.
 
         share: (B, T) factor on each target's loss; None: 1.
@@ -86,7 +84,9 @@ class TransformerOutput(NamedTuple):
 
     hidden: Tensor  # (B, T, D), normed
     aux: Tensor  # (2,), AUX_TERMS summed over the layers, averaged over loop steps
-    readouts: list[tuple[Tensor, Tensor]]  # for an expected loss: hidden (B, T, D) and p_n (B, T) of each step
+    readouts: list[
+        tuple[Tensor, Tensor]
+    ]  # for an expected loss: hidden (B, T, D) and p_n (B, T) of each step
     traces: list[LoopTrace]  # of every loop
 
 
@@ -453,9 +453,7 @@ def initialize(model: nn.Module, seed: int) -> None:
                     _fill(row, model, f"{seed}:{full_name}:{expert}")
             elif isinstance(module, Linear) and name == "bias":
                 parameter.fill_(module.initial_bias)
-            elif isinstance(module, Linear) and module.zero:
-                parameter.zero_()
-            elif isinstance(module, IterationEmbedding | CausalMixing):
+            elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding | CausalMixing):
                 parameter.zero_()
             elif isinstance(module, RMSNorm):
                 parameter.fill_(1.0)

@@ -31,7 +31,13 @@ from torch import Tensor, nn
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.expert_parallel import create_groups, expert_parallel_class, gather_experts, is_expert
+from pretrain.expert_parallel import (
+    create_groups,
+    expert_parallel_class,
+    gather_experts,
+    is_expert,
+    reduce_gradients_when_complete,
+)
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
@@ -114,6 +120,7 @@ class Engine:
         # ZeRO-3 gathers a decoder layer at once instead of each of its modules: at small sizes the hooks of
         # single modules cost more than the arithmetic.
         set_z3_leaf_modules(model, [DecoderLayer])
+        reduce_gradients_when_complete()
         optimizer = build_optimizer(model, config.optimizer)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False

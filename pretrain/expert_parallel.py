@@ -25,6 +25,7 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.zero import stage3
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -43,6 +44,16 @@ def check_version() -> None:
             f"deepspeed {found} is installed, but expert parallelism is written for {PINNED_VERSION}; "
             f"run `pip install deepspeed=={PINNED_VERSION}`"
         )
+
+
+def reduce_gradients_when_complete() -> None:
+    """Lets ZeRO-3 reduce a parameter of a leaf module when its gradient is complete; call before initialize.
+
+    By itself it reduces all of a leaf module's parameters after the backward pass of EVERY call of the module, with
+    zeros for gradients still to come. A layer that a step runs several times side by side lost the gradients of its
+    experts that way. Our modules need no zeros: every weight has a gradient whenever its layer runs.
+    """
+    stage3.z3_leaf_parameter = lambda parameter: False
 
 
 def group_name(ep_size: int) -> str:

@@ -138,7 +138,7 @@ class Trainer:
         """Choices of an expert that a step makes, over all MoE layers: what the loads must add up to."""
         c = self.model_config
         layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
-        runs = sum(c.runs_of_layer(i, depth) for i in layers if c.is_moe_layer(i))
+        runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
         tokens = self.config.global_batch_size * self.config.data.sequence_length
         return tokens * c.num_experts_per_tok * runs
 

@@ -24,7 +24,9 @@ INJECTIONS = ("none", "add", "concat", "gate")
 EXACT = ("per_step", "parallel", "first")
 
 
-def loop(placement: str, halting: dict[str, Any], granularity: str, cache: str, number: int) -> dict[str, Any]:
+def loop(
+    placement: str, halting: dict[str, Any], granularity: str, cache: str, number: int
+) -> dict[str, Any]:
     """A recurrence section; the other switches take turns by `number`."""
     adaptive = {} if halting["kind"] == "fixed" else {"granularity": granularity, "threshold": 0.9}
     section: dict[str, Any] = {
@@ -44,7 +46,9 @@ def loop(placement: str, halting: dict[str, Any], granularity: str, cache: str, 
             "ranges": [[0, 1]],
             "position_mixing": (0, 3)[number % 2],
             "query_conditioned": number % 3 != 1,
-            "k_rope_source": ("hidden", "latent", "hidden_plus_latent")[number % 3] if placement == "kv" else None,
+            "k_rope_source": ("hidden", "latent", "hidden_plus_latent")[number % 3]
+            if placement == "kv"
+            else None,
         }
     return section
 

@@ -59,7 +59,13 @@ def test_policies_change_no_number(build, tokens, policy, name):
 @pytest.mark.parametrize(
     "recurrence",
     [
-        {"placement": "block", "ranges": [[0, 1]], "num_steps": 3, "cache": "ema", "halting": {"kind": "act"}},
+        {
+            "placement": "block",
+            "ranges": [[0, 1]],
+            "num_steps": 3,
+            "cache": "ema",
+            "halting": {"kind": "act"},
+        },
         {"placement": "block", "ranges": [[0, 0], [2, 2]], "num_steps": 3, "backprop_steps": 2},
         {"placement": "kv", "num_steps": 3, "position_mixing": 2, "halting": {"kind": "ponder"}},
         {"placement": "post_attention", "num_steps": 3, "query_conditioned": True},

@@ -101,7 +101,10 @@ def test_round_trip_and_presets():
         ),
         ({"topk_group": 2}, r"topk_group=2 must lie in 1..n_group=1"),
         ({"n_group": 8, "topk_group": 4}, "fewer than 2 experts a group"),
-        ({"recurrence": {"placement": "blok"}}, "placement='blok' is unknown; choose one of none, kv, post_attention, block"),
+        (
+            {"recurrence": {"placement": "blok"}},
+            "placement='blok' is unknown; choose one of none, kv, post_attention, block",
+        ),
         ({"recurrence": {"num_steps": 99}}, "num_steps=99 must lie in 1..max_steps=32"),
         ({"recurrence": {**BLOCK, "ranges": [[1, 5]]}}, "ranges="),
     ],

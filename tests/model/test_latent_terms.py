@@ -171,7 +171,9 @@ def test_slots_of_the_cache():
 def test_truncated_back_propagation_equals_detaching_the_state_by_hand(tokens, cut):
     section = {**BLOCK, "num_steps": 3, "injection": "gate"}
     whole = ZeroModel(ModelConfig.from_dict({**SMALL, "recurrence": section})).train()
-    model = ZeroModel(ModelConfig.from_dict({**SMALL, "recurrence": {**section, "backprop_steps": cut}})).train()
+    model = ZeroModel(
+        ModelConfig.from_dict({**SMALL, "recurrence": {**section, "backprop_steps": cut}})
+    ).train()
     loss, expected = (m(tokens, targets=tokens).loss for m in (model, whole))
     torch.testing.assert_close(loss, expected)
     loss.backward()

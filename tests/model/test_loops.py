@@ -21,7 +21,9 @@ STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=to
 def cases(keep=lambda name: True):
     names = [name for name in EVERY if keep(name)]
     slow = pytest.mark.slow
-    return pytest.mark.parametrize("name", [n if n in COVERING else pytest.param(n, marks=slow) for n in names])
+    return pytest.mark.parametrize(
+        "name", [n if n in COVERING else pytest.param(n, marks=slow) for n in names]
+    )
 
 
 def exact(name: str) -> bool:

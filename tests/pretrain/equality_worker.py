@@ -4,6 +4,7 @@ For every case it prints one JSON line with the largest differences over the ste
 """
 
 import copy
+import dataclasses
 import json
 import sys
 
@@ -12,12 +13,16 @@ import torch
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX, total_loss
+from model.recurrence_config import HaltingConfig
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 10, 21
 LOOP = RecurrenceConfig(placement="block", ranges=[[1, 1]], num_steps=2)
+HALTING = HaltingConfig(
+    kind="ponder", threshold=0.3, ponder_weight=0.1, sparsity_weight=0.1, information_weight=0.1
+)
 CASES = {
     "expert parallel": {"ep_size": 2, "micro": 4},
     "expert parallel, accumulation 4": {"ep_size": 2, "micro": 1},
@@ -32,6 +37,43 @@ CASES = {
         "model": {"num_nextn_predict_layers": 2, "router_z_loss_weight": 0.01},
     },
     "plain attention": {"ep_size": 2, "micro": 4, "model": {"use_mla": False, "num_key_value_heads": 2}},
+    "expected loss, steps recomputed": {
+        "ep_size": 2,
+        "micro": 2,
+        "execution": {"checkpointing": "iteration"},
+        "model": {"recurrence": RecurrenceConfig("block", [[1, 1]], 2, halting=HALTING)},
+    },
+    "expected state of two loops over merged keys": {
+        "ep_size": 2,
+        "micro": 4,
+        "model": {
+            "recurrence": RecurrenceConfig(
+                "block",
+                [[0, 0], [2, 2]],
+                2,
+                cache="ema",
+                sandwich_norm=True,
+                injection="gate",
+                iteration_embedding=True,
+                halting=dataclasses.replace(HALTING, kind="act", expectation="state", granularity="mixed"),
+            )
+        },
+    },
+    "truncated back-propagation": {
+        "ep_size": 2,
+        "micro": 4,
+        "model": {"recurrence": RecurrenceConfig("block", [[1, 1]], 2, backprop_steps=1)},
+    },
+    "refined latents": {
+        "ep_size": 2,
+        "micro": 2,
+        "execution": {"checkpointing": "block"},
+        "model": {
+            "recurrence": RecurrenceConfig(
+                "kv", num_steps=2, position_mixing=3, query_conditioned=True, halting=HALTING
+            )
+        },
+    },
 }
 
 
@@ -139,8 +181,7 @@ def main() -> None:
             num_experts_per_tok=2,
             balance_loss_weight=0.01,
             initializer_range=0.1,
-            recurrence=LOOP,
-            **case.get("model", {}),
+            **{"recurrence": LOOP, **case.get("model", {})},
         )
         starved = case.get("starve", False)
         ours, plain = distributed(config, model_config, starved), reference(config, model_config, starved)
