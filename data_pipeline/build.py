@@ -44,10 +44,10 @@ from data_pipeline.sources import Document, LabelledDocument, input_files, read_
 from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_tokenizer
 
 OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind
-AnyDocument = Document | LabelledDocument
 OWN_FILES = re.compile(
     r"tokenizer\.model(\.tmp)?|manifest\.json\.tmp|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx)(\.tmp)?"
 )
+AnyDocument = Document | LabelledDocument
 
 
 def build(recipe: Recipe, root: Path, out: Path) -> Manifest:

@@ -38,6 +38,7 @@ class Draws(NamedTuple):
 
 
 Task = Callable[[np.random.Generator, int], Draws]  # (random numbers, n) -> n samples
+Shortcuts = Callable[[Sequence[Sample]], dict[str, Sequence[str]]]  # way to guess -> its answers
 
 
 def draw(name: str, task: Task, num_samples: int, seed: int, split: str) -> Iterator[Sample]:
@@ -104,12 +105,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 def run(
     arguments: argparse.Namespace,
     generate: Callable[[], Iterator[Sample]],
-    shortcuts: Callable[[Sequence[Sample]], dict[str, Sequence[str]]],
+    shortcuts: Shortcuts,
 ) -> None:
-    """Write and audit the samples of `generate`. A user's mistake ends with one line and exit code 2.
-
-    `shortcuts` gives, for each way to guess, its answers to the samples.
-    """
+    """Write and audit the samples of `generate`. A user's mistake ends with one line and exit code 2."""
     with user_errors(DataError, OSError):
         if arguments.out is None and not arguments.audit:
             raise DataError("nothing to do: give --out FILE.jsonl, --audit or both")
@@ -119,10 +117,10 @@ def run(
                 file.writelines(json.dumps(sample._asdict()) + "\n" for sample in samples)
             print(f"{arguments.out}: {len(samples)} samples")
         if arguments.audit:
-            print(audit(samples, shortcuts(samples)))
+            print(audit(samples, shortcuts))
 
 
-def audit(samples: Sequence[Sample], shortcuts: dict[str, Sequence[str]]) -> str:
+def audit(samples: Sequence[Sample], shortcuts: Shortcuts) -> str:
     """A table: the share of each answer, of the most common one, and the accuracy of each shortcut.
 
     Raises DataError for no samples.
@@ -132,7 +130,7 @@ def audit(samples: Sequence[Sample], shortcuts: dict[str, Sequence[str]]) -> str
     counts = Counter(sample.answer for sample in samples)
     rows = [(f"answer {answer}", counts[answer]) for answer in sorted(counts)]
     rows.append(("majority", max(counts.values())))
-    for name, guesses in shortcuts.items():
+    for name, guesses in shortcuts(samples).items():
         hits = sum(sample.answer == guess for sample, guess in zip(samples, guesses, strict=True))
         rows.append((name, hits))
     lines = [f"{name:16}{count / len(samples):8.3f}" for name, count in rows]

@@ -9,6 +9,10 @@ A text x is L letters, uniform over the first `alphabet` ones. With positions fr
 so the label at the last position continues the text as an induction head would, p times over. p hops need a
 depth that grows with log p, and a loop supplies it. Texts that are equal up to the names of the letters fall
 into the same split, and only texts with a label at the last position are used.
+
+Where x[i-1] = x[i] every hop stays at i, so any number of hops gives x[i]. Elsewhere a hop never ends on the
+letter it began with, so that one hop and three often agree: with 4 letters 1 hop answers 64 % of p = 3, and 2
+hops 26 %. Measure against `--audit`, not against 1 / alphabet.
 """
 
 import argparse

@@ -10,7 +10,7 @@ class ConcatPacking:
     counted.
 
     A row edge may cut a document: the token before the edge still has its target, the token after it does not
-    see what came before. Where labels need the whole document, T is best a multiple of its length.
+    see what came before. Where labels depend on the whole document, let T be a multiple of its length.
     """
 
     name = "concat"

@@ -333,8 +333,10 @@ class TokenStream:
         only. Raises DataError as `read` does.
         """
         assert self.labelled
-        labels = self._read(start, stop, labels=True)
-        return np.where(labels == np.iinfo(self._dtype).max, IGNORE_INDEX, labels).astype(np.int32)
+        stored = self._read(start, stop, labels=True)
+        labels = stored.astype(np.int32)
+        labels[stored == np.iinfo(self._dtype).max] = IGNORE_INDEX
+        return labels
 
     def _read(self, start: int, stop: int, labels: bool) -> np.ndarray:
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
