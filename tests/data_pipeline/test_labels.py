@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_pipeline import build as build_module
 from data_pipeline import sources as sources_module
 from data_pipeline.build import OWN_KEYS, build, main
 from data_pipeline.errors import DataError
@@ -256,6 +257,19 @@ def test_mixed_source_and_masked_prompt_are_refused(tmp_path, monkeypatch):
     use_documents(monkeypatch, [LabelledDocument("ab", ()), Document("a", "b")] * 20)
     with pytest.raises(DataError, match="'hops' mixes documents"):
         build(recipe(P_HOP), Path(), tmp_path / "mixed")
+
+
+def test_the_mark_for_none_is_never_a_piece(tmp_path, monkeypatch):
+    """A vocabulary that just fills the narrow type: labels need one value more."""
+    for source, spare, dtype in ((LOOPS, 0, "<u2"), (P_HOP, 0, "<u4"), (P_HOP, 1, "<u2")):
+        out = tmp_path / f"{source['name']}-{spare}"
+        room = build(recipe(source), Path(), out / "any").vocab_size + spare
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "token_dtype", lambda n, room=room: "<u2" if n <= room else "<u4")
+            manifest = build(recipe(source), Path(), out / "full")
+        assert manifest.dtype == dtype
+        if manifest.sources[source["name"]].labelled:
+            assert TokenStream(manifest, "hops", "train").read_labels(0, 1).tolist() == [IGNORE_INDEX]
 
 
 @pytest.mark.parametrize("name", ["p_hop", "addition"])
