@@ -43,12 +43,11 @@ class LatentCache:
         held[:, self.length : total] = values
         return held[:, :total]
 
-    def repeat(self, step: int, later: int, num_tokens: int) -> None:
-        """Gives the new tokens in every slot of loop step `later` what they have in `step`, if anything."""
-        for place, number in list(self._slots):
-            held = self._slots[place, number]
-            if number == step and held.shape[1] >= self.length + num_tokens:
-                self.append((place, later), held[:, self.length : self.length + num_tokens])
+    def repeat(self, source: Slot, target: Slot, num_tokens: int) -> None:
+        """Gives the new tokens in slot `target` what they have in `source`; for slots that are in use."""
+        held = self._slots.get(source)
+        if held is not None and (target in self._slots or not self.length):
+            self.append(target, held[:, self.length : self.length + num_tokens])
 
     def advance(self, num_tokens: int) -> None:
         """Called once at the end of a forward pass over num_tokens new tokens."""

@@ -15,12 +15,9 @@ def num_parameters(config: "ModelConfig", active: bool = False) -> int:
     """
     d = config.hidden_size
     experts = config.num_experts_per_tok if active else config.n_routed_experts
-    total = 2 * config.vocab_size * d + _norm(config, d) + _recurrence_weights(config)
+    total = 2 * config.vocab_size * d + _norm(config, d)
     total += sum(_layer_parameters(config, i, experts) for i in range(config.num_hidden_layers))
-    if config.recurrence.placement != "none":
-        total += 2 * _norm(config, d) + (
-            d if config.recurrence.update == "gated" else 0
-        )  # and the gate's bias
+    total += _recurrence_parameters(config)
     if not active:
         module = (
             _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _norm(config, d) + 2 * d * d
@@ -37,10 +34,7 @@ def flops_per_token(config: "ModelConfig", sequence_length: int, num_steps: int 
         num_steps: loop steps; default: the config's.
     """
     steps = num_steps or config.recurrence.num_steps
-    total = 2.0 * config.vocab_size * config.hidden_size + 2.0 * _recurrence_weights(config) * steps
-    for layer in range(config.num_hidden_layers):
-        total += _layer_flops(config, layer, sequence_length) * config.runs_of_layer(layer, steps)
-    return total
+    return _forward_flops(config, sequence_length, steps, training=False)
 
 
 def training_flops_per_token(
@@ -50,8 +44,25 @@ def training_flops_per_token(
     d = config.hidden_size
     module = _layer_flops(config, config.num_hidden_layers, sequence_length)
     module += 2.0 * (2 * d * d + config.vocab_size * d)
-    forward = flops_per_token(config, sequence_length, num_steps) + config.num_nextn_predict_layers * module
-    return 3 * forward
+    steps = num_steps or config.recurrence.num_steps
+    forward = _forward_flops(config, sequence_length, steps, training=True)
+    forward += config.num_nextn_predict_layers * module
+    cut = config.recurrence.backprop_steps
+    if cut is None or cut >= steps:
+        return 3 * forward
+    # The steps that truncated back-propagation leaves out have no backward pass.
+    one, two = (_forward_flops(config, sequence_length, n, training=True) for n in (1, 2))
+    return 3 * forward - 2 * (steps - cut) * (two - one)
+
+
+def _forward_flops(config: "ModelConfig", sequence_length: int, steps: int, training: bool) -> float:
+    readouts = steps if training and config.recurrence.expectation == "loss" else 1
+    total = 2.0 * config.vocab_size * config.hidden_size * readouts
+    total += 2.0 * (_recurrence_weights(config) * steps + _key_weights(config))
+    for layer in range(config.num_hidden_layers):
+        runs = config.runs_of_layer(layer, steps, training)
+        total += _layer_flops(config, layer, sequence_length) * runs
+    return total
 
 
 def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
@@ -94,10 +105,48 @@ def _feed_forward_weights(config: "ModelConfig", layer: int, experts: int) -> in
     return (experts + config.n_shared_experts) * expert + d * config.n_routed_experts
 
 
+def _units(config: "ModelConfig") -> tuple[int, int]:
+    """Latent Reasoning Units of a model, and the width of their state."""
+    r = config.recurrence
+    ranges = r.layer_ranges(config.num_hidden_layers)
+    if r.placement == "block":
+        return len(ranges), config.hidden_size
+    width = config.kv_lora_rank if r.placement == "kv" else config.hidden_size
+    return sum(last - first + 1 for first, last in ranges), width
+
+
 def _recurrence_weights(config: "ModelConfig") -> int:
-    """Matrix weights of the recurrence itself, used once per step."""
-    if config.recurrence.placement == "none":
-        return 0
-    d = config.hidden_size
-    injection = 2 * d * d if config.recurrence.injection == "concat" else 0
-    return injection + (2 * d * d if config.recurrence.update == "gated" else 0)
+    """Matrix weights of all units, used once per step (the query's projection, used once, aside)."""
+    (units, width), r = _units(config), config.recurrence
+    matrices = (r.injection in ("concat", "gate")) + (r.update == "gated")
+    heads = {"token": 1, "sequence": 1, "mixed": 2}[r.halting.granularity] if r.halting.learned else 0
+    total = matrices * 2 * width * width + heads * width
+    if r.token_local:
+        total += 3 * width * (r.latent_intermediate_size or 2 * width)
+    return units * total
+
+
+def _key_weights(config: "ModelConfig") -> int:
+    """Matrix weights of units inside attention that are used once a pass: queries in, keys out."""
+    (units, width), r = _units(config), config.recurrence
+    query = config.num_attention_heads * (config.qk_head_dim if config.use_mla else config.plain_head_dim)
+    total = query * width if r.query_conditioned else 0
+    if r.placement == "kv":
+        rotary = config.kv_lora_rank * config.qk_rope_head_dim
+        total += 0 if r.key_source == "hidden" else rotary
+        if r.key_source == "latent":  # in place of the key from the hidden state
+            total -= config.hidden_size * config.qk_rope_head_dim
+    return units * total
+
+
+def _recurrence_parameters(config: "ModelConfig") -> int:
+    (units, width), r = _units(config), config.recurrence
+    heads = {"token": 1, "sequence": 1, "mixed": 2}[r.halting.granularity] if r.halting.learned else 0
+    vectors = 2 * _norm(config, width) + heads
+    vectors += width * ((r.injection == "gate") + (r.update == "gated") + r.iteration_embedding)
+    if r.token_local:
+        vectors += _norm(config, width) + width * r.position_mixing
+    if r.sandwich_norm:
+        looped = sum(last - first + 1 for first, last in r.layer_ranges(config.num_hidden_layers))
+        vectors += 2 * _norm(config, config.hidden_size) * looped // units
+    return _recurrence_weights(config) + _key_weights(config) + units * vectors

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Linear
+from .layers import Linear, wide
 from .recurrence_config import HaltingConfig
 
 if TYPE_CHECKING:
@@ -105,9 +105,9 @@ class Halting:
             assert self.unit is not None
             chance = torch.zeros((), device=after.device)
             if share > 0:
-                chance = chance + share * self.unit.token(after)[..., 0].float().sigmoid()
+                chance = chance + share * wide(self.unit.token(after)[..., 0]).sigmoid()
             if share < 1:
-                mean = self._document_mean(step, self.unit.sequence(after)[..., 0].float(), running)
+                mean = self._document_mean(step, wide(self.unit.sequence(after)[..., 0]), running)
                 chance = chance + (1 - share) * mean.sigmoid()
             return chance
         signal = self._change(before, after)
@@ -120,11 +120,11 @@ class Halting:
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """(B, T): cosine of successive states, or KL(prediction after || prediction before) in nats."""
         if self.config.measure == "cosine":
-            return F.cosine_similarity(before.float(), after.float(), dim=-1)
+            return F.cosine_similarity(wide(before), wide(after), dim=-1)
         assert self.predict is not None
         if self._prediction is None:
-            self._prediction = self.predict(before).float().log_softmax(-1)
-        prediction = self.predict(after).float().log_softmax(-1)
+            self._prediction = wide(self.predict(before)).log_softmax(-1)
+        prediction = wide(self.predict(after)).log_softmax(-1)
         change = (prediction.exp() * (prediction - self._prediction)).sum(-1)
         self._prediction = prediction
         return change

@@ -7,8 +7,10 @@ Shapes: B batch, T tokens, W width of the state, N loop steps.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .layers import wide
 from .recurrence_config import HaltingConfig
 
 LATENT_TERMS = ("ponder", "stability", "sparsity", "information")
@@ -27,7 +29,7 @@ class LoopTrace(NamedTuple):
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """|after - before| / |before| of states (B, T, W) -> (B, T) fp32."""
-    before, after = before.float(), after.float()
+    before, after = wide(before), wide(after)
     return (after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)
 
 
@@ -49,7 +51,7 @@ def loop_trace(
         segment: (B, S), see attention_backends.segments; only the last T places count.
         token_mask: (B, T), False under padding; None: no padding.
     """
-    p, ran = torch.stack(probabilities, -1).float(), torch.stack(executed, -1)
+    p, ran = wide(torch.stack(probabilities, -1)), torch.stack(executed, -1)
     real = torch.ones_like(ran[..., 0]) if token_mask is None else token_mask
     steps = ran.sum(-1)
     numbers = torch.arange(1, p.shape[-1] + 1, device=p.device)
@@ -106,7 +108,7 @@ def hoyer_square(x: Tensor) -> Tensor:
     """(..., W) -> (...): (|x|_1 / |x|_2)^2 from 1..W brought to 0..1; 0 is one non-zero number, 1 all equal
     (Yang et al. 2020, eq. 4).
     """
-    x = x.float()
+    x = wide(x)
     ratio = x.abs().sum(-1).square() / x.square().sum(-1).clamp(min=1e-12)
     return (ratio - 1) / max(x.shape[-1] - 1, 1)
 
@@ -123,7 +125,7 @@ def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor
     same = same | torch.eye(T, dtype=torch.bool, device=real.device)
     tokens, total = same.sum(-1).log(), torch.zeros((), device=real.device)
     for before, after in zip(states, states[1:], strict=False):
-        unit_before, unit_after = (s.float() / s.float().norm(dim=-1, keepdim=True) for s in (before, after))
+        unit_before, unit_after = (F.normalize(wide(s), dim=-1) for s in (before, after))
         likeness = (unit_after @ unit_before.transpose(1, 2) / TEMPERATURE).masked_fill(~same, float("-inf"))
         loss = likeness.logsumexp(-1) - likeness.diagonal(dim1=1, dim2=2)
         total = total + loss - tokens

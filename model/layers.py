@@ -28,6 +28,11 @@ def upcasts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bf16()
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _UpcastLinear(torch.autograd.Function):
     """F.linear computed in fp32 that keeps its operands in bf16."""
 
@@ -155,7 +160,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turns the pairs (2i, 2i+1) of x (B, T, R) or (B, T, H, R), as DeepSeek does; computed in fp32."""
     if x.dim() == 4:
         rotation = rotation.unsqueeze(2)
-    pairs = x.float()
+    pairs = wide(x)
     if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
         pairs = pairs.contiguous()  # a view as complex numbers must start at even places
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
-from .layers import linear
+from .layers import linear, wide
 
 IGNORE_INDEX = -100  # a position without target
 
@@ -82,19 +82,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None, chunk: int
     ) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar in fp32.
+        """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar, at least fp32.
 
         share (N,): factor on each token's loss; None: 1. The gradients kept for backward are those of the sum:
         softmax minus one-hot, times the other factor; and each token's loss, which is that of its share.
         """
         need_hidden, need_weight, _, need_share, _ = ctx.needs_input_grad
-        loss = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros(len(targets), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             rows, target = hidden[part], targets[part]
-            logits = linear(rows, weight).float()
+            logits = wide(linear(rows, weight))
             normaliser = logits.logsumexp(-1, keepdim=True)
             loss[part] = (normaliser - logits.gather(-1, target[:, None]))[:, 0]
             if need_hidden or need_weight:

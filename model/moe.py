@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .execution import ExecutionConfig, expert_backend
-from .layers import GatedFeedForward, Products, SwiGLU, call, few_rows, linear, product_dtype
+from .layers import GatedFeedForward, Products, SwiGLU, call, few_rows, linear, product_dtype, wide
 
 
 class Routing(NamedTuple):
@@ -46,7 +46,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """x (N, D) -> the choice and its weights (eq. 12-16)."""
         c = self.config
-        logits = linear(x.float(), self.weight.float())
+        logits = linear(wide(x), wide(self.weight))
         scores = logits.sigmoid()
         biased = scores.detach() + self.e_score_correction_bias.float()
         if c.n_group > 1:

@@ -58,11 +58,16 @@ class LatentReasoningUnit(nn.Module):
     Args:
         width: W.
         place: names the loop in the cache.
+        layers: whose keys and values the loop keeps there.
+        recompute_steps: activation checkpointing of every step.
     """
 
-    def __init__(self, config: ModelConfig, width: int, place: str, recompute_steps: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, width: int, place: str, layers: Sequence[int], recompute_steps: bool
+    ) -> None:
         super().__init__()
-        self.config, self.place, self.recompute_steps = config.recurrence, place, recompute_steps
+        self.config, self.place, self.layers = config.recurrence, place, layers
+        self.recompute_steps = recompute_steps
         r = self.config
         self.state_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
         self.output_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
@@ -178,8 +183,14 @@ class LatentReasoningUnit(nn.Module):
             return
         last = slot_of(self.config, done - 1)
         for step in range(done, context.num_steps):
+            names = [f"{self.place}.mixing"]
+            if step < context.num_steps - 1:  # nobody decides about halting after the last
+                names.append(f"{self.place}.halting")
+            for name in names:
+                context.cache.repeat((name, done - 1), (name, step), num_tokens)
             if slot_of(self.config, step) != last:
-                context.cache.repeat(last, slot_of(self.config, step), num_tokens)
+                for layer in self.layers:
+                    context.cache.repeat((layer, last), (layer, slot_of(self.config, step)), num_tokens)
 
 
 class IterationEmbedding(nn.Module):
@@ -210,9 +221,9 @@ class LatentRefinement(nn.Module):
         super().__init__()
         r = config.recurrence
         self.place = f"layer{layer}"
-        self.unit = LatentReasoningUnit(config, width, self.place, recompute)
+        self.unit = LatentReasoningUnit(config, width, self.place, (), recompute)
         self.norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
-        self.core = SwiGLU(width, latent_inner_width(config, width))
+        self.core = SwiGLU(width, r.latent_intermediate_size or 2 * width)
         if r.position_mixing:
             self.mixing = CausalMixing(width, r.position_mixing)
         if r.query_conditioned:
@@ -256,11 +267,6 @@ class CausalMixing(nn.Module):
                 shifted = shifted * (before[:, -T - back : -back] == segment[:, -T:])[..., None]
             out = out + shifted * weight
         return out
-
-
-def latent_inner_width(config: ModelConfig, width: int) -> int:
-    """Inner width of a refinement's core."""
-    return config.recurrence.latent_intermediate_size or 2 * width
 
 
 def stacked_traces(traces: Sequence[LoopTrace]) -> LoopTrace | None:

@@ -103,8 +103,8 @@ class Transformer(nn.Module):
         if self.ranges:
             recompute = execution.checkpointing == "iteration"
             self.recurrence = nn.ModuleList(
-                LatentReasoningUnit(config, config.hidden_size, f"loop{i}", recompute)
-                for i in range(len(self.ranges))
+                LatentReasoningUnit(config, config.hidden_size, f"loop{i}", range(first, last + 1), recompute)
+                for i, (first, last) in enumerate(self.ranges)
             )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
         if config.num_nextn_predict_layers:

@@ -22,14 +22,11 @@ GRANULARITIES = ("token", "sequence", "mixed")
 CACHES = ("per_step", "parallel", "ema", "average", "last", "first")
 INJECTIONS = ("none", "add", "concat", "gate")
 EXACT = ("per_step", "parallel", "first")
-# At these a small random model halts its tokens at different steps; see test_the_tokens_halt_apart.
-LIMITS = {"fixed": None, "act": 0.9, "ponder": 0.9, "entropy": 0.9, "cosine": 0.97, "kl": 0.05}
 
 
 def loop(placement: str, halting: dict[str, Any], granularity: str, cache: str, number: int) -> dict[str, Any]:
     """A recurrence section; the other switches take turns by `number`."""
-    limit = LIMITS[halting.get("measure", halting["kind"])]
-    adaptive = {} if halting["kind"] == "fixed" else {"granularity": granularity, "threshold": limit}
+    adaptive = {} if halting["kind"] == "fixed" else {"granularity": granularity, "threshold": 0.9}
     section: dict[str, Any] = {
         "placement": placement,
         "num_steps": 4,

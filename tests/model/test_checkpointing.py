@@ -56,6 +56,38 @@ def test_policies_change_no_number(build, tokens, policy, name):
     assert products_c > products if policy == "block" else products_c < 1.1 * products
 
 
+@pytest.mark.parametrize(
+    "recurrence",
+    [
+        {"placement": "block", "ranges": [[0, 1]], "num_steps": 3, "cache": "ema", "halting": {"kind": "act"}},
+        {"placement": "block", "ranges": [[0, 0], [2, 2]], "num_steps": 3, "backprop_steps": 2},
+        {"placement": "kv", "num_steps": 3, "position_mixing": 2, "halting": {"kind": "ponder"}},
+        {"placement": "post_attention", "num_steps": 3, "query_conditioned": True},
+    ],
+)
+@pytest.mark.parametrize("policy", ["block", "iteration"])
+def test_policies_change_no_number_of_a_loop(build, tokens, recurrence, policy):
+    def found(policy):
+        model = build("deepseek", execution={"checkpointing": policy}, recurrence=recurrence).train()
+        kept = 0
+
+        def pack(tensor):
+            nonlocal kept
+            kept += tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(tokens, targets=tokens, cu_seqlens=STARTS).loss
+        loss.backward()
+        return loss.detach(), [p.grad for p in model.parameters()], [m.load for m in model.moe_layers()], kept
+
+    (loss, grads, loads, kept), (loss_c, grads_c, loads_c, kept_c) = found("none"), found(policy)
+    assert torch.equal(loss, loss_c)
+    torch.testing.assert_close(grads_c, grads)
+    assert all(torch.equal(a, b) for a, b in zip(loads, loads_c, strict=True))
+    assert kept_c < kept
+
+
 def test_the_policies_keep_less(build, tokens):
     kept = {p: train(build, "deepseek", tokens, p)[4] for p in ("none", "block", "selective")}
     assert kept["block"] < 0.5 * kept["none"]
