@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipeline.errors import DataError, user_errors
+from data_pipeline.files import require_file
 from data_pipeline.order import key_of, mixture_table, permute
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.shards import (
     FORMAT,
+    IGNORE_INDEX,
     MANIFEST,
     SPLITS,
     TOKENIZER,
@@ -37,20 +40,22 @@ from data_pipeline.shards import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import Document, input_files, read_documents, require_file
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.sources import Document, LabelledDocument, input_files, read_documents
+from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_tokenizer
 
 OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind
 OWN_FILES = re.compile(
     r"tokenizer\.model(\.tmp)?|manifest\.json\.tmp|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx)(\.tmp)?"
 )
+AnyDocument = Document | LabelledDocument
 
 
 def build(recipe: Recipe, root: Path, out: Path) -> Manifest:
     """Build `recipe` from the data folder `root` into `out` and return its manifest.
 
     A complete build of the same recipe and data in `out` is returned as it is. Raises DataError if `out`
-    holds anything else, for missing input and for a source without documents.
+    holds anything else, for missing input, for a source without documents and for a labelled source that has
+    a character without a piece of its own or a masked prompt.
     """
     weights = {source["name"]: float(source["weight"]) for source in recipe.sources}
     mixture_table(weights)  # a weight too small to be drawn is found before hours of work
@@ -69,17 +74,19 @@ def build(recipe: Recipe, root: Path, out: Path) -> Manifest:
     tokenizer = _train_tokenizer(
         recipe, weights, {name: splits["train"] for name, splits in texts.items()}, out
     )
-    dtype = token_dtype(tokenizer.vocab_size)
+    labelled = {name: _is_labelled(name, splits) for name, splits in texts.items()}
+    dtype = token_dtype(tokenizer.vocab_size + any(labelled.values()))  # one value more: no label
     sources = {}
     for source in recipe.sources:
-        name, mask = source["name"], source.get("mask_prompt", False)
-        splits = texts.pop(name)
+        name, splits = source["name"], texts.pop(source["name"])
+        encode = _encoder(source, labelled[name], tokenizer)
         sources[name] = Source(
             weights[name],
             {
-                split: _write_split(out, name, split, splits[split], tokenizer, recipe.seed, dtype, mask)
+                split: _write_split(out, name, split, splits[split], encode, recipe.seed, dtype)
                 for split in SPLITS
             },
+            labelled[name],
         )
     manifest = Manifest(
         path=out,
@@ -122,9 +129,9 @@ def _clear(out: Path) -> None:
         (out / name).unlink()
 
 
-def _read(source: dict[str, Any], recipe: Recipe, root: Path) -> dict[str, list[Document]]:
+def _read(source: dict[str, Any], recipe: Recipe, root: Path) -> dict[str, list[AnyDocument]]:
     """The documents of a source by split; equal documents always fall into the same split."""
-    texts: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    texts: dict[str, list[AnyDocument]] = {split: [] for split in SPLITS}
     documents = read_documents(source["kind"], root, _options(source))
     for document in tqdm(documents, desc=f"read {source['name']}", unit=" documents", disable=None):
         digest = hashlib.sha256(f"{recipe.seed}/".encode() + document.text.encode()).digest()
@@ -135,8 +142,15 @@ def _read(source: dict[str, Any], recipe: Recipe, root: Path) -> dict[str, list[
     return texts
 
 
+def _is_labelled(name: str, splits: dict[str, list[AnyDocument]]) -> bool:
+    kinds = {type(document) for documents in splits.values() for document in documents}
+    if len(kinds) > 1:
+        raise DataError(f"source {name!r} mixes documents with and without labels: make it two sources")
+    return kinds == {LabelledDocument}
+
+
 def _train_tokenizer(
-    recipe: Recipe, weights: dict[str, float], texts: dict[str, list[Document]], out: Path
+    recipe: Recipe, weights: dict[str, float], texts: dict[str, list[AnyDocument]], out: Path
 ) -> Tokenizer:
     total = sum(weights.values())
 
@@ -149,7 +163,10 @@ def _train_tokenizer(
             ):
                 if left <= 0:
                     break
-                text = documents[i].text
+                document = documents[i]
+                text = document.text
+                if isinstance(document, LabelledDocument):
+                    text += "".join(character for _, character in document.labels)
                 left -= len(text.encode())
                 yield text
 
@@ -164,17 +181,15 @@ def _write_split(
     out: Path,
     name: str,
     split: str,
-    documents: list[Document],
-    tokenizer: Tokenizer,
+    documents: list[AnyDocument],
+    encode: Callable[[Any], EncodedDocument],
     seed: int,
     dtype: str,
-    mask_prompt: bool,
 ) -> Split:
     """Encode and write the documents in a shuffled order."""
     order = permute(np.arange(len(documents)), max(1, len(documents)), key_of(seed, name, split))
     bar = tqdm(order, desc=f"encode {name} {split}", unit=" documents", disable=None)
-    encoded = (_encode(documents[i], tokenizer, mask_prompt) for i in bar)
-    shards = write_shards(out, f"{name}-{split}", encoded, dtype)
+    shards = write_shards(out, f"{name}-{split}", (encode(documents[i]) for i in bar), dtype)
     return Split(
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
@@ -183,12 +198,55 @@ def _write_split(
     )
 
 
+def _encoder(
+    source: dict[str, Any], labelled: bool, tokenizer: Tokenizer
+) -> Callable[[Any], EncodedDocument]:
+    """The function from a document of `source` to its tokens."""
+    mask_prompt = source.get("mask_prompt", False)
+    if not labelled:
+        return partial(_encode, tokenizer=tokenizer, mask_prompt=mask_prompt)
+    if mask_prompt:
+        raise DataError(
+            f"source {source['name']!r} has mask_prompt, but its labels say what to predict: remove it"
+        )
+    return partial(_encode_labelled, ids=_CharacterIds(source["name"], tokenizer))
+
+
 def _encode(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> EncodedDocument:
     """A masked prompt is encoded by itself, so that the loss begins exactly where the completion does."""
     if not mask_prompt:
         return EncodedDocument(tokenizer.encode(document.text, bos=True, eos=True))
     prompt = tokenizer.encode(document.prompt, bos=True)
     return EncodedDocument(prompt + tokenizer.encode(document.completion, eos=True), len(prompt))
+
+
+class _CharacterIds(dict[str, int]):
+    """Character -> its one token id, looked up in the tokenizer at first use."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._source, self._tokenizer = source, tokenizer
+
+    def __missing__(self, character: str) -> int:
+        assert len(character) == 1, character
+        ids = self._tokenizer.encode(character)
+        if len(ids) != 1:
+            raise DataError(
+                f"source {self._source!r} has the character {character!r} in text or labels, which is "
+                f"{len(ids)} tokens, not 1: raise tokenizer.vocab_size or tokenizer.train_bytes"
+            )
+        self[character] = ids[0]
+        return ids[0]
+
+
+def _encode_labelled(document: LabelledDocument, ids: _CharacterIds) -> EncodedDocument:
+    """One token a character, so that a label stays at its character; bos and eos have no label."""
+    tokens = [BOS_ID, *(ids[character] for character in document.text), EOS_ID]
+    labels = [IGNORE_INDEX] * len(tokens)
+    for index, character in document.labels:
+        assert 0 <= index < len(document.text), (index, document.text)
+        labels[1 + index] = ids[character]
+    return EncodedDocument(tokens, labels=labels)
 
 
 def summary(manifest: Manifest) -> str:

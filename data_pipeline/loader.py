@@ -19,7 +19,8 @@ class Batch:
     """b rows of T tokens. S - 1 is the largest number of segments in any row of the data set."""
 
     tokens: np.ndarray  # (b, T) int32
-    targets: np.ndarray  # (b, T) int32, -100 where there is nothing to predict
+    # (b, T) int32, -100 where there is nothing to predict: the next token, or the label in a labelled source
+    targets: np.ndarray
     cu_seqlens: np.ndarray  # (b, S) int32, starts of the segments of each row, padded with T
     sample_ids: list[tuple[str, int]]  # (source, row) of each row
 

@@ -3,8 +3,10 @@
 A data folder holds `manifest.json`, `tokenizer.model` and, for every source and split,
 `SOURCE-SPLIT-NNNNN.tar` with its `.idx`. A tar member (`SOURCE-SPLIT-NNNNN-MMMMMM.tokens`) holds up to 256
 documents: their number, their lengths and the lengths of their masked prompts (0: none) as little-endian
-uint32, then their tokens as little-endian uint16 (uint32 above 65,536 pieces). The `.idx` is two numpy arrays
-in a row: INDEX_DTYPE for the members, DOCUMENT_DTYPE for all documents.
+uint32, then their tokens as little-endian uint16 (uint32 above 65,536 pieces). A member of a labelled source
+goes on with one label a token in the same type: the id to predict at that token, or the type's largest value
+for none (the build takes the wider type where that value is a piece). The `.idx` is two numpy arrays in a
+row: INDEX_DTYPE for the members, DOCUMENT_DTYPE for all documents.
 
 Sizes, indices and the tokenizer are checked by `open_manifest`, a member's checksum when it is first read,
 the sha256 of everything by `verify.py`.
@@ -25,7 +27,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 SPLITS = ("train", "validation")
@@ -36,11 +38,13 @@ EXTENSION = "tokens"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u8"), ("documents", "<u4"), ("crc32", "<u4")])
 DOCUMENT_DTYPE = np.dtype([("length", "<u4"), ("prompt", "<u4")])  # in tokens; prompt: the masked part
 REBUILD = "build it again with data_pipeline/build.py"
+IGNORE_INDEX = -100  # a label or target that is none
 
 
 class EncodedDocument(NamedTuple):
     tokens: Sequence[int]
     prompt_length: int = 0  # leading tokens that are not to be predicted
+    labels: Sequence[int] | None = None  # what to predict at each token, IGNORE_INDEX: nothing
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Split:
 class Source:
     weight: float
     splits: dict[str, Split]
+    labelled: bool = False  # every document has labels, which replace the next token as the target
 
 
 @dataclass(frozen=True)
@@ -123,17 +128,17 @@ def write_shards(
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
 ) -> tuple[Shard, ...]:
-    """Write documents as `folder/PREFIX-NNNNN.tar` + `.idx`, a new shard past `shard_bytes` of
-    tokens.
+    """Write documents as `folder/PREFIX-NNNNN.tar` + `.idx`, a new shard past `shard_bytes` of tokens and
+    labels. Either all documents have labels or none.
     """
     shards: list[Shard] = []
-    pending: list[tuple[np.ndarray, int]] = []
+    pending: list[_Stored] = []
     size = 0
     for document in documents:
-        assert document.prompt_length <= len(document.tokens)
-        tokens = np.asarray(document.tokens, dtype=dtype)
-        pending.append((tokens, document.prompt_length))
-        size += tokens.nbytes
+        stored = _stored(document, dtype)
+        assert not pending or (stored.labels is None) == (pending[0].labels is None)
+        pending.append(stored)
+        size += stored.tokens.nbytes * (1 if stored.labels is None else 2)
         if size >= shard_bytes:
             shards.append(_write_shard(folder, f"{prefix}-{len(shards):05d}", pending))
             pending, size = [], 0
@@ -142,10 +147,31 @@ def write_shards(
     return tuple(shards)
 
 
-def _write_shard(folder: Path, stem: str, documents: list[tuple[np.ndarray, int]]) -> Shard:
+class _Stored(NamedTuple):
+    """An EncodedDocument as it lies in a member."""
+
+    tokens: np.ndarray
+    prompt_length: int
+    labels: np.ndarray | None
+
+
+def _stored(document: EncodedDocument, dtype: str) -> _Stored:
+    assert document.prompt_length <= len(document.tokens)
+    tokens = np.asarray(document.tokens, dtype=dtype)
+    if document.labels is None:
+        return _Stored(tokens, document.prompt_length, None)
+    labels = np.array(document.labels, dtype=np.int64)
+    none = np.iinfo(dtype).max
+    assert labels.shape == tokens.shape, (labels.shape, tokens.shape)
+    assert ((labels == IGNORE_INDEX) | ((labels >= 0) & (labels < none))).all(), labels
+    labels[labels == IGNORE_INDEX] = none
+    return _Stored(tokens, document.prompt_length, labels.astype(dtype))
+
+
+def _write_shard(folder: Path, stem: str, documents: list[_Stored]) -> Shard:
     import webdataset  # here, because it imports torch: seconds that readers need not spend
 
-    lengths = np.array([(len(tokens), prompt) for tokens, prompt in documents], dtype=DOCUMENT_DTYPE)
+    lengths = np.array([(len(d.tokens), d.prompt_length) for d in documents], dtype=DOCUMENT_DTYPE)
     checksums = []
     buffer = io.BytesIO()
     with webdataset.TarWriter(buffer, encoder=False, mtime=0) as writer:
@@ -153,7 +179,8 @@ def _write_shard(folder: Path, stem: str, documents: list[tuple[np.ndarray, int]
             stop = start + MEMBER_DOCUMENTS
             part, sizes = documents[start:stop], lengths[start:stop]
             header = np.concatenate([[len(part)], sizes["length"], sizes["prompt"]]).astype("<u4")
-            payload = header.tobytes() + b"".join(tokens.tobytes() for tokens, _ in part)
+            labels = [d.labels for d in part if d.labels is not None]
+            payload = b"".join(array.tobytes() for array in [header, *(d.tokens for d in part), *labels])
             checksums.append((len(part), zlib.crc32(payload)))
             writer.write({"__key__": f"{stem}-{number:06d}", EXTENSION: payload})
     data = buffer.getvalue()
@@ -256,6 +283,7 @@ def _parse_manifest(folder: Path, data: bytes) -> Manifest:
                     split: Split(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
                     for split, value in source["splits"].items()
                 },
+                source["labelled"],
             )
             for name, source in fields.pop("sources").items()
         }
@@ -276,11 +304,13 @@ class TokenStream:
 
     `document_starts` (documents + 1,) int64: the first token of each document, then the number of tokens.
     `prompt_ends` (documents,) int64: the first token of each document that is to be predicted.
+    `labelled`: whether there are labels to read.
     """
 
     def __init__(self, manifest: Manifest, source: str, split: str) -> None:
         self._folder = manifest.path
         self._dtype = np.dtype(manifest.dtype)
+        self.labelled = manifest.sources[source].labelled
         self._shards = manifest.sources[source].splits[split].shards
         indices = [read_index(self._folder, shard) for shard in self._shards]
         documents = np.concatenate([np.zeros(0, DOCUMENT_DTYPE), *(documents for _, documents in indices)])
@@ -296,17 +326,33 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32. Raises DataError if a member they lie in fails its checksum."""
+        return self._read(start, stop, labels=False).astype(np.int32)
+
+    def read_labels(self, start: int, stop: int) -> np.ndarray:
+        """Labels of the tokens [start, stop) as int32, IGNORE_INDEX where there is none; of a labelled source
+        only. Raises DataError as `read` does.
+        """
+        assert self.labelled
+        stored = self._read(start, stop, labels=True)
+        labels = stored.astype(np.int32)
+        labels[stored == np.iinfo(self._dtype).max] = IGNORE_INDEX
+        return labels
+
+    def _read(self, start: int, stop: int, labels: bool) -> np.ndarray:
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
-        pieces = [np.zeros(0, dtype=np.int32)]
+        pieces = [np.zeros(0, dtype=self._dtype)]
         member = int(np.searchsorted(self._member_starts, start, side="right")) - 1
         while start < stop:
             first, last = self._member_starts[member : member + 2].tolist()
             end = min(stop, last)
-            pieces.append(self._member_tokens(member)[start - first : end - first].astype(np.int32))
+            skipped = last - first if labels else 0  # a member's labels stand behind its tokens
+            body = self._member_body(member)
+            pieces.append(body[skipped + start - first : skipped + end - first])
             start, member = end, member + 1
         return np.concatenate(pieces)
 
-    def _member_tokens(self, member: int) -> np.ndarray:
+    def _member_body(self, member: int) -> np.ndarray:
+        """A member's tokens, then its labels if it has any."""
         entry = self._members[member]
         number = int(self._shard_of[member])
         if number not in self._maps:

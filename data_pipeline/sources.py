@@ -4,23 +4,18 @@ Prompts and targets are those of lm-evaluation-harness. Every reader streams; ar
 member and never extracted, so a member's name cannot reach the disk. Errors name the file and the line.
 """
 
-import bz2
-import gzip
-import json
 import logging
-import lzma
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from data_pipeline import causal_loop
+from data_pipeline import addition, causal_loop, p_hop
 from data_pipeline.errors import DataError
+from data_pipeline.files import decode, json_lines, open_text, tar_members
 from data_pipeline.recipe import nearest, structured
 
 log = logging.getLogger(__name__)
@@ -40,6 +35,13 @@ class Document(NamedTuple):
         return self.prompt + self.completion
 
 
+class LabelledDocument(NamedTuple):
+    """One training text with its own targets, in place of the next token."""
+
+    text: str  # every character is one token
+    labels: tuple[tuple[int, str], ...]  # (index of a character in text, the one character to predict there)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One question. `choices` are full continuations as scored (" text"); target == choices[gold] if there
@@ -56,7 +58,7 @@ class Problem:
 
 def read_gsm8k(path: Path) -> Iterator[Problem]:
     """GSM8K jsonl, `{"question", "answer"}` a line."""
-    for number, row in _json_lines(path, ("question", "answer")):
+    for number, row in json_lines(path, ("question", "answer")):
         yield Problem(
             id=f"gsm8k-{Path(path).stem}-{number - 1}",
             prompt=f"Question: {row['question']}\nAnswer:",
@@ -71,7 +73,7 @@ def read_arc(path: Path) -> Iterator[Problem]:
     """
     stem = Path(path).stem.lower()
     group = next((f"arc_{name}" for name in ("easy", "challenge") if name in stem), stem)
-    for number, row in _json_lines(path, ("id", "question", "answerKey")):
+    for number, row in json_lines(path, ("id", "question", "answerKey")):
         try:
             choices = tuple(f" {choice['text']}" for choice in row["question"]["choices"])
             labels = [choice["label"] for choice in row["question"]["choices"]]
@@ -93,7 +95,7 @@ def read_logiqa(path: Path) -> Iterator[Problem]:
     so the options are sorted by it. An option whose letter stands elsewhere ("City B.S has") takes the letter
     of its place.
     """
-    with _open_text(path) as file:
+    with open_text(path) as file:
         lines = file.read().split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
@@ -145,7 +147,7 @@ def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]
     logged.
     """
     members: dict[str, bytes] = {}
-    for name, data in _tar_members(path):
+    for name, data in tar_members(path):
         match = re.search(rf"(?:^|/)({re.escape(size)}|en)/qa(\d+)_[^/]*_{re.escape(split)}\.txt$", name)
         if match:
             members[f"{match[1]}/{match[2]}"] = data
@@ -159,7 +161,7 @@ def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]
                 f"{path} has no bAbI task {task} for size {size!r}, split {split!r}: mend one of them"
             )
         where = f"{path}:{folder}/qa{task}_{split}"
-        yield from _babi_task(_decode(members[f"{folder}/{task}"], where), where, f"qa{task}", split)
+        yield from _babi_task(decode(members[f"{folder}/{task}"], where), where, f"qa{task}", split)
 
 
 def _babi_task(text: str, where: str, group: str, split: str) -> Iterator[Problem]:
@@ -189,9 +191,9 @@ def _babi_task(text: str, where: str, group: str, split: str) -> Iterator[Proble
 
 def read_wiki(path: Path) -> Iterator[str]:
     """Article texts, the title first, of a tar.xz of `<doc id url title> ... </doc>` records."""
-    for name, data in _tar_members(path):
+    for name, data in tar_members(path):
         article: list[str] | None = None
-        for number, line in enumerate(_decode(data, f"{path}:{name}").split("\n"), start=1):
+        for number, line in enumerate(decode(data, f"{path}:{name}").split("\n"), start=1):
             if line.startswith("<doc ") and article is None:
                 article = []
             elif line == "</doc>" and article is not None:
@@ -212,13 +214,13 @@ def read_text(path: Path) -> Iterator[str]:
     be shorter). White space at the ends of a document is dropped, empty documents are skipped.
     """
     if re.search(r"\.tar(\.\w+)?$|\.tgz$", Path(path).name):
-        for name, data in _tar_members(path):
-            if text := _decode(data, f"{path}:{name}").strip():
+        for name, data in tar_members(path):
+            if text := decode(data, f"{path}:{name}").strip():
                 yield text
         return
     document: list[str] = []
     size = 0
-    with _open_text(path) as file:
+    with open_text(path) as file:
         for line in file:
             if not line.strip() and size >= MIN_TEXT_DOCUMENT:
                 yield "".join(document).strip()
@@ -258,13 +260,34 @@ class CausalLoopOptions:
     trace_fraction: float = 0.75  # share of documents with the worked trace
 
 
+@dataclass(frozen=True)
+class PHopOptions:
+    num_samples: int = MISSING
+    hops: int = 3
+    length: int = 24  # characters
+    alphabet: int = 4  # letters
+    seed: int = 0
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class AdditionOptions:
+    num_samples: int = MISSING
+    operands: int = 8
+    modulus: int = 10
+    seed: int = 0
+    split: str = "train"
+
+
 def input_files(kind: str, options: Mapping[str, Any]) -> list[str]:
     """The files `read_documents` would read, relative to the data folder. Raises DataError as it does."""
     entry, parsed = _parse(kind, options)
     return list(entry.files(parsed))
 
 
-def read_documents(kind: str, root: Path, options: Mapping[str, Any]) -> Iterator[Document]:
+def read_documents(
+    kind: str, root: Path, options: Mapping[str, Any]
+) -> Iterator[Document | LabelledDocument]:
     """Training text of a source kind, one document at a time; training files only.
 
     Raises DataError for an unknown kind or option (naming the nearest), a wrong type and a missing file.
@@ -284,7 +307,7 @@ def read_documents(kind: str, root: Path, options: Mapping[str, Any]) -> Iterato
 class _Kind(NamedTuple):
     options: type
     files: Callable[[Any], Sequence[str]]
-    read: Callable[[list[Path], Any], Iterator[Document]]
+    read: Callable[[list[Path], Any], Iterator[Document | LabelledDocument]]
 
 
 def _parse(kind: str, options: Mapping[str, Any]) -> tuple[_Kind, Any]:
@@ -310,6 +333,16 @@ def _read_causal_loop(_: list[Path], options: CausalLoopOptions) -> Iterator[Doc
         yield Document(*causal_loop.training_document(sample, options.trace_fraction))
 
 
+def _read_p_hop(_: list[Path], o: PHopOptions) -> Iterator[LabelledDocument]:
+    for sample in p_hop.generate(o.num_samples, o.hops, o.length, o.alphabet, o.seed, o.split):
+        yield LabelledDocument(sample.text, sample.labels)
+
+
+def _read_addition(_: list[Path], o: AdditionOptions) -> Iterator[LabelledDocument]:
+    for sample in addition.generate(o.num_samples, o.operands, o.modulus, o.seed, o.split):
+        yield LabelledDocument(sample.text, sample.labels)
+
+
 _ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")
 KINDS = {
     "gsm8k": _Kind(FixedOptions, lambda _: ("gsm8k/train.jsonl",), _problems(read_gsm8k)),
@@ -318,85 +351,6 @@ KINDS = {
     "wiki": _Kind(FileOptions, lambda options: options.files, _texts(read_wiki)),
     "text": _Kind(FileOptions, lambda options: options.files, _texts(read_text)),
     "causal_loop": _Kind(CausalLoopOptions, lambda _: (), _read_causal_loop),
+    "p_hop": _Kind(PHopOptions, lambda _: (), _read_p_hop),
+    "addition": _Kind(AdditionOptions, lambda _: (), _read_addition),
 }
-
-
-# ---- files
-
-
-def require_file(path: Path) -> Path:
-    """`path` as a Path. Raises DataError if there is no such file."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"{path} does not exist: set --data or DATA_ROOT to the folder that holds the data sets"
-        )
-    return path
-
-
-class _Text:
-    """A text file opened as UTF-8 whose decoding errors name the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = require_file(path)
-
-    def __enter__(self) -> IO[str]:
-        self.file = self.path.open(encoding="utf-8", newline="\n")
-        return self.file
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.file.close()
-        if isinstance(error, UnicodeDecodeError):
-            raise DataError(f"{self.path} is not UTF-8 text ({error.reason}): download it again") from error
-
-
-def _open_text(path: Path) -> _Text:
-    return _Text(path)
-
-
-def _json_lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number}: not JSON ({error.msg}): download it again") from error
-            missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-            if missing:
-                raise DataError(f"{path} line {number}: no field {missing[0]!r}: is this the right file?")
-            yield number, row
-
-
-_OPENERS: dict[str, Callable[..., Any]] = {
-    ".xz": lzma.open, ".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open,
-}  # fmt: skip
-
-
-def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the regular files of a tar, compressed or not, in the order of the archive."""
-    opener = _OPENERS.get(require_file(path).suffix, open)
-    try:
-        with opener(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    yield member.name, file.read()
-            # tarfile takes a damaged header for the end, and a compressed file's checksum stands behind the
-            # last member: only zeros may follow, and reading them compares the checksum.
-            if opener is open:
-                stream.seek(archive.offset)
-            rest = stream.read()
-            if len(rest) < tarfile.BLOCKSIZE or any(rest):
-                raise tarfile.ReadError("no end of archive after its last member")
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path} is not a whole tar archive ({error}): download it again") from error
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text ({error.reason} at byte {error.start})") from error
