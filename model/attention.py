@@ -103,8 +103,8 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, LoopTrace | None]:
         """x (B, T, D) and queries (B, T, H Q) -> latent (B, T, C), the shared key before rotation (B, T, R).
 
-        k_rope_source: `hidden` is DeepSeek's; `latent` forms the key from the refined latent; `hidden_plus_latent`
-        adds what the refinement changed, through a projection that starts at 0.
+        k_rope_source: `hidden` is DeepSeek's; `latent` forms the key from the refined latent;
+        `hidden_plus_latent` adds what the refinement changed, through a projection that starts at 0.
         """
         down, C = self.kv_a_proj_with_mqa(x), self.config.kv_lora_rank
         latent, k_rope = self.kv_a_layernorm(down[..., :C]), down[..., C:]

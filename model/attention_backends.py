@@ -42,7 +42,8 @@ class AttentionContext:
         if self.loop is None:
             return Remembered(new if self.cache is None else self.cache.append((layer, 0), new), self, None)
         config, kept = self.loop.config, None
-        slots, first = (new,), slot_of(config, self.loop.step)
+        slots: tuple[Tensor, ...] = (new,)
+        first = slot_of(config, self.loop.step)
         if config.carries_keys:
             slots = kept = kept_keys(
                 config, self.loop.kept.get(layer), new, self.loop.step, self.loop.running

@@ -85,8 +85,8 @@ def kept_keys(
     """What a looped layer lets a loop step attend to, for the tokens of this pass.
 
     Earlier tokens, from the cache, offer what their last step left. Decoding therefore equals a full pass
-    exactly for `per_step` and `parallel` (all steps kept) and for `first`; for `ema`, `average`, `last` and for
-    fewer virtual layers than steps it is an approximation: a full pass shows every step the merge so far.
+    exactly for `per_step` and `parallel` (all steps kept) and for `first`; for `ema`, `average`, `last` and
+    for fewer virtual layers than steps it is an approximation: a full pass shows every step the merge so far.
 
     per_step: the step's own (LoopLlama's serial virtual layers) | parallel: those of all steps so far side by
     side | first, last | average: mean over the steps so far | ema: m_n = decay m_(n-1) + (1 - decay) new.

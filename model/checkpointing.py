@@ -27,8 +27,8 @@ _SAVED: dict[str, tuple[Any, ...]] = {
 class _Record(TorchDispatchMode):
     """Keeps the results of some operations.
 
-    torch's own selective checkpointing wants the recomputation to run the very same operations. Under ZeRO-3 it
-    does not: weights that were still gathered in the forward pass are gathered anew.
+    torch's own selective checkpointing wants the recomputation to run the very same operations. Under ZeRO-3
+    it does not: weights that were still gathered in the forward pass are gathered anew.
     """
 
     def __init__(self, operations: tuple[Any, ...]) -> None:

@@ -1,9 +1,9 @@
 """Halting: one code path for every kind, in training, prefill and decoding.
 
 A token that reaches step n stops there with probability l_n, so that it stops at n in all with
-p_n = l_n prod_{j<n} (1 - l_j) (PonderNet, arXiv 2107.05407, eq. 6), the last step taking what is left: the p_n
-sum to 1. A token halts, and its state freezes, once 1 - prod_{j<=n} (1 - l_j) reaches the threshold, and then
-that step takes what is left. Fixed depth is l = 0, a training-free exit is l in {0, 1}.
+p_n = l_n prod_{j<n} (1 - l_j) (PonderNet, arXiv 2107.05407, eq. 6), the last step taking what is left: the
+p_n sum to 1. A token halts, and its state freezes, once 1 - prod_{j<=n} (1 - l_j) reaches the threshold, and
+then that step takes what is left. Fixed depth is l = 0, a training-free exit is l in {0, 1}.
 
 Shapes: B batch, T tokens, S cached and new tokens, W width of the state, N loop steps.
 """

@@ -130,3 +130,48 @@ def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor
         loss = likeness.logsumexp(-1) - likeness.diagonal(dim1=1, dim2=2)
         total = total + loss - tokens
     return total / (len(states) - 1)
+
+
+def loop_sums(
+    num_iterations: Tensor, halt_probs: Tensor, residuals: Tensor, real: Tensor | None = None
+) -> Tensor:
+    """What loop_figures needs of one batch, to be added up over batches and ranks.
+
+    Args:
+        num_iterations: (U, B, T) of U loops, see LoopTrace.
+        halt_probs: (U, B, T, N).
+        residuals: (U, N).
+        real: (B, T), False under padding; None: no padding.
+
+    Returns:
+        (3, N) fp64: tokens that stopped after each step, their probability, change times tokens that ran.
+    """
+    N = halt_probs.shape[-1]
+    real = torch.ones_like(num_iterations[0], dtype=torch.bool) if real is None else real
+    steps = num_iterations[:, real]
+    ran = torch.stack([(steps > n).sum(1) for n in range(N)], -1).double()
+    stopped = ran.sum(0) - torch.cat((ran.sum(0)[1:], ran.new_zeros(1)))
+    probability = halt_probs[:, real].double().sum((0, 1))
+    return torch.stack((stopped, probability, (residuals.double() * ran).sum(0)))
+
+
+def loop_figures(sums: Tensor) -> dict[str, float | list[float]]:
+    """Means of loop_sums, (3, N).
+
+    `steps_mean`; `steps_histogram`, the share of tokens that stopped after each step; `halting_distribution`,
+    mean p_n; `residuals`, mean relative change in each step, of the tokens that ran it; `convergence_ratio`,
+    that of the last step over that of the first.
+    """
+    stopped, probability, moved = sums
+    ran = stopped.flip(0).cumsum(0).flip(0)
+    steps = torch.arange(1, len(stopped) + 1, device=sums.device)
+    residuals = moved / ran.clamp(min=1)
+    last = int((ran > 0).sum()) - 1
+    tokens = stopped.sum().clamp(min=1)
+    return {
+        "steps_mean": float((stopped * steps).sum() / tokens),
+        "steps_histogram": (stopped / tokens).tolist(),
+        "halting_distribution": (probability / tokens).tolist(),
+        "residuals": residuals.tolist(),
+        "convergence_ratio": float(residuals[last] / residuals[0].clamp(min=1e-12)),
+    }

@@ -82,10 +82,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None, chunk: int
     ) -> Tensor:
-        """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar, at least fp32.
+        """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar, at least
+        fp32.
 
-        share (N,): factor on each token's loss; None: 1. The gradients kept for backward are those of the sum:
-        softmax minus one-hot, times the other factor; and each token's loss, which is that of its share.
+        share (N,): factor on each token's loss; None: 1. The gradients kept for backward are those of the
+        sum: softmax minus one-hot, times the other factor; and each token's loss, which is that of its share.
         """
         need_hidden, need_weight, _, need_share, _ = ctx.needs_input_grad
         dtype = torch.promote_types(hidden.dtype, torch.float32)

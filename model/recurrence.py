@@ -51,9 +51,9 @@ class LoopResult(NamedTuple):
 class LatentReasoningUnit(nn.Module):
     """Carries a latent state through R passes of a core.
 
-    Each pass reads the normed state with the loop's input re-injected, which keeps the loop from forgetting it
-    (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of a GRU (Cho et al.
-    2014, eq. 7) with the core's output as the candidate.
+    Each pass reads the normed state with the loop's input re-injected, which keeps the loop from forgetting
+    it (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of a GRU (Cho et
+    al. 2014, eq. 7) with the core's output as the candidate.
 
     Args:
         width: W.
@@ -101,7 +101,7 @@ class LatentReasoningUnit(nn.Module):
         lens = None if predict is None else lambda state: predict(self.output_norm(state))
         halting = Halting(r.halting, self.halting, active, context, self.place, N, lens)
         state = initial if first_state is None else first_state
-        states, extras, kept = [state], [], {}
+        states, extras, kept = [state], list[Any](), dict[int, tuple[Tensor, ...]]()
         for step in range(N):
             # With targets all ranks take all steps, whatever their data says.
             if not context.statistics and not self.training and halting.finished():
@@ -194,8 +194,8 @@ class LatentReasoningUnit(nn.Module):
 
 
 class IterationEmbedding(nn.Module):
-    """Sinusoids of the step's number (Universal Transformer, arXiv 1807.03819, eq. 6), with learned scales that
-    start at 0. Defined for any depth.
+    """Sinusoids of the step's number (Universal Transformer, arXiv 1807.03819, eq. 6), with learned scales
+    that start at 0. Defined for any depth.
     """
 
     def __init__(self, width: int) -> None:
@@ -213,8 +213,8 @@ class IterationEmbedding(nn.Module):
 class LatentRefinement(nn.Module):
     """The unit of one attention layer: iterates on each token's own state.
 
-    The core is a pre-norm gated feed-forward layer, before which, on request, a causal depthwise convolution mixes
-    the states of neighbouring tokens and a projection adds the token's own query.
+    The core is a pre-norm gated feed-forward layer, before which, on request, a causal depthwise convolution
+    mixes the states of neighbouring tokens and a projection adds the token's own query.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class LatentRefinement(nn.Module):
 
 
 class CausalMixing(nn.Module):
-    """Depthwise convolution over a token and the `taps` - 1 before it in its document; its inputs are cached."""
+    """Depthwise convolution over a token and the `taps` - 1 before it in its document; inputs are cached."""
 
     def __init__(self, width: int, taps: int) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ class HaltingConfig:
     granularity: str = "token"  # token | sequence (mean over the document so far) | mixed
     mixture: float = 0.5  # granularity=mixed: share of the token's own signal
     measure: str = "cosine"  # kind=threshold: cosine of successive states | kl of successive predictions
-    # Learned kinds: a token halts once it has spent this probability (default 0.99). kind=threshold: at a cosine
-    # of at least this (0.95), or at a divergence of at most this many nats (5e-4).
+    # Learned kinds: a token halts once it has spent this probability (default 0.99). kind=threshold: at a
+    # cosine of at least this (0.95), or at a divergence of at most this many nats (5e-4).
     threshold: float | None = None
     min_steps: int = 1  # no token halts before
     expectation: str | None = (
@@ -53,7 +53,8 @@ class RecurrenceConfig:
 
     # none | kv: the KV latent, before attention | post_attention: attention's output | block: whole layers
     placement: str = "none"
-    # First and last layer of each loop (block) or of the layers that have a unit, counted from 0; default: all.
+    # First and last layer of each loop (block) or of the layers that have a unit, counted from 0; default:
+    # all.
     ranges: list[list[int]] | None = None
     num_steps: int = 1  # loop steps R at inference; in training the fixed or the mean depth
     depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson, one draw per optimizer step)
@@ -156,8 +157,8 @@ def _check_ranges(r: RecurrenceConfig, num_layers: int) -> None:
     for entry in r.ranges or []:
         if len(entry) != 2 or not end < entry[0] <= entry[1] < num_layers:
             raise ValueError(
-                f"model.recurrence.ranges={r.ranges} must hold pairs [first, last] of layers, rising and apart, "
-                f"with every layer in 0..{num_layers - 1} (num_hidden_layers={num_layers})"
+                f"model.recurrence.ranges={r.ranges} must hold pairs [first, last] of layers, rising and "
+                f"apart, with every layer in 0..{num_layers - 1} (num_hidden_layers={num_layers})"
             )
         end = entry[1]
     if r.ranges is not None and not r.ranges:
@@ -238,13 +239,13 @@ def _check_halting(r: RecurrenceConfig) -> None:
         raise ValueError(f"model.recurrence.halting.kind={h.kind} needs a loop; set placement")
     if h.kind == "threshold" and h.measure == "kl" and r.placement != "block":
         raise ValueError(
-            "model.recurrence.halting.measure=kl compares predictions, but a unit inside attention makes none; "
-            "choose measure=cosine or placement=block"
+            "model.recurrence.halting.measure=kl compares predictions, but a unit inside attention makes "
+            "none; choose measure=cosine or placement=block"
         )
     if h.learned and r.backprop_steps is not None:
         raise ValueError(
-            f"model.recurrence.backprop_steps={r.backprop_steps} cuts the gradient that halting.kind={h.kind} "
-            "learns from; leave it out or choose halting.kind=fixed or threshold"
+            f"model.recurrence.backprop_steps={r.backprop_steps} cuts the gradient that "
+            f"halting.kind={h.kind} learns from; leave it out or choose halting.kind=fixed or threshold"
         )
     if h.learned and not 0 < h.limit < 1:
         raise ValueError(f"model.recurrence.halting.threshold={h.limit} must lie between 0 and 1")
@@ -266,6 +267,6 @@ def _refuse_without_halting(h: HaltingConfig) -> None:
     for name in ("stability_weight", "ponder_weight"):
         if getattr(h, name):
             raise ValueError(
-                f"model.recurrence.halting.{name}={getattr(h, name)} weighs learned halting probabilities, but "
-                f"halting.kind={h.kind} has none; choose kind act, ponder or entropy"
+                f"model.recurrence.halting.{name}={getattr(h, name)} weighs learned halting probabilities, "
+                f"but halting.kind={h.kind} has none; choose kind act, ponder or entropy"
             )

@@ -294,8 +294,8 @@ class ZeroModel(nn.Module):
     def _predict(self, states: Tensor) -> Tensor:
         """Early readout of states (B, T, D): head and final norm alone.
 
-        The layers after the loop would see the unfinished states of other tokens in a full pass, and their last
-        ones in decoding: the two would halt differently.
+        The layers after the loop would see the unfinished states of other tokens in a full pass, and their
+        last ones in decoding: the two would halt differently.
         """
         return self.lm_head(self.model.norm(states))
 
@@ -453,7 +453,11 @@ def initialize(model: nn.Module, seed: int) -> None:
                     _fill(row, model, f"{seed}:{full_name}:{expert}")
             elif isinstance(module, Linear) and name == "bias":
                 parameter.fill_(module.initial_bias)
-            elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding | CausalMixing):
+            elif (
+                isinstance(module, Linear)
+                and module.zero
+                or isinstance(module, IterationEmbedding | CausalMixing)
+            ):
                 parameter.zero_()
             elif isinstance(module, RMSNorm):
                 parameter.fill_(1.0)

@@ -49,9 +49,10 @@ def check_version() -> None:
 def reduce_gradients_when_complete() -> None:
     """Lets ZeRO-3 reduce a parameter of a leaf module when its gradient is complete; call before initialize.
 
-    By itself it reduces all of a leaf module's parameters after the backward pass of EVERY call of the module, with
-    zeros for gradients still to come. A layer that a step runs several times side by side lost the gradients of its
-    experts that way. Our modules need no zeros: every weight has a gradient whenever its layer runs.
+    By itself it reduces all of a leaf module's parameters after the backward pass of EVERY call of the
+    module, with zeros for gradients still to come. A layer that a step runs several times side by side lost
+    the gradients of its experts that way. Our modules need no zeros: every weight has a gradient whenever its
+    layer runs.
     """
     stage3.z3_leaf_parameter = lambda parameter: False
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from data_pipeline.loader import Batch, Loader
 from model import ModelConfig
 from model.counts import training_flops_per_token
+from model.latent_terms import loop_figures, loop_sums
 from model.losses import IGNORE_INDEX, loss_terms, total_loss
 from model.recurrence import sample_depth
+from model.transformer import ModelOutput
 from pretrain import checkpoint
 from pretrain.checkpoint import TrainingState
 from pretrain.config import RunConfig
@@ -78,14 +80,17 @@ class Trainer:
         counts = self._global_counts(batch)
         self.engine.train()
         sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
+        loops = torch.zeros(3, depth, dtype=torch.float64, device=device())
         for inputs in self._micro_batches(batch):
             output = self.engine.forward(**inputs, num_steps=depth)
             assert output.loss_sums is not None
             sums += torch.stack([output.loss_sums[t.name].detach().double() for t in self.terms])
+            loops += _loop_sums(output, loops)
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
             self.engine.step(lr)
         loads = update_router_biases(self.engine)
         all_reduce_sum(sums)
+        all_reduce_sum(loops)
         self.step += 1
         seconds = time.perf_counter() - started
         tokens = self.config.global_batch_size * self.config.data.sequence_length
@@ -111,6 +116,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "mfu": self._mfu(tokens / seconds, depth),
             "recurrence_depth": depth,
+            **(loop_figures(loops) if self.model_config.recurrence.placement != "none" else {}),
             "seconds": seconds,
             "data_wait_fraction": waited / seconds,
             "memory_bytes": peak_memory_bytes(),
@@ -163,6 +169,14 @@ class Trainer:
             return None
         flops = training_flops_per_token(self.model_config, self.config.data.sequence_length, depth)
         return tokens_per_second * flops / (world_size() * self.peak * 1e12)
+
+
+@torch.no_grad()
+def _loop_sums(output: ModelOutput, like: Tensor) -> Tensor:
+    """See latent_terms.loop_sums; zeros for a model without recurrence."""
+    if output.num_iterations is None or output.halt_probs is None or output.residuals is None:
+        return torch.zeros_like(like)
+    return loop_sums(output.num_iterations, output.halt_probs, output.residuals)
 
 
 def update_router_biases(engine: Engine) -> list[list[int]]:
