@@ -83,6 +83,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """
     refusals = (
         (config.recurrence.placement != "none", f"recurrence.placement={config.recurrence.placement}"),
+        (config.num_pause_tokens > 0, f"num_pause_tokens={config.num_pause_tokens}"),
+        (config.num_memory_tokens > 0, f"num_memory_tokens={config.num_memory_tokens}"),
         (not config.use_mla, "use_mla=false"),
         (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
         (

@@ -92,12 +92,18 @@ def generate_speculatively(
         (B, T + n) prompt and continuation, and how many drafts the model agreed with.
 
     Raises:
-        ValueError: the model has no multi-token prediction, or the text exceeds max_position_embeddings.
+        ValueError: the model has no multi-token prediction, the text exceeds max_position_embeddings, or several
+            rows of a model with position mixing.
     """
     if not model.config.num_nextn_predict_layers:
         raise ValueError(
             "speculative decoding drafts by multi-token prediction, but the model has "
             "num_nextn_predict_layers=0; train with at least 1 or use generate"
+        )
+    if model.config.recurrence.position_mixing and len(tokens) > 1:
+        raise ValueError(
+            f"speculative decoding of {len(tokens)} rows leaves holes where a row's draft was rejected, which "
+            f"position_mixing={model.config.recurrence.position_mixing} would mix in; give one row or use generate"
         )
     check_length(model, tokens, max_new_tokens)
     if max_new_tokens == 0:

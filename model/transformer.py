@@ -275,6 +275,11 @@ class ZeroModel(nn.Module):
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
+        if noise_seed is not None and self.config.recurrence.placement != "block":
+            raise ValueError(
+                f"noise_seed={noise_seed} is for placement=block, but the model has "
+                f"placement={self.config.recurrence.placement}; leave it out"
+            )
         self._check_length(tokens, cu_seqlens, cache)
         if self.config.num_memory_tokens:
             out = self._read_segments(tokens, attention_mask, cu_seqlens, cache, targets is not None)

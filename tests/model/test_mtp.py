@@ -117,3 +117,11 @@ def test_a_model_without_the_module_is_refused(build, tokens):
         generate_speculatively(build(), tokens, 4)
     with pytest.raises(ValueError, match="exceed max_position_embeddings=64"):
         generate_speculatively(build("multi_token"), tokens, 48)
+
+
+def test_speculation_over_several_rows_is_refused_where_holes_would_be_mixed_in(build, tokens):
+    recurrence = {"placement": "kv", "num_steps": 2, "position_mixing": 3}
+    model = build("multi_token", recurrence=recurrence)
+    with pytest.raises(ValueError, match="speculative decoding of 3 rows leaves holes"):
+        generate_speculatively(model, tokens, 4)
+    assert torch.equal(generate_speculatively(model, tokens[:1], 6)[0], model.generate(tokens[:1], 6))

@@ -52,3 +52,12 @@ def test_sampled_depth_is_a_function_of_seed_and_step():
     assert abs(sum(depths) / len(depths) - 8) < 0.5
     fixed = ModelConfig.from_dict({**SMALL, "recurrence": BLOCK})
     assert {sample_depth(fixed, 0, step) for step in range(9)} == {3}
+
+
+def test_loops_can_start_from_noise_and_only_block_loops_do(build, tokens):
+    model = build("loop")
+    one, again, other = (model(tokens, noise_seed=seed).logits for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+    with pytest.raises(ValueError, match="noise_seed=1 is for placement=block"):
+        build("deepseek")(tokens, noise_seed=1)
