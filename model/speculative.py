@@ -92,8 +92,8 @@ def generate_speculatively(
         (B, T + n) prompt and continuation, and how many drafts the model agreed with.
 
     Raises:
-        ValueError: the model has no multi-token prediction, the text exceeds max_position_embeddings, or several
-            rows of a model with position mixing.
+        ValueError: the model has no multi-token prediction, the text exceeds max_position_embeddings, or
+            several rows of a model with position mixing.
     """
     if not model.config.num_nextn_predict_layers:
         raise ValueError(
@@ -102,8 +102,8 @@ def generate_speculatively(
         )
     if model.config.recurrence.position_mixing and len(tokens) > 1:
         raise ValueError(
-            f"speculative decoding of {len(tokens)} rows leaves holes where a row's draft was rejected, which "
-            f"position_mixing={model.config.recurrence.position_mixing} would mix in; give one row or use generate"
+            f"speculative decoding of {len(tokens)} rows leaves holes where drafts were rejected, which "
+            f"position_mixing={model.config.recurrence.position_mixing} mixes in; give one row or use generate"
         )
     check_length(model, tokens, max_new_tokens)
     if max_new_tokens == 0:
