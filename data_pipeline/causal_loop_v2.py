@@ -31,7 +31,7 @@ a formula that shortens two operations to one that the language has not.
 
     chain        no live statement reads two computed results
     convergence  one does: chains that join, or a value that is used again
-    loop         a block of statements stands 2 or more times in a row; depth 2 and more
+    loop         a block of statements stands 2 or more times in a row; depth 4 and more
     nested       so does a block that itself holds a repeated block; depth 6 and more
 
 Dead statements are drawn by the same rules as live ones. Variable names are drawn from the whole alphabet.
@@ -59,7 +59,7 @@ TEST_SHARE = 0.1  # of all canonical programs
 MODULI = range(5, 998)
 VARIABLES = range(3, len(LETTERS) + 1)
 LABEL_MODULUS = 10  # the largest whose values are single characters
-ATTEMPTS = 20_000  # programs drawn for one sample; the rarest kind that exists needs some hundreds
+ATTEMPTS = 200_000  # programs drawn for one sample; the rarest kind that exists needs some thousands
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _sample(i: int, family: str, depth: int, size: tuple[int, int, int], seed: i
         if draft is None:
             continue
         final = draft.vectors[draft.carrier]
-        column = rng.choice([i for i, value in enumerate(final) if answer is None or value == answer])
+        column = rng.choice([k for k, value in enumerate(final) if answer is None or value == answer])
         initial = {**draft.initial, draft.origin: draft.origin_values[column]}
         program = "".join([f"{name}{value}" for name, value in initial.items()])
         program += "".join(["".join(s) for s in draft.body])

@@ -61,7 +61,7 @@ def audit(samples: Iterable["Sample"]) -> dict[int, dict[str, float]]:
     plain_dead    programs with dead code in which no later statement reads any of it before it is overwritten
     shortened     programs whose `effective_depth` is below their depth
     """
-    by_depth: dict[int, list["Sample"]] = {}
+    by_depth: dict[int, list[Sample]] = {}
     for sample in samples:
         by_depth.setdefault(sample.depth, []).append(sample)
     return {depth: _audit_row(members) for depth, members in sorted(by_depth.items())}

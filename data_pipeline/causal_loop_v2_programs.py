@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FAMILIES = ("chain", "loop", "convergence", "nested")
-MIN_DEPTH = {"chain": 1, "loop": 2, "convergence": 2, "nested": 6}
+MIN_DEPTH = {"chain": 1, "loop": 4, "convergence": 2, "nested": 6}
 UNARY = "en"  # read their right operand only
 MIN_IMAGE = 3  # different values of every chain value over the origins: fewer would be easy to guess
 MAX_ORIGINS = 16  # a larger modulus takes this many of its values as origins, drawn at random
@@ -142,7 +142,7 @@ class Draft:
         self.origin = self.carrier = rng.choice(self.names)
         values = range(modulus) if modulus <= MAX_ORIGINS else rng.sample(range(modulus), MAX_ORIGINS)
         self.origin_values = tuple(values)
-        self.initial = {name: rng.randrange(modulus) for name in self.names}
+        self.initial = {name: int(rng.random() * modulus) for name in self.names}
         self.vectors: dict[str, Vector] = {n: (v,) * len(values) for n, v in self.initial.items()}
         self.vectors[self.origin] = self.origin_values
         self.depths = dict.fromkeys(self.names, 0)
@@ -198,7 +198,9 @@ class Draft:
         """Whether the result lies exactly one operation deeper, was not to be had earlier and varies."""
         depth = self.depth + 1
         return (
-            all(self.depths.get(operand, 0) < depth for operand in s.reads)
+            all([self.depths.get(operand, 0) < depth for operand in s.reads])
+            and self.known[self.vectors[self.carrier]]
+            == self.depth  # a free result may have come to equal it
             and self.known.get(vector, depth) >= depth
             and len(set(vector)) >= MIN_IMAGE
             and (depth < self.final_depth or self.answer is None or self.answer in vector)
@@ -270,9 +272,10 @@ def draw(
     if family == "convergence":
         draft.join_at = rng.randint(2, depth)
     if family in ("chain", "convergence"):
-        return draft if draft.segment(statements, depth) else None
-    good = all(_parts(rng, draft, family, depth, statements))
-    return draft if good else None
+        good = draft.segment(statements, depth)
+    else:
+        good = all(_parts(rng, draft, family, depth, statements))
+    return draft if good and draft.known[draft.vectors[draft.carrier]] == depth else None
 
 
 def _parts(rng: random.Random, draft: Draft, family: str, depth: int, statements: int) -> Iterator[bool]:
@@ -310,17 +313,20 @@ def _cut(rng: random.Random, length: int, steps: int) -> tuple[int, int]:
 
 @lru_cache
 def _loop_plans(depth: int) -> list[tuple[int, int, int, int]]:
-    """Steps and times of the block. One step repeated soon gains nothing: two and more where they fit."""
-    least = 1 if depth < 4 else 2
-    return [(s, t, 0, 1) for t in range(2, depth + 1) for s in range(least, depth // t + 1)]
+    """As `_nested_plans`, without an outer loop. Blocks of one step could not reach all answers."""
+    return [(s, t, 0, 1) for t in range(2, depth + 1) for s in range(2, depth // t + 1)]
 
 
 @lru_cache
 def _nested_plans(depth: int) -> list[tuple[int, int, int, int]]:
+    """All (steps of the inner block, its times, other steps of the outer block, its times) that fit.
+
+    One step alone hardly ever gains anything at its third repetition: its block stands twice.
+    """
     return [
         (s, t, outer, times)
         for times in range(2, depth // 3 + 1)
         for t in range(2, depth + 1)
-        for s in range(1, depth // (times * t) + 1)
+        for s in range(1 if t == 2 else 2, depth // (times * t) + 1)
         for outer in range(1, depth // times - s * t + 1)
     ]
