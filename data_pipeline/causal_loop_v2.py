@@ -198,13 +198,14 @@ def _sample(i: int, family: str, depth: int, size: tuple[int, int, int], seed: i
         if draft is None:
             continue
         final = draft.vectors[draft.carrier]
-        column = rng.choice([k for k, value in enumerate(final) if answer is None or value == answer])
-        initial = {**draft.initial, draft.origin: draft.origin_values[column]}
-        program = "".join([f"{name}{value}" for name, value in initial.items()])
-        program += "".join(["".join(s) for s in draft.body])
-        if split_of(program) == split:
-            values = tuple([vector[column] for vector in draft.results])
-            return _document(f"{split}-{seed}-{i}", family, modulus, initial, draft, program, values)
+        columns = [k for k, value in enumerate(final) if answer is None or value == answer]
+        for column in rng.sample(columns, len(columns)):
+            initial = {**draft.initial, draft.origin: draft.origin_values[column]}
+            program = "".join([f"{name}{value}" for name, value in initial.items()])
+            program += "".join(["".join(s) for s in draft.body])
+            if split_of(program) == split:
+                values = tuple([vector[column] for vector in draft.results])
+                return _document(f"{split}-{seed}-{i}", family, modulus, initial, draft, program, values)
     raise DataError(
         f"no program of family {family}, depth {depth}, {variables} variables and {statements} statements in "
         f"{ATTEMPTS} attempts: raise variables or statements, or leave out the family"

@@ -150,7 +150,7 @@ class Draft:
         self.body: list[Statement] = []
         self.on_chain: list[bool] = []
         self.results: list[Vector] = []
-        self.unread: set[str] = set()  # variables that hold a free result nobody has read yet
+        self.unread: dict[str, None] = {}  # variables with a free result nobody has read yet, oldest first
         self.depth = 0  # of the carrier
         self.final_depth = 0
         self.answer: int | None = None  # the vector of this depth must hold it
@@ -198,18 +198,21 @@ class Draft:
         """Whether the result lies exactly one operation deeper, was not to be had earlier and varies."""
         depth = self.depth + 1
         return (
-            all([self.depths.get(operand, 0) < depth for operand in s.reads])
-            and self.known[self.vectors[self.carrier]]
-            == self.depth  # a free result may have come to equal it
+            len(set(vector)) >= MIN_IMAGE
             and self.known.get(vector, depth) >= depth
-            and len(set(vector)) >= MIN_IMAGE
+            and all([self.depths.get(operand, 0) < depth for operand in s.reads])
+            and self.carrier_is_deep()
             and (depth < self.final_depth or self.answer is None or self.answer in vector)
         )
 
+    def carrier_is_deep(self) -> bool:
+        """Whether no free result has come to equal the carrier's with fewer operations."""
+        return self.known[self.vectors[self.carrier]] == self.depth
+
     def _free(self) -> None:
-        target = self._pick([name for name in self.names if name != self.carrier])
+        target = self._other_than(self.carrier)
         # Live results are always read. Were free ones read by chance alone, that would tell them apart.
-        wanted = sorted(self.unread) if self.rng.random() < 0.75 else None
+        wanted = list(self.unread) if self.rng.random() < 0.75 else None
         s = self._statement(target, self._pick(wanted or self.names), False)
         assert s is not None
         self._add(s, apply_statement(s, self.vectors, self.modulus), False)
@@ -217,38 +220,45 @@ class Draft:
     def _statement(self, target: str, first: str, join: bool) -> Statement | None:
         """A random statement that reads the variable `first`; with `join` also a second computed result."""
         operator = self._pick("dmr" if join else _OPERATOR_LETTERS)
-        others = [name for name in self.names if name != first]
+        number = str(1 + int(self.rng.random() * (self.modulus - 2)))  # 0 and p-1 often do nothing
         if join:
-            others = [name for name in others if 0 < self.depths[name] <= self.depth]
+            others = [n for n in self.names if 0 < self.depths[n] <= self.depth and n != first]
             if not others:
                 return None
-        elif self.single and operator not in UNARY:
-            others = [name for name in others if self.depths[name] == 0]
-        if join or (others and self.rng.random() < 0.5):
             second = self._pick(others)
+        elif self.rng.random() < 0.5:
+            second = number
+        elif self.single and operator not in UNARY:
+            others = [n for n in self.names if self.depths[n] == 0 and n != first]
+            second = self._pick(others) if others else number
         else:
-            second = str(1 + int(self.rng.random() * (self.modulus - 2)))  # 0 and p-1 often do nothing
+            second = self._other_than(first)
         if operator in UNARY or self.rng.random() < 0.5:
             return Statement(target, operator, second, first)
         return Statement(target, operator, first, second)
 
     def _add(self, s: Statement, vector: Vector, on_chain: bool) -> None:
-        depth = 1 + max(self.depths.get(operand, 0) for operand in s.reads)
+        depth = 1 + max([self.depths.get(operand, 0) for operand in s.reads])
         if on_chain:
             self.known[vector] = depth
         elif len(set(vector)) > 1:  # as in _depth_from
             least = 1 + max([self.known.get(self.vectors.get(x, ()), 0) for x in s.reads])
             self.known[vector] = min(least, self.known.get(vector, least))
-        self.unread.difference_update(s.reads)
-        self.unread.discard(s.target)
+        for name in (*s.reads, s.target):
+            self.unread.pop(name, None)
         if not on_chain:
-            self.unread.add(s.target)
+            self.unread[s.target] = None
         self.vectors[s.target], self.depths[s.target] = vector, depth
         self.body.append(s)
         self.on_chain.append(on_chain)
         self.results.append(vector)
         if on_chain:
             self.carrier, self.depth = s.target, depth
+
+    def _other_than(self, name: str) -> str:
+        while (other := self._pick(self.names)) == name:
+            pass
+        return other
 
     def _pick(self, items: Sequence[str]) -> str:
         return items[int(self.rng.random() * len(items))]  # several times as fast as rng.choice
@@ -275,7 +285,7 @@ def draw(
         good = draft.segment(statements, depth)
     else:
         good = all(_parts(rng, draft, family, depth, statements))
-    return draft if good and draft.known[draft.vectors[draft.carrier]] == depth else None
+    return draft if good and draft.carrier_is_deep() else None
 
 
 def _parts(rng: random.Random, draft: Draft, family: str, depth: int, statements: int) -> Iterator[bool]:
