@@ -21,11 +21,11 @@ such reversals make up every permutation of the values.
 
 **Depth.** A constant has depth 0, a result is one deeper than the deepest operand that its operation reads.
 The queried value has exactly the wanted depth. So that no identity shortens the path, each result of the
-longest chain is checked while the chain's first constant runs through all values (16 random ones if p > 16):
-it must take at least 3 different values, and not the same ones as any result before it that lies less deep.
-This rules out `max(x, x)`, `|x - x|`, `p-1-(p-1-y)`, `max(x, 0)`, constants that win always, and loops that
-come back to an earlier state; `effective_depth` repeats the check from the text alone. What stays possible is
-a formula that shortens two operations to one that the language has not.
+longest chain is looked at while the chain's first constant, its origin, runs through all values (16 random
+ones if p > 16): it must take at least 3 different values, and not the same ones as an earlier result that
+takes fewer operations. This rules out `max(x, x)`, `|x - x|`, `p-1-(p-1-y)`, `max(x, 0)`, constants that
+always win, and loops that come back to an earlier state; `effective_depth` repeats the check from the text
+alone. What it does not see is two operations that equal one of the language which stands nowhere in the text.
 
 **Families**, all unrolled:
 
@@ -123,8 +123,8 @@ def generate(
 
 def split_of(program: str) -> str:
     """ "train" or "test": a fixed share of the sha256 of the program, its variables renamed in order."""
-    names: dict[str, str] = {}
-    canonical = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
+    names = "".join(dict.fromkeys(re.findall("[A-Z]", program)))
+    canonical = program.translate(str.maketrans(names, LETTERS[: len(names)]))
     bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
     return "test" if bucket < TEST_SHARE * 2**64 else "train"
 
