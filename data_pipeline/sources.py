@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from data_pipeline import addition, causal_loop, p_hop
+from data_pipeline import addition, causal_loop, causal_loop_v2, p_hop
 from data_pipeline.errors import DataError
 from data_pipeline.files import decode, json_lines, open_text, tar_members
 from data_pipeline.recipe import nearest, structured
@@ -271,6 +271,18 @@ class PHopOptions:
 
 
 @dataclass(frozen=True)
+class CausalLoopV2Options:
+    num_samples: int = MISSING
+    depths: list[int] = field(default_factory=lambda: list(range(1, 9)))
+    families: list[str] = field(default_factory=lambda: list(causal_loop_v2.FAMILIES))
+    modulus: int = 7
+    variables: int = 5
+    statements: int = 12
+    seed: int = 0
+    split: str = "train"
+
+
+@dataclass(frozen=True)
 class AdditionOptions:
     num_samples: int = MISSING
     operands: int = 8
@@ -343,6 +355,12 @@ def _read_addition(_: list[Path], o: AdditionOptions) -> Iterator[LabelledDocume
         yield LabelledDocument(sample.text, sample.labels)
 
 
+def _read_causal_loop_v2(_: list[Path], o: CausalLoopV2Options) -> Iterator[LabelledDocument]:
+    size = (o.modulus, o.variables, o.statements)
+    for sample in causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split):
+        yield LabelledDocument(*sample.labelled())
+
+
 _ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")
 KINDS = {
     "gsm8k": _Kind(FixedOptions, lambda _: ("gsm8k/train.jsonl",), _problems(read_gsm8k)),
@@ -352,5 +370,6 @@ KINDS = {
     "text": _Kind(FileOptions, lambda options: options.files, _texts(read_text)),
     "causal_loop": _Kind(CausalLoopOptions, lambda _: (), _read_causal_loop),
     "p_hop": _Kind(PHopOptions, lambda _: (), _read_p_hop),
+    "causal_loop_v2": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2),
     "addition": _Kind(AdditionOptions, lambda _: (), _read_addition),
 }
