@@ -23,19 +23,35 @@ pass.
 import argparse
 import hashlib
 import json
-import random
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
-from data_pipeline.causal_loop_programs import DRAW, LETTERS, Run, apply_operator, program_text, variants
+import numpy as np
+
+from data_pipeline.causal_loop_batch import (
+    HASH_FACTOR,
+    candidates,
+    canonical_hashes,
+    joined,
+    mixed,
+    places,
+    program_bytes,
+    traces,
+)
+from data_pipeline.causal_loop_programs import VARIABLE, Draws
 from data_pipeline.errors import DataError, user_errors
 
 LEVELS = (1, 2, 3, 4)
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1  # of all canonical programs
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+BATCH = {1: 4096, 2: 8192, 3: 4096, 4: 32768}  # programs drawn at once
+WAITING = 512  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
 
 
@@ -67,16 +83,21 @@ def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "t
         raise DataError(f"levels {list(levels)} must be a non-empty list of 1, 2, 3, 4: mend --levels")
     if num_samples < 0:
         raise DataError(f"num_samples {num_samples} is negative: give 0 or more")
-    for i in range(num_samples):
-        yield _sample(i, levels[i % len(levels)], seed, split)
+    texts = {level: _Level(level, seed, split).texts() for level in set(levels)}
+    for i, level in zip(range(num_samples), cycle(levels)):
+        yield Sample(f"causal_loop-{split}-{seed}-{i}", level, *next(texts[level]))
 
 
 def split_of(program: str) -> str:
-    """ "train" or "test": a fixed share of the sha256 of the program, its variables renamed in order."""
+    """ "train" or "test": a fixed share of the hash of the program, its variables renamed in order.
+
+    The hash is that of `causal_loop_batch.canonical_hashes`: the characters as digits of a number in base
+    HASH_FACTOR modulo 2^64, the first the lowest, and its bits mixed by the finalizer of MurmurHash3.
+    """
     names: dict[str, str] = {}
     canonical = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
-    bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
-    return "test" if bucket < TEST_SHARE * 2**64 else "train"
+    number = sum(code * HASH_FACTOR ** (i + 1) for i, code in enumerate(canonical.encode())) % 2**64
+    return "test" if mixed(np.uint64(number)) < np.uint64(TEST_SHARE * 2**64) else "train"
 
 
 def execute(program: str) -> dict[str, int]:
@@ -151,7 +172,8 @@ def one_step_answer(sample: Sample) -> int:
     def value(operand: str) -> int:
         return int(operand) if operand.isdigit() else initial.get(operand, 0)
 
-    return apply_operator(value(left), operator, value(right)) if operator else value(left)
+    x, y = value(left), value(right) if operator else 0
+    return {"": x, "+": x + y, "-": x - y, "*": x * y}[operator] % 10
 
 
 def majority_answer(samples: Iterable[Sample]) -> int:
@@ -194,46 +216,71 @@ def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
     return report
 
 
-# ---- generation: draw the answer, then draw programs until one has it
+# ---- generation: draw the answer, then take the next program that has it
 
 
-def _sample(i: int, level: int, seed: int, split: str) -> Sample:
-    rng = random.Random(f"causal_loop/{seed}/{split}/{level}/{i}")
-    answer = rng.randrange(10)  # first, so that no answer is more common than another
-    while True:
-        body, names = DRAW[level](rng, LETTERS[:8])
-        for variant in variants(rng, body):
-            run = Run()
-            if not run.block(variant):
-                break  # one constant rarely decides about convergence
-            # The loop must be needed: its first pass alone gives another value.
-            candidates = [name for name in names if level in (1, 3) or name in run.late_changes]
-            if not candidates:
-                break
-            candidates = [name for name in candidates if run.state[name] == answer]
-            program = program_text(variant)
-            if not candidates or split_of(program) != split:
-                continue
-            sample = _document(
-                f"{split}-{seed}-{i}", level, program, rng.choice(candidates), answer, run.trace_text()
-            )
-            if len(sample.prompt_trace) + len(sample.completion_trace) <= MAX_DOCUMENT_LENGTH[level]:
-                return sample
+class _Text(NamedTuple):
+    """The texts of one sample, apart from its number."""
+
+    program: str
+    question: str
+    answer: int
+    trace: str
+    prompt_trace: str
+    completion_trace: str
+    prompt_direct: str
+    completion_direct: str
 
 
-def _document(name: str, level: int, program: str, question: str, answer: int, trace: str) -> Sample:
+class _Level:
+    """The endless samples of one level: programs come in batches and wait, by answer, until it is drawn."""
+
+    def __init__(self, level: int, seed: int, split: str) -> None:
+        self.level = level
+        self.split = split
+        self.draws = Draws(f"causal_loop/{seed}/{split}/{level}")
+        self.waiting: list[deque[_Text]] = [deque() for _ in range(10)]
+
+    def texts(self) -> Iterator[_Text]:
+        while True:
+            for answer in self.draws.below(10, 1024).tolist():  # so that no answer is more common than another
+                while not self.waiting[answer]:
+                    self.refill()
+                yield self.waiting[answer].popleft()
+
+    def refill(self) -> None:
+        """Draw a batch and let those of its programs wait that are of this split and not in surplus."""
+        programs, asked, answers = candidates(self.level, self.draws, BATCH[self.level])
+        room = np.array([WAITING - len(texts) for texts in self.waiting])
+        columns = np.flatnonzero(places(answers) < room[answers])
+        characters = program_bytes(programs.take(columns))
+        test = canonical_hashes(characters) < np.uint64(TEST_SHARE * 2**64)
+        mine = np.flatnonzero(test == (self.split == "test"))
+        columns = columns[mine]
+        rows = zip(
+            joined(np.ascontiguousarray(characters[:, mine].T)),
+            [LETTERS[symbol] for symbol in (asked[columns] - VARIABLE).tolist()],
+            answers[columns].tolist(),
+            traces(programs.take(columns)),
+            strict=True,
+        )
+        longest = MAX_DOCUMENT_LENGTH[self.level] - len("?X\nTrace: ?X\nAnswer: 0")
+        for program, question, answer, trace in rows:
+            if len(program) + len(trace) <= longest:
+                self.waiting[answer].append(_text(program, question, answer, trace))
+
+
+def _text(program: str, question: str, answer: int, trace: str) -> _Text:
     query = f"{program}?{question}\n"
-    return Sample(
-        id=f"causal_loop-{name}",
-        level=level,
-        program=program,
-        question=question,
-        answer=answer,
-        trace=trace,
-        prompt_trace=f"{query}Trace:",
-        completion_trace=f" {trace}?{question}\nAnswer: {answer}",
-        prompt_direct=f"{query}Answer:",
-        completion_direct=f" {answer}",
+    return _Text(
+        program,
+        question,
+        answer,
+        trace,
+        f"{query}Trace:",
+        f" {trace}?{question}\nAnswer: {answer}",
+        f"{query}Answer:",
+        f" {answer}",
     )
 
 

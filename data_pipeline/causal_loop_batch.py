@@ -1,0 +1,295 @@
+"""Runs causal-loop programs in batches, keeps the useful ones and writes their texts.
+
+Most of the random loops never come to rest. `settle` therefore runs thousands of programs in step and drops
+the useless ones early; only what is left is run once more, with its trace, by `traces`.
+"""
+
+import numpy as np
+
+from data_pipeline.causal_loop_programs import (
+    CONSTANT,
+    LAYOUTS,
+    LOOP_VARIABLES,
+    MINUS,
+    NOTHING,
+    PLUS,
+    SYMBOLS,
+    TIMES,
+    VARIABLE,
+    Array,
+    Block,
+    Draws,
+    Programs,
+    draw_chains,
+    draw_joins,
+    draw_loops,
+    draw_nested,
+    put_initial_values,
+)
+
+MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
+SCREEN = 4096  # programs that run in step: their states fit into the cache
+UNSET = 10  # value of a variable before its first assignment: no result equals it
+HASH_FACTOR = 0x9E3779B97F4A7C15
+CHARACTERS = np.frombuffer(b"0123456789ABCDEFGH\0", np.uint8)  # of each symbol
+SIGNS = np.frombuffer(b"+-*\0", np.uint8)  # of each operator
+
+
+def _result_table() -> Array:
+    """Result of [operator, left, right], flat; UNSET operands are looked up for empty slots only."""
+    left, right = np.ogrid[:11, :11]
+    table = np.zeros((4, 11, 11), np.int16)
+    table[PLUS], table[MINUS], table[TIMES], table[CONSTANT] = left + right, left - right, left * right, left
+    return table.reshape(-1) % 10
+
+
+RESULTS = _result_table()
+
+
+# ---- which programs are useful
+
+
+def candidates(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
+    """Useful ones of `count` random programs, the symbol each is asked for (N,) and its answer (N,)."""
+    if level in (1, 3):
+        programs, asked = draw_chains(draws, count) if level == 1 else draw_joins(draws, count)
+        machine = _Lockstep(programs, np.zeros((LOOP_VARIABLES, count), np.uint8))
+        machine.block(LAYOUTS[level])
+        answers = machine.state.reshape(SYMBOLS, count)[asked, np.arange(count)]
+        return programs, asked, answers
+    programs = draw_loops(draws, count) if level == 2 else draw_nested(draws, count)
+    values = draws.below(10, LOOP_VARIABLES * count).reshape(LOOP_VARIABLES, count)
+    kept, first, last = settle(programs, values)
+    # The loop must be needed: its first pass alone gives another value.
+    late = first != last
+    useful = np.flatnonzero(late.any(axis=0))
+    late, last = late[:, useful], last[:, useful]
+    choice = draws.below(late.sum(axis=0), useful.size)
+    asked = (np.cumsum(late, axis=0) > choice).argmax(axis=0)
+    programs = programs.take(kept[useful])
+    put_initial_values(programs, values[:, kept[useful]])
+    return programs, asked + VARIABLE, last[asked, np.arange(useful.size)]
+
+
+def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
+    """Run the loops of programs in step from the initial `values` (variables, N).
+
+    Returns the columns of the programs whose loops all come to rest in time, but not after one pass, and the
+    values of their variables after the first pass and at the end, each (variables, kept). A loop at rest
+    stays at rest, so every loop can run for as long as the slowest may.
+    """
+    body = LAYOUTS[programs.level][LOOP_VARIABLES]
+    assert isinstance(body, tuple)
+    kept = np.arange(programs.count)
+    first = before = values
+    for passes in range(MAX_PASSES + 1):
+        machine = _Lockstep(programs, before)
+        machine.block(body)
+        after = machine.variables()
+        good = ~machine.restless
+        if passes == 0:
+            first = after
+        if passes in (1, MAX_PASSES):
+            changed = (before != after).any(axis=0)
+            good &= changed if passes == 1 else ~changed
+        columns = np.flatnonzero(good)
+        kept, before, first = kept[columns], after[:, columns], first[:, columns]
+        programs = programs.take(columns)
+    return kept, first, before
+
+
+class _Lockstep:
+    """Runs a batch statement by statement, all programs at once and every loop to the last pass allowed."""
+
+    def __init__(self, programs: Programs, values: Array) -> None:
+        count = programs.count
+        columns = np.arange(count)
+        self.state = np.zeros((SYMBOLS, count), np.int16)
+        self.state[:VARIABLE] = np.arange(VARIABLE)[:, None]
+        self.state[VARIABLE : VARIABLE + LOOP_VARIABLES] = values
+        self.state = self.state.reshape(-1)  # flat: one index finds an operand
+        self.target = programs.target.astype(np.intp) * count + columns
+        self.left = programs.left.astype(np.intp) * count + columns
+        self.right = programs.right.astype(np.intp) * count + columns
+        self.operator = programs.operator.astype(np.int16) * 121
+        self.restless = np.zeros(count, bool)  # an inner loop did not come to rest
+
+    def variables(self) -> Array:
+        """A copy of the values of the loop's variables, (variables, N)."""
+        return self.state.reshape(SYMBOLS, -1)[VARIABLE : VARIABLE + LOOP_VARIABLES].copy()
+
+    def block(self, body: Block) -> None:
+        for item in body:
+            if isinstance(item, int):
+                key = self.state.take(self.left[item]) * 11
+                key += self.state.take(self.right[item])
+                key += self.operator[item]
+                self.state[self.target[item]] = RESULTS.take(key)
+            else:
+                for _ in range(MAX_PASSES):
+                    self.block(item)
+                before = self.variables()
+                self.block(item)
+                self.restless |= (before != self.variables()).any(axis=0)
+
+
+def places(answers: Array) -> Array:
+    """For each answer (N,), how many equal ones stand before it."""
+    order = np.argsort(answers, kind="stable")
+    ordered = answers[order]
+    place = np.empty(answers.size, np.intp)
+    place[order] = np.arange(answers.size) - np.searchsorted(ordered, ordered)
+    return place
+
+
+# ---- texts
+
+
+def program_bytes(programs: Programs) -> Array:
+    """The text of each program in a column of characters, with zeros in between: uint8 (width, N)."""
+    rows: list[Array] = []  # from the last character to the first
+    every = np.ones(programs.count, bool)
+
+    def block(body: Block) -> None:
+        later = ~every  # another statement follows in this block
+        for item in reversed(body):
+            there = programs.target[item] != NOTHING if isinstance(item, int) else every
+            rows.append((there & later) * np.uint8(ord(";")))
+            later = later | there
+            if isinstance(item, int):
+                rows.extend(row * there for row in reversed(_statement(programs, item)))
+            else:
+                rows.append(every * np.uint8(ord("}")))
+                block(item)
+                rows.extend(every * np.uint8(c) for c in reversed(b"loop{"))
+
+    block(LAYOUTS[programs.level])
+    return np.array(rows[::-1])
+
+
+def _statement(programs: Programs, slot: int) -> list[Array]:
+    """The five characters of a slot's statements, the last two of them zero for a constant."""
+    operator = programs.operator[slot]
+    right = np.where(operator == CONSTANT, 0, CHARACTERS[programs.right[slot]])
+    equals = np.full(programs.count, ord("="), np.uint8)
+    return [CHARACTERS[programs.target[slot]], equals, CHARACTERS[programs.left[slot]], SIGNS[operator], right]
+
+
+def joined(characters: Array) -> list[str]:
+    """The strings of a matrix (N, width) of ASCII characters; zeros are left out."""
+    there = characters != 0
+    text = characters[there].tobytes().decode("ascii")
+    return cut(text, there.sum(axis=1))
+
+
+def cut(text: str, lengths: Array) -> list[str]:
+    ends = np.cumsum(lengths).tolist()
+    return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+_POWERS = np.array([pow(HASH_FACTOR, k + 1, 2**64) for k in range(128)], np.uint64)
+
+
+def canonical_hashes(characters: Array) -> Array:
+    """A hash (N,) uint64 of each column of `program_bytes`, the same for equal programs up to names.
+
+    The characters, with variables renamed in order of appearance, are digits of a number in base HASH_FACTOR
+    modulo 2^64; the finalizer of MurmurHash3 mixes its bits.
+    """
+    there = characters != 0
+    names = range(ord("A"), ord("A") + NOTHING - VARIABLE)
+    places = [characters == name for name in names]
+    first = np.array([np.where(p.any(axis=0), p.argmax(axis=0), 255) for p in places])
+    canonical = characters.copy()
+    for k, place in enumerate(places):
+        shift = (first < first[k]).sum(axis=0) - k
+        canonical += place * shift.astype(np.uint8)
+    position = np.cumsum(there, axis=0, dtype=np.intp) - 1
+    return mixed((canonical * _POWERS[position]).sum(axis=0, dtype=np.uint64))
+
+
+def mixed(values: Array) -> Array:
+    """The finalizer of MurmurHash3 (fmix64, public domain) of uint64 values."""
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        values = (values ^ values >> np.uint64(33)) * np.uint64(factor)
+    return values ^ values >> np.uint64(33)
+
+
+def traces(programs: Programs) -> list[str]:
+    """The worked trace of each program, whose loops must all come to rest."""
+    tracer = _Tracer(programs)
+    tracer.block(LAYOUTS[programs.level], np.arange(programs.count), False)
+    return tracer.texts()
+
+
+class _Tracer:
+    """Runs a batch and logs a fragment of at most 12 characters for each step of each program."""
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+        self.statements = [np.array(_statement(programs, k)).T for k in range(len(programs.target))]
+        self.state = np.full((SYMBOLS, programs.count), UNSET, np.int16)
+        self.state[:VARIABLE] = np.arange(VARIABLE)[:, None]
+        self.clock = 0
+        self.changed_at = np.zeros(programs.count, int)  # clock of the last step that changed a variable
+        self.columns: list[Array] = []
+        self.fragments: list[Array] = []
+
+    def texts(self) -> list[str]:
+        columns, fragments = np.concatenate(self.columns), np.concatenate(self.fragments)
+        order = np.argsort(columns, kind="stable")  # the steps of one program stand together, in time order
+        fragments = fragments[order]
+        there = fragments != 0
+        lengths = np.bincount(columns[order], there.sum(axis=1), self.programs.count).astype(int)
+        return cut(fragments[there].tobytes().decode("ascii"), lengths)
+
+    def block(self, body: Block, columns: Array, in_loop: bool) -> None:
+        """Run `body` for the programs in `columns`."""
+        for item in body:
+            if isinstance(item, int):
+                self.statement(item, columns, in_loop)
+            else:
+                self.loop(item, columns)
+
+    def loop(self, body: Block, columns: Array) -> None:
+        start = "{"
+        while columns.size:
+            self.log(columns, start)
+            before = self.clock
+            self.block(body, columns, True)
+            changed = self.changed_at[columns] > before
+            self.log(columns[~changed], "}")
+            columns = columns[changed]
+            start = "|"
+
+    def log(self, columns: Array, character: str) -> None:
+        fragments = np.zeros((columns.size, 12), np.uint8)
+        fragments[:, 0] = ord(character)
+        self.columns.append(columns)
+        self.fragments.append(fragments)
+
+    def statement(self, slot: int, columns: Array, in_loop: bool) -> None:
+        programs = self.programs
+        columns = columns[programs.target[slot, columns] != NOTHING]
+        if not columns.size:
+            return
+        operator = programs.operator[slot, columns]
+        left = self.state[programs.left[slot, columns], columns]
+        right = self.state[programs.right[slot, columns], columns]
+        result = RESULTS[(operator * np.int16(11) + left) * 11 + right]
+        target = programs.target[slot, columns]
+        changed = self.state[target, columns] != result
+        self.state[target, columns] = result
+        self.clock += 1
+        self.changed_at[columns[changed]] = self.clock
+        fragments = np.empty((columns.size, 12), np.uint8)
+        fragments[:, :5] = self.statements[slot][columns]
+        fragments[:, 5] = fragments[:, 9] = ord("=")
+        fragments[:, 6] = left + ord("0")
+        fragments[:, 7] = SIGNS[operator]
+        fragments[:, 8] = right + ord("0")
+        fragments[:, 10] = result + ord("0")
+        fragments[operator == CONSTANT, 5:11] = 0
+        fragments[:, 11] = np.where(changed, ord("!"), ord(";")) if in_loop else ord(";")
+        self.columns.append(columns)
+        self.fragments.append(fragments)
