@@ -36,14 +36,14 @@ import numpy as np
 from data_pipeline.causal_loop_batch import (
     HASH_FACTOR,
     candidates,
-    canonical_hashes,
+    hashes,
     joined,
     mixed,
     places,
     program_bytes,
     traces,
 )
-from data_pipeline.causal_loop_programs import VARIABLE, Draws
+from data_pipeline.causal_loop_programs import VARIABLE, Array, Draws
 from data_pipeline.errors import DataError, user_errors
 
 LEVELS = (1, 2, 3, 4)
@@ -91,13 +91,20 @@ def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "t
 def split_of(program: str) -> str:
     """ "train" or "test": a fixed share of the hash of the program, its variables renamed in order.
 
-    The hash is that of `causal_loop_batch.canonical_hashes`: the characters as digits of a number in base
-    HASH_FACTOR modulo 2^64, the first the lowest, and its bits mixed by the finalizer of MurmurHash3.
+    The hash is that of `causal_loop_batch.hashes`: the characters are the digits of a number in base
+    HASH_FACTOR modulo 2^64, whose bits the finalizer of MurmurHash3 mixes.
     """
     names: dict[str, str] = {}
     canonical = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
-    number = sum(code * HASH_FACTOR ** (i + 1) for i, code in enumerate(canonical.encode())) % 2**64
-    return "test" if mixed(np.uint64(number)) < np.uint64(TEST_SHARE * 2**64) else "train"
+    number = 0
+    for code in canonical.encode():
+        number = (number * HASH_FACTOR + code) % 2**64
+    return SPLITS[int(in_test(mixed(np.array([number], np.uint64)))[0])]
+
+
+def in_test(hashed: Array) -> Array:
+    """Which hashes (N,) uint64 of canonical programs belong to the test split: the lowest TEST_SHARE."""
+    return hashed < np.uint64(TEST_SHARE * 2**64)
 
 
 def execute(program: str) -> dict[str, int]:
@@ -254,8 +261,7 @@ class _Level:
         room = np.array([WAITING - len(texts) for texts in self.waiting])
         columns = np.flatnonzero(places(answers) < room[answers])
         characters = program_bytes(programs.take(columns))
-        test = canonical_hashes(characters) < np.uint64(TEST_SHARE * 2**64)
-        mine = np.flatnonzero(test == (self.split == "test"))
+        mine = np.flatnonzero(in_test(hashes(characters)) == (self.split == "test"))
         columns = columns[mine]
         rows = zip(
             joined(np.ascontiguousarray(characters[:, mine].T)),

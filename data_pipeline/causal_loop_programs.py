@@ -201,3 +201,22 @@ def put_initial_values(programs: Programs, values: Array) -> None:
     for k in range(LOOP_VARIABLES):
         target = np.where(needed >> k & 1, VARIABLE + k, NOTHING)
         programs.constant(k, target, values[k])
+
+
+def rename(programs: Programs, asked: Array) -> Array:
+    """Name the variables of each program in order of appearance; returns the symbols `asked` (N,) renamed.
+
+    Programs that differ in names alone become equal. A variable first appears where it is assigned.
+    """
+    columns = np.arange(programs.count)
+    names = np.zeros((SYMBOLS, programs.count), np.uint8)
+    names[:VARIABLE] = np.arange(VARIABLE)[:, None]
+    names[NOTHING] = NOTHING
+    new = np.full(programs.count, VARIABLE, np.uint8)
+    for target in programs.target:
+        fresh = names[target, columns] == 0
+        names[target[fresh], columns[fresh]] = new[fresh]
+        new += fresh
+    for part in (programs.target, programs.left, programs.right):
+        part[:] = names[part, columns]
+    return names[asked, columns]
