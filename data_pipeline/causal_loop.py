@@ -264,7 +264,7 @@ class _Level:
         mine = np.flatnonzero(in_test(hashes(characters)) == (self.split == "test"))
         columns = columns[mine]
         rows = zip(
-            joined(np.ascontiguousarray(characters[:, mine].T)),
+            joined(characters[:, mine]),
             [LETTERS[symbol] for symbol in (asked[columns] - VARIABLE).tolist()],
             answers[columns].tolist(),
             traces(programs.take(columns)),

@@ -57,7 +57,7 @@ def candidates(level: int, draws: Draws, count: int) -> tuple[Programs, Array, A
     """Useful ones of `count` random programs, the symbol each is asked for (N,) and its answer (N,)."""
     if level in (1, 3):
         programs, asked = draw_chains(draws, count) if level == 1 else draw_joins(draws, count)
-        machine = _Lockstep(programs, np.zeros((LOOP_VARIABLES, count), np.uint8))
+        machine = Machine(programs, np.zeros((LOOP_VARIABLES, count), np.uint8))
         machine.block(LAYOUTS[level])
         answers = machine.state.reshape(SYMBOLS, count)[asked, np.arange(count)]
         return programs, asked, answers
@@ -88,7 +88,7 @@ def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
     body = LAYOUTS[programs.level][LOOP_VARIABLES]
     assert isinstance(body, tuple)
     kept, good, first = np.arange(programs.count), np.ones(programs.count, bool), values
-    machine = _Lockstep(programs, values)
+    machine = Machine(programs, values)
     for passes in range(MAX_PASSES + 1):
         before = machine.variables()
         machine.block(body)
@@ -103,11 +103,11 @@ def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
             columns = np.flatnonzero(good)
             kept, first, after, good = kept[columns], first[:, columns], after[:, columns], good[columns]
             programs = programs.take(columns)
-            machine = _Lockstep(programs, after)
+            machine = Machine(programs, after)
     return kept, first, after
 
 
-class _Lockstep:
+class Machine:
     """Runs a batch statement by statement, all programs at once and every loop to the last pass allowed."""
 
     def __init__(self, programs: Programs, values: Array) -> None:
@@ -185,15 +185,13 @@ def _statement(programs: Programs, slot: int) -> list[Array]:
 
 
 def joined(characters: Array) -> list[str]:
-    """The strings of a matrix (N, width) of ASCII characters; zeros are left out."""
-    there = characters != 0
-    text = characters[there].tobytes().decode("ascii")
-    return cut(text, there.sum(axis=1))
+    """The strings of the columns of ASCII characters (width, N); zeros are left out."""
+    end = np.full((1, characters.shape[1]), ord("\n"), np.uint8)
+    return _lines(np.concatenate([characters, end]).T)
 
 
-def cut(text: str, lengths: Array) -> list[str]:
-    ends = np.cumsum(lengths).tolist()
-    return [text[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+def _lines(characters: Array) -> list[str]:
+    return characters.tobytes().translate(None, b"\0").decode("ascii").split("\n")[:-1]
 
 
 def hashes(characters: Array) -> Array:
@@ -215,80 +213,97 @@ def mixed(values: Array) -> Array:
 
 
 def traces(programs: Programs) -> list[str]:
-    """The worked trace of each program, whose loops must all come to rest."""
+    """The worked trace of each program, whose loops must all come to rest; at most 65536 programs."""
     tracer = _Tracer(programs)
-    tracer.block(LAYOUTS[programs.level], np.arange(programs.count), False)
+    columns = np.arange(programs.count)
+    tracer.run(LAYOUTS[programs.level], columns, False)
+    tracer.mark(columns, "\n")
     return tracer.texts()
 
 
 class _Tracer:
-    """Runs a batch and logs a fragment of at most 12 characters for each step of each program."""
+    """Runs a batch, each loop until it is at rest, and logs every step; all texts are made of the log at once.
+
+    A step has a fragment of twelve characters, `B=A+2=3+2=5;`. Statements and marks have a template each, the
+    log says which template it is and which four bytes are added to it.
+    """
+
+    MARKS = "{|}\n"
 
     def __init__(self, programs: Programs) -> None:
         self.programs = programs
-        self.statements = [np.array(_statement(programs, k)).T for k in range(len(programs.target))]
-        self.state = np.full((SYMBOLS, programs.count), UNSET, np.int16)
-        self.state[:VARIABLE] = np.arange(VARIABLE)[:, None]
+        self.machine = Machine(programs, np.full((LOOP_VARIABLES, programs.count), UNSET))
         self.clock = 0
         self.changed_at = np.zeros(programs.count, int)  # clock of the last step that changed a variable
         self.columns: list[Array] = []
-        self.fragments: list[Array] = []
+        self.templates: list[Array] = []
+        self.added: list[Array] = []  # uint32: value on the right, on the left, result, end; lowest byte first
 
-    def texts(self) -> list[str]:
-        columns, fragments = np.concatenate(self.columns), np.concatenate(self.fragments)
-        order = np.argsort(columns, kind="stable")  # the steps of one program stand together, in time order
-        fragments = fragments[order]
-        there = fragments != 0
-        lengths = np.bincount(columns[order], there.sum(axis=1), self.programs.count).astype(int)
-        return cut(fragments[there].tobytes().decode("ascii"), lengths)
-
-    def block(self, body: Block, columns: Array, in_loop: bool) -> None:
+    def run(self, body: Block, columns: Array, in_loop: bool) -> None:
         """Run `body` for the programs in `columns`."""
         for item in body:
             if isinstance(item, int):
-                self.statement(item, columns, in_loop)
+                self.statement(item, columns[self.programs.target[item].take(columns) != NOTHING], in_loop)
             else:
                 self.loop(item, columns)
 
     def loop(self, body: Block, columns: Array) -> None:
         start = "{"
         while columns.size:
-            self.log(columns, start)
+            self.mark(columns, start)
             before = self.clock
-            self.block(body, columns, True)
-            changed = self.changed_at[columns] > before
-            self.log(columns[~changed], "}")
+            self.run(body, columns, True)
+            changed = self.changed_at.take(columns) > before
+            self.mark(columns[~changed], "}")
             columns = columns[changed]
             start = "|"
 
-    def log(self, columns: Array, character: str) -> None:
-        fragments = np.zeros((columns.size, 12), np.uint8)
-        fragments[:, 0] = ord(character)
-        self.columns.append(columns)
-        self.fragments.append(fragments)
+    def mark(self, columns: Array, character: str) -> None:
+        template = (len(self.programs.target) + self.MARKS.index(character)) * self.programs.count
+        self.log(columns, np.full(columns.size, template), np.zeros(columns.size, np.uint32))
+
+    def log(self, columns: Array, templates: Array, added: Array) -> None:
+        self.columns.append(columns.astype(np.uint16))
+        self.templates.append(templates)
+        self.added.append(added)
 
     def statement(self, slot: int, columns: Array, in_loop: bool) -> None:
-        programs = self.programs
-        columns = columns[programs.target[slot, columns] != NOTHING]
-        if not columns.size:
-            return
-        operator = programs.operator[slot, columns]
-        left = self.state[programs.left[slot, columns], columns]
-        right = self.state[programs.right[slot, columns], columns]
-        result = RESULTS[(operator * np.int16(11) + left) * 11 + right]
-        target = programs.target[slot, columns]
-        changed = self.state[target, columns] != result
-        self.state[target, columns] = result
+        machine = self.machine
+        left = machine.state.take(machine.left[slot].take(columns))
+        right = machine.state.take(machine.right[slot].take(columns))
+        operator = machine.operator[slot].take(columns)
+        result = RESULTS.take(operator + left * 11 + right)
+        target = machine.target[slot].take(columns)
+        changed = machine.state.take(target) != result
+        machine.state[target] = result
         self.clock += 1
         self.changed_at[columns[changed]] = self.clock
-        fragments = np.empty((columns.size, 12), np.uint8)
-        fragments[:, :5] = self.statements[slot][columns]
-        fragments[:, 5] = fragments[:, 9] = ord("=")
-        fragments[:, 6] = left + ord("0")
-        fragments[:, 7] = SIGNS[operator]
-        fragments[:, 8] = right + ord("0")
-        fragments[:, 10] = result + ord("0")
-        fragments[operator == CONSTANT, 5:11] = 0
-        fragments[:, 11] = np.where(changed, ord("!"), ord(";")) if in_loop else ord(";")
-        self.columns.append(columns)
-        self.fragments.append(fragments)
+        added = np.where(changed & in_loop, np.uint32(ord("!") << 24), np.uint32(ord(";") << 24))
+        values = (right + (left << 8)).astype(np.uint32) + (result.astype(np.uint32) << 16)
+        values[operator == CONSTANT * 121] = 0
+        self.log(columns, columns + slot * self.programs.count, added + values)
+
+    def texts(self) -> list[str]:
+        columns, templates, added = map(np.concatenate, (self.columns, self.templates, self.added))
+        # A stable sort brings the steps of one program together, in the order of time.
+        order = np.argsort(columns, kind="stable")
+        templates, added = templates.take(order), added.take(order)
+        words = [part.take(templates) for part in self._template_words()]
+        words[1] += (added & 0xFF00) << 8
+        words[2] += added & 0xFFFF00FF
+        return _lines(np.array(words, "<u4").T)
+
+    def _template_words(self) -> Array:
+        """The templates as uint32 words (3, (slots + marks) * N), the first character in the lowest byte."""
+        programs = self.programs
+        slots, count = programs.target.shape
+        parts = np.zeros((12, slots + len(self.MARKS), count), np.uint32)
+        for slot in range(slots):
+            update = programs.operator[slot] != CONSTANT
+            parts[:5, slot] = statement = _statement(programs, slot)
+            parts[7, slot] = statement[3]
+            parts[[5, 9], slot] = ord("=") * update
+            parts[[6, 8, 10], slot] = ord("0") * update
+        parts[0, slots:] = np.frombuffer(self.MARKS.encode(), np.uint8)[:, None]
+        shifts = np.array([0, 8, 16, 24], np.uint32)[:, None, None]
+        return np.array([(parts[k : k + 4] << shifts).sum(axis=0, dtype=np.uint32).reshape(-1) for k in (0, 4, 8)])
