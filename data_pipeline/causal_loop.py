@@ -29,7 +29,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -55,7 +54,7 @@ WAITING = 512  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that would take three times as long to make
 class Sample:
     """One question about one program. A document is a prompt and its completion, joined as they are."""
 
@@ -226,17 +225,7 @@ def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
 # ---- generation: draw the answer, then take the next program that has it
 
 
-class _Text(NamedTuple):
-    """The texts of one sample, apart from its number."""
-
-    program: str
-    question: str
-    answer: int
-    trace: str
-    prompt_trace: str
-    completion_trace: str
-    prompt_direct: str
-    completion_direct: str
+_Text = tuple[str, str, int, str, str, str, str, str]  # the fields of a sample after its level
 
 
 class _Level:
@@ -278,7 +267,7 @@ class _Level:
 
 def _text(program: str, question: str, answer: int, trace: str) -> _Text:
     query = f"{program}?{question}\n"
-    return _Text(
+    return (
         program,
         question,
         answer,

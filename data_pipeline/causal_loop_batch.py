@@ -57,7 +57,7 @@ def candidates(level: int, draws: Draws, count: int) -> tuple[Programs, Array, A
     """Useful ones of `count` random programs, the symbol each is asked for (N,) and its answer (N,)."""
     if level in (1, 3):
         programs, asked = draw_chains(draws, count) if level == 1 else draw_joins(draws, count)
-        machine = Machine(programs, np.zeros((LOOP_VARIABLES, count), np.uint8))
+        machine = Machine(programs, np.zeros((LOOP_VARIABLES, count), np.uint8), range(len(programs.target)))
         machine.block(LAYOUTS[level])
         answers = machine.state.reshape(SYMBOLS, count)[asked, np.arange(count)]
         return programs, asked, answers
@@ -88,7 +88,8 @@ def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
     body = LAYOUTS[programs.level][LOOP_VARIABLES]
     assert isinstance(body, tuple)
     kept, good, first = np.arange(programs.count), np.ones(programs.count, bool), values
-    machine = Machine(programs, values)
+    slots = range(LOOP_VARIABLES, len(programs.target))
+    machine = Machine(programs, values, slots)
     for passes in range(MAX_PASSES + 1):
         before = machine.variables()
         machine.block(body)
@@ -103,24 +104,24 @@ def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
             columns = np.flatnonzero(good)
             kept, first, after, good = kept[columns], first[:, columns], after[:, columns], good[columns]
             programs = programs.take(columns)
-            machine = Machine(programs, after)
+            machine = Machine(programs, after, slots)
     return kept, first, after
 
 
 class Machine:
     """Runs a batch statement by statement, all programs at once and every loop to the last pass allowed."""
 
-    def __init__(self, programs: Programs, values: Array) -> None:
+    def __init__(self, programs: Programs, values: Array, slots: range) -> None:
         count = programs.count
         columns = np.arange(count)
-        self.state = np.zeros((SYMBOLS, count), np.int16)
-        self.state[:VARIABLE] = np.arange(VARIABLE)[:, None]
-        self.state[VARIABLE : VARIABLE + LOOP_VARIABLES] = values
-        self.state = self.state.reshape(-1)  # flat: one index finds an operand
-        self.target = programs.target.astype(np.intp) * count + columns
-        self.left = programs.left.astype(np.intp) * count + columns
-        self.right = programs.right.astype(np.intp) * count + columns
-        self.operator = programs.operator.astype(np.int16) * 121
+        state = np.zeros((SYMBOLS, count), np.int16)
+        state[:VARIABLE] = np.arange(VARIABLE)[:, None]
+        state[VARIABLE : VARIABLE + LOOP_VARIABLES] = values
+        self.state = state.reshape(-1)  # flat: one index finds an operand
+        self.target = {k: programs.target[k] * np.intp(count) + columns for k in slots}
+        self.left = {k: programs.left[k] * np.intp(count) + columns for k in slots}
+        self.right = {k: programs.right[k] * np.intp(count) + columns for k in slots}
+        self.operator = {k: programs.operator[k] * np.int16(121) for k in slots}
         self.restless = np.zeros(count, bool)  # an inner loop did not come to rest
 
     def variables(self) -> Array:
@@ -232,7 +233,8 @@ class _Tracer:
 
     def __init__(self, programs: Programs) -> None:
         self.programs = programs
-        self.machine = Machine(programs, np.full((LOOP_VARIABLES, programs.count), UNSET))
+        unset = np.full((LOOP_VARIABLES, programs.count), UNSET)
+        self.machine = Machine(programs, unset, range(len(programs.target)))
         self.clock = 0
         self.changed_at = np.zeros(programs.count, int)  # clock of the last step that changed a variable
         self.columns: list[Array] = []
