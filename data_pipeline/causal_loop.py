@@ -49,8 +49,8 @@ LEVELS = (1, 2, 3, 4)
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1  # of all canonical programs
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BATCH = {1: 4096, 2: 8192, 3: 4096, 4: 32768}  # programs drawn at once
-WAITING = 512  # most programs that wait for one answer
+BATCH = {1: 4096, 2: 16384, 3: 4096, 4: 32768}  # programs drawn at once
+WAITING = 256  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
 
 

@@ -32,7 +32,7 @@ from data_pipeline.causal_loop_programs import (
 # that is not, and there the rare answers 3, 7 and 9 are preferred.
 WEIGHTS = np.array([0, 1, 1, 6, 1, 1, 1, 6, 1, 6], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
-SCREEN = 4096  # programs that run in step: their states fit into the cache
+CHUNK = 8192  # programs that run in step: a longer array would be new memory each time
 UNSET = 10  # value of a variable before its first assignment: no result equals it
 HASH_FACTOR = 0x9E3779B97F4A7C15
 CHARACTERS = np.frombuffer(b"0123456789ABCDEFGH\0", np.uint8)  # of each symbol
@@ -54,13 +54,21 @@ RESULTS = _result_table()
 
 
 def candidates(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
-    """Useful ones of `count` random programs, the symbol each is asked for (N,) and its answer (N,)."""
-    if level in (1, 3):
-        programs, asked = draw_chains(draws, count) if level == 1 else draw_joins(draws, count)
-        machine = Machine(programs, np.zeros((LOOP_VARIABLES, count), np.uint8), range(len(programs.target)))
-        machine.block(LAYOUTS[level])
-        answers = machine.state.reshape(SYMBOLS, count)[asked, np.arange(count)]
-        return programs, asked, answers
+    """Useful ones of at least `count` random programs, the symbol each is asked for (N,), its answer (N,)."""
+    draw = _straight if level in (1, 3) else _looped
+    chunks = [draw(level, draws, CHUNK) for _ in range(0, count, CHUNK)]
+    programs, asked, answers = zip(*chunks, strict=True)
+    return Programs.joined(programs), np.concatenate(asked), np.concatenate(answers)
+
+
+def _straight(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
+    programs, asked = draw_chains(draws, count) if level == 1 else draw_joins(draws, count)
+    machine = Machine(programs, np.zeros((LOOP_VARIABLES, count), np.uint8), range(len(programs.target)))
+    machine.block(LAYOUTS[level])
+    return programs, asked, machine.state.reshape(SYMBOLS, count)[asked, np.arange(count)]
+
+
+def _looped(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
     programs = draw_loops(draws, count) if level == 2 else draw_nested(draws, count)
     values = draws.below(10, LOOP_VARIABLES * count).reshape(LOOP_VARIABLES, count)
     kept, first, last = settle(programs, values)
@@ -74,8 +82,7 @@ def candidates(level: int, draws: Draws, count: int) -> tuple[Programs, Array, A
     asked = (np.cumsum(weight, axis=0, dtype=np.uint8) > choice).argmax(axis=0)
     programs = programs.take(kept)
     put_initial_values(programs, values[:, kept])
-    answers = last[asked, useful]
-    return programs, rename(programs, asked + VARIABLE), answers
+    return programs, rename(programs, asked + VARIABLE), last[asked, useful]
 
 
 def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
@@ -100,7 +107,7 @@ def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
             first = after
         elif passes == 1 or last:
             good &= (before != after).any(axis=0) == (not last)
-        if last or 2 * good.sum() < good.size:  # to drop programs costs more than to run some in vain
+        if last or 4 * good.sum() < 3 * good.size:  # to drop programs costs more than to run some in vain
             columns = np.flatnonzero(good)
             kept, first, after, good = kept[columns], first[:, columns], after[:, columns], good[columns]
             programs = programs.take(columns)
