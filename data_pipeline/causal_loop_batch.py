@@ -28,10 +28,11 @@ from data_pipeline.causal_loop_programs import (
     rename,
 )
 
-# Most loops come to rest at zeros: one program in eight is asked for a variable that is 0, the others for one
-# that is not, and there the rare answers 3, 7 and 9 are preferred.
-WEIGHTS = np.array([0, 1, 1, 6, 1, 1, 1, 6, 1, 6], np.uint8)
+# Most loops come to rest at zeros: one program in ten is asked for a variable that is 0, the others for one
+# that is not, and there the rare answers are preferred.
+WEIGHTS = np.array([0, 2, 2, 16, 2, 2, 1, 16, 2, 8], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
+INNER_PASSES = 4  # the same for an inner loop; one in a hundred would take longer
 CHUNK = 8192  # programs that run in step: a longer array would be new memory each time
 UNSET = 10  # value of a variable before its first assignment: no result equals it
 HASH_FACTOR = 0x9E3779B97F4A7C15
@@ -73,7 +74,7 @@ def _looped(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Arra
     values = draws.below(10, LOOP_VARIABLES * count).reshape(LOOP_VARIABLES, count)
     kept, first, last = settle(programs, values)
     late = first != last  # the loop must be needed: its first pass alone gives another value
-    zero = draws.below(8, kept.size) == 0
+    zero = draws.below(10, kept.size) == 0
     weight = np.where(zero, last == 0, WEIGHTS[last]) * late
     total = weight.sum(axis=0, dtype=np.uint8)
     useful = np.flatnonzero(total)
@@ -143,7 +144,7 @@ class Machine:
                 key += self.operator[item]
                 self.state[self.target[item]] = RESULTS.take(key)
             else:
-                for _ in range(MAX_PASSES):
+                for _ in range(INNER_PASSES):
                     self.block(item)
                 before = self.variables()
                 self.block(item)
