@@ -16,8 +16,13 @@ a pass without any `!`. The query stands once more at its end, or the answer wou
 
 Against guessing: answers are uniform over 0..9 (the digit is drawn first), operations that do nothing or
 erase their operand (`+0`, `-0`, `*1`, `*0`, `X-X`) are not used in generation, the query of levels 1 and 3
-lies at least two operations deep, and in levels 2 and 4 the queried variable still changes after the first
-pass.
+lies at least two operations deep, and in levels 2 and 4 the queried variable ends with another value than
+it has after the first pass.
+
+Variables are named in order of appearance. A hash of the text decides about the split, so the programs of
+train and test are disjoint also up to names. Programs are drawn, run and written by the thousand in numpy
+(`causal_loop_batch.py`); raw random bits and integers are all that is used, so a seed gives the same bytes on
+every machine.
 """
 
 import argparse
@@ -49,7 +54,7 @@ LEVELS = (1, 2, 3, 4)
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1  # of all canonical programs
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-BATCH = {1: 4096, 2: 16384, 3: 4096, 4: 32768}  # programs drawn at once
+CHUNKS = {1: 1, 2: 2, 3: 1, 4: 4}  # of programs drawn at once, the more the fewer are useful
 WAITING = 256  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
 
@@ -239,14 +244,15 @@ class _Level:
 
     def texts(self) -> Iterator[_Text]:
         while True:
-            for answer in self.draws.below(10, 1024).tolist():  # so that no answer is more common than another
+            # The answer is drawn first, so that none is more common than another.
+            for answer in self.draws.below(10, 1024).tolist():
                 while not self.waiting[answer]:
                     self.refill()
                 yield self.waiting[answer].popleft()
 
     def refill(self) -> None:
         """Draw a batch and let those of its programs wait that are of this split and not in surplus."""
-        programs, asked, answers = candidates(self.level, self.draws, BATCH[self.level])
+        programs, asked, answers = candidates(self.level, self.draws, CHUNKS[self.level])
         room = np.array([WAITING - len(texts) for texts in self.waiting])
         columns = np.flatnonzero(places(answers) < room[answers])
         characters = program_bytes(programs.take(columns))

@@ -28,7 +28,7 @@ from data_pipeline.causal_loop_programs import (
     rename,
 )
 
-# Most loops come to rest at zeros: one program in ten is asked for a variable that is 0, the others for one
+# Most loops come to rest at zeros: one program in nine is asked for a variable that is 0, the others for one
 # that is not, and there the rare answers are preferred.
 WEIGHTS = np.array([0, 2, 2, 16, 2, 2, 1, 16, 2, 8], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
@@ -54,11 +54,11 @@ RESULTS = _result_table()
 # ---- which programs are useful
 
 
-def candidates(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
-    """Useful ones of at least `count` random programs, the symbol each is asked for (N,), its answer (N,)."""
+def candidates(level: int, draws: Draws, chunks: int) -> tuple[Programs, Array, Array]:
+    """The useful ones of CHUNK * chunks random programs, the symbol each is asked for and its answer (N,)."""
     draw = _straight if level in (1, 3) else _looped
-    chunks = [draw(level, draws, CHUNK) for _ in range(0, count, CHUNK)]
-    programs, asked, answers = zip(*chunks, strict=True)
+    batches = [draw(level, draws, CHUNK) for _ in range(chunks)]
+    programs, asked, answers = zip(*batches, strict=True)
     return Programs.joined(programs), np.concatenate(asked), np.concatenate(answers)
 
 
@@ -74,7 +74,7 @@ def _looped(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Arra
     values = draws.below(10, LOOP_VARIABLES * count).reshape(LOOP_VARIABLES, count)
     kept, first, last = settle(programs, values)
     late = first != last  # the loop must be needed: its first pass alone gives another value
-    zero = draws.below(10, kept.size) == 0
+    zero = draws.below(9, kept.size) == 0
     weight = np.where(zero, last == 0, WEIGHTS[last]) * late
     total = weight.sum(axis=0, dtype=np.uint8)
     useful = np.flatnonzero(total)
@@ -108,9 +108,10 @@ def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
             first = after
         elif passes == 1 or last:
             good &= (before != after).any(axis=0) == (not last)
-        if last or 4 * good.sum() < 3 * good.size:  # to drop programs costs more than to run some in vain
+        if last or 4 * good.sum() < 3 * good.size:  # dropping a few costs more than running them
             columns = np.flatnonzero(good)
             kept, first, after, good = kept[columns], first[:, columns], after[:, columns], good[columns]
+        if not last and kept.size < programs.count:
             programs = programs.take(columns)
             machine = Machine(programs, after, slots)
     return kept, first, after
@@ -190,7 +191,13 @@ def _statement(programs: Programs, slot: int) -> list[Array]:
     operator = programs.operator[slot]
     right = np.where(operator == CONSTANT, 0, CHARACTERS[programs.right[slot]])
     equals = np.full(programs.count, ord("="), np.uint8)
-    return [CHARACTERS[programs.target[slot]], equals, CHARACTERS[programs.left[slot]], SIGNS[operator], right]
+    return [
+        CHARACTERS[programs.target[slot]],
+        equals,
+        CHARACTERS[programs.left[slot]],
+        SIGNS[operator],
+        right,
+    ]
 
 
 def joined(characters: Array) -> list[str]:
@@ -231,7 +238,7 @@ def traces(programs: Programs) -> list[str]:
 
 
 class _Tracer:
-    """Runs a batch, each loop until it is at rest, and logs every step; all texts are made of the log at once.
+    """Runs a batch, each loop until it is at rest, and logs each step; all texts are made of the log at once.
 
     A step has a fragment of twelve characters, `B=A+2=3+2=5;`. Statements and marks have a template each, the
     log says which template it is and which four bytes are added to it.
@@ -247,7 +254,9 @@ class _Tracer:
         self.changed_at = np.zeros(programs.count, int)  # clock of the last step that changed a variable
         self.columns: list[Array] = []
         self.templates: list[Array] = []
-        self.added: list[Array] = []  # uint32: value on the right, on the left, result, end; lowest byte first
+        self.added: list[
+            Array
+        ] = []  # uint32: value on the right, on the left, result, end; lowest byte first
 
     def run(self, body: Block, columns: Array, in_loop: bool) -> None:
         """Run `body` for the programs in `columns`."""
@@ -316,4 +325,5 @@ class _Tracer:
             parts[[6, 8, 10], slot] = ord("0") * update
         parts[0, slots:] = np.frombuffer(self.MARKS.encode(), np.uint8)[:, None]
         shifts = np.array([0, 8, 16, 24], np.uint32)[:, None, None]
-        return np.array([(parts[k : k + 4] << shifts).sum(axis=0, dtype=np.uint32).reshape(-1) for k in (0, 4, 8)])
+        words = [(parts[k : k + 4] << shifts).sum(axis=0, dtype=np.uint32) for k in (0, 4, 8)]
+        return np.array(words).reshape(3, -1)

@@ -28,6 +28,10 @@ LAYOUTS: dict[int, Block] = {
     3: (0, 1, 2, 3, 4, 5, 6, 7),
     4: (0, 1, 2, 3, (4, 5, (6, 7), 8, 9)),
 }
+# There are few short programs: longer ones are drawn more often, or the short ones would repeat.
+CHAIN_LENGTHS = np.array([3, 4, 4, 5, 5, 5, 6, 6, 6], np.uint8)
+CYCLE_LENGTHS = np.array([2, 2, 3, 3, 3, 4, 4, 4], np.uint8)
+NEST_LENGTHS = np.array([3, 4, 4], np.uint8)
 LOOP_VARIABLES = 4  # at most, and as many slots before a loop for their initial values
 
 
@@ -46,7 +50,7 @@ class Draws:
 
 @dataclass
 class Programs:
-    """N programs of one level: the statements of each slot, uint8 arrays of shape (slots, N)."""
+    """N programs of one level: the statements of each slot as symbols, uint8 arrays of shape (slots, N)."""
 
     level: int
     target: Array
@@ -104,7 +108,7 @@ def _by_any(draws: Draws, left: Array, variables: Array) -> tuple[Array, Array]:
 def draw_chains(draws: Draws, count: int) -> tuple[Programs, Array]:
     """Level 1: 3 to 6 statements in a row. Returns them and the queried symbols, two operations deep."""
     programs = Programs.empty(1, count)
-    length = draws.below(4, count) + np.uint8(3)
+    length = CHAIN_LENGTHS[draws.below(CHAIN_LENGTHS.size, count)]
     programs.constant(0, VARIABLE, draws.below(10, count))
     for slot in range(1, 6):
         target = np.where(slot < length, VARIABLE + slot, NOTHING)
@@ -137,7 +141,8 @@ def _cycle_rules(draws: Draws, variables: Array) -> list[tuple[Array, tuple[Arra
     """For each variable of a cycle: the variable before it and the rest of the rule that updates it."""
     rules = []
     for k in range(LOOP_VARIABLES):
-        left = np.full(variables.size, VARIABLE + k - 1, np.uint8) if k else variables + np.uint8(VARIABLE - 1)
+        position = np.full(variables.size, k, np.uint8) if k else variables
+        left = position + np.uint8(VARIABLE - 1)
         rules.append((left, _by_any(draws, left, variables)))
     return rules
 
@@ -154,7 +159,7 @@ def draw_loops(draws: Draws, count: int) -> Programs:
     The slots of the initial values are still empty.
     """
     programs = Programs.empty(2, count)
-    variables = draws.below(3, count) + np.uint8(2)
+    variables = CYCLE_LENGTHS[draws.below(CYCLE_LENGTHS.size, count)]
     order = _ORDER_TABLE[_ORDER_START[variables] + draws.below(_ORDER_COUNT[variables], count)]
     rules = _cycle_rules(draws, variables)
     lefts = np.array([left for left, _ in rules])
@@ -175,7 +180,7 @@ def draw_nested(draws: Draws, count: int) -> Programs:
     The other updates stand before or after the inner loop. The slots of the initial values are still empty.
     """
     programs = Programs.empty(4, count)
-    variables = draws.below(2, count) + np.uint8(3)
+    variables = NEST_LENGTHS[draws.below(NEST_LENGTHS.size, count)]
     rules = _cycle_rules(draws, variables)
     # The inner loop's two variables must feed each other, or it would be a loop in name only.
     second = np.full(count, VARIABLE + 1, np.uint8)
@@ -199,7 +204,7 @@ _BITS = np.array([0] * VARIABLE + [1 << k for k in range(NOTHING - VARIABLE)] + 
 
 
 def put_initial_values(programs: Programs, values: Array) -> None:
-    """Fill the first slots of looped programs: `values` (variables, N) for what is read before it is assigned."""
+    """Give looped programs the `values` (variables, N) of what they read before they assign it."""
     assigned = np.zeros(programs.count, np.uint8)
     needed = np.zeros(programs.count, np.uint8)
     for slot in range(LOOP_VARIABLES, len(programs.target)):  # the slots of a layout are numbered as they run
