@@ -19,8 +19,8 @@ erase their operand (`+0`, `-0`, `*1`, `*0`, `X-X`) are not used in generation, 
 lies at least two operations deep, and in levels 2 and 4 the queried variable ends with another value than
 it has after the first pass.
 
-Variables are named in order of appearance. A hash of the text decides about the split, so the programs of
-train and test are disjoint also up to names. Programs are drawn, run and written by the thousand in numpy
+A hash of the program with its variables renamed in order of appearance decides about the split, so train and
+test are disjoint. Programs are drawn, run and written by the thousand in numpy
 (`causal_loop_batch.py`); raw random bits and integers are all that is used, so a seed gives the same bytes on
 every machine.
 """
@@ -47,7 +47,7 @@ from data_pipeline.causal_loop_batch import (
     program_bytes,
     traces,
 )
-from data_pipeline.causal_loop_programs import VARIABLE, Array, Draws
+from data_pipeline.causal_loop_programs import VARIABLE, Array, Draws, canonical
 from data_pipeline.errors import DataError, user_errors
 
 LEVELS = (1, 2, 3, 4)
@@ -99,9 +99,9 @@ def split_of(program: str) -> str:
     HASH_FACTOR modulo 2^64, whose bits the finalizer of MurmurHash3 mixes.
     """
     names: dict[str, str] = {}
-    canonical = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
+    renamed = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
     number = 0
-    for code in canonical.encode():
+    for code in renamed.encode():
         number = (number * HASH_FACTOR + code) % 2**64
     return SPLITS[int(in_test(mixed(np.array([number], np.uint64)))[0])]
 
@@ -255,14 +255,14 @@ class _Level:
         programs, asked, answers = candidates(self.level, self.draws, CHUNKS[self.level])
         room = np.array([WAITING - len(texts) for texts in self.waiting])
         columns = np.flatnonzero(places(answers) < room[answers])
-        characters = program_bytes(programs.take(columns))
-        mine = np.flatnonzero(in_test(hashes(characters)) == (self.split == "test"))
-        columns = columns[mine]
+        test = in_test(hashes(program_bytes(canonical(programs.take(columns)))))
+        columns = columns[test == (self.split == "test")]
+        programs = programs.take(columns)
         rows = zip(
-            joined(characters[:, mine]),
+            joined(program_bytes(programs)),
             [LETTERS[symbol] for symbol in (asked[columns] - VARIABLE).tolist()],
             answers[columns].tolist(),
-            traces(programs.take(columns)),
+            traces(programs),
             strict=True,
         )
         longest = MAX_DOCUMENT_LENGTH[self.level] - len("?X\nTrace: ?X\nAnswer: 0")

@@ -25,14 +25,13 @@ from data_pipeline.causal_loop_programs import (
     draw_loops,
     draw_nested,
     put_initial_values,
-    rename,
 )
 
 # Most loops come to rest at zeros: one program in nine is asked for a variable that is 0, the others for one
 # that is not, and there the rare answers are preferred.
 WEIGHTS = np.array([0, 2, 2, 16, 2, 2, 1, 16, 2, 8], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
-INNER_PASSES = 4  # the same for an inner loop; one in a hundred would take longer
+INNER_PASSES = 4  # the same for an inner loop; fewer than two in a hundred would take longer
 CHUNK = 8192  # programs that run in step: a longer array would be new memory each time
 UNSET = 10  # value of a variable before its first assignment: no result equals it
 HASH_FACTOR = 0x9E3779B97F4A7C15
@@ -83,7 +82,7 @@ def _looped(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Arra
     asked = (np.cumsum(weight, axis=0, dtype=np.uint8) > choice).argmax(axis=0)
     programs = programs.take(kept)
     put_initial_values(programs, values[:, kept])
-    return programs, rename(programs, asked + VARIABLE), last[asked, useful]
+    return programs, asked + VARIABLE, last[asked, useful]
 
 
 def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
@@ -211,7 +210,7 @@ def _lines(characters: Array) -> list[str]:
 
 
 def hashes(characters: Array) -> Array:
-    """The hash (N,) uint64 of each column of `program_bytes`.
+    """The hash (N,) uint64 of each column of `program_bytes`, of a canonical program for the split.
 
     The characters are the digits of a number in base HASH_FACTOR modulo 2^64; `mixed` spreads its bits.
     """

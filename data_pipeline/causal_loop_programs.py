@@ -217,10 +217,10 @@ def put_initial_values(programs: Programs, values: Array) -> None:
         programs.constant(k, target, values[k])
 
 
-def rename(programs: Programs, asked: Array) -> Array:
-    """Name the variables of each program in order of appearance; returns the symbols `asked` (N,) renamed.
+def canonical(programs: Programs) -> Programs:
+    """The programs with their variables named in order of appearance: equal ones differed in names alone.
 
-    Programs that differ in names alone become equal. A variable first appears where it is assigned.
+    A variable first appears where it is assigned.
     """
     columns = np.arange(programs.count)
     names = np.zeros((SYMBOLS, programs.count), np.uint8)
@@ -231,6 +231,5 @@ def rename(programs: Programs, asked: Array) -> Array:
         fresh = names[target, columns] == 0
         names[target[fresh], columns[fresh]] = new[fresh]
         new += fresh
-    for part in (programs.target, programs.left, programs.right):
-        part[:] = names[part, columns]
-    return names[asked, columns]
+    target, left, right = (names[part, columns] for part in (programs.target, programs.left, programs.right))
+    return Programs(programs.level, target, left, programs.operator, right)
