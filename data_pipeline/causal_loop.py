@@ -16,30 +16,50 @@ a pass without any `!`. The query stands once more at its end, or the answer wou
 
 Against guessing: answers are uniform over 0..9 (the digit is drawn first), operations that do nothing or
 erase their operand (`+0`, `-0`, `*1`, `*0`, `X-X`) are not used in generation, the query of levels 1 and 3
-lies at least two operations deep, and in levels 2 and 4 the queried variable still changes after the first
-pass.
+lies at least two operations deep, and in levels 2 and 4 the queried variable ends with another value than
+it has after the first pass.
+
+A hash of the program with its variables renamed in order of appearance decides about the split, so train and
+test are disjoint. Programs are drawn, run and written by the thousand in numpy
+(`causal_loop_batch.py`); raw random bits and integers are all that is used, so a seed gives the same bytes on
+every machine.
 """
 
 import argparse
 import hashlib
 import json
-import random
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
-from data_pipeline.causal_loop_programs import DRAW, LETTERS, Run, apply_operator, program_text, variants
+import numpy as np
+
+from data_pipeline.causal_loop_batch import (
+    HASH_FACTOR,
+    candidates,
+    hashes,
+    joined,
+    mixed,
+    places,
+    program_bytes,
+    traces,
+)
+from data_pipeline.causal_loop_programs import VARIABLE, Array, Draws, canonical
 from data_pipeline.errors import DataError, user_errors
 
 LEVELS = (1, 2, 3, 4)
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1  # of all canonical programs
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CHUNKS = {1: 1, 2: 2, 3: 1, 4: 4}  # of programs drawn at once, the more the fewer are useful
+WAITING = 256  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: that would take three times as long to make
 class Sample:
     """One question about one program. A document is a prompt and its completion, joined as they are."""
 
@@ -67,16 +87,28 @@ def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "t
         raise DataError(f"levels {list(levels)} must be a non-empty list of 1, 2, 3, 4: mend --levels")
     if num_samples < 0:
         raise DataError(f"num_samples {num_samples} is negative: give 0 or more")
-    for i in range(num_samples):
-        yield _sample(i, levels[i % len(levels)], seed, split)
+    texts = {level: _Level(level, seed, split).texts() for level in set(levels)}
+    for i, level in zip(range(num_samples), cycle(levels)):
+        yield Sample(f"causal_loop-{split}-{seed}-{i}", level, *next(texts[level]))
 
 
 def split_of(program: str) -> str:
-    """ "train" or "test": a fixed share of the sha256 of the program, its variables renamed in order."""
+    """ "train" or "test": a fixed share of the hash of the program, its variables renamed in order.
+
+    The hash is that of `causal_loop_batch.hashes`: the characters are the digits of a number in base
+    HASH_FACTOR modulo 2^64, whose bits the finalizer of MurmurHash3 mixes.
+    """
     names: dict[str, str] = {}
-    canonical = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
-    bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
-    return "test" if bucket < TEST_SHARE * 2**64 else "train"
+    renamed = re.sub("[A-Z]", lambda m: names.setdefault(m.group(), LETTERS[len(names)]), program)
+    number = 0
+    for code in renamed.encode():
+        number = (number * HASH_FACTOR + code) % 2**64
+    return SPLITS[int(in_test(mixed(np.array([number], np.uint64)))[0])]
+
+
+def in_test(hashed: Array) -> Array:
+    """Which hashes (N,) uint64 of canonical programs belong to the test split: the lowest TEST_SHARE."""
+    return hashed < np.uint64(TEST_SHARE * 2**64)
 
 
 def execute(program: str) -> dict[str, int]:
@@ -151,7 +183,8 @@ def one_step_answer(sample: Sample) -> int:
     def value(operand: str) -> int:
         return int(operand) if operand.isdigit() else initial.get(operand, 0)
 
-    return apply_operator(value(left), operator, value(right)) if operator else value(left)
+    x, y = value(left), value(right) if operator else 0
+    return {"": x, "+": x + y, "-": x - y, "*": x * y}[operator] % 10
 
 
 def majority_answer(samples: Iterable[Sample]) -> int:
@@ -194,46 +227,61 @@ def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
     return report
 
 
-# ---- generation: draw the answer, then draw programs until one has it
+# ---- generation: draw the answer, then take the next program that has it
 
 
-def _sample(i: int, level: int, seed: int, split: str) -> Sample:
-    rng = random.Random(f"causal_loop/{seed}/{split}/{level}/{i}")
-    answer = rng.randrange(10)  # first, so that no answer is more common than another
-    while True:
-        body, names = DRAW[level](rng, LETTERS[:8])
-        for variant in variants(rng, body):
-            run = Run()
-            if not run.block(variant):
-                break  # one constant rarely decides about convergence
-            # The loop must be needed: its first pass alone gives another value.
-            candidates = [name for name in names if level in (1, 3) or name in run.late_changes]
-            if not candidates:
-                break
-            candidates = [name for name in candidates if run.state[name] == answer]
-            program = program_text(variant)
-            if not candidates or split_of(program) != split:
-                continue
-            sample = _document(
-                f"{split}-{seed}-{i}", level, program, rng.choice(candidates), answer, run.trace_text()
-            )
-            if len(sample.prompt_trace) + len(sample.completion_trace) <= MAX_DOCUMENT_LENGTH[level]:
-                return sample
+_Text = tuple[str, str, int, str, str, str, str, str]  # the fields of a sample after its level
 
 
-def _document(name: str, level: int, program: str, question: str, answer: int, trace: str) -> Sample:
+class _Level:
+    """The endless samples of one level: programs come in batches and wait, by answer, until it is drawn."""
+
+    def __init__(self, level: int, seed: int, split: str) -> None:
+        self.level = level
+        self.split = split
+        self.draws = Draws(f"causal_loop/{seed}/{split}/{level}")
+        self.waiting: list[deque[_Text]] = [deque() for _ in range(10)]
+
+    def texts(self) -> Iterator[_Text]:
+        while True:
+            # The answer is drawn first, so that none is more common than another.
+            for answer in self.draws.below(10, 1024).tolist():
+                while not self.waiting[answer]:
+                    self.refill()
+                yield self.waiting[answer].popleft()
+
+    def refill(self) -> None:
+        """Draw a batch and let those of its programs wait that are of this split and not in surplus."""
+        programs, asked, answers = candidates(self.level, self.draws, CHUNKS[self.level])
+        room = np.array([WAITING - len(texts) for texts in self.waiting])
+        columns = np.flatnonzero(places(answers) < room[answers])
+        test = in_test(hashes(program_bytes(canonical(programs.take(columns)))))
+        columns = columns[test == (self.split == "test")]
+        programs = programs.take(columns)
+        rows = zip(
+            joined(program_bytes(programs)),
+            [LETTERS[symbol] for symbol in (asked[columns] - VARIABLE).tolist()],
+            answers[columns].tolist(),
+            traces(programs),
+            strict=True,
+        )
+        longest = MAX_DOCUMENT_LENGTH[self.level] - len("?X\nTrace: ?X\nAnswer: 0")
+        for program, question, answer, trace in rows:
+            if len(program) + len(trace) <= longest:
+                self.waiting[answer].append(_text(program, question, answer, trace))
+
+
+def _text(program: str, question: str, answer: int, trace: str) -> _Text:
     query = f"{program}?{question}\n"
-    return Sample(
-        id=f"causal_loop-{name}",
-        level=level,
-        program=program,
-        question=question,
-        answer=answer,
-        trace=trace,
-        prompt_trace=f"{query}Trace:",
-        completion_trace=f" {trace}?{question}\nAnswer: {answer}",
-        prompt_direct=f"{query}Answer:",
-        completion_direct=f" {answer}",
+    return (
+        program,
+        question,
+        answer,
+        trace,
+        f"{query}Trace:",
+        f" {trace}?{question}\nAnswer: {answer}",
+        f"{query}Answer:",
+        f" {answer}",
     )
 
 

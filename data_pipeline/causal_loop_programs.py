@@ -1,200 +1,235 @@
-"""Random causal-loop programs and their execution step by step; `causal_loop.py` makes samples of them."""
+"""Random causal-loop programs, thousands at once; `causal_loop_batch.py` runs them.
 
-import random
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+A batch holds one program per column. A program is a fixed list of slots, each with one statement
+`target = left operator right` or empty (its target is NOTHING); the layout says which slots stand in a loop:
+`(0, 1, (2, 3))` is the text `0;1;loop{2;3}`. Operands are symbols: 0..9 are the digits themselves and
+VARIABLE + k is the k-th variable, so that one look-up in the state gives the value of either.
+"""
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any, TypeAlias, Union
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+Block: TypeAlias = tuple[Union[int, "Block"], ...]
+
+VARIABLE = 10  # symbol of the first variable
+NOTHING = 18  # target of an empty slot: the symbol after eight variables
+SYMBOLS = 19
+PLUS, MINUS, TIMES, CONSTANT = range(4)  # a CONSTANT statement has its digit in `left`
+LAYOUTS: dict[int, Block] = {
+    1: (0, 1, 2, 3, 4, 5),
+    2: (0, 1, 2, 3, (4, 5, 6, 7)),
+    3: (0, 1, 2, 3, 4, 5, 6, 7),
+    4: (0, 1, 2, 3, (4, 5, (6, 7), 8, 9)),
+}
+# There are few short programs: longer ones are drawn more often, or the short ones would repeat.
+CHAIN_LENGTHS = np.array([3, 4, 4, 5, 5, 5, 6, 6, 6], np.uint8)
+CYCLE_LENGTHS = np.array([2, 2, 3, 3, 3, 4, 4, 4], np.uint8)
+NEST_LENGTHS = np.array([3, 4, 4], np.uint8)
+LOOP_VARIABLES = 4  # at most, and as many slots before a loop for their initial values
 
 
-class Assign(NamedTuple):
-    """`target = left operator right`; a constant assignment has operator "" and its digit in `left`."""
+class Draws:
+    """Even draws for a whole batch. Only raw bits are used: numpy keeps those the same over its versions."""
 
-    target: str
-    left: str
-    operator: str = ""
-    right: str = ""
+    def __init__(self, key: str) -> None:
+        entropy = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
+        self._bits = np.random.SFC64(np.random.SeedSequence(entropy))
 
-    def __str__(self) -> str:
-        return f"{self.target}={self.left}{self.operator}{self.right}"
-
-
-class Loop(NamedTuple):
-    body: "tuple[Statement, ...]"
-
-    def __str__(self) -> str:
-        return "loop{" + program_text(self.body) + "}"
+    def below(self, limit: int | Array, count: int) -> Array:
+        """`count` numbers from 0..limit-1 as uint8; limit is at most 255, one for all or one for each."""
+        raw = self._bits.random_raw(-(-count // 4)).astype("<u8").view("<u2")[:count]
+        return ((raw.astype(np.uint32) * limit) >> 16).astype(np.uint8)
 
 
-Statement = Assign | Loop
+@dataclass
+class Programs:
+    """N programs of one level: the statements of each slot as symbols, uint8 arrays of shape (slots, N)."""
+
+    level: int
+    target: Array
+    left: Array
+    operator: Array
+    right: Array
+
+    @classmethod
+    def empty(cls, level: int, count: int) -> "Programs":
+        slots = {1: 6, 2: 8, 3: 8, 4: 10}[level]
+        target, left, operator, right = np.zeros((4, slots, count), np.uint8)
+        target[:] = NOTHING
+        return cls(level, target, left, operator, right)
+
+    @property
+    def count(self) -> int:
+        return int(self.target.shape[1])
+
+    def take(self, columns: Array) -> "Programs":
+        """The programs of these columns, in their order."""
+        return Programs(self.level, *(part.take(columns, axis=1) for part in self.parts()))
+
+    def parts(self) -> tuple[Array, Array, Array, Array]:
+        return self.target, self.left, self.operator, self.right
+
+    @classmethod
+    def joined(cls, batches: Sequence["Programs"]) -> "Programs":
+        """The programs of several batches of one level, in order."""
+        parts = zip(*(batch.parts() for batch in batches), strict=True)
+        return cls(batches[0].level, *(np.concatenate(part, axis=1) for part in parts))
+
+    def constant(self, slot: int, target: int | Array, digit: Array) -> None:
+        self.target[slot], self.left[slot], self.operator[slot] = target, digit, CONSTANT
+
+    def update(self, slot: int, target: int | Array, left: int | Array, rule: tuple[Array, Array]) -> None:
+        self.target[slot], self.left[slot] = target, left
+        self.operator[slot], self.right[slot] = rule
 
 
-def program_text(body: Sequence[Statement]) -> str:
-    return ";".join(map(str, body))
+def _by_digit(draws: Draws, count: int) -> tuple[Array, Array]:
+    """Operators with a digit each that neither leaves its operand alone nor erases it."""
+    operator = draws.below(3, count)
+    times = (operator == TIMES).astype(np.uint8)
+    return operator, draws.below(9 - times, count) + 1 + times
 
 
-def variants(rng: random.Random, body: Sequence[Statement]) -> Iterator[Sequence[Statement]]:
-    """`body`, then `body` with one of its added or subtracted digits replaced by every other one.
+def _by_any(draws: Draws, left: Array, variables: Array) -> tuple[Array, Array]:
+    """Operators with a useful digit or, half of the time, one of the `variables` first other than `left`."""
+    operator, digit = _by_digit(draws, left.size)
+    other = draws.below(variables - 1, left.size) + np.uint8(VARIABLE)
+    other += other >= left
+    return operator, np.where(draws.below(2, left.size) == 1, other, digit)
 
-    Most of the random loops diverge; a loop that converges is worth nine tries for the answer that was drawn.
+
+def draw_chains(draws: Draws, count: int) -> tuple[Programs, Array]:
+    """Level 1: 3 to 6 statements in a row. Returns them and the queried symbols, two operations deep."""
+    programs = Programs.empty(1, count)
+    length = CHAIN_LENGTHS[draws.below(CHAIN_LENGTHS.size, count)]
+    programs.constant(0, VARIABLE, draws.below(10, count))
+    for slot in range(1, 6):
+        target = np.where(slot < length, VARIABLE + slot, NOTHING)
+        programs.update(slot, target, VARIABLE + slot - 1, _by_digit(draws, count))
+    return programs, draws.below(length - 2, count) + np.uint8(VARIABLE + 2)
+
+
+def draw_joins(draws: Draws, count: int) -> tuple[Programs, Array]:
+    """Level 3: two chains of 2 or 3 statements, their join, and perhaps one statement more.
+
+    Returns them and the queried symbols: the join or the statement after it.
     """
-    yield body
-    shifts = [s for s in _assignments(body) if s.operator in ("+", "-") and s.right.isdigit()]
-    if shifts:
-        shift = rng.choice(shifts)
-        for digit in rng.sample("123456789", 9):
-            if digit != shift.right:
-                yield _replace(body, shift, shift._replace(right=digit))
+    programs = Programs.empty(3, count)
+    first, second, more = (draws.below(2, count) for _ in range(3))  # 1: the optional statement is there
+    ends = []
+    start: int | Array = np.full(count, VARIABLE, np.uint8)
+    for slot, longer in ((0, first), (3, second)):
+        programs.constant(slot, start, draws.below(10, count))
+        programs.update(slot + 1, start + 1, start, _by_digit(draws, count))
+        target = np.where(longer == 1, start + 2, NOTHING)
+        programs.update(slot + 2, target, start + 1, _by_digit(draws, count))
+        ends.append(start + 1 + longer)
+        start = start + 2 + longer
+    programs.update(6, start, ends[0], (draws.below(3, count), ends[1]))
+    programs.update(7, np.where(more == 1, start + 1, NOTHING), start, _by_digit(draws, count))
+    return programs, start + draws.below(more + 1, count)
 
 
-def _assignments(body: Sequence[Statement]) -> list[Assign]:
-    """The assignments of `body` in the order of the text."""
-    flat: list[Assign] = []
-    for statement in body:
-        flat += _assignments(statement.body) if isinstance(statement, Loop) else [statement]
-    return flat
+def _cycle_rules(draws: Draws, variables: Array) -> list[tuple[Array, tuple[Array, Array]]]:
+    """For each variable of a cycle: the variable before it and the rest of the rule that updates it."""
+    rules = []
+    for k in range(LOOP_VARIABLES):
+        position = np.full(variables.size, k, np.uint8) if k else variables
+        left = position + np.uint8(VARIABLE - 1)
+        rules.append((left, _by_any(draws, left, variables)))
+    return rules
 
 
-def _replace(body: Sequence[Statement], old: Assign, new: Assign) -> tuple[Statement, ...]:
-    return tuple(
-        Loop(_replace(s.body, old, new)) if isinstance(s, Loop) else new if s == old else s for s in body
-    )
+_ORDERS = {n: [[*p, *range(n, LOOP_VARIABLES)] for p in permutations(range(n))] for n in (2, 3, 4)}
+_ORDER_TABLE = np.array(_ORDERS[2] + _ORDERS[3] + _ORDERS[4], np.uint8)
+_ORDER_START = np.array([0, 0, 0, 2, 8], np.uint8)  # row of the first order of n variables
+_ORDER_COUNT = np.array([0, 0, 2, 6, 24], np.uint8)
 
 
-def _operation(rng: random.Random, target: str, left: str, variables: Sequence[str]) -> Assign:
-    """`target = left op right`: right is a useful digit or one of `variables` other than left."""
-    others = [name for name in variables if name != left]
-    operator = rng.choice("+-*")
-    if others and rng.random() < 0.5:
-        return Assign(target, left, operator, rng.choice(others))
-    return Assign(target, left, operator, rng.choice("23456789" if operator == "*" else "123456789"))
+def draw_loops(draws: Draws, count: int) -> Programs:
+    """Level 2: a cycle of 2 to 4 updates in any order, each reading the variable before it in the cycle.
 
-
-def _chain(rng: random.Random, names: Sequence[str]) -> list[Statement]:
-    body: list[Statement] = [Assign(names[0], rng.choice("0123456789"))]
-    body += [_operation(rng, target, left, ()) for left, target in zip(names, names[1:], strict=False)]
-    return body
-
-
-def _draw_chain(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
-    used = names[: rng.randint(3, 6)]
-    return _chain(rng, used), used[2:]
-
-
-def _draw_converging(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
-    """Two chains of 2 or 3 statements, their join, and perhaps one statement more; the query is at the join
-    or after.
+    The slots of the initial values are still empty.
     """
-    first = rng.randint(2, 3)
-    join = first + rng.randint(2, 3)
-    body = _chain(rng, names[:first]) + _chain(rng, names[first:join])
-    body.append(Assign(names[join], names[first - 1], rng.choice("+-*"), names[join - 1]))
-    end = join + rng.randint(1, 2)
-    if end > join + 1:
-        body.append(_operation(rng, names[join + 1], names[join], ()))
-    return body, names[join:end]
+    programs = Programs.empty(2, count)
+    variables = CYCLE_LENGTHS[draws.below(CYCLE_LENGTHS.size, count)]
+    order = _ORDER_TABLE[_ORDER_START[variables] + draws.below(_ORDER_COUNT[variables], count)]
+    rules = _cycle_rules(draws, variables)
+    lefts = np.array([left for left, _ in rules])
+    operators = np.array([operator for _, (operator, _) in rules])
+    rights = np.array([right for _, (_, right) in rules])
+    columns = np.arange(count)
+    for k in range(LOOP_VARIABLES):
+        which = order[:, k]
+        target = np.where(k < variables, which + np.uint8(VARIABLE), NOTHING)
+        rule = (operators[which, columns], rights[which, columns])
+        programs.update(4 + k, target, lefts[which, columns], rule)
+    return programs
 
 
-def _draw_loop(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
-    """A cycle of 2 to 4 updates in any order, each reading the variable before it in the cycle."""
-    variables = names[: rng.randint(2, 4)]
-    updates = [_operation(rng, target, variables[k - 1], variables) for k, target in enumerate(variables)]
-    rng.shuffle(updates)
-    return [*_initial_values(rng, updates), Loop(tuple(updates))], variables
+def draw_nested(draws: Draws, count: int) -> Programs:
+    """Level 4: a cycle through 3 or 4 variables of which the first two are updated by an inner loop.
 
-
-def _draw_nested(rng: random.Random, names: Sequence[str]) -> tuple[list[Statement], Sequence[str]]:
-    """A cycle through 3 or 4 variables of which two neighbours are updated by an inner loop."""
-    variables = names[: rng.randint(3, 4)]
-    updates = [_operation(rng, target, variables[k - 1], variables) for k, target in enumerate(variables)]
+    The other updates stand before or after the inner loop. The slots of the initial values are still empty.
+    """
+    programs = Programs.empty(4, count)
+    variables = NEST_LENGTHS[draws.below(NEST_LENGTHS.size, count)]
+    rules = _cycle_rules(draws, variables)
     # The inner loop's two variables must feed each other, or it would be a loop in name only.
-    first, second = updates[0], updates[1]
-    inner = [first._replace(right=second.target), second]
-    rng.shuffle(inner)
-    body: list[Statement] = [*updates[2:]]
-    body.insert(rng.randint(0, len(body)), Loop(tuple(inner)))
-    return [*_initial_values(rng, body), Loop(tuple(body))], variables
+    second = np.full(count, VARIABLE + 1, np.uint8)
+    rules[0] = (rules[0][0], (rules[0][1][0], second))
+    swapped = draws.below(2, count) == 1
+    for slot, first in ((6, ~swapped), (7, swapped)):
+        target = np.where(first, VARIABLE, second)
+        (left_0, rule_0), (left_1, rule_1) = rules[:2]
+        rule = (np.where(first, rule_0[0], rule_1[0]), np.where(first, rule_0[1], rule_1[1]))
+        programs.update(slot, target, np.where(first, left_0, left_1), rule)
+    before = draws.below(variables - 1, count)  # of the outer loop's own updates, the rest stand after
+    for k in (0, 1):
+        target = np.where(k < variables - 2, VARIABLE + 2 + k, NOTHING)
+        left, rule = rules[2 + k]
+        programs.update(4 + k, np.where(k < before, target, NOTHING), left, rule)
+        programs.update(8 + k, np.where(k < before, NOTHING, target), left, rule)
+    return programs
 
 
-def _initial_values(rng: random.Random, body: Sequence[Statement]) -> list[Statement]:
-    """A constant for every variable that the first pass reads before it assigns it."""
-    assigned: set[str] = set()
-    needed: list[str] = []
-    for update in _assignments(body):
-        needed += [name for name in (update.left, update.right) if name.isalpha() and name not in assigned]
-        assigned.add(update.target)
-    return [Assign(name, rng.choice("0123456789")) for name in dict.fromkeys(needed)]
+_BITS = np.array([0] * VARIABLE + [1 << k for k in range(NOTHING - VARIABLE)] + [0], np.uint8)
 
 
-DRAW = {1: _draw_chain, 2: _draw_loop, 3: _draw_converging, 4: _draw_nested}
+def put_initial_values(programs: Programs, values: Array) -> None:
+    """Give looped programs the `values` (variables, N) of what they read before they assign it."""
+    assigned = np.zeros(programs.count, np.uint8)
+    needed = np.zeros(programs.count, np.uint8)
+    for slot in range(LOOP_VARIABLES, len(programs.target)):  # the slots of a layout are numbered as they run
+        reads = _BITS[programs.left[slot]] | _BITS[programs.right[slot]]
+        reads[programs.target[slot] == NOTHING] = 0
+        needed |= reads & ~assigned
+        assigned |= _BITS[programs.target[slot]]
+    for k in range(LOOP_VARIABLES):
+        target = np.where(needed >> k & 1, VARIABLE + k, NOTHING)
+        programs.constant(k, target, values[k])
 
 
-class Run:
-    """Executes statements and keeps what a trace needs; its text is made for accepted programs only."""
+def canonical(programs: Programs) -> Programs:
+    """The programs with their variables named in order of appearance: equal ones differed in names alone.
 
-    def __init__(self) -> None:
-        self.state: dict[str, int] = {}
-        self.steps: list[str | tuple[Assign, int, int, int, str]] = []
-        self.late_changes: set[str] = set()  # variables that changed in a later pass of the outermost loop
-        self.depth = 0
-        self.late = False
-
-    def trace_text(self) -> str:
-        return "".join(map(_step_text, self.steps))
-
-    def block(self, body: Sequence[Statement]) -> bool:
-        """Run `body`; False as soon as one of its loops still changes in pass MAX_PASSES + 1."""
-        for statement in body:
-            if isinstance(statement, Loop):
-                if not self._loop(statement):
-                    return False
-            else:
-                self._assign(statement)
-        return True
-
-    def _assign(self, s: Assign) -> None:
-        state = self.state
-        left = state[s.left] if s.left in state else int(s.left)
-        right = 0
-        result = left
-        if s.operator:
-            right = state[s.right] if s.right in state else int(s.right)
-            result = apply_operator(left, s.operator, right)
-        end = ";"
-        if state.get(s.target) != result:
-            state[s.target] = result
-            if self.depth:
-                end = "!"
-            if self.late:
-                self.late_changes.add(s.target)
-        self.steps.append((s, left, right, result, end))
-
-    def _loop(self, loop: Loop) -> bool:
-        self.depth += 1
-        self.steps.append("{")
-        for passes in range(MAX_PASSES + 1):
-            if passes:
-                self.steps.append("|")
-            if self.depth == 1:
-                self.late = passes > 0
-            before = dict(self.state)
-            if not self.block(loop.body):
-                return False
-            if self.state == before:
-                self.steps.append("}")
-                self.depth -= 1
-                self.late = self.late and self.depth > 0
-                return True
-        return False
-
-
-def _step_text(step: str | tuple[Assign, int, int, int, str]) -> str:
-    if isinstance(step, str):
-        return step
-    s, left, right, result, end = step
-    return f"{s}={left}{s.operator}{right}={result}{end}" if s.operator else f"{s}{end}"
-
-
-def apply_operator(left: int, operator: str, right: int) -> int:
-    return (left + right if operator == "+" else left - right if operator == "-" else left * right) % 10
+    A variable first appears where it is assigned.
+    """
+    columns = np.arange(programs.count)
+    names = np.zeros((SYMBOLS, programs.count), np.uint8)
+    names[:VARIABLE] = np.arange(VARIABLE)[:, None]
+    names[NOTHING] = NOTHING
+    new = np.full(programs.count, VARIABLE, np.uint8)
+    for target in programs.target:
+        fresh = names[target, columns] == 0
+        names[target[fresh], columns[fresh]] = new[fresh]
+        new += fresh
+    target, left, right = (names[part, columns] for part in (programs.target, programs.left, programs.right))
+    return Programs(programs.level, target, left, programs.operator, right)
