@@ -266,7 +266,7 @@ def write_figure(directory: Path, results: Sequence[TaskResult], found: dict[str
     whole = results[0]
     lines: dict[str, list[Score]] = {}
     for result in results:
-        label = result.task.removeprefix(f"{whole.task}_")
+        label = result.task.removeprefix(f"{whole.task}_").replace("depth", "depth ")
         if not label.startswith("labels"):
             lines["all answers" if result is whole else label] = [
                 mean_score(values) for values in result.values.values()

@@ -24,6 +24,7 @@ from eval.reasoning_measures import (
     spearman,
     unrolled_parameters,
 )
+from eval.results import table_rows
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.recurrence_config import HaltingConfig
 
@@ -296,6 +297,7 @@ def test_command(exports, name, tmp_path, monkeypatch, capsys):
         assert found["overthinking_gap"]["value"] == pytest.approx(max(accuracies.values()) - accuracies[12])
         assert "| convergence |" in printed
     assert f"| {report['n-samples']['reasoning_p_hop']['effective']} " in printed
+    assert len(table_rows(report)) == 2 * 2 * len(expected)  # the run's HTML report shows them too
     (picture,) = tmp_path.glob("reasoning_p_hop_*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     (lines,) = tmp_path.glob("samples_reasoning_p_hop_*.jsonl")
