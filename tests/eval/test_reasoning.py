@@ -104,6 +104,7 @@ def one_by_one(scorer: Scorer, document: LabelledDocument, num_steps: int) -> di
         result["iterations"] = out.num_iterations[:, 0].tolist()
         result["probabilities"] = out.halt_probs[:, 0].tolist()
         result["ponder"] = out.ponder_cost[:, 0].tolist()
+        result["residuals"] = out.residuals.tolist()
     return result
 
 
@@ -138,7 +139,13 @@ def test_measures_equal_one_sample_at_a_time(exports, name, batch_size):
         assert outcome.figures["halting_distribution"] == pytest.approx(spread, abs=1e-5)
         costs = [c for one in alone for loop in one["ponder"] for c in loop]
         assert outcome.figures["ponder_cost"] == pytest.approx(sum(costs) / len(costs), rel=1e-4)
-        assert len(outcome.figures["residuals"]) == num_steps
+        for n, residual in enumerate(outcome.figures["residuals"], start=1):
+            moved, ran = 0.0, 0
+            for one in alone:
+                for loop, changes in zip(one["iterations"], one["residuals"], strict=True):
+                    count = sum(steps_run >= n for steps_run in loop)
+                    moved, ran = moved + count * sum(changes[n - 1 : n]), ran + count
+            assert residual == pytest.approx(moved / max(ran, 1), rel=1e-3)
         if name == "act" and num_steps == 7:
             assert len(set(steps)) > 2  # the test would not see adaptive halting otherwise
 
