@@ -209,7 +209,7 @@ def _encoder(
         raise DataError(
             f"source {source['name']!r} has mask_prompt, but its labels say what to predict: remove it"
         )
-    return partial(_encode_labelled, ids=_CharacterIds(source["name"], tokenizer))
+    return partial(encode_labelled, ids=CharacterIds(source["name"], tokenizer))
 
 
 def _encode(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> EncodedDocument:
@@ -220,7 +220,7 @@ def _encode(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> Enco
     return EncodedDocument(prompt + tokenizer.encode(document.completion, eos=True), len(prompt))
 
 
-class _CharacterIds(dict[str, int]):
+class CharacterIds(dict[str, int]):
     """Character -> its one token id, looked up in the tokenizer at first use."""
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
@@ -239,7 +239,7 @@ class _CharacterIds(dict[str, int]):
         return ids[0]
 
 
-def _encode_labelled(document: LabelledDocument, ids: _CharacterIds) -> EncodedDocument:
+def encode_labelled(document: LabelledDocument, ids: CharacterIds) -> EncodedDocument:
     """One token a character, so that a label stays at its character; bos and eos have no label."""
     tokens = [BOS_ID, *(ids[character] for character in document.text), EOS_ID]
     labels = [IGNORE_INDEX] * len(tokens)

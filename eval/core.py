@@ -66,7 +66,7 @@ class Scorer:
         """
         encoded = [self.encode_pair(context, continuation) for context, continuation in requests]
         results: dict[int, tuple[float, bool]] = {}
-        for batch in self._batches([len(context) + len(target) for context, target in encoded], "scoring"):
+        for batch in self.batches([len(context) + len(target) for context, target in encoded], "scoring"):
             rows = []
             for i in batch:
                 context, target = encoded[i]
@@ -80,7 +80,7 @@ class Scorer:
     @torch.inference_mode()
     def _score_rows(self, rows: list[list[int]], targets: list[list[int]]) -> list[tuple[float, bool]]:
         """Scores each row's target, its last tokens, in one right-padded pass."""
-        tokens, mask = self._pad([row[:-1] for row in rows], left=False)
+        tokens, mask = self.pad([row[:-1] for row in rows], left=False)
         logits = self.model(tokens, attention_mask=mask).logits  # (B, T, V)
         scores = []
         for b, (row, target) in enumerate(zip(rows, targets, strict=True)):
@@ -132,7 +132,7 @@ class Scorer:
         self._num_truncated += sum(len(row) > room for row in encoded)
         encoded = [row[-room:] for row in encoded]
         texts: dict[int, str] = {}
-        for batch in self._batches([len(row) for row in encoded], "generating"):
+        for batch in self.batches([len(row) for row in encoded], "generating"):
             new_ids = self._generate_rows([encoded[i] for i in batch], max_new_tokens, stop)
             for i, ids in zip(batch, new_ids, strict=True):
                 texts[i] = cut_at_stop(self.tokenizer.decode(ids), stop)
@@ -142,7 +142,7 @@ class Scorer:
     def _generate_rows(
         self, rows: list[list[int]], max_new_tokens: int, stop: Sequence[str]
     ) -> list[list[int]]:
-        tokens, mask = self._pad(rows, left=True)
+        tokens, mask = self.pad(rows, left=True)
         # A stop string that ends in the newest token spans at most as many tokens as it has bytes.
         tail = max((len(text.encode()) for text in stop), default=0)
 
@@ -160,7 +160,7 @@ class Scorer:
         new_ids: list[list[int]] = ids[:, tokens.shape[1] :].tolist()
         return new_ids
 
-    def _pad(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+    def pad(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
         """Rows as one tensor (B, T) int64 on the model's device, with the mask (B, T) of its real tokens."""
         width = max(len(row) for row in rows)
         tokens = torch.full((len(rows), width), self.tokenizer.pad_id, dtype=torch.int64)
@@ -171,7 +171,7 @@ class Scorer:
             mask[b, place] = True
         return tokens.to(self.device), mask.to(self.device)
 
-    def _batches(self, lengths: list[int], what: str) -> Iterator[list[int]]:
+    def batches(self, lengths: list[int], what: str) -> Iterator[list[int]]:
         """Indices in batches, the longest first, so that a batch too large for memory fails at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         with tqdm(total=len(order), desc=what, unit="request", leave=False) as progress:
