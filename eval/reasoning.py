@@ -19,7 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline import addition, p_hop
+from data_pipeline import addition, causal_loop_v2, p_hop
+from data_pipeline.causal_loop_v2_audit import one_step_answer
 from data_pipeline.errors import user_errors
 from data_pipeline.sources import LabelledDocument
 from eval.cli import USER_ERRORS, make_parser, positive_integer
@@ -73,9 +74,20 @@ def _addition(num_samples: int, seed: int, **options: int) -> TaskData:
     return TaskData(items, addition.shortcuts(samples))
 
 
+def _causal_loop_v2(num_samples: int, seed: int, min_depth: int, max_depth: int, **options: int) -> TaskData:
+    depths, size = range(min_depth, max_depth + 1), (options[n] for n in ("modulus", "variables", "statements"))
+    families = causal_loop_v2.FAMILIES
+    samples = list(causal_loop_v2.generate(num_samples, depths, families, *size, seed, "test"))
+    items = [Item(s.id, LabelledDocument(*s.labelled()), s.depth) for s in samples]
+    return TaskData(items, {"one step": [str(one_step_answer(s)) for s in samples]})
+
+
 TASKS = {
     "p_hop": ReasoningTask({"hops": 3, "length": 24, "alphabet": 4}, _p_hop),
     "addition": ReasoningTask({"operands": 8, "modulus": 10}, _addition),
+    "causal_loop_v2": ReasoningTask(
+        {"min_depth": 1, "max_depth": 8, "modulus": 7, "variables": 5, "statements": 12}, _causal_loop_v2
+    ),
 }
 
 

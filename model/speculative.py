@@ -103,7 +103,7 @@ def generate_speculatively(
     if model.config.recurrence.position_mixing and len(tokens) > 1:
         raise ValueError(
             f"speculative decoding of {len(tokens)} rows leaves holes where drafts were rejected, which "
-            f"position_mixing={model.config.recurrence.position_mixing} mixes in; give one row or use generate"
+            f"position_mixing={model.config.recurrence.position_mixing} mixes in; give one row"
         )
     check_length(model, tokens, max_new_tokens)
     if max_new_tokens == 0:
