@@ -3,8 +3,13 @@
 Shapes: B batch, T new tokens, S cached tokens, W numbers per token.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .memory import MemoryState
 
 from .recurrence_config import RecurrenceConfig
 
@@ -21,6 +26,9 @@ class LatentCache:
     def __init__(self, limited: bool = True) -> None:
         self.limited = limited  # false: the caller sees to max_position_embeddings himself
         self.length = 0  # tokens held, the same for every slot between two forward passes
+        self.memory: MemoryState | None = (
+            None  # of a Recurrent Memory Transformer, which needs nothing else
+        )
         self._slots: dict[Slot, Tensor] = {}
 
     def append(self, slot: Slot, values: Tensor) -> Tensor:

@@ -75,6 +75,10 @@ class ModelConfig:
     num_nextn_predict_layers: int = 0  # modules, each of which predicts one token further ahead
     mtp_loss_weight: float = 0.3
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
+    # Baselines of the recurrence
+    num_pause_tokens: int = 0  # learned tokens after every token; the last one predicts (arXiv 2310.02226)
+    num_memory_tokens: int = 0  # Recurrent Memory Transformer, see model/memory.py; needs segment_length
+    segment_length: int | None = None  # tokens of a segment, between which only memory passes
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -89,6 +93,7 @@ class ModelConfig:
         if self.has_experts:
             self._check_experts()
         check_recurrence(self.recurrence, self.num_hidden_layers, self.use_mla)
+        self._check_baselines()
 
     def _check_attention(self) -> None:
         name = "qk_rope_head_dim" if self.use_mla else "head_dim"
@@ -133,6 +138,30 @@ class ModelConfig:
                 f"model.n_group={self.n_group} leaves fewer than 2 experts a group, but groups are "
                 "ranked by their best 2; lower n_group"
             )
+
+    def _check_baselines(self) -> None:
+        """A baseline stands alone: mixed with what it is compared with, it would compare nothing."""
+        length = self.segment_length
+        if (self.num_memory_tokens > 0) != (length is not None) or (length is not None and length < 1):
+            raise ValueError(
+                f"model.num_memory_tokens={self.num_memory_tokens} and segment_length={self.segment_length} "
+                "belong together; give both, at least 1, or neither"
+            )
+        for name in ("num_pause_tokens", "num_memory_tokens"):
+            for other, on in (
+                (f"recurrence.placement={self.recurrence.placement}", self.recurrence.placement != "none"),
+                (
+                    f"num_nextn_predict_layers={self.num_nextn_predict_layers}",
+                    self.num_nextn_predict_layers > 0,
+                ),
+                ("use_moe=true", name == "num_memory_tokens" and self.has_experts),
+                ("num_memory_tokens", name == "num_pause_tokens" and self.num_memory_tokens > 0),
+            ):
+                if getattr(self, name) and on:
+                    raise ValueError(
+                        f"model.{name}={getattr(self, name)} is a baseline of its own and does not go with "
+                        f"{other}; switch one of them off"
+                    )
 
     @property
     def qk_head_dim(self) -> int:
@@ -225,7 +254,13 @@ _POSITIVE = (
     "moe_intermediate_size",
     "n_group",
 )
-_NOT_NEGATIVE = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+_NOT_NEGATIVE = (
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "num_nextn_predict_layers",
+    "num_pause_tokens",
+    "num_memory_tokens",
+)
 _SECTIONS: dict[str, type] = {
     "recurrence": RecurrenceConfig,
     "rope_scaling": YarnConfig,

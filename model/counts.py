@@ -18,6 +18,7 @@ def num_parameters(config: "ModelConfig", active: bool = False) -> int:
     total = 2 * config.vocab_size * d + _norm(config, d)
     total += sum(_layer_parameters(config, i, experts) for i in range(config.num_hidden_layers))
     total += _recurrence_parameters(config)
+    total += (config.num_pause_tokens + config.num_memory_tokens) * d
     if not active:
         module = (
             _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _norm(config, d) + 2 * d * d
@@ -59,10 +60,22 @@ def _forward_flops(config: "ModelConfig", sequence_length: int, steps: int, trai
     readouts = steps if training and config.recurrence.expectation == "loss" else 1
     total = 2.0 * config.vocab_size * config.hidden_size * readouts
     total += 2.0 * (_recurrence_weights(config) * steps + _key_weights(config))
+    places, length = _places_per_token(config, sequence_length)
     for layer in range(config.num_hidden_layers):
         runs = config.runs_of_layer(layer, steps, training)
-        total += _layer_flops(config, layer, sequence_length) * runs
+        total += _layer_flops(config, layer, length) * runs * places
     return total
+
+
+def _places_per_token(config: "ModelConfig", sequence_length: int) -> tuple[float, float]:
+    """Places that the layers compute for each token, and the mean number of places that they attend to."""
+    if config.segment_length is None:
+        factor = 1 + config.num_pause_tokens
+        return factor, factor * sequence_length
+    full, rest = divmod(sequence_length, config.segment_length)
+    lengths = [config.segment_length] * full + [rest] * (rest > 0)
+    segments = [n + 2 * config.num_memory_tokens for n in lengths]
+    return sum(segments) / sequence_length, sum(n * n for n in segments) / sum(segments)
 
 
 def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
@@ -74,7 +87,7 @@ def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
     return norms + _attention_weights(config) + _feed_forward_weights(config, layer, experts)
 
 
-def _layer_flops(config: "ModelConfig", layer: int, sequence_length: int) -> float:
+def _layer_flops(config: "ModelConfig", layer: int, sequence_length: float) -> float:
     weights = _attention_weights(config) + _feed_forward_weights(config, layer, config.num_experts_per_tok)
     widths = config.qk_head_dim + config.v_head_dim if config.use_mla else 2 * config.plain_head_dim
     return 2.0 * (weights + sequence_length * config.num_attention_heads * widths)

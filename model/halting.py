@@ -81,7 +81,7 @@ class Halting:
         left = self._left.to(after.device).expand(shape) if step == 0 else self._left
         self.executed.append(running)
         if step == self.num_steps - 1:
-            if self.config.learned and torch.is_grad_enabled():
+            if self.config.learned and torch.is_grad_enabled() and self.context.cache is None:
                 # Every weight has a gradient in every step, also at a depth of 1: ZeRO-3 counts on it.
                 left = left + 0.0 * self._chance(step, before, after, running)
             self.probabilities.append(left)

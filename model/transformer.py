@@ -29,6 +29,7 @@ from .generate import generate
 from .latent_terms import LATENT_TERMS, LoopTrace
 from .layers import Linear, RMSNorm, linear, rotations
 from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
+from .memory import RecurrentMemory
 from .moe import Experts, MoE
 from .mtp import MTPModule, shifted
 from .recurrence import CausalMixing, CoreOutput, IterationEmbedding, LatentReasoningUnit, stacked_traces
@@ -106,6 +107,10 @@ class Transformer(nn.Module):
                 LatentReasoningUnit(config, config.hidden_size, f"loop{i}", range(first, last + 1), recompute)
                 for i, (first, last) in enumerate(self.ranges)
             )
+        if config.num_pause_tokens:
+            self.pause_tokens = nn.Embedding(config.num_pause_tokens, config.hidden_size)
+        if config.num_memory_tokens:
+            self.memory = RecurrentMemory(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
         if config.num_nextn_predict_layers:
             modules = range(L, L + config.num_nextn_predict_layers)
@@ -113,18 +118,17 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        x: Tensor,
         context: AttentionContext,
         predict: Callable[[Tensor], Tensor] | None = None,
         noise_seed: int | None = None,
     ) -> TransformerOutput:
-        """tokens (B, T) -> normed hidden states and what the loss needs.
+        """Embedded tokens x (B, T, D) -> normed hidden states and what the loss needs.
 
         Args:
             predict: states (B, T, D), not yet normed -> logits, for exits by divergence.
             noise_seed: start the loops from normal noise instead of their input.
         """
-        x = self.embed_tokens(tokens)
         aux, traces, done = _no_aux(x), [], 0
         states, probabilities = [x], None
         for number, (first, last) in enumerate(self.ranges):
@@ -146,6 +150,14 @@ class Transformer(nn.Module):
         aux = aux + torch.stack([tail.aux for tail in tails]).mean(0)
         readouts = [] if probabilities is None else list(zip(hidden, probabilities, strict=True))
         return TransformerOutput(hidden[-1], aux, readouts, traces + tails[-1].traces)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D)."""
+        x = self.embed_tokens(tokens)
+        if not self.config.num_pause_tokens:
+            return x
+        pauses = self.pause_tokens(torch.arange(self.config.num_pause_tokens, device=x.device))
+        return torch.cat((x[:, :, None], pauses.expand(*x.shape[:2], -1, -1)), 2).flatten(1, 2)
 
     def _core(self, first: int, last: int, context: AttentionContext) -> Callable[..., CoreOutput]:
         """Layers first..last as what a loop runs; see recurrence.Core."""
@@ -263,11 +275,18 @@ class ZeroModel(nn.Module):
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
-        context = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
-        context.statistics, context.num_steps = targets is not None, steps
-        out = self.model(tokens, context, self._predict if self._compares_predictions() else None, noise_seed)
+        self._check_length(tokens, cu_seqlens, cache)
+        if self.config.num_memory_tokens:
+            out = self._read_segments(tokens, attention_mask, cu_seqlens, cache, targets is not None)
+        else:
+            context = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
+            context.statistics, context.num_steps = targets is not None, steps
+            predict = self._predict if self._compares_predictions() else None
+            out = self.model(self.model.embed(tokens), context, predict, noise_seed)
+            pauses = self.config.num_pause_tokens
+            out = out._replace(hidden=out.hidden[:, pauses :: 1 + pauses])
         if cache is not None:
-            cache.advance(tokens.shape[1])
+            cache.advance(tokens.shape[1] * (1 + self.config.num_pause_tokens))
         loops = stacked_traces(out.traces)
         report = {} if loops is None else {name: getattr(loops, name) for name in _REPORTED}
         if targets is None:
@@ -284,6 +303,31 @@ class ZeroModel(nn.Module):
         sums = {term.name: sums[term.name] for term in loss_terms(self.config)}
         counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(tokens)}
         return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums, **report)
+
+    def _read_segments(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: LatentCache | None,
+        all_segments: bool,
+    ) -> TransformerOutput:
+        """As a Recurrent Memory Transformer."""
+        (B, T), past = tokens.shape, 0 if cache is None else cache.length
+        memory: Any = self.model.memory
+        real = full_mask(attention_mask, B, past + T, tokens.device)
+        segment = segments(real, cu_seqlens)[:, past:]
+        state = None
+        if cache is not None:
+            state = memory.first_state(tokens) if cache.memory is None else cache.memory
+
+        def run(x: Tensor, exists: Tensor) -> Tensor:
+            return self.model(x, self._context(exists.long(), exists, None, None, None)).hidden
+
+        hidden, state = memory(tokens, segment, self.model.embed_tokens, run, state, all_segments)
+        if cache is not None:
+            cache.memory = state
+        return TransformerOutput(hidden, _no_aux(hidden), [], [])
 
     def _cross_entropy(self, out: TransformerOutput, targets: Tensor) -> Tensor:
         """Summed over the targets; in training with an expected loss, sum_n p_n CE_n."""
@@ -335,6 +379,7 @@ class ZeroModel(nn.Module):
         Returns:
             (B, T, V), predictions of the tokens after `tokens`.
         """
+        self._check_length(tokens, None, cache)
         context = self._context(tokens, attention_mask, None, None, cache)
         further, _ = self.model.predict_further(0, hidden, tokens, context)
         cache.advance(tokens.shape[1])
@@ -349,15 +394,18 @@ class ZeroModel(nn.Module):
         cache: LatentCache | None,
     ) -> AttentionContext:
         """What the layers share."""
-        (B, T), past = tokens.shape, cache.length if cache is not None else 0
-        S = past + T
-        if self.config.max_position_embeddings < S and (cache is None or cache.limited):
-            raise ValueError(
-                f"{S} tokens exceed max_position_embeddings={self.config.max_position_embeddings}; "
-                "shorten the input or train with a larger value"
-            )
-        if cu_seqlens is not None and past:
-            raise ValueError("cu_seqlens describes whole rows and cannot be used with a filled cache")
+        past = cache.length if cache is not None else 0
+        places = 1 + self.config.num_pause_tokens
+        if places > 1:
+            tokens = tokens.repeat_interleave(places, 1)
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat_interleave(places, 1)
+            if cu_seqlens is not None:
+                cu_seqlens = cu_seqlens * places
+            if position_ids is not None:
+                offsets = torch.arange(places, device=tokens.device)
+                position_ids = (position_ids[..., None] * places + offsets).flatten(1)
+        B, S = len(tokens), past + tokens.shape[1]
         plain = attention_mask is None and cu_seqlens is None
         segment, token_mask = None, None
         if not plain:
@@ -371,6 +419,17 @@ class ZeroModel(nn.Module):
         context = AttentionContext(rotation, "sdpa", None, token_mask, cache=cache, segment=segment)
         self._choose_backend(context, tokens, segment, cu_seqlens)
         return context
+
+    def _check_length(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None) -> None:
+        past = 0 if cache is None else cache.length // (1 + self.config.num_pause_tokens)
+        length = past + tokens.shape[1]
+        if self.config.max_position_embeddings < length and (cache is None or cache.limited):
+            raise ValueError(
+                f"{length} tokens exceed max_position_embeddings={self.config.max_position_embeddings}; "
+                "shorten the input or train with a larger value"
+            )
+        if cu_seqlens is not None and past:
+            raise ValueError("cu_seqlens describes whole rows and cannot be used with a filled cache")
 
     def _choose_backend(
         self, context: AttentionContext, tokens: Tensor, segment: Tensor | None, cu_seqlens: Tensor | None

@@ -47,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "latent_dense": {"use_moe": False},
     "multi_token": {"num_nextn_predict_layers": 2},
+    "pause": {"num_pause_tokens": 2},
+    "memory": {"num_memory_tokens": 2, "segment_length": 5, "use_moe": False},
     "loop": {"recurrence": BLOCK},
     "loop_concat_simple": {"recurrence": {**BLOCK, "injection": "concat", "update": "simple"}},
     "loop_everything": {"first_k_dense_replace": 0, "recurrence": {"placement": "block", "num_steps": 2}},

@@ -24,7 +24,7 @@ def test_parameter_counts_equal_the_built_model(build, variant):
 
 
 # Torch counts 0 for fused CPU attention and grouped products: math attention, and experts in a loop.
-@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wide_values"}))
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"wide_values", "pause", "memory"}))
 @pytest.mark.parametrize("steps", [1, 4])
 def test_flops_equal_torchs_counter_to_one_percent(build, variant, steps):
     model, (B, T) = build(variant, execution={"experts": "loop", "attention": "sdpa"}), (2, 48)

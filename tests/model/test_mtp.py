@@ -21,7 +21,7 @@ def literal_mtp_loss(model: ZeroModel, document: torch.Tensor, targets: torch.Te
     T, total = len(document), torch.zeros(())
     context = model._context(document[None], None, None, None, None)
     context.num_steps = model.config.recurrence.num_steps
-    hidden = model.model(document[None], context).hidden
+    hidden = model.model(model.model.embed(document[None]), context).hidden
     for k, module in enumerate(model.model.mtp, 1):
         ahead = document.roll(-k)  # the last k places have no token ahead and are left out below
         joined = torch.cat((module.enorm(model.model.embed_tokens(ahead[None])), module.hnorm(hidden)), -1)

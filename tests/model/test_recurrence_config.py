@@ -67,6 +67,45 @@ def test_flops_equal_torchs_counter_to_one_percent(name, training):
     assert abs(expected / counter.get_total_flops() - 1) < 0.01
 
 
+@pytest.mark.parametrize(
+    "baseline", [{"num_pause_tokens": 2}, {"num_memory_tokens": 3, "segment_length": 10, "use_moe": False}]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_flops_of_the_baselines_equal_torchs_counter_to_one_percent(baseline, training):
+    values = {**SMALL, "num_attention_heads": 4, "v_head_dim": 10, "use_moe": False, **baseline}
+    config = ModelConfig.from_dict(values)
+    model, (B, T) = ZeroModel(config), (2, 48)
+    model.execution = dataclasses.replace(model.execution, attention="sdpa")
+    tokens, starts = torch.ones(B, T, dtype=torch.long), torch.tensor([[0, T]] * B, dtype=torch.int32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if training:
+            model.train()(tokens, cu_seqlens=starts, targets=tokens).loss.backward()
+        else:
+            model.eval()(tokens, cu_seqlens=starts)
+    expected = training_flops_per_token(config, T) if training else config.flops_per_token(T)
+    assert abs(expected * B * T / counter.get_total_flops() - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_memory_tokens": 2}, "num_memory_tokens=2 and segment_length=None belong together"),
+        ({"segment_length": 8}, "num_memory_tokens=0 and segment_length=8 belong together"),
+        ({"num_memory_tokens": 2, "segment_length": 0}, "segment_length=0 belong together"),
+        ({"num_memory_tokens": 2, "segment_length": 4}, "does not go with use_moe=true"),
+        ({"num_pause_tokens": -1}, "num_pause_tokens=-1 must not be negative"),
+        (
+            {"num_pause_tokens": 1, "recurrence": {"placement": "kv"}},
+            "does not go with recurrence.placement=kv",
+        ),
+        ({"num_pause_tokens": 1, "num_nextn_predict_layers": 1}, "does not go with num_nextn"),
+    ],
+)
+def test_baselines_stand_alone(values, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict({**SMALL, **values})
+
+
 BLOCK = {"placement": "block", "ranges": [[1, 1]], "num_steps": 4}
 KV = {"placement": "kv", "num_steps": 4}
 

@@ -20,6 +20,7 @@ from pretrain.trainer import update_router_biases
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 10, 21
 LOOP = RecurrenceConfig(placement="block", ranges=[[1, 1]], num_steps=2)
+NONE = RecurrenceConfig()
 HALTING = HaltingConfig(
     kind="ponder", threshold=0.3, ponder_weight=0.1, sparsity_weight=0.1, information_weight=0.1
 )
@@ -63,6 +64,17 @@ CASES = {
         "ep_size": 2,
         "micro": 4,
         "model": {"recurrence": RecurrenceConfig("block", [[1, 1]], 2, backprop_steps=1)},
+    },
+    "pause tokens": {"ep_size": 2, "micro": 4, "model": {"recurrence": NONE, "num_pause_tokens": 1}},
+    "recurrent memory": {
+        "ep_size": 1,
+        "micro": 4,
+        "model": {
+            "recurrence": NONE,
+            "use_moe": False,
+            "num_memory_tokens": 2,
+            "segment_length": 8,
+        },
     },
     "refined latents": {
         "ep_size": 2,
@@ -142,7 +154,7 @@ def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> 
         loads = [torch.tensor(load) for load in update_router_biases(engine)]
         history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm(), "loads": loads})
     history[-1]["weights"] = dict(engine.full_weights())
-    biases = torch.cat(list(engine.buffers().values()))
+    biases = torch.cat([torch.zeros(1), *engine.buffers().values()])
     history[-1]["skipped"] = skipped_step(engine, tokens[mine][:micro], targets[mine][:micro])
     history[-1]["bias_spread"] = (all_reduce_sum(biases.clone()) - world_size() * biases).abs().max().item()
     return history
@@ -201,7 +213,7 @@ def main() -> None:
                     for a, b in zip(ours, plain, strict=True)
                     for x, y in zip(a["loads"], b["loads"], strict=True)
                 ),
-                "idle_experts": int((torch.stack(plain[0]["loads"]) == 0).sum()),
+                "idle_experts": sum(int((load == 0).sum()) for load in plain[0]["loads"]),
                 "bias_spread": ours[-1]["bias_spread"],
                 "skipped": ours[-1]["skipped"],
             }

@@ -10,7 +10,7 @@ def test_two_ranks_equal_one_plain_process(launch):
     """One launch for all cases: 10 steps, clipping, a depth that changes, targets unevenly spread."""
     output = launch(2, WORKER, "ds_configs/zero3_ep.json").stdout
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
-    assert len(reports) == 13
+    assert len(reports) == 15
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-5, report
