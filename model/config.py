@@ -341,3 +341,9 @@ def _reject_unknown(values: dict[str, Any], cls: type, where: str) -> None:
     for key in values:
         if key not in known:
             raise ValueError(f"{where}.{key} is not a key of the model config{nearest(key, known)}")
+
+
+if __name__ == "__main__":
+    from .match import main
+
+    main()

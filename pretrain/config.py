@@ -1,4 +1,4 @@
-"""RunConfig: the whole description of a training run. One YAML file plus `a.b=c` overrides.
+"""RunConfig: the whole description of a training run. YAML files, later over earlier, plus `a.b=c` overrides.
 
 The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping and ep_size. The DeepSpeed
 JSON owns ZeRO stage, precision, offload and communication, and says "auto" for the rest.
@@ -7,6 +7,7 @@ JSON owns ZeRO stage, precision, offload and communication, and says "auto" for 
 import dataclasses
 import json
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,59 +70,85 @@ class RunConfig:
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
 
 
-def load_run_config(path: str, overrides: list[str]) -> RunConfig:
-    """Reads the YAML at `path`, applies `a.b=c` overrides and checks everything that needs no data.
+def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConfig:
+    """Reads YAML files and checks everything that needs no data.
+
+    Args:
+        paths: one file or several; a later one overrides the keys of an earlier one.
+        overrides: `a.b=c`, over all files.
 
     Returns:
         The run's config. Its `model` dict is type-checked, but vocab_size may still be missing.
 
     Raises:
-        ValueError: one line naming the key, its value and the mend.
+        ValueError: one line naming the key, its value and the mend, and the file if one alone is wrong.
         FileNotFoundError: no such YAML.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"config {path} does not exist; pretrain/configs/ has some to start from")
+    layers = [_read_layer(path) for path in ([paths] if isinstance(paths, str) else paths)]
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form a.b=c")
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
-        given = OmegaConf.merge(loaded, OmegaConf.from_dotlist(overrides))
+        given = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
         values: Any = OmegaConf.to_container(given, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ValueError(f"config {path} cannot be read: {_first_line(error)}") from None
+        raise ValueError(f"config cannot be read: {_first_line(error)}") from None
     reject_unknown_keys(values, RunConfig)
-    model_values = values.pop("model", None) or {}
+    model_values = values.pop("model", {})
     config = typing.cast(RunConfig, _typed(RunConfig, values))
     config.model = _typed_model(model_values)
     _check(config)
     return config
 
 
+def _read_layer(path: str) -> DictConfig:
+    """One YAML, its keys known and of the right types.
+
+    Raises:
+        ValueError, FileNotFoundError: one line that names the file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"config {path} does not exist; pretrain/configs/ has some to start from")
+    try:
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(f"config {path} cannot be read: {_first_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
+    try:
+        values: Any = OmegaConf.to_container(loaded)  # another file may hold what an interpolation refers to
+        reject_unknown_keys(values, RunConfig)
+        _typed_model(values.get("model", {}))
+        _merged(RunConfig, values)
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
+    return loaded
+
+
 def _typed(cls: type, values: dict[str, Any]) -> Any:
     """An instance of dataclass `cls` with `values` converted to the fields' types."""
+    merged = _merged(cls, values)
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        hint = "; give it on the command line or in the YAML" if "mandatory" in str(error).lower() else ""
+        raise ValueError(f"{_key(error)}: {_first_line(error)}{hint}") from None
+
+
+def _merged(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+    """The defaults of dataclass `cls` with `values` over them, as OmegaConf checks them."""
     try:
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)
-        return OmegaConf.to_object(OmegaConf.merge(schema, values))
+        return OmegaConf.merge(schema, values)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "config"
-        hint = "; give it on the command line or in the YAML" if "mandatory" in str(error).lower() else ""
-        raise ValueError(f"{key}: {_first_line(error)}{hint}") from None
+        raise ValueError(f"{prefix}{_key(error)}: {_first_line(error)}") from None
 
 
 def _typed_model(values: dict[str, Any]) -> dict[str, Any]:
     """The given model keys with their types checked; defaults and presets are left to ModelConfig."""
     reject_unknown_keys(values, ModelConfig, "model.")
-    schema = OmegaConf.structured(ModelConfig)
-    OmegaConf.set_readonly(schema, False)
-    try:
-        typed = OmegaConf.to_container(OmegaConf.merge(schema, values))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"model.{getattr(error, 'full_key', '')}: {_first_line(error)}") from None
-    return _restrict(typed, values)
+    return _restrict(OmegaConf.to_container(_merged(ModelConfig, values, "model.")), values)
 
 
 def _restrict(typed: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -138,10 +165,11 @@ def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> 
         if key not in fields:
             raise ValueError(f"unknown config key {prefix}{key}{nearest(str(key), list(fields))}")
         kind = fields[key]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise ValueError(f"{prefix}{key}={value!r} must be a section with keys")
-            reject_unknown_keys(value, kind, f"{prefix}{key}.")
+        section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+        if (section or typing.get_origin(kind) is dict) and not isinstance(value, dict):
+            raise ValueError(f"{prefix}{key}={value!r} must be a section with keys")
+        if section:
+            reject_unknown_keys(value, section, f"{prefix}{key}.")
 
 
 def _check(config: RunConfig) -> None:
@@ -229,6 +257,10 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
     values["gradient_accumulation_steps"] = accumulation
     values["gradient_clipping"] = config.optimizer.clip
     return values
+
+
+def _key(error: Exception) -> str:
+    return getattr(error, "full_key", None) or "config"
 
 
 def _first_line(error: Exception) -> str:

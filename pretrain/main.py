@@ -1,13 +1,14 @@
 """Starts or continues a training run.
 
     deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \\
-        --config pretrain/configs/demo.yaml [a.b=c ...]
+        --config pretrain/configs/demo.yaml [--config pretrain/configs/groups/NAME.yaml] [a.b=c ...]
 """
 
 import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,21 +53,26 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a ZeroModel with DeepSpeed.")
-    parser.add_argument("--config", required=True, help="YAML of the run, see pretrain/configs/")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        help="YAML of the run, see pretrain/configs/; given again, later files override earlier ones",
+    )
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to override")
     return parser.parse_args()
 
 
-def prepare(config_path: str, ds_config_path: str, overrides: list[str]) -> Run:
+def prepare(config_paths: str | Sequence[str], ds_config_path: str, overrides: list[str]) -> Run:
     """Reads and checks configs, data and checkpoint for this rank.
 
     Raises:
         ValueError, OSError: one line for the user.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    config = load_run_config(config_path, overrides)
+    config = load_run_config(config_paths, overrides)
     loader = _loader(config, "train", rank, world_size)
     model_config = build_model_config(config, loader.vocab_size)
     micro, accumulation = check_layout(config, model_config, world_size)
