@@ -8,7 +8,6 @@ for pretrain/main.py's --config; both models' counts stand in its comments.
 
 import argparse
 import dataclasses
-import importlib
 import itertools
 import json
 import re
@@ -153,13 +152,14 @@ def _read(path: Path) -> dict[str, Any]:
 def _read_yaml(path: Path) -> Any:
     """Reads as pretrain does, if that is installed: the model itself needs torch and safetensors alone."""
     try:
-        omegaconf, errors = map(importlib.import_module, ("omegaconf", "omegaconf.errors"))
-        broken = importlib.import_module("yaml").YAMLError
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
     except ImportError:
         raise ValueError(f"{path}: reading YAML needs omegaconf; install it or give JSON") from None
     try:
-        return omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.load(path), resolve=True)
-    except (errors.OmegaConfBaseException, broken, OSError) as error:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
