@@ -25,7 +25,9 @@ longest chain is looked at while the chain's first constant, its origin, runs th
 ones if p > 16): it must take at least 3 different values, and not the same ones as an earlier result that
 takes fewer operations. This rules out `max(x, x)`, `|x - x|`, `p-1-(p-1-y)`, `max(x, 0)`, constants that
 always win, and loops that come back to an earlier state; `effective_depth` repeats the check from the text
-alone. What it does not see is two operations that equal one of the language which stands nowhere in the text.
+alone. Nor may two operations of the chain in a row be the same function of their input as one operation with
+a number: no `max(max(x, 3), 4)`, no `|p-1-x - 2|`. What stays possible: that they agree with one operation on
+those values that happen to arise.
 
 **Families**, all unrolled:
 

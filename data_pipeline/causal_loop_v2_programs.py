@@ -124,6 +124,24 @@ def apply_statement(s: Statement, vectors: Mapping[str, Vector], modulus: int) -
     return tuple([function(x, y, modulus) for x, y in zip(left, right, strict=True)])
 
 
+@lru_cache
+def _inputs(modulus: int) -> Vector:
+    """Values on which two functions are compared: all, or about `MAX_ORIGINS` spread over them."""
+    return tuple(range(0, modulus, -(-modulus // MAX_ORIGINS)))
+
+
+@lru_cache
+def _single_operations(modulus: int) -> frozenset[Vector]:
+    """The results, on `_inputs`, of every operation on one variable and one number."""
+    inputs = _inputs(modulus)
+    found = set()
+    for function in OPERATORS.values():
+        for number in range(modulus):
+            found.add(tuple([function(x, number, modulus) for x in inputs]))
+            found.add(tuple([function(number, y, modulus) for y in inputs]))
+    return frozenset(found)
+
+
 # ---- drawing
 
 
@@ -152,6 +170,7 @@ class Draft:
         self.results: list[Vector] = []
         self.unread: dict[str, None] = {}  # variables with a free result nobody has read yet, oldest first
         self.depth = 0  # of the carrier
+        self.last_step: Vector | None = None  # the newest chain result for each of `_inputs` as the carrier
         self.final_depth = 0
         self.answer: int | None = None  # the vector of this depth must hold it
         self.join_at = 0  # the depth at which the chain must read a second computed result; 0: nowhere
@@ -195,7 +214,10 @@ class Draft:
         return False
 
     def _lengthens(self, s: Statement, vector: Vector) -> bool:
-        """Whether the result lies exactly one operation deeper, was not to be had earlier and varies."""
+        """Whether the result lies exactly one operation deeper, was not to be had earlier and varies.
+
+        Nor may it be one operation on the value before the carrier's.
+        """
         depth = self.depth + 1
         return (
             len(set(vector)) >= MIN_IMAGE
@@ -203,7 +225,21 @@ class Draft:
             and all([self.depths.get(operand, 0) < depth for operand in s.reads])
             and self.carrier_is_deep()
             and (depth < self.final_depth or self.answer is None or self.answer in vector)
+            and self._step(s, self.last_step) not in _single_operations(self.modulus)
         )
+
+    def _step(self, s: Statement, inputs: Vector | None) -> Vector | None:
+        """The results of `s` for these values of the carrier; None if its other operand varies too."""
+        if inputs is None:
+            return None
+        vectors = {self.carrier: inputs}
+        for operand in s.reads:
+            if operand != self.carrier and operand in self.vectors:
+                other = self.vectors[operand]
+                if len(set(other)) > 1:
+                    return None
+                vectors[operand] = other[:1] * len(inputs)
+        return apply_statement(s, vectors, self.modulus)
 
     def carrier_is_deep(self) -> bool:
         """Whether no free result has come to equal the carrier's with fewer operations."""
@@ -229,7 +265,7 @@ class Draft:
         elif self.rng.random() < 0.5:
             second = number
         elif self.single and operator not in UNARY:
-            others = [n for n in self.names if self.depths[n] == 0 and n != first]
+            others = [n for n in self.names if self.depths[n] == 0 and n not in (first, self.origin)]
             second = self._pick(others) if others else number
         else:
             second = self._other_than(first)
@@ -241,6 +277,7 @@ class Draft:
         depth = 1 + max([self.depths.get(operand, 0) for operand in s.reads])
         if on_chain:
             self.known[vector] = depth
+            self.last_step = self._step(s, _inputs(self.modulus))
         elif len(set(vector)) > 1:  # as in _depth_from
             least = 1 + max([self.known.get(self.vectors.get(x, ()), 0) for x in s.reads])
             self.known[vector] = min(least, self.known.get(vector, least))
