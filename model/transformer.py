@@ -3,9 +3,6 @@
 Shapes: B batch, T new tokens, S cached and new tokens, D hidden, V vocabulary.
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +11,6 @@ from torch import Tensor, nn
 
 from .attention_backends import (
     AttentionContext,
-    LoopStep,
     flex_mask,
     row_boundaries,
     segments,
@@ -23,16 +19,17 @@ from .attention_backends import (
 from .blockwise_attention import hidden_keys
 from .cache import LatentCache, full_mask
 from .config import ModelConfig
-from .decoder import AUX_TERMS, DecoderLayer, run_layer
+from .decoder import AUX_TERMS
 from .execution import ExecutionConfig, attention_backend
 from .generate import generate
-from .latent_terms import LATENT_TERMS, LoopTrace
-from .layers import Linear, RMSNorm, linear, rotations
+from .initialization import initialize
+from .latent_terms import LATENT_TERMS
+from .layer_stack import Transformer, TransformerOutput, no_aux
+from .layers import linear, rotations
 from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
-from .memory import RecurrentMemory
-from .moe import Experts, MoE
-from .mtp import MTPModule, shifted
-from .recurrence import CausalMixing, CoreOutput, IterationEmbedding, LatentReasoningUnit, stacked_traces
+from .moe import MoE
+from .mtp import shifted
+from .recurrence import stacked_traces
 
 
 class ModelOutput(NamedTuple):
@@ -68,155 +65,6 @@ class LMHead(nn.Module):
             return linear(hidden, self.weight)
         share = None if share is None else share.flatten()
         return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), share)
-
-
-class _LayersOutput(NamedTuple):
-    """Several layers' result."""
-
-    hidden: Tensor  # (B, T, D)
-    aux: Tensor  # (2,), AUX_TERMS
-    kept: dict[int, tuple[Tensor, ...]]  # by layer, see cache.kept_keys
-    loads: dict[int, Tensor]  # by layer, (E,) tokens given to each expert
-    traces: list[LoopTrace]  # of the layers' own Latent Reasoning Units
-
-
-class TransformerOutput(NamedTuple):
-    """What the head and the loss need."""
-
-    hidden: Tensor  # (B, T, D), normed
-    aux: Tensor  # (2,), AUX_TERMS summed over the layers, averaged over loop steps
-    readouts: list[
-        tuple[Tensor, Tensor]
-    ]  # for an expected loss: hidden (B, T, D) and p_n (B, T) of each step
-    traces: list[LoopTrace]  # of every loop
-
-
-class Transformer(nn.Module):
-    """Embedding, layers (some looped), final norm, modules of multi-token prediction."""
-
-    def __init__(self, config: ModelConfig, moe_class: type[MoE], execution: ExecutionConfig) -> None:
-        super().__init__()
-        self.config, self.execution, L = config, execution, config.num_hidden_layers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, moe_class, execution) for i in range(L))
-        block = config.recurrence.placement == "block"
-        self.ranges = config.recurrence.layer_ranges(L) if block else []
-        if self.ranges:
-            recompute = execution.checkpointing == "iteration"
-            self.recurrence = nn.ModuleList(
-                LatentReasoningUnit(config, config.hidden_size, f"loop{i}", range(first, last + 1), recompute)
-                for i, (first, last) in enumerate(self.ranges)
-            )
-        if config.num_pause_tokens:
-            self.pause_tokens = nn.Embedding(config.num_pause_tokens, config.hidden_size)
-        if config.num_memory_tokens:
-            self.memory = RecurrentMemory(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
-        if config.num_nextn_predict_layers:
-            modules = range(L, L + config.num_nextn_predict_layers)
-            self.mtp = nn.ModuleList(MTPModule(config, i, moe_class, execution) for i in modules)
-
-    def forward(
-        self,
-        x: Tensor,
-        context: AttentionContext,
-        predict: Callable[[Tensor], Tensor] | None = None,
-        noise_seed: int | None = None,
-    ) -> TransformerOutput:
-        """Embedded tokens x (B, T, D) -> normed hidden states and what the loss needs.
-
-        Args:
-            predict: states (B, T, D), not yet normed -> logits, for exits by divergence.
-            noise_seed: start the loops from normal noise instead of their input.
-        """
-        aux, traces, done = _no_aux(x), [], 0
-        states, probabilities = [x], None
-        for number, (first, last) in enumerate(self.ranges):
-            out = self._run_counted(range(done, first), x, context)
-            start = None if noise_seed is None else _noise(out.hidden, noise_seed)
-            unit: Any = self.recurrence[number]
-            loop = unit(out.hidden, self._core(first, last, context), context, predict, start)
-            for _, loads in loop.extras:
-                self._count(loads)
-            aux = aux + out.aux + torch.stack([core_aux for core_aux, _ in loop.extras]).mean(0)
-            traces.append(loop.trace)
-            x, done = loop.out, last + 1
-            states = [x]
-            if self.training and context.statistics and self.config.recurrence.expectation == "loss":
-                states = [unit.output_norm(state) for state in loop.states]
-                probabilities = loop.trace.halt_probs.unbind(-1)
-        tails = [self._run_counted(range(done, len(self.layers)), state, context) for state in states]
-        hidden = [self.norm(tail.hidden) for tail in tails]
-        aux = aux + torch.stack([tail.aux for tail in tails]).mean(0)
-        readouts = [] if probabilities is None else list(zip(hidden, probabilities, strict=True))
-        return TransformerOutput(hidden[-1], aux, readouts, traces + tails[-1].traces)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D)."""
-        x = self.embed_tokens(tokens)
-        if not self.config.num_pause_tokens:
-            return x
-        pauses = self.pause_tokens(torch.arange(self.config.num_pause_tokens, device=x.device))
-        return torch.cat((x[:, :, None], pauses.expand(*x.shape[:2], -1, -1)), 2).flatten(1, 2)
-
-    def _core(self, first: int, last: int, context: AttentionContext) -> Callable[..., CoreOutput]:
-        """Layers first..last as what a loop runs; see recurrence.Core."""
-        r = self.config.recurrence
-        remembers = r.carries_keys or context.cache is not None
-
-        def core(
-            state: Tensor, step: int, running: Tensor | None, kept: dict[int, tuple[Tensor, ...]]
-        ) -> CoreOutput:
-            loop = LoopStep(r, step, running, kept) if remembers else None
-            out = self._run(range(first, last + 1), state, dataclasses.replace(context, loop=loop))
-            return CoreOutput(out.hidden, out.kept, (out.aux, out.loads))
-
-        return core
-
-    def predict_further(
-        self, module: int, hidden: Tensor, tokens: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor]:
-        """One module of multi-token prediction.
-
-        Args:
-            hidden: (B, T, D) of the model or of the module before.
-            tokens: (B, T), those that the hidden states predict.
-
-        Returns:
-            Normed states (B, T, D) that predict the tokens after those, and the (2,) auxiliary losses.
-        """
-        mtp: Any = self.mtp[module]
-        out = run_layer(mtp, self.execution, hidden, self.embed_tokens(tokens), context)
-        if self.training and out.load is not None:
-            mtp.count(out.load)
-        return out.hidden, _no_aux(hidden) if out.aux is None else out.aux
-
-    def _run(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
-        result = _LayersOutput(x, _no_aux(x), {}, {}, [])
-        for i in layers:
-            out = run_layer(self.layers[i], self.execution, result.hidden, context)
-            result = result._replace(
-                hidden=out.hidden, aux=result.aux if out.aux is None else result.aux + out.aux
-            )
-            if out.kept is not None:
-                result.kept[i] = out.kept
-            if out.load is not None:
-                result.loads[i] = out.load
-            if out.trace is not None:
-                result.traces.append(out.trace)
-        return result
-
-    def _run_counted(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
-        out = self._run(layers, x, context)
-        self._count(out.loads)
-        return out
-
-    def _count(self, loads: dict[int, Tensor]) -> None:
-        """Adds a pass's load to the experts' own count, in training."""
-        if self.training:
-            for i, load in loads.items():
-                layer: Any = self.layers[i]
-                layer.count(load)
 
 
 class ZeroModel(nn.Module):
@@ -332,7 +180,7 @@ class ZeroModel(nn.Module):
         hidden, state = memory(tokens, segment, self.model.embed_tokens, run, state, all_segments)
         if cache is not None:
             cache.memory = state
-        return TransformerOutput(hidden, _no_aux(hidden), [], [])
+        return TransformerOutput(hidden, no_aux(hidden), [], [])
 
     def _cross_entropy(self, out: TransformerOutput, targets: Tensor) -> Tensor:
         """Summed over the targets; in training with an expected loss, sum_n p_n CE_n."""
@@ -361,7 +209,7 @@ class ZeroModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of multi-token prediction, the modules' mean, and auxiliary losses (2,)."""
         modules = self.config.num_nextn_predict_layers
-        loss, total = hidden.new_zeros((), dtype=torch.float32), _no_aux(hidden)
+        loss, total = hidden.new_zeros((), dtype=torch.float32), no_aux(hidden)
         segment = torch.zeros_like(tokens) if context.segment is None else context.segment
         for module in range(modules):
             further, further_targets = shifted(tokens, targets, segment, module + 1)
@@ -486,16 +334,6 @@ class ZeroModel(nn.Module):
 _REPORTED = ("halt_probs", "num_iterations", "ponder_cost", "residuals")
 
 
-def _no_aux(x: Tensor) -> Tensor:
-    return torch.zeros(len(AUX_TERMS), device=x.device)
-
-
-def _noise(like: Tensor, seed: int) -> Tensor:
-    """(B, T, D) standard normal, the same for a seed on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=generator).to(like)
-
-
 def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(B, S) positions: padding is not counted (Hugging Face's rule), documents start at 0."""
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
@@ -504,33 +342,3 @@ def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     place = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
     document = torch.searchsorted(cu_seqlens, place, right=True) - 1
     return positions - positions.gather(1, cu_seqlens.long().gather(1, document))
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Normal weights of the config's standard deviation, each from a stream named after the parameter."""
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}"
-            if isinstance(module, Experts):
-                for row, expert in zip(parameter, module.expert_ids, strict=True):
-                    _fill(row, model, f"{seed}:{full_name}:{expert}")
-            elif isinstance(module, Linear) and name == "bias":
-                parameter.fill_(module.initial_bias)
-            elif (
-                isinstance(module, Linear)
-                and module.zero
-                or isinstance(module, IterationEmbedding | CausalMixing)
-            ):
-                parameter.zero_()
-            elif isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            else:
-                _fill(parameter, model, f"{seed}:{full_name}")
-
-
-def _fill(parameter: Tensor, model: Any, stream: str) -> None:
-    seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "little")
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
-    parameter.copy_(values)

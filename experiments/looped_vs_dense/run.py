@@ -96,28 +96,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train_and_evaluate(
-    task: str, run: Path, data: Path, seed: int, model: Sequence[str], overrides: Sequence[str]
-) -> None:
-    if not (run / "DONE").is_file():
-        call(
-            run / "train.log",
-            Path(sys.executable).with_name("deepspeed"),
-            *("--num_accelerators", 1, "--master_port", free_port()),
-            *("pretrain/main.py", "--ds_config", "ds_configs/zero1.json"),
-            *("--config", HERE.relative_to(ROOT) / f"{task}.yaml"),
-            *(f"output_dir={run.absolute()}", f"data.path={data.absolute()}", f"seed={seed}"),
-            *model,
-            *overrides,
-        )
-    if not list((run / "eval").glob("results_*.json")):
-        chosen = TASKS[task]
-        call(
-            run / "eval.log",
-            *(sys.executable, "eval/reasoning.py", "--checkpoint", run.absolute() / "export"),
-            *("--task", task, "--task_options", chosen.options, "--num_samples", chosen.num_samples),
-            *("--output_path", run.absolute() / "eval", "--batch_size", 64),
-        )
+def train(task: str, run: Path, data: Path, seed: int, overrides: Sequence[str]) -> None:
+    if (run / "DONE").is_file():
+        return
+    call(
+        run / "train.log",
+        Path(sys.executable).with_name("deepspeed"),
+        *("--num_accelerators", 1, "--master_port", free_port()),
+        *("pretrain/main.py", "--ds_config", "ds_configs/zero1.json"),
+        *("--config", HERE.relative_to(ROOT) / f"{task}.yaml"),
+        *(f"output_dir={run.absolute()}", f"data.path={data.absolute()}", f"seed={seed}"),
+        *overrides,
+    )
+
+
+def evaluate(task: str, run: Path, num_samples: int) -> None:
+    if list((run / "eval").glob("results_*.json")):
+        return
+    call(
+        run / "eval.log",
+        *(sys.executable, "eval/reasoning.py", "--checkpoint", run.absolute() / "export"),
+        *("--task", task, "--task_options", TASKS[task].options, "--num_samples", num_samples),
+        *("--output_path", run.absolute() / "eval", "--batch_size", 64),
+    )
 
 
 def collect(task: str, run: Path) -> dict[str, Any]:
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and results")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1,..")
+    parser.add_argument("--num_samples", type=int, help="test samples (default: the task's, 2,000 or more)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of all runs, e.g. max_steps=50")
     arguments = parser.parse_intermixed_args()
@@ -233,7 +235,8 @@ def run_all(arguments: argparse.Namespace) -> None:
 
     def job(key: tuple[str, int]) -> None:
         name, seed = key
-        train_and_evaluate(task, folders[key], data, seed, chosen[name], arguments.overrides)
+        train(task, folders[key], data, seed, [*chosen[name], *arguments.overrides])
+        evaluate(task, folders[key], arguments.num_samples or TASKS[task].num_samples)
         print(f"{name}, seed {seed}: done", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
