@@ -21,7 +21,14 @@ from pretrain.export import export_run
 from .conftest import ROOT, TINY
 
 FIELDS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "recurrence_depth"}
-DEPTH = ["model.recurrence.depth_sampling=poisson", "model.recurrence.max_steps=6", "save_every=3"]
+DEPTH = [
+    "model.recurrence.depth_sampling=poisson",
+    "model.recurrence.max_steps=6",
+    "model.recurrence.halting.kind=ponder",
+    "model.recurrence.halting.threshold=0.3",
+    "model.recurrence.halting.sparsity_weight=0.01",
+    "save_every=3",
+]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -76,9 +83,18 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
         assert set(record) >= FIELDS
         assert record["dropped_tokens"] == 0  # the loads add up to every choice of every token and loop step
         assert 0 <= record["expert_load_entropy"] <= 1
+        depth = record["recurrence_depth"]
+        for name in ("halting_distribution", "steps_histogram", "residuals"):
+            assert len(record[name]) == depth
+        assert sum(record["halting_distribution"]) == pytest.approx(1)
+        used = sum(n * share for n, share in enumerate(record["steps_histogram"], 1))
+        assert record["steps_mean"] == pytest.approx(used)
+        assert record["loss_ponder"] >= 0
+        assert 0 < record["loss_sparsity"] < 1
         for shares in record["expert_load"]:
             assert abs(sum(shares) - 1) < 1e-9
     assert len({r["recurrence_depth"] for r in records}) > 1
+    assert any(0 < share < 1 for r in records for share in r["steps_histogram"])  # tokens halted apart
     assert [r["step"] for r in records if "val_loss" in r] == [3, 6]
     assert records[-1]["tokens"] == 6 * 8 * 64
     resolved = load_run_config(str(run / "config.yaml"), [])
