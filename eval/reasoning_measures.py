@@ -7,7 +7,7 @@ positions of a batch.
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from data_pipeline.build import CharacterIds, encode_labelled
 from data_pipeline.sources import LabelledDocument
 from eval.core import Scorer
 from model import ModelConfig, ZeroModel
+from model.cache import LatentCache
 from model.latent_terms import loop_figures, loop_sums
 from model.losses import IGNORE_INDEX
 
@@ -165,24 +166,44 @@ def fixed_depth(model: ZeroModel) -> ZeroModel:
 
 
 @torch.inference_mode()
-def halting_time(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> dict[str, float]:
-    """Median seconds for the first batch of rows, with halting and at the fixed depth `num_steps`, in turns.
+def halting_time(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> dict[str, dict[str, float]]:
+    """Median seconds with halting and at the fixed depth `num_steps`, in turns.
 
-    `time_saved` is 1 - seconds_halting / seconds_fixed. A pass ends early only when all tokens have halted.
+    `batch`: one pass over the first batch of rows, which ends early only when all its tokens have halted.
+    `decode`: the first row token by token over a cache, where every token ends when it has halted.
+    `time_saved` is 1 - seconds_halting / seconds_fixed.
     """
     tokens, mask = scorer.pad([row.tokens for row in rows[: scorer.batch_size]], left=False)
+    single = tokens[:1, : len(rows[0].tokens)]
+
+    def batch(model: ZeroModel) -> None:
+        model(tokens, attention_mask=mask, num_steps=num_steps)
+
+    def decode(model: ZeroModel) -> None:
+        cache = LatentCache()
+        for token in single.split(1, dim=1):
+            model(token, num_steps=num_steps, cache=cache)
+
+    runs: dict[str, tuple[Callable[[ZeroModel], None], int]] = {
+        "batch": (batch, len(tokens)),
+        "decode": (decode, 1),
+    }
+    return {name: {**_compared(scorer, run), "batch_size": size} for name, (run, size) in runs.items()}
+
+
+def _compared(scorer: Scorer, run: Callable[[ZeroModel], None]) -> dict[str, float]:
     models = {"seconds_halting": scorer.model, "seconds_fixed": fixed_depth(scorer.model)}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(1 + ROUNDS):
         for name, model in models.items():
             _wait(scorer.device)
             start = time.perf_counter()
-            model(tokens, attention_mask=mask, num_steps=num_steps)
+            run(model)
             _wait(scorer.device)
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     saved = 1 - medians["seconds_halting"] / medians["seconds_fixed"]
-    return {**medians, "time_saved": saved, "batch_size": len(tokens), "rounds": ROUNDS}
+    return {**medians, "time_saved": saved, "rounds": ROUNDS}
 
 
 def _wait(device: torch.device) -> None:

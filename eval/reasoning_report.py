@@ -99,10 +99,10 @@ def remarks(facts: dict[str, Any]) -> list[str]:
             f"path independence: three starts agree at {agreement} of the labels,"
             f" relative distance {distance}"
         )
-    seconds = facts["time"]
-    if seconds is not None:
+    for name, seconds in (facts["time"] or {}).items():
+        what = {"batch": f"a batch of {seconds['batch_size']}", "decode": "a row, token by token"}[name]
         lines.append(
-            f"time of a batch of {seconds['batch_size']}: {seconds['seconds_halting']:.4f} s with halting,"
+            f"time of {what}: {seconds['seconds_halting']:.4f} s with halting,"
             f" {seconds['seconds_fixed']:.4f} s at fixed depth: {seconds['time_saved']:.1%} saved"
             f" (medians of {seconds['rounds']})"
         )

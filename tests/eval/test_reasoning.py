@@ -298,6 +298,8 @@ def test_command(exports, name, tmp_path, monkeypatch, capsys):
     assert baselines["1-hop"]["value"] == right / 12
     assert (found["path_independence"] is None) == (name == "none")
     assert (found["time"] is None) == (name != "act")
+    if found["time"] is not None:
+        assert set(found["time"]) == {"batch", "decode"}
     if name == "none":
         assert found["overthinking_gap"] is None
     else:
