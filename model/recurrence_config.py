@@ -1,6 +1,7 @@
 """RecurrenceConfig and HaltingConfig: what is looped, how the state is carried, and when a token stops."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 LEARNED = ("act", "ponder", "entropy")
 
@@ -55,7 +56,7 @@ class RecurrenceConfig:
     placement: str = "none"
     # First and last layer of each loop (block) or of the layers that have a unit, counted from 0; default:
     # all.
-    ranges: list[list[int]] | None = None
+    ranges: list[Any] | None = None
     num_steps: int = 1  # loop steps R at inference; in training the fixed or the mean depth
     depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson, one draw per optimizer step)
     max_steps: int = 32  # upper limit of a sampled depth
@@ -155,7 +156,8 @@ def check_recurrence(r: RecurrenceConfig, num_layers: int, use_mla: bool) -> Non
 def _check_ranges(r: RecurrenceConfig, num_layers: int) -> None:
     end = -1
     for entry in r.ranges or []:
-        if len(entry) != 2 or not end < entry[0] <= entry[1] < num_layers:
+        pair = isinstance(entry, list | tuple) and [type(layer) for layer in entry] == [int, int]
+        if not pair or not end < entry[0] <= entry[1] < num_layers:
             raise ValueError(
                 f"model.recurrence.ranges={r.ranges} must hold pairs [first, last] of layers, rising and "
                 f"apart, with every layer in 0..{num_layers - 1} (num_hidden_layers={num_layers})"

@@ -118,6 +118,8 @@ KV = {"placement": "kv", "num_steps": 4}
         ({**BLOCK, "ranges": [[0, 1], [1, 2]]}, "rising and apart"),
         ({**BLOCK, "ranges": [[2, 1]]}, "rising and apart"),
         ({**BLOCK, "ranges": []}, "loops no layer"),
+        ({**BLOCK, "ranges": [1, 2]}, r"ranges=\[1, 2\] must hold pairs"),
+        ({**BLOCK, "ranges": [["0", "1"]]}, "must hold pairs"),
         ({**BLOCK, "num_steps": 40}, "num_steps=40 must lie in 1..max_steps=32"),
         ({**BLOCK, "virtual_layers": 5}, "virtual_layers=5 must lie in 1..num_steps=4"),
         (
