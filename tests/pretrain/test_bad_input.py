@@ -72,6 +72,11 @@ def test_wrong_values(start, override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_in_the_folder_of_its_data(start, data_folder):
+    with pytest.raises(ValueError, match="is the folder of the data, data.path; give the run one of its own"):
+        start(f"output_dir={data_folder}")
+
+
 def test_a_world_size_that_ep_size_does_not_divide(start):
     with pytest.raises(
         ValueError, match="ep_size=2 does not divide the 3 ranks; choose ep_size from the div"
