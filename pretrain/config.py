@@ -185,7 +185,7 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
     if Path(config.output_dir).resolve() == Path(config.data.path).resolve():
         raise ValueError(
-            f"output_dir={config.output_dir} is the folder of the data, data.path; give the run one of its own"
+            f"output_dir={config.output_dir} is the folder of the data, data.path; give the run its own"
         )
     if config.data.sequence_length < 2:
         raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")

@@ -73,7 +73,7 @@ def test_wrong_values(start, override, message):
 
 
 def test_a_run_in_the_folder_of_its_data(start, data_folder):
-    with pytest.raises(ValueError, match="is the folder of the data, data.path; give the run one of its own"):
+    with pytest.raises(ValueError, match="is the folder of the data, data.path; give the run its own"):
         start(f"output_dir={data_folder}")
 
 
