@@ -26,6 +26,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
@@ -243,7 +244,9 @@ def no_pickle_code() -> Iterator[None]:
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler]):
+        with torch.serialization.safe_globals(
+            [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
+        ):
             yield
     finally:
         if previous is None:

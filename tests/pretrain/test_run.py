@@ -73,6 +73,36 @@ def test_one_process_without_a_launcher_trains_the_same_model(runs, data_folder,
         assert alone["expert_load"] == together["expert_load"]
 
 
+def test_zero_1_resumes_to_the_bit_and_exports_offline(data_folder, tmp_path):
+    """What the experiments use: one process, dense layers."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+
+    def start(run: Path, max_steps: int) -> list[dict]:
+        paths = [f"output_dir={run}", f"data.path={data_folder}", f"max_steps={max_steps}"]
+        options = [
+            "ep_size=1",
+            "eval_every=0",
+            "model.use_moe=false",
+            "optimizer.decay_steps=4",
+            "save_every=2",
+        ]
+        arguments = ["--ds_config", "ds_configs/zero1.json", "--config", "pretrain/configs/demo.yaml"]
+        command = [sys.executable, "pretrain/main.py", *arguments, *TINY, *paths, *options]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True)
+        return metrics(run)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = start(whole, 4)
+    start(parts, 2)
+    resumed = start(parts, 4)
+    for key in ("loss", "grad_norm", "lr"):
+        assert [r[key] for r in resumed] == [r[key] for r in expected], key
+    exported = load_file(parts / "export/model.safetensors")
+    export_run(parts, 4, tmp_path / "offline")
+    offline = load_file(tmp_path / "offline/model.safetensors")
+    assert all(torch.equal(exported[name], offline[name]) for name in exported)
+
+
 def test_the_run_folder_holds_what_it_promises(runs, data_folder):
     run, records = runs[0], metrics(runs[0])
     for name in ("config.yaml", "ds_config.json", "environment.json", "DONE", "tokenizer.model"):
