@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_pipeline.labelled_task import Draws, Sample, draw, parser, require, run
+from data_pipeline.generated import parser, run
+from data_pipeline.labelled_task import Draws, Sample, audit, draw, require
 
 MAX_OPERANDS = 2048
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(
         given,
         lambda: generate(given.num_samples, given.operands, given.modulus, given.seed, given.split),
-        shortcuts,
+        lambda samples: audit(samples, shortcuts),
     )
 
 

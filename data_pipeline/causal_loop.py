@@ -25,15 +25,12 @@ test are disjoint. Programs are drawn, run and written by the thousand in numpy
 every machine.
 """
 
-import argparse
 import hashlib
-import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 
@@ -48,11 +45,10 @@ from data_pipeline.causal_loop_batch import (
     traces,
 )
 from data_pipeline.causal_loop_programs import VARIABLE, Array, Draws, canonical
-from data_pipeline.errors import DataError, user_errors
+from data_pipeline.errors import DataError
+from data_pipeline.generated import SPLITS, TEST_SHARE, check_request, parser, run
 
 LEVELS = (1, 2, 3, 4)
-SPLITS = ("train", "test")
-TEST_SHARE = 0.1  # of all canonical programs
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHUNKS = {1: 1, 2: 2, 3: 1, 4: 4}  # of programs drawn at once, the more the fewer are useful
 WAITING = 256  # most programs that wait for one answer
@@ -81,12 +77,9 @@ def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "t
     Programs of the two splits are disjoint up to the names of variables. Raises DataError for an unknown
     level or split and for a negative count.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}: choose one of them")
+    check_request(num_samples, split)
     if not levels or any(level not in LEVELS for level in levels):
         raise DataError(f"levels {list(levels)} must be a non-empty list of 1, 2, 3, 4: mend --levels")
-    if num_samples < 0:
-        raise DataError(f"num_samples {num_samples} is negative: give 0 or more")
     texts = {level: _Level(level, seed, split).texts() for level in set(levels)}
     for i, level in zip(range(num_samples), cycle(levels)):
         yield Sample(f"causal_loop-{split}-{seed}-{i}", level, *next(texts[level]))
@@ -289,34 +282,25 @@ def _text(program: str, question: str, answer: int, trace: str) -> _Text:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write causal-loop samples, one JSON object a line.")
-    parser.add_argument("--num_samples", type=int, required=True, help="number of samples over all levels")
-    parser.add_argument("--levels", default="1,2,3,4", help="comma-separated levels, dealt round-robin")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--out", type=Path, help="JSONL file to write; without it nothing is written")
-    parser.add_argument("--audit", action="store_true", help="print how far guessing gets on each level")
-    arguments = parser.parse_args(argv)
-    with user_errors(DataError, OSError):
-        run(arguments)
+    options = parser("Write causal-loop samples, one JSON line each.", " over all levels", " on each level")
+    options.add_argument("--levels", default="1,2,3,4", help="comma-separated levels, dealt round-robin")
+    given = options.parse_args(argv)
+
+    def samples() -> Iterator[Sample]:
+        levels = given.levels.split(",")
+        if not all(level.strip().isdecimal() for level in levels):
+            raise DataError(f"--levels {given.levels!r} must be numbers 1..4 joined by commas: mend it")
+        return generate(given.num_samples, [int(level) for level in levels], given.seed, given.split)
+
+    run(given, samples, _audit_table)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.out is None and not arguments.audit:
-        raise DataError("nothing to do: give --out FILE.jsonl, --audit or both")
-    levels = arguments.levels.split(",")
-    if not all(level.strip().isdecimal() for level in levels):
-        raise DataError(f"--levels {arguments.levels!r} must be numbers 1..4 joined by commas: mend it")
-    samples = list(generate(arguments.num_samples, [int(x) for x in levels], arguments.seed, arguments.split))
-    if arguments.out is not None:
-        with arguments.out.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
-        print(f"{arguments.out}: {len(samples)} samples")
-    if arguments.audit:
-        print("level  samples  majority  one-step  longest document")
-        for level, row in audit(samples).items():
-            shares = f"{row['majority']:10.3f}{row['one_step']:10.3f}"
-            print(f"{level:5d}{row['samples']:9.0f}{shares}{row['longest']:10.0f}")
+def _audit_table(samples: Sequence[Sample]) -> str:
+    lines = ["level  samples  majority  one-step  longest document"]
+    for level, row in audit(samples).items():
+        shares = f"{row['majority']:10.3f}{row['one_step']:10.3f}"
+        lines.append(f"{level:5d}{row['samples']:9.0f}{shares}{row['longest']:10.0f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

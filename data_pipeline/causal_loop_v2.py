@@ -43,21 +43,17 @@ The trace copies each statement, fills in the values it reads and gives the resu
 every next character needs at most one look-up or one operation. The query stands once more at its end.
 """
 
-import argparse
 import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 from data_pipeline.causal_loop_v2_audit import audit
 from data_pipeline.causal_loop_v2_programs import FAMILIES, LETTERS, MIN_DEPTH, Draft, draw
-from data_pipeline.errors import DataError, user_errors
+from data_pipeline.errors import DataError
+from data_pipeline.generated import check_request, hashed_split, parser, run
 
-SPLITS = ("train", "test")
-TEST_SHARE = 0.1  # of all canonical programs
 MODULI = range(5, 998)
 VARIABLES = range(3, len(LETTERS) + 1)
 LABEL_MODULUS = 10  # the largest whose values are single characters
@@ -127,8 +123,7 @@ def split_of(program: str) -> str:
     """ "train" or "test": a fixed share of the sha256 of the program, its variables renamed in order."""
     names = "".join(dict.fromkeys(re.findall("[A-Z]", program)))
     canonical = program.translate(str.maketrans(names, LETTERS[: len(names)]))
-    bucket = int.from_bytes(hashlib.sha256(canonical.encode()).digest()[:8], "big")
-    return "test" if bucket < TEST_SHARE * 2**64 else "train"
+    return hashed_split(canonical.encode())
 
 
 def execute(program: str, modulus: int = 7) -> dict[str, int]:
@@ -252,10 +247,7 @@ def _check(
     num_samples: int, depths: Sequence[int], families: Sequence[str], size: tuple[int, int, int], split: str
 ) -> None:
     modulus, variables, statements = size
-    if num_samples < 0:
-        raise DataError(f"num_samples {num_samples} is negative: give 0 or more")
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}: choose one of them")
+    check_request(num_samples, split)
     if not families or any(family not in FAMILIES for family in families):
         raise DataError(
             f"families {list(families)} must be a non-empty list of {', '.join(FAMILIES)}: mend it"
@@ -276,49 +268,29 @@ def _check(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write causal-loop samples, one JSON object a line.")
-    parser.add_argument("--num_samples", type=int, required=True, help="number of samples over all depths")
-    parser.add_argument("--depths", default="1-8", help="FIRST-LAST or comma-separated, dealt round-robin")
-    parser.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
-    parser.add_argument("--modulus", type=int, default=7)
-    parser.add_argument("--variables", type=int, default=5)
-    parser.add_argument("--statements", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--out", type=Path, help="JSONL file to write; without it nothing is written")
-    parser.add_argument("--audit", action="store_true", help="print how far guessing gets at each depth")
-    arguments = parser.parse_args(argv)
-    with user_errors(DataError, OSError):
-        run(arguments)
+    options = parser("Write causal-loop samples, one JSON line each.", " over all depths", " at each depth")
+    options.add_argument("--depths", default="1-8", help="FIRST-LAST or comma-separated, dealt round-robin")
+    options.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
+    options.add_argument("--modulus", type=int, default=7)
+    options.add_argument("--variables", type=int, default=5)
+    options.add_argument("--statements", type=int, default=12)
+    given = options.parse_args(argv)
+
+    def samples() -> Iterator[Sample]:
+        size = (given.modulus, given.variables, given.statements)
+        families = given.families.split(",")
+        return generate(given.num_samples, _depths(given.depths), families, *size, given.seed, given.split)
+
+    run(given, samples, _audit_table)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    if arguments.out is None and not arguments.audit:
-        raise DataError("nothing to do: give --out FILE.jsonl, --audit or both")
-    samples = list(
-        generate(
-            arguments.num_samples,
-            _depths(arguments.depths),
-            arguments.families.split(","),
-            arguments.modulus,
-            arguments.variables,
-            arguments.statements,
-            arguments.seed,
-            arguments.split,
-        )
-    )
-    if arguments.out is not None:
-        with arguments.out.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(sample)) + "\n" for sample in samples)
-        print(f"{arguments.out}: {len(samples)} samples")
-    if arguments.audit:
-        rows = audit(samples)
-        print("depth" + "".join(f"{name:>12}" for name in next(iter(rows.values()), {})))
-        for depth, row in rows.items():
-            shares = [
-                f"{value:12.0f}" if name == "samples" else f"{value:12.3f}" for name, value in row.items()
-            ]
-            print(f"{depth:5d}" + "".join(shares))
+def _audit_table(samples: Sequence[Sample]) -> str:
+    rows = audit(samples)
+    lines = ["depth" + "".join(f"{name:>12}" for name in next(iter(rows.values()), {}))]
+    for depth, row in rows.items():
+        shares = [f"{value:12.0f}" if name == "samples" else f"{value:12.3f}" for name, value in row.items()]
+        lines.append(f"{depth:5d}" + "".join(shares))
+    return "\n".join(lines)
 
 
 def _depths(text: str) -> list[int]:

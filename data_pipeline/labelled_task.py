@@ -1,23 +1,19 @@
-"""What p_hop.py and addition.py share: drawing labelled samples in blocks, their splits, their command line.
+"""What p_hop.py and addition.py share: drawing labelled samples in blocks, and the audit of guesses.
 
 A sample is a text of one token a character with a label, the one character to predict there, at every
 position where the task defines one. The label is not the next character: no answer stands in the text.
 """
 
-import argparse
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import DataError, user_errors
+from data_pipeline.errors import DataError
+from data_pipeline.generated import check_request, hashed_split
 
-SPLITS = ("train", "test")
-TEST_SHARE = 0.1  # of all canonical samples
 BLOCK = 1024  # samples drawn from one random stream
 MAX_ROUNDS = 1000  # of BLOCK draws for a block
 
@@ -48,10 +44,7 @@ def draw(name: str, task: Task, num_samples: int, seed: int, split: str) -> Iter
     an unknown split, a negative count and sizes at which next to no draw has a label at its last character or
     belongs to the split.
     """
-    if split not in SPLITS:
-        raise DataError(f"split {split!r} is not one of {', '.join(SPLITS)}: choose one of them")
-    if num_samples < 0:
-        raise DataError(f"num_samples {num_samples} is negative: give 0 or more")
+    check_request(num_samples, split)
     for first in range(0, num_samples, BLOCK):
         rows = _block(f"{name}/{seed}/{split}/{first // BLOCK}", name, task, split)
         for i, (text, label) in enumerate(rows[: num_samples - first], start=first):
@@ -66,7 +59,7 @@ def _block(key: str, name: str, task: Task, split: str) -> list[tuple[str, str]]
     for _ in range(MAX_ROUNDS):
         texts, labels, canonical = task(random, BLOCK)
         for i in np.flatnonzero(labels[:, -1]).tolist():
-            if split_of(canonical[i].tobytes()) == split:
+            if hashed_split(canonical[i].tobytes()) == split:
                 rows.append((texts[i].tobytes().decode("ascii"), labels[i].tobytes().decode("ascii")))
         if len(rows) >= BLOCK:
             return rows[:BLOCK]
@@ -76,48 +69,10 @@ def _block(key: str, name: str, task: Task, split: str) -> list[tuple[str, str]]
     )
 
 
-def split_of(canonical: bytes) -> str:
-    """ "train" or "test": a fixed share of the sha256 of a canonical sample."""
-    bucket = int.from_bytes(hashlib.sha256(canonical).digest()[:8], "big")
-    return "test" if bucket < TEST_SHARE * 2**64 else "train"
-
-
 def require(name: str, value: int, low: int, high: int) -> None:
     """Raises DataError unless low <= value <= high."""
     if not low <= value <= high:
         raise DataError(f"{name} {value} is not in {low}..{high}: mend it")
-
-
-# ---- command line
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every task has."""
-    result = argparse.ArgumentParser(description=description)
-    result.add_argument("--num_samples", type=int, required=True)
-    result.add_argument("--seed", type=int, default=0)
-    result.add_argument("--split", choices=SPLITS, default="train")
-    result.add_argument("--out", type=Path, help="JSONL file to write; without it nothing is written")
-    result.add_argument("--audit", action="store_true", help="print how far guessing gets")
-    return result
-
-
-def run(
-    arguments: argparse.Namespace,
-    generate: Callable[[], Iterator[Sample]],
-    shortcuts: Shortcuts,
-) -> None:
-    """Write and audit the samples of `generate`. A user's mistake ends with one line and exit code 2."""
-    with user_errors(DataError, OSError):
-        if arguments.out is None and not arguments.audit:
-            raise DataError("nothing to do: give --out FILE.jsonl, --audit or both")
-        samples = list(generate())
-        if arguments.out is not None:
-            with arguments.out.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample._asdict()) + "\n" for sample in samples)
-            print(f"{arguments.out}: {len(samples)} samples")
-        if arguments.audit:
-            print(audit(samples, shortcuts))
 
 
 def audit(samples: Sequence[Sample], shortcuts: Shortcuts) -> str:

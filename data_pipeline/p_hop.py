@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_pipeline.labelled_task import Draws, Sample, draw, parser, require, run
+from data_pipeline.generated import parser, run
+from data_pipeline.labelled_task import Draws, Sample, audit, draw, require
 
 MAX_LENGTH = 4096  # characters
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda: generate(
             given.num_samples, given.hops, given.length, given.alphabet, given.seed, given.split
         ),
-        lambda samples: shortcuts(samples, given.hops),
+        lambda samples: audit(samples, lambda read: shortcuts(read, given.hops)),
     )
 
 
