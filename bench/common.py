@@ -82,6 +82,11 @@ def check_choices(flag: str, chosen: list[str], known: tuple[str, ...]) -> None:
             raise ValueError(f"--{flag}={value} is unknown; choose from {','.join(known)}")
 
 
+def listed(text: str) -> list[str]:
+    """An argparse type: values joined by commas."""
+    return text.split(",")
+
+
 def json_object(text: str) -> dict[str, Any]:
     """An argparse type."""
     try:

@@ -33,6 +33,7 @@ from common import (
     check_device,
     interleaved,
     json_object,
+    listed,
     memory_growth,
     now,
     our_model,
@@ -113,8 +114,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare speed and memory with transformers' DeepseekV3.")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtypes", type=_listed, help="comma-separated (default: fp32,bf16; on a GPU bf16)")
-    add("--tasks", type=_listed, default=list(TASKS), help=f"comma-separated (default: {','.join(TASKS)})")
+    add("--dtypes", type=listed, help="comma-separated (default: fp32,bf16; on a GPU bf16)")
+    add("--tasks", type=listed, default=list(TASKS), help=f"comma-separated (default: {','.join(TASKS)})")
     add("--runs", type=int, default=5, help="counted runs of each (default: 5)")
     add("--threads", type=int, default=2, help="of the CPU (default: 2)")
     add("--batch", type=int, help="rows (default: 8)")
@@ -130,10 +131,6 @@ def _parse() -> argparse.Namespace:
     arguments.length = length if arguments.length is None else arguments.length
     arguments.dtypes = arguments.dtypes or (list(DTYPES) if arguments.device == "cpu" else ["bf16"])
     return arguments
-
-
-def _listed(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _check(arguments: argparse.Namespace) -> ModelConfig:

@@ -26,6 +26,7 @@ from common import (
     check_device,
     interleaved,
     json_object,
+    listed,
     memory_growth,
     our_model,
     print_table,
@@ -54,8 +55,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Throughput and MFU of every backend.")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda")
-    add("--attention", type=_listed, default=_listed("sdpa,flash_attn,varlen,flex"), help="comma-separated")
-    add("--experts", type=_listed, default=_listed("grouped_mm,loop,megablocks"), help="comma-separated")
+    add("--attention", type=listed, default=listed("sdpa,flash_attn,varlen,flex"), help="comma-separated")
+    add("--experts", type=listed, default=listed("grouped_mm,loop,megablocks"), help="comma-separated")
     add("--runs", type=int, default=10, help="counted runs of each (default: 10)")
     add("--batch", type=int, help="rows (default: 8)")
     add("--length", type=int, help="tokens a row (default: 2048)")
@@ -69,10 +70,6 @@ def _parse() -> argparse.Namespace:
     arguments.batch = batch if arguments.batch is None else arguments.batch
     arguments.length = length if arguments.length is None else arguments.length
     return arguments
-
-
-def _listed(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _run(arguments: argparse.Namespace) -> None:

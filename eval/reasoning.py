@@ -321,6 +321,7 @@ def step_counts(text: str) -> list[int]:
 
 
 def main() -> None:
+    """The command line; a user's mistake ends with one line and exit code 2."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="which task")

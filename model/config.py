@@ -188,6 +188,11 @@ class ModelConfig:
         return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
 
     @property
+    def places_per_token(self) -> int:
+        """Places of the row that a token takes: its own and its pauses."""
+        return 1 + self.num_pause_tokens
+
+    @property
     def learns_to_halt(self) -> bool:
         return self.recurrence.placement != "none" and self.recurrence.halting.learned
 

@@ -70,7 +70,7 @@ def _forward_flops(config: "ModelConfig", sequence_length: int, steps: int, trai
 def _places_per_token(config: "ModelConfig", sequence_length: int) -> tuple[float, float]:
     """Places that the layers compute for each token, and the mean number of places that they attend to."""
     if config.segment_length is None:
-        factor = 1 + config.num_pause_tokens
+        factor = config.places_per_token
         return factor, factor * sequence_length
     full, rest = divmod(sequence_length, config.segment_length)
     lengths = [config.segment_length] * full + [rest] * (rest > 0)
@@ -128,12 +128,17 @@ def _units(config: "ModelConfig") -> tuple[int, int]:
     return sum(last - first + 1 for first, last in ranges), width
 
 
+def _halting_heads(config: "ModelConfig") -> int:
+    """Halting logits of a unit."""
+    halting = config.recurrence.halting
+    return {"token": 1, "sequence": 1, "mixed": 2}[halting.granularity] if halting.learned else 0
+
+
 def _recurrence_weights(config: "ModelConfig") -> int:
     """Matrix weights of all units, used once per step (the query's projection, used once, aside)."""
     (units, width), r = _units(config), config.recurrence
     matrices = (r.injection in ("concat", "gate")) + (r.update == "gated")
-    heads = {"token": 1, "sequence": 1, "mixed": 2}[r.halting.granularity] if r.halting.learned else 0
-    total = matrices * 2 * width * width + heads * width
+    total = matrices * 2 * width * width + _halting_heads(config) * width
     if r.token_local:
         total += 3 * width * (r.latent_intermediate_size or 2 * width)
     return units * total
@@ -154,8 +159,7 @@ def _key_weights(config: "ModelConfig") -> int:
 
 def _recurrence_parameters(config: "ModelConfig") -> int:
     (units, width), r = _units(config), config.recurrence
-    heads = {"token": 1, "sequence": 1, "mixed": 2}[r.halting.granularity] if r.halting.learned else 0
-    vectors = 2 * _norm(config, width) + heads
+    vectors = 2 * _norm(config, width) + _halting_heads(config)
     vectors += width * ((r.injection == "gate") + (r.update == "gated") + r.iteration_embedding)
     if r.token_local:
         vectors += _norm(config, width) + width * r.position_mixing

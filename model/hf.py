@@ -358,6 +358,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The command line, export and import; a user's mistake ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description="Convert to and from Hugging Face's DeepseekV3 format.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a folder that transformers and vLLM read")

@@ -57,13 +57,8 @@ def loop_trace(
     numbers = torch.arange(1, p.shape[-1] + 1, device=p.device)
     final = (steps[..., None] == numbers).float()
     cost = steps + (p * final).sum(-1) if config.kind == "act" else (p * numbers).sum(-1)
-    if config.stability_weight:
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.stability_weight > 0):
         changes = torch.stack([relative_change(a, b) for a, b in zip(states, states[1:], strict=False)], -1)
-    else:
-        with torch.no_grad():
-            changes = torch.stack(
-                [relative_change(a, b) for a, b in zip(states, states[1:], strict=False)], -1
-            )
     counted = (ran & real[..., None]).float()
     residuals = (changes.detach() * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)
     zero = torch.zeros_like(cost)

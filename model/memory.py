@@ -74,8 +74,7 @@ class RecurrentMemory(nn.Module):
             longest = T
         unpacked = tokens.new_zeros(len(lengths), longest)
         unpacked[index, place] = tokens[real]
-        start = self.initial(torch.arange(self.initial.num_embeddings, device=tokens.device))
-        memory = start.expand(len(lengths), -1, -1) if state is None else state.memory
+        memory = self._start(tokens, len(lengths)) if state is None else state.memory
         hidden, memory = self._read(unpacked, lengths, memory, embed, run)
         out = hidden.new_zeros(*tokens.shape, hidden.shape[-1])
         out[real] = hidden[index, place]
@@ -83,9 +82,13 @@ class RecurrentMemory(nn.Module):
 
     def first_state(self, tokens: Tensor) -> MemoryState:
         """State (B rows) before any token."""
-        start = self.initial(torch.arange(self.initial.num_embeddings, device=tokens.device))
         nothing = tokens[:, :0]
-        return MemoryState(start.expand(len(tokens), -1, -1), nothing, nothing.bool())
+        return MemoryState(self._start(tokens, len(tokens)), nothing, nothing.bool())
+
+    def _start(self, like: Tensor, documents: int) -> Tensor:
+        """The learned memory, (documents, M, D)."""
+        learned = self.initial(torch.arange(self.initial.num_embeddings, device=like.device))
+        return learned.expand(documents, -1, -1)
 
     def _read(
         self,

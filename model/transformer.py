@@ -136,10 +136,10 @@ class ZeroModel(nn.Module):
             context.statistics, context.num_steps = targets is not None, steps
             predict = self._predict if self._compares_predictions() else None
             out = self.model(self.model.embed(tokens), context, predict, noise_seed)
-            pauses = self.config.num_pause_tokens
-            out = out._replace(hidden=out.hidden[:, pauses :: 1 + pauses])
+            places = self.config.places_per_token  # of which the last one predicts
+            out = out._replace(hidden=out.hidden[:, places - 1 :: places])
         if cache is not None:
-            cache.advance(tokens.shape[1] * (1 + self.config.num_pause_tokens))
+            cache.advance(tokens.shape[1] * self.config.places_per_token)
         loops = stacked_traces(out.traces)
         report = {} if loops is None else {name: getattr(loops, name) for name in _REPORTED}
         if targets is None:
@@ -248,7 +248,7 @@ class ZeroModel(nn.Module):
     ) -> AttentionContext:
         """What the layers share."""
         past = cache.length if cache is not None else 0
-        places = 1 + self.config.num_pause_tokens
+        places = self.config.places_per_token
         if places > 1:
             tokens = tokens.repeat_interleave(places, 1)
             if attention_mask is not None:
@@ -274,7 +274,7 @@ class ZeroModel(nn.Module):
         return context
 
     def _check_length(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None) -> None:
-        past = 0 if cache is None else cache.length // (1 + self.config.num_pause_tokens)
+        past = 0 if cache is None else cache.length // self.config.places_per_token
         length = past + tokens.shape[1]
         if self.config.max_position_embeddings < length and (cache is None or cache.limited):
             raise ValueError(

@@ -146,7 +146,7 @@ class Trainer:
         layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
         runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
         tokens = self.config.global_batch_size * self.config.data.sequence_length
-        return tokens * (1 + c.num_pause_tokens) * c.num_experts_per_tok * runs
+        return tokens * c.places_per_token * c.num_experts_per_tok * runs
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float:

@@ -224,6 +224,11 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
+    """Data, runs, evaluations, then the table and the plot.
+
+    Raises:
+        ValueError: a command failed; the line names its log.
+    """
     task, out = arguments.task, arguments.out
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     data = out / "data"

@@ -1,5 +1,6 @@
 """Test-time depth against plain loops: one sample at a time, no padding, ranks by counting."""
 
+import dataclasses
 import json
 import math
 import random
@@ -25,8 +26,10 @@ from eval.reasoning_measures import (
     unrolled_parameters,
 )
 from eval.results import table_rows
-from model import ModelConfig, RecurrenceConfig, ZeroModel
+from model import RecurrenceConfig, ZeroModel
 from model.recurrence_config import HaltingConfig
+
+from .conftest import tiny_config
 
 TRAINED = 3
 LOOP = {"placement": "block", "ranges": [[1, 1]], "num_steps": TRAINED}
@@ -50,22 +53,8 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder = folders[name] = tmp_path_factory.mktemp(name) / "export"
         folder.mkdir()
         (folder / "tokenizer.model").write_bytes(tokenizer)
-        config = ModelConfig(
-            vocab_size=Tokenizer(folder / "tokenizer.model").vocab_size,
-            max_position_embeddings=64,
-            hidden_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=16,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            n_routed_experts=4,
-            initializer_range=0.3,
-            recurrence=recurrence,
-        )
+        vocab_size = Tokenizer(folder / "tokenizer.model").vocab_size
+        config = dataclasses.replace(tiny_config(vocab_size, 64), recurrence=recurrence)
         model = ZeroModel(config, seed=5)
         for parameter_name, parameter in model.named_parameters():
             if "halting" in parameter_name and parameter_name.endswith("bias"):
