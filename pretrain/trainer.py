@@ -89,8 +89,8 @@ class Trainer:
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
             self.engine.step(lr)
         loads = update_router_biases(self.engine)
-        all_reduce_sum(sums)
-        all_reduce_sum(loops)
+        totals = all_reduce_sum(torch.cat((sums, loops.flatten())))  # one exchange a step
+        sums, loops = totals[: len(sums)], totals[len(sums) :].view_as(loops)
         self.step += 1
         seconds = time.perf_counter() - started
         tokens = self.config.global_batch_size * self.config.data.sequence_length

@@ -79,3 +79,15 @@ def variant(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(1, 61, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+def check_documents_are_apart(
+    model: ZeroModel, tokens: torch.Tensor, starts: torch.Tensor, tolerance: float
+) -> None:
+    """Asserts that every document of the packed rows has the logits that it has alone."""
+    packed = model(tokens, cu_seqlens=starts).logits
+    for row, row_starts in enumerate(starts.tolist()):
+        for first, last in zip(row_starts, row_starts[1:], strict=False):
+            if first < last:
+                alone = model(tokens[row : row + 1, first:last]).logits[0]
+                torch.testing.assert_close(packed[row, first:last], alone, rtol=0, atol=tolerance)

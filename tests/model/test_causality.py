@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from model import ModelConfig, ZeroModel
 
-from .conftest import BLOCK, SMALL
+from .conftest import BLOCK, SMALL, check_documents_are_apart
 
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
@@ -25,12 +25,7 @@ def test_a_changed_token_changes_no_earlier_logit(build, variant, tokens, place)
 def test_documents_of_a_row_do_not_see_each_other(build, variant, tokens):
     model = build(variant)
     starts = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=torch.int32)
-    packed = model(tokens, cu_seqlens=starts).logits
-    for row, row_starts in enumerate(starts.tolist()):
-        for first, last in zip(row_starts, row_starts[1:], strict=False):
-            if first < last:
-                alone = model(tokens[row : row + 1, first:last]).logits[0]
-                torch.testing.assert_close(packed[row, first:last], alone, **TOLERANCE)
+    check_documents_are_apart(model, tokens, starts, tolerance=2e-5)
 
 
 @settings(max_examples=20, deadline=None)
