@@ -42,6 +42,7 @@ class ModelConfig:
     rms_norm_affine: bool = True  # learned scales in RMSNorm; without them only with use_mla=false
     rope_theta: float = 10000.0
     rope_scaling: YarnConfig | None = None
+    embedding_mixing: int = 0  # width of a causal depthwise convolution over the embeddings; 0: none
     num_attention_heads: int = 4
     use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
     # Multi-head latent attention
@@ -154,6 +155,7 @@ class ModelConfig:
                     f"num_nextn_predict_layers={self.num_nextn_predict_layers}",
                     self.num_nextn_predict_layers > 0,
                 ),
+                (f"embedding_mixing={self.embedding_mixing}", self.embedding_mixing > 0),
                 ("use_moe=true", name == "num_memory_tokens" and self.has_experts),
                 ("num_memory_tokens", name == "num_pause_tokens" and self.num_memory_tokens > 0),
             ):
@@ -260,6 +262,7 @@ _POSITIVE = (
     "n_group",
 )
 _NOT_NEGATIVE = (
+    "embedding_mixing",
     "first_k_dense_replace",
     "n_shared_experts",
     "num_nextn_predict_layers",

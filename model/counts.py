@@ -18,7 +18,7 @@ def num_parameters(config: "ModelConfig", active: bool = False) -> int:
     total = 2 * config.vocab_size * d + _norm(config, d)
     total += sum(_layer_parameters(config, i, experts) for i in range(config.num_hidden_layers))
     total += _recurrence_parameters(config)
-    total += (config.num_pause_tokens + config.num_memory_tokens) * d
+    total += (config.embedding_mixing + config.num_pause_tokens + config.num_memory_tokens) * d
     if not active:
         module = (
             _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _norm(config, d) + 2 * d * d

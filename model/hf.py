@@ -83,6 +83,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     """
     refusals = (
         (config.recurrence.placement != "none", f"recurrence.placement={config.recurrence.placement}"),
+        (config.embedding_mixing > 0, f"embedding_mixing={config.embedding_mixing}"),
         (config.num_pause_tokens > 0, f"num_pause_tokens={config.num_pause_tokens}"),
         (config.num_memory_tokens > 0, f"num_memory_tokens={config.num_memory_tokens}"),
         (not config.use_mla, "use_mla=false"),

@@ -4,38 +4,37 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .causal_mixing import CausalMixing
 from .layers import Linear, RMSNorm
 from .moe import Experts
-from .recurrence import CausalMixing, IterationEmbedding
+from .recurrence import IterationEmbedding
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
+def initialize(model: Any, seed: int) -> None:
     """Normal weights of the config's standard deviation, each from a stream named after the parameter."""
+    std = model.config.initializer_range
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}"
+            stream = f"{seed}:{module_name}.{name}"
             if isinstance(module, Experts):
                 for row, expert in zip(parameter, module.expert_ids, strict=True):
-                    _fill(row, model, f"{seed}:{full_name}:{expert}")
+                    _fill(row, std, f"{stream}:{expert}")
             elif isinstance(module, Linear) and name == "bias":
                 parameter.fill_(module.initial_bias)
-            elif (
-                isinstance(module, Linear)
-                and module.zero
-                or isinstance(module, IterationEmbedding | CausalMixing)
-            ):
+            elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding):
                 parameter.zero_()
             elif isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
+            elif isinstance(module, CausalMixing):
+                _fill(parameter, module.initial_std, stream)
             else:
-                _fill(parameter, model, f"{seed}:{full_name}")
+                _fill(parameter, std, stream)
 
 
-def _fill(parameter: Tensor, model: Any, stream: str) -> None:
+def _fill(parameter: Tensor, std: float, stream: str) -> None:
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "little")
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(parameter.shape, generator=generator) * model.config.initializer_range
-    parameter.copy_(values)
+    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

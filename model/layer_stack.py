@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_backends import AttentionContext, LoopStep
+from .causal_mixing import CausalMixing
 from .config import ModelConfig
 from .decoder import AUX_TERMS, DecoderLayer, run_layer
 from .execution import ExecutionConfig
@@ -50,6 +51,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.execution, L = config, execution, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.embedding_mixing:
+            taps = config.embedding_mixing
+            # From zero it learns too, a third slower: docs/LOG.md.
+            self.embedding_mixing = CausalMixing(config.hidden_size, taps, initial_std=taps**-0.5)
         self.layers = nn.ModuleList(DecoderLayer(config, i, moe_class, execution) for i in range(L))
         block = config.recurrence.placement == "block"
         self.ranges = config.recurrence.layer_ranges(L) if block else []
@@ -103,9 +108,11 @@ class Transformer(nn.Module):
         readouts = [] if probabilities is None else list(zip(hidden, probabilities, strict=True))
         return TransformerOutput(hidden[-1], aux, readouts, traces + tails[-1].traces)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, context: AttentionContext) -> Tensor:
         """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D)."""
         x = self.embed_tokens(tokens)
+        if self.config.embedding_mixing:
+            x = x + self.embedding_mixing(x, context, ("embedding", 0))
         if not self.config.num_pause_tokens:
             return x
         pauses = self.pause_tokens(torch.arange(self.config.num_pause_tokens, device=x.device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention_backends import AttentionContext
 from .cache import slot_of
+from .causal_mixing import CausalMixing
 from .checkpointing import recomputed
 from .config import ModelConfig
 from .halting import Halting, HaltingUnit
@@ -249,26 +250,6 @@ class LatentRefinement(nn.Module):
 
         result = self.unit(latent, core, context)
         return result.out, result.trace
-
-
-class CausalMixing(nn.Module):
-    """Depthwise convolution over a token and the `taps` - 1 before it in its document; inputs are cached."""
-
-    def __init__(self, width: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(taps, width))
-
-    def forward(self, x: Tensor, context: AttentionContext, slot: tuple[str, int]) -> Tensor:
-        """x (B, T, W) -> (B, T, W)."""
-        T, held = x.shape[1], x if context.cache is None else context.cache.append(slot, x)
-        segment, out = context.segment, x * self.weight[0]
-        for back, weight in enumerate(self.weight[1:].unbind(), start=1):
-            shifted = F.pad(held, (0, 0, back, 0))[:, -T - back : -back]
-            if segment is not None:
-                before = F.pad(segment, (back, 0), value=torch.iinfo(segment.dtype).min)
-                shifted = shifted * (before[:, -T - back : -back] == segment[:, -T:])[..., None]
-            out = out + shifted * weight
-        return out
 
 
 def stacked_traces(traces: Sequence[LoopTrace]) -> LoopTrace | None:

@@ -93,18 +93,22 @@ def generate_speculatively(
 
     Raises:
         ValueError: the model has no multi-token prediction, the text exceeds max_position_embeddings, or
-            several rows of a model with position mixing.
+            several rows of a model that mixes neighbouring tokens.
     """
     if not model.config.num_nextn_predict_layers:
         raise ValueError(
             "speculative decoding drafts by multi-token prediction, but the model has "
             "num_nextn_predict_layers=0; train with at least 1 or use generate"
         )
-    if model.config.recurrence.position_mixing and len(tokens) > 1:
-        raise ValueError(
-            f"speculative decoding of {len(tokens)} rows leaves holes where drafts were rejected, which "
-            f"position_mixing={model.config.recurrence.position_mixing} mixes in; give one row"
-        )
+    for name, width in (
+        ("embedding_mixing", model.config.embedding_mixing),
+        ("recurrence.position_mixing", model.config.recurrence.position_mixing),
+    ):
+        if width and len(tokens) > 1:
+            raise ValueError(
+                f"speculative decoding of {len(tokens)} rows leaves holes where drafts were rejected, which "
+                f"{name}={width} mixes in; give one row"
+            )
     check_length(model, tokens, max_new_tokens)
     if max_new_tokens == 0:
         return tokens, Acceptance()

@@ -135,7 +135,7 @@ class ZeroModel(nn.Module):
             context = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
             context.statistics, context.num_steps = targets is not None, steps
             predict = self._predict if self._compares_predictions() else None
-            out = self.model(self.model.embed(tokens), context, predict, noise_seed)
+            out = self.model(self.model.embed(tokens, context), context, predict, noise_seed)
             places = self.config.places_per_token  # of which the last one predicts
             out = out._replace(hidden=out.hidden[:, places - 1 :: places])
         if cache is not None:

@@ -1,7 +1,7 @@
 """One layer, one layer looped R times, R layers: same data, same tokens, several seeds.
 
     python experiments/looped_vs_dense/run.py --task p_hop --out runs/looped_vs_dense/p_hop
-        [--seeds 0,1,2] [--jobs 1] [a.b=c ...]
+        [--model "4 layers"] [--seeds 0,1,2] [--jobs 1] [a.b=c ...]
 
 Builds the data, trains every model with every seed through pretrain/main.py on one rank, evaluates the
 exports with eval/reasoning.py, and writes results.json, table.md and accuracy.png. Started again, it goes on
@@ -210,10 +210,23 @@ def _means(values: list[list[float]]) -> tuple[list[float], list[float], list[fl
     return [statistics.mean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
+def choose(known: dict[str, list[str]], names: Sequence[str] | None) -> dict[str, list[str]]:
+    """The models of these names; None: all.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"--model={name!r} is unknown; choose from {', '.join(map(repr, known))}")
+    return {name: known[name] for name in names or known}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a looped layer with one layer and with R layers.")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and results")
+    parser.add_argument("--model", action="append", help="one of the task's models; repeatable (default: all)")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1,..")
     parser.add_argument("--num_samples", type=int, help="test samples (default: the task's, 2,000 or more)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default: 1)")
@@ -235,7 +248,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     recipe = f"data_pipeline/recipes/{task}.yaml"
     build = (sys.executable, "data_pipeline/build.py", "--recipe", recipe, "--out", data.absolute())
     call(out / "build.log", *build, *TASKS[task].data)
-    chosen = models(TASKS[task].steps)
+    chosen = choose(models(TASKS[task].steps), arguments.model)
     folders = {(name, seed): out / f"{name.replace(' ', '_')}-{seed}" for name in chosen for seed in seeds}
 
     def job(key: tuple[str, int]) -> None:

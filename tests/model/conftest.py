@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "latent_dense": {"use_moe": False},
     "multi_token": {"num_nextn_predict_layers": 2},
+    "embedding_mixing": {"embedding_mixing": 4},
     "pause": {"num_pause_tokens": 2},
     "memory": {"num_memory_tokens": 2, "segment_length": 5, "use_moe": False},
     "loop": {"recurrence": BLOCK},

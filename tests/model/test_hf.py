@@ -235,6 +235,7 @@ def test_the_config_says_what_vllm_reads():
         ({"recurrence": BLOCK}, "no place for recurrence.placement=block"),
         ({"use_mla": False}, "no place for use_mla=false"),
         ({"num_pause_tokens": 2}, "no place for num_pause_tokens=2"),
+        ({"embedding_mixing": 4}, "no place for embedding_mixing=4"),
         ({"use_moe": False, "hidden_act": "relu2"}, "no place for hidden_act=relu2"),
         ({"use_moe": False, "num_nextn_predict_layers": 1}, "multi-token prediction with a dense layer"),
     ],

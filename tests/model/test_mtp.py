@@ -21,7 +21,7 @@ def literal_mtp_loss(model: ZeroModel, document: torch.Tensor, targets: torch.Te
     T, total = len(document), torch.zeros(())
     context = model._context(document[None], None, None, None, None)
     context.num_steps = model.config.recurrence.num_steps
-    hidden = model.model(model.model.embed(document[None]), context).hidden
+    hidden = model.model(model.model.embed(document[None], context), context).hidden
     for k, module in enumerate(model.model.mtp, 1):
         ahead = document.roll(-k)  # the last k places have no token ahead and are left out below
         joined = torch.cat((module.enorm(model.model.embed_tokens(ahead[None])), module.hnorm(hidden)), -1)
@@ -119,9 +119,15 @@ def test_a_model_without_the_module_is_refused(build, tokens):
         generate_speculatively(build("multi_token"), tokens, 48)
 
 
-def test_speculation_over_several_rows_is_refused_where_holes_would_be_mixed_in(build, tokens):
-    recurrence = {"placement": "kv", "num_steps": 2, "position_mixing": 3}
-    model = build("multi_token", recurrence=recurrence)
-    with pytest.raises(ValueError, match="speculative decoding of 3 rows leaves holes"):
+@pytest.mark.parametrize(
+    ("mixing", "name"),
+    [
+        ({"recurrence": {"placement": "kv", "num_steps": 2, "position_mixing": 3}}, "position_mixing=3"),
+        ({"embedding_mixing": 4}, "embedding_mixing=4"),
+    ],
+)
+def test_speculation_over_several_rows_is_refused_where_holes_would_be_mixed_in(build, tokens, mixing, name):
+    model = build("multi_token", **mixing)
+    with pytest.raises(ValueError, match=f"speculative decoding of 3 rows leaves holes .*{name}"):
         generate_speculatively(model, tokens, 4)
     assert torch.equal(generate_speculatively(model, tokens[:1], 6)[0], model.generate(tokens[:1], 6))

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import ModelConfig
+from model.attention_backends import AttentionContext
 from model.recurrence import sample_depth
 
 from .conftest import BLOCK, SMALL
@@ -61,3 +63,11 @@ def test_loops_can_start_from_noise_and_only_block_loops_do(build, tokens):
     assert not torch.allclose(one, other)
     with pytest.raises(ValueError, match="noise_seed=1 is for placement=block"):
         build("deepseek")(tokens, noise_seed=1)
+
+
+def test_mixing_embeddings_is_a_causal_convolution(build, tokens):
+    network = build("embedding_mixing").model
+    x, kernel = network.embed_tokens(tokens).transpose(1, 2), network.embedding_mixing.weight.T.flip(1)
+    mixed = F.conv1d(F.pad(x, (3, 0)), kernel[:, None], groups=len(kernel))
+    context = AttentionContext(torch.empty(0), "sdpa", None, None)
+    torch.testing.assert_close(network.embed(tokens, context), (x + mixed).transpose(1, 2))

@@ -98,6 +98,7 @@ def test_flops_of_the_baselines_equal_torchs_counter_to_one_percent(baseline, tr
             {"num_pause_tokens": 1, "recurrence": {"placement": "kv"}},
             "does not go with recurrence.placement=kv",
         ),
+        ({"num_pause_tokens": 1, "embedding_mixing": 4}, "does not go with embedding_mixing=4"),
         ({"num_pause_tokens": 1, "num_nextn_predict_layers": 1}, "does not go with num_nextn"),
     ],
 )

@@ -63,7 +63,10 @@ CASES = {
     "truncated back-propagation": {
         "ep_size": 2,
         "micro": 4,
-        "model": {"recurrence": RecurrenceConfig("block", [[1, 1]], 2, backprop_steps=1)},
+        "model": {
+            "recurrence": RecurrenceConfig("block", [[1, 1]], 2, backprop_steps=1),
+            "embedding_mixing": 3,
+        },
     },
     "pause tokens": {"ep_size": 2, "micro": 4, "model": {"recurrence": NONE, "num_pause_tokens": 1}},
     "recurrent memory": {
