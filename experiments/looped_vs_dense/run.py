@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare a looped layer with one layer and with R layers.")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of data, runs and results")
-    parser.add_argument("--model", action="append", help="one of the task's models; repeatable (default: all)")
+    parser.add_argument("--model", action="append", help="one of the models; repeatable (default: all)")
     parser.add_argument("--seeds", default="0,1,2", metavar="0,1,..")
     parser.add_argument("--num_samples", type=int, help="test samples (default: the task's, 2,000 or more)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each (default: 1)")
