@@ -50,8 +50,7 @@ from data_pipeline.generated import SPLITS, TEST_SHARE, check_request, parser, r
 
 LEVELS = (1, 2, 3, 4)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-CHUNKS = {1: 1, 2: 2, 3: 1, 4: 4}  # of programs drawn at once, the more the fewer are useful
-WAITING = 256  # most programs that wait for one answer
+WAITING = 512  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
 
 
@@ -245,7 +244,7 @@ class _Level:
 
     def refill(self) -> None:
         """Draw a batch and let those of its programs wait that are of this split and not in surplus."""
-        programs, asked, answers = candidates(self.level, self.draws, CHUNKS[self.level])
+        programs, asked, answers = candidates(self.level, self.draws)
         room = np.array([WAITING - len(texts) for texts in self.waiting])
         columns = np.flatnonzero(places(answers) < room[answers])
         test = in_test(hashes(program_bytes(canonical(programs.take(columns)))))

@@ -32,6 +32,7 @@ from data_pipeline.causal_loop_programs import (
 WEIGHTS = np.array([0, 2, 2, 16, 2, 2, 1, 16, 2, 8], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
 INNER_PASSES = 4  # the same for an inner loop; fewer than two in a hundred would take longer
+STARTS = {2: 2, 4: 12}  # initial values that a loop gets, once it has come to rest from some
 CHUNK = 8192  # programs that run in step: a longer array would be new memory each time
 UNSET = 10  # value of a variable before its first assignment: no result equals it
 HASH_FACTOR = 0x9E3779B97F4A7C15
@@ -53,12 +54,10 @@ RESULTS = _result_table()
 # ---- which programs are useful
 
 
-def candidates(level: int, draws: Draws, chunks: int) -> tuple[Programs, Array, Array]:
-    """The useful ones of CHUNK * chunks random programs, the symbol each is asked for and its answer (N,)."""
+def candidates(level: int, draws: Draws) -> tuple[Programs, Array, Array]:
+    """The useful ones of some thousand random programs, the symbol each is asked for and its answer (N,)."""
     draw = _straight if level in (1, 3) else _looped
-    batches = [draw(level, draws, CHUNK) for _ in range(chunks)]
-    programs, asked, answers = zip(*batches, strict=True)
-    return Programs.joined(programs), np.concatenate(asked), np.concatenate(answers)
+    return draw(level, draws, CHUNK)
 
 
 def _straight(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
@@ -69,8 +68,10 @@ def _straight(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Ar
 
 
 def _looped(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Array]:
-    programs = draw_loops(draws, count) if level == 2 else draw_nested(draws, count)
-    values = draws.below(10, LOOP_VARIABLES * count).reshape(LOOP_VARIABLES, count)
+    drawn = draw_loops(draws, count) if level == 2 else draw_nested(draws, count)
+    restful, _, _ = settle(drawn, _initial_values(draws, count))
+    programs = drawn.take(np.tile(restful, STARTS[level]))
+    values = _initial_values(draws, programs.count)
     kept, first, last = settle(programs, values)
     late = first != last  # the loop must be needed: its first pass alone gives another value
     zero = draws.below(9, kept.size) == 0
@@ -83,6 +84,10 @@ def _looped(level: int, draws: Draws, count: int) -> tuple[Programs, Array, Arra
     programs = programs.take(kept)
     put_initial_values(programs, values[:, kept])
     return programs, asked + VARIABLE, last[asked, useful]
+
+
+def _initial_values(draws: Draws, count: int) -> Array:
+    return draws.below(10, LOOP_VARIABLES * count).reshape(LOOP_VARIABLES, count)
 
 
 def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:

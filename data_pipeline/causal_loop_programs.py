@@ -7,7 +7,6 @@ VARIABLE + k is the k-th variable, so that one look-up in the state gives the va
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, TypeAlias, Union
@@ -75,12 +74,6 @@ class Programs:
 
     def parts(self) -> tuple[Array, Array, Array, Array]:
         return self.target, self.left, self.operator, self.right
-
-    @classmethod
-    def joined(cls, batches: Sequence["Programs"]) -> "Programs":
-        """The programs of several batches of one level, in order."""
-        parts = zip(*(batch.parts() for batch in batches), strict=True)
-        return cls(batches[0].level, *(np.concatenate(part, axis=1) for part in parts))
 
     def constant(self, slot: int, target: int | Array, digit: Array) -> None:
         self.target[slot], self.left[slot], self.operator[slot] = target, digit, CONSTANT
