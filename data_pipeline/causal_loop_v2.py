@@ -36,7 +36,8 @@ those values that happen to arise.
     loop         a block of statements stands 2 or more times in a row; depth 4 and more
     nested       so does a block that itself holds a repeated block; depth 6 and more
 
-Dead statements are drawn by the same rules as live ones. Variable names are drawn from the whole alphabet.
+Dead statements are drawn by the same rules as live ones. Names are drawn from the whole alphabet, or from the
+first letters only, to see what other names do to a model.
 For p <= 10 answers are uniform (the answer is drawn first). `--audit` measures what guessing yields.
 
 The trace copies each statement, fills in the values it reads and gives the result (`CmA4:3,4=4;`), so that
@@ -50,7 +51,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.causal_loop_v2_audit import audit
-from data_pipeline.causal_loop_v2_programs import FAMILIES, LETTERS, MIN_DEPTH, Draft, draw
+from data_pipeline.causal_loop_v2_programs import FAMILIES, LETTERS, MIN_DEPTH, Draft, Size, draw
 from data_pipeline.errors import DataError
 from data_pipeline.generated import check_request, hashed_split, parser, run
 
@@ -101,17 +102,19 @@ def generate(
     modulus: int = 7,
     variables: int = 5,
     statements: int = 12,
+    names: int = len(LETTERS),
     seed: int = 0,
     split: str = "train",
 ) -> Iterator[Sample]:
-    """Yield `num_samples` samples with `variables` variables and `statements` statements each.
+    """Yield `num_samples` samples with `variables` variables, of the first `names` letters, and `statements`
+    statements each.
 
     Depths are dealt round-robin; for one depth, so are the families that have it. Sample i depends on the
     arguments other than `num_samples` and on i only. Programs of the two splits are disjoint up to the names
     of variables. Raises DataError for an argument out of range, a depth that none of the families has, and
     if no program was found (few variables, few statements).
     """
-    size = (modulus, variables, statements)
+    size = Size(modulus, variables, statements, names)
     _check(num_samples, depths, families, size, split)
     for i in range(num_samples):
         depth = depths[i % len(depths)]
@@ -185,13 +188,13 @@ def training_document(sample: Sample, trace_fraction: float) -> tuple[str, str]:
 # ---- generation
 
 
-def _sample(i: int, family: str, depth: int, size: tuple[int, int, int], seed: int, split: str) -> Sample:
-    modulus, variables, statements = size
-    key = f"{family}/{depth}/{modulus}/{variables}/{statements}"
+def _sample(i: int, family: str, depth: int, size: Size, seed: int, split: str) -> Sample:
+    modulus = size.modulus
+    key = f"{family}/{depth}/{modulus}/{size.variables}/{size.statements}"
     rng = random.Random(f"causal_loop_v2/{seed}/{split}/{key}/{i}")
     answer = rng.randrange(modulus) if modulus <= LABEL_MODULUS else None  # so that none is more common
     for _ in range(ATTEMPTS):
-        draft = draw(rng, family, depth, modulus, variables, statements, answer)
+        draft = draw(rng, family, depth, size, answer)
         if draft is None:
             continue
         final = draft.vectors[draft.carrier]
@@ -204,8 +207,8 @@ def _sample(i: int, family: str, depth: int, size: tuple[int, int, int], seed: i
                 values = tuple([vector[column] for vector in draft.results])
                 return _document(f"{split}-{seed}-{i}", family, modulus, initial, draft, program, values)
     raise DataError(
-        f"no program of family {family}, depth {depth}, {variables} variables and {statements} statements in "
-        f"{ATTEMPTS} attempts: raise variables or statements, or leave out the family"
+        f"no program of family {family}, depth {depth}, {size.variables} variables and {size.statements} "
+        f"statements in {ATTEMPTS} attempts: raise variables or statements, or leave out the family"
     )
 
 
@@ -243,10 +246,8 @@ def _document(
     )
 
 
-def _check(
-    num_samples: int, depths: Sequence[int], families: Sequence[str], size: tuple[int, int, int], split: str
-) -> None:
-    modulus, variables, statements = size
+def _check(num_samples: int, depths: Sequence[int], families: Sequence[str], size: Size, split: str) -> None:
+    modulus, variables, statements, names = size
     check_request(num_samples, split)
     if not families or any(family not in FAMILIES for family in families):
         raise DataError(
@@ -256,6 +257,10 @@ def _check(
         raise DataError(f"modulus {modulus} is not in {MODULI.start}..{MODULI.stop - 1}: mend it")
     if variables not in VARIABLES:
         raise DataError(f"variables {variables} is not in {VARIABLES.start}..{VARIABLES.stop - 1}: mend it")
+    if not variables <= names <= len(LETTERS):
+        raise DataError(
+            f"names {names} is not in {variables}..{len(LETTERS)}, with {variables} variables: mend it"
+        )
     least = min(MIN_DEPTH[family] for family in families)
     if not depths or any(not least <= depth <= statements for depth in depths):
         raise DataError(
@@ -274,10 +279,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--modulus", type=int, default=7)
     options.add_argument("--variables", type=int, default=5)
     options.add_argument("--statements", type=int, default=12)
+    options.add_argument("--names", type=int, default=len(LETTERS), help="how many letters name variables")
     given = options.parse_args(argv)
 
     def samples() -> Iterator[Sample]:
-        size = (given.modulus, given.variables, given.statements)
+        size = Size(given.modulus, given.variables, given.statements, given.names)
         families = given.families.split(",")
         return generate(given.num_samples, _depths(given.depths), families, *size, given.seed, given.split)
 

@@ -145,6 +145,15 @@ def _single_operations(modulus: int) -> frozenset[Vector]:
 # ---- drawing
 
 
+class Size(NamedTuple):
+    """What all programs of one set share."""
+
+    modulus: int
+    variables: int
+    statements: int
+    names: int  # the variables are called after the first so many letters
+
+
 class Draft:
     """A program being drawn from left to right around one chain of live results.
 
@@ -153,11 +162,12 @@ class Draft:
     other statements are free: they read and write anything else and live or die by chance.
     """
 
-    def __init__(self, rng: random.Random, family: str, modulus: int, variables: int) -> None:
-        self.rng, self.modulus = rng, modulus
+    def __init__(self, rng: random.Random, family: str, size: Size) -> None:
+        self.rng, self.modulus = rng, size.modulus
         self.single = family == "chain"  # no live statement may read two computed results
-        self.names = rng.sample(LETTERS, variables)
+        self.names = rng.sample(LETTERS[: size.names], size.variables)
         self.origin = self.carrier = rng.choice(self.names)
+        modulus = size.modulus
         values = range(modulus) if modulus <= MAX_ORIGINS else rng.sample(range(modulus), MAX_ORIGINS)
         self.origin_values = tuple(values)
         self.initial = {name: int(rng.random() * modulus) for name in self.names}
@@ -301,27 +311,19 @@ class Draft:
         return items[int(self.rng.random() * len(items))]  # several times as fast as rng.choice
 
 
-def draw(
-    rng: random.Random,
-    family: str,
-    depth: int,
-    modulus: int,
-    variables: int,
-    statements: int,
-    answer: int | None,
-) -> Draft | None:
+def draw(rng: random.Random, family: str, depth: int, size: Size, answer: int | None) -> Draft | None:
     """One try at a program whose carrier has exactly this depth at the end; None if it failed.
 
     The carrier's final value is `answer` for at least one value of the origin (None: never mind).
     """
-    draft = Draft(rng, family, modulus, variables)
+    draft = Draft(rng, family, size)
     draft.final_depth, draft.answer = depth, answer
     if family == "convergence":
         draft.join_at = rng.randint(2, depth)
     if family in ("chain", "convergence"):
-        good = draft.segment(statements, depth)
+        good = draft.segment(size.statements, depth)
     else:
-        good = all(_parts(rng, draft, family, depth, statements))
+        good = all(_parts(rng, draft, family, depth, size.statements))
     return draft if good and draft.carrier_is_deep() else None
 
 

@@ -278,6 +278,7 @@ class CausalLoopV2Options:
     modulus: int = 7
     variables: int = 5
     statements: int = 12
+    names: int = 26
     seed: int = 0
     split: str = "train"
 
@@ -356,7 +357,7 @@ def _read_addition(_: list[Path], o: AdditionOptions) -> Iterator[LabelledDocume
 
 
 def _read_causal_loop_v2(_: list[Path], o: CausalLoopV2Options) -> Iterator[LabelledDocument]:
-    size = (o.modulus, o.variables, o.statements)
+    size = (o.modulus, o.variables, o.statements, o.names)
     for sample in causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split):
         yield LabelledDocument(*sample.labelled())
 

@@ -75,10 +75,9 @@ def _addition(num_samples: int, seed: int, **options: int) -> TaskData:
 
 
 def _causal_loop_v2(num_samples: int, seed: int, min_depth: int, max_depth: int, **options: int) -> TaskData:
-    size = (options["modulus"], options["variables"], options["statements"])
     # Those that all depths from 2 on have: an accuracy by depth must not be one by family.
     depths, families = range(min_depth, max_depth + 1), ("chain", "convergence")
-    samples = list(causal_loop_v2.generate(num_samples, depths, families, *size, seed, "test"))
+    samples = list(causal_loop_v2.generate(num_samples, depths, families, **options, seed=seed, split="test"))
     items = [Item(s.id, LabelledDocument(*s.labelled()), s.depth) for s in samples]
     return TaskData(items, {"one step": [str(one_step_answer(s)) for s in samples]})
 
@@ -87,7 +86,8 @@ TASKS = {
     "p_hop": ReasoningTask({"hops": 3, "length": 24, "alphabet": 4}, _p_hop),
     "addition": ReasoningTask({"operands": 8, "modulus": 10}, _addition),
     "causal_loop_v2": ReasoningTask(
-        {"min_depth": 1, "max_depth": 8, "modulus": 7, "variables": 5, "statements": 12}, _causal_loop_v2
+        {"min_depth": 1, "max_depth": 8, "modulus": 7, "variables": 5, "statements": 12, "names": 26},
+        _causal_loop_v2,
     ),
 }
 

@@ -63,9 +63,10 @@ TASKS = {
         data=[
             "sources.0.depths=[1,2,3,4]",
             "sources.0.families=[chain,convergence]",
+            "sources.0.names=5",
             "sources.0.num_samples=110000",
         ],
-        options="max_depth=8",
+        options="max_depth=8,names=5",
     ),
 }
 

@@ -225,6 +225,8 @@ def test_programs_of_the_splits_are_disjoint_and_plenty():
 def test_split_ignores_names_and_takes_a_tenth():
     assert split_of("A3B1CmAB") == split_of("Q3X1ZmQX")
     assert len(set(re.findall("[A-Z]", next(generate(1, variables=26)).program))) == 26  # all there are
+    few = {name for s in generate(30, names=6) for name in re.findall("[A-Z]", s.program)}
+    assert few == set("ABCDEF")
     programs = [f"A{a}B{b}C{o}A{c}Bm{d}C" for a in range(7) for b in range(7) for c in "123" for d in "245"
                 for o in "dmrne"]  # fmt: skip
     assert sum(split_of(p) == "test" for p in programs) / len(programs) == pytest.approx(0.1, abs=0.02)
@@ -315,6 +317,8 @@ def test_execute_refuses_what_is_no_program(program):
         ({"modulus": 998}, "modulus 998"),
         ({"variables": 2}, "variables 2"),
         ({"variables": 27}, "variables 27"),
+        ({"names": 4}, "names 4 is not in 5..26"),
+        ({"names": 27}, "names 27"),
         ({"depths": []}, "depths"),
         ({"depths": [0]}, "1..12"),
         ({"depths": [13]}, "1..12"),
