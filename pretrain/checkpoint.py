@@ -43,7 +43,7 @@ def save(engine: "Engine", run: Path, state: TrainingState, rank: int) -> Path:
     engine.barrier()
     engine.save(folder)
     if rank == 0:
-        buffers = {name: b.detach().cpu().contiguous() for name, b in engine.buffers().items()}
+        buffers = {name: b.detach().cpu().contiguous() for name, b in engine.checkpoint_buffers().items()}
         save_file(buffers, folder / BUFFERS)
         (folder / STATE).write_text(json.dumps(asdict(state), indent=2))
         _seal(folder)
@@ -150,6 +150,6 @@ def load(engine: "Engine", folder: Path) -> int:
     """Loads a whole, compatible checkpoint into the engine and returns the optimizer steps done."""
     found, buffers = read(folder)
     engine.load(folder)
-    for name, buffer in engine.buffers().items():
+    for name, buffer in engine.checkpoint_buffers().items():
         buffer.copy_(buffers[name])
     return found.step

@@ -8,11 +8,12 @@ import atexit
 import fcntl
 import io
 import logging
+import math
 import os
 import resource
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -39,6 +41,7 @@ from pretrain.expert_parallel import (
     is_expert,
     reduce_gradients_when_complete,
 )
+from pretrain.stability import SpikeGuard
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
@@ -132,6 +135,9 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.model: ZeroModel = self.deepspeed.module
+        self.guard = SpikeGuard(config.stability, device())
+        self._loss = self._grad_norm = torch.zeros((), device=device())
+        judge_grad_norm(self.deepspeed.optimizer, self._judge)
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -149,20 +155,30 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the factor turns that mean into the sum.
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """Ends a micro-batch; on the last one of the step clips and updates the weights."""
+    def step(self, lr: float, loss: Tensor | None = None) -> None:
+        """Ends a micro-batch; on the last one of the step clips and updates the weights, unless `guard`
+        refuses.
+
+        Args:
+            loss: of the global batch, a scalar on the device, for the guard; needed in the last micro-batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if loss is not None:
+            self._loss = loss
         self.deepspeed.step()
 
     def step_applied(self) -> bool:
-        """Whether the last step changed the weights: DeepSpeed skips one whose gradients are not finite."""
+        """Whether the last step changed the weights."""
         return self.deepspeed.was_step_applied()
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last optimizer step, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last optimizer step, before clipping; a scalar on the device."""
+        return self._grad_norm
+
+    def _judge(self, grad_norm: Tensor) -> Tensor:
+        self._grad_norm = grad_norm
+        return self.guard.refuses(self._loss, grad_norm)
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -192,9 +208,41 @@ class Engine:
             yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
         yield from self.buffers().items()
 
+    def checkpoint_buffers(self) -> dict[str, Tensor]:
+        """What DeepSpeed's files do not hold (a universal load restores no buffers), equal on every rank."""
+        return {**self.buffers(), "spike_guard.history": self.guard.history}
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the state dict, the same on every rank: the routers' balancing biases."""
         return {n: b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")}
+
+
+def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None:
+    """Makes DeepSpeed discard the steps of a ZeRO optimizer that `refuses` refuses.
+
+    It reads once a step from the device whether the norm is finite, and discards the step if not. A refused
+    step is given an infinite norm, so that nothing more needs to be read.
+    """
+
+    def infinite(refused: Tensor) -> Tensor:
+        return torch.where(refused, math.inf, 0.0)
+
+    if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+        norm_groups = optimizer._get_norm_groups
+
+        def judged_groups() -> list[Tensor]:
+            norms = [norm.float() for norm in norm_groups()]
+            return [*norms, infinite(refuses(combine_grad_norm_groups(norms)))]
+
+        optimizer._get_norm_groups = judged_groups
+    else:
+        total_norm = optimizer.scaled_global_norm
+
+        def judged_norm() -> Tensor:
+            norm = total_norm()
+            return norm + infinite(refuses(norm))
+
+        optimizer.scaled_global_norm = judged_norm
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

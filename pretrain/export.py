@@ -48,10 +48,13 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     state, buffers = checkpoint.read(folder)
     with tempfile.TemporaryDirectory(dir=run) as scratch:
         convert_to_universal(folder, Path(scratch))
-        weights = dict(universal_weights(Path(scratch))) | buffers
+        weights = dict(universal_weights(Path(scratch)))
     config = ModelConfig.from_dict(state.model)
     with torch.device("meta"):
         expected = ZeroModel(config).state_dict()
+    weights |= {
+        name: buffer for name, buffer in buffers.items() if name in expected
+    }  # some are the trainer's
     assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
     weights = {name: weights[name].view(expected[name].shape) for name in expected}
     write_export(out, config, weights, run / "tokenizer.model")

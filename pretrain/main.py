@@ -179,9 +179,12 @@ def _train(run: Run) -> None:
     from pretrain.engine import Engine, init_process_group, rank
     from pretrain.trainer import Trainer, TrainingError
 
+    stop_requests = StopRequests(
+        run.folder, run.config.time_limit_minutes, os.environ.get("RANK", "0") == "0"
+    )
+    stop_requests.install()  # before the minutes that a large model takes to start
     init_process_group()
     engine = Engine(run.config, run.model_config, run.ds_config)
-    stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=rank() == 0)
     trainer = Trainer(
         run.config,
         run.model_config,
@@ -197,9 +200,9 @@ def _train(run: Run) -> None:
     if rank() == 0:
         with user_errors(OSError):
             _write_run_folder(run)
-    stop_requests.install()
     engine.barrier()
-    with user_errors(DataError, TrainingError):  # a shard found damaged when it is read, a loss that is NaN
+    # All ranks judge the training alike, but one alone may read a damaged shard.
+    with user_errors(TrainingError), user_errors(DataError, from_every_rank=True):
         trainer.train()
     if trainer.step == run.config.max_steps:
         _finish(run, engine)
