@@ -1,4 +1,4 @@
-"""A small data folder, and real launches of two ranks."""
+"""Real launches of two ranks."""
 
 import os
 import socket
@@ -10,30 +10,10 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ..conftest import ROOT, TINY
+
 BIN = Path(sys.executable).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-
-# Sizes that make a step take milliseconds.
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.moe_intermediate_size=32",
-    "data.sequence_length=64",
-    "global_batch_size=8",
-    "optimizer.warmup_steps=2",
-]
-
-
-@pytest.fixture(scope="session")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from data_pipeline.build import build
-    from data_pipeline.recipe import load_recipe
-
-    folder = tmp_path_factory.mktemp("data") / "built"
-    overrides = ["sources.0.num_samples=300", "sources.0.levels=[1,3]", "validation_fraction=0.1"]
-    build(load_recipe(ROOT / "data_pipeline/recipes/demo.yaml", overrides), ROOT, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,186 @@
+"""A private SLURM of two nodes on the loopback interface: real daemons, no system service, no root needed."""
+
+import getpass
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+from ..conftest import ROOT
+
+NODES = ("127.0.0.1", "127.0.0.2")  # names of nodes must resolve, and these resolve everywhere
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"  # where Debian keeps daemons; not in every user's PATH
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+}
+
+# No cgroups and no accounting database in a container. GPUs are empty regular files and `config_overrides`
+# pretends to the cores, so that the shipped scripts' requests fit. A job of `low` must make way for one of
+# `urgent`: USR1 at once, the end after GraceTime. cred_expire is how long a requeued job waits. Job ids start at
+# a free port, so that two clusters on one machine give their jobs different MASTER_PORTs.
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+FirstJobId={controller_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={state}/munge.socket,cred_expire=5
+StateSaveLocation={state}/controller
+SlurmctldPidFile={state}/slurmctld.pid
+SlurmdPidFile={state}/slurmd-%n.pid
+SlurmdSpoolDir={state}/spool-%n
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SchedulerParameters=sched_min_interval=0,batch_sched_delay=0,sched_interval=1,bf_interval=1
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+KillWait=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PreemptExemptTime=0
+GresTypes=gpu
+PartitionName=low Nodes=ALL Default=YES MaxTime=UNLIMITED PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL MaxTime=UNLIMITED PriorityTier=2
+"""
+NODE = "NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=64 Gres=gpu:8 State=UNKNOWN\n"
+
+
+def missing() -> list[str]:
+    return [name for name in NEEDED if shutil.which(name, path=SBIN) is None]
+
+
+def until(condition: Callable[[], object], what: str, seconds: float) -> None:
+    """Polls until the condition holds; AssertionError with `what` after that many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what}")
+        time.sleep(0.1)
+
+
+class Cluster:
+    """The commands of a running cluster, and what its jobs wrote (`job-ID.out`, both streams)."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))},
+            "SLURM_CONF": str(state / "slurm.conf"),
+            "PATH": SBIN,
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done
+
+    def submit(self, *arguments: object) -> str:
+        """sbatch with these arguments; the job's id."""
+        return self.run(
+            "sbatch", "--parsable", "--output", self.state / "job-%A.out", *arguments
+        ).stdout.strip()
+
+    def states(self, job: str) -> list[str]:
+        """The state of the job, or of every job of the array."""
+        fields = self.run("scontrol", "show", "job", job, "--oneliner").stdout.split()
+        return [field.removeprefix("JobState=") for field in fields if field.startswith("JobState=")]
+
+    def output(self, job: str) -> str:
+        path = self.state / f"job-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait(self, job: str, seconds: float) -> str:
+        """What the job wrote, once it has COMPLETED; AssertionError if it ended otherwise or did not end."""
+        until(lambda: ENDED.issuperset(self.states(job)), f"job {job} ends\n{self.logs(job)}", seconds)
+        assert set(self.states(job)) == {"COMPLETED"}, f"{self.states(job)}\n{self.logs(job)}"
+        return self.output(job)
+
+    def logs(self, job: str) -> str:
+        controller = (self.state / "slurmctld.log").read_text()
+        return f"{self.output(job)[-6000:]}\n--- slurmctld\n{controller[-3000:]}"
+
+
+@contextmanager
+def start(state: Path) -> Iterator[Cluster]:
+    """Starts the daemons, yields the cluster when its nodes are idle, and leaves no process behind."""
+    cluster = Cluster(state)
+    _configure(state)
+    munge = [f"--{name}={state}/munge.{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file")]
+    munge += [f"--{name}-file={state}/munge.{name}" for name in ("log", "seed")]
+    with ExitStack() as daemons:
+
+        def daemon(*command: str) -> None:
+            log = daemons.enter_context((state / f"{command[0]}.log").open("a"))
+            process = subprocess.Popen(command, env=cluster.environment, stdout=log, stderr=log)
+            daemons.callback(process.wait, 30)
+            daemons.callback(process.terminate)
+
+        daemon("munged", "--foreground", "--force", *munge)
+        until((state / "munge.socket").exists, "munged listens", 10)
+        daemon("slurmctld", "-D")
+        for node in NODES:
+            daemon("slurmd", "-D", "-N", node)
+        ready = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
+        until(
+            lambda: cluster.run(*ready, check=False).stdout.split() == ["idle"] * len(NODES), "idle nodes", 30
+        )
+        try:
+            yield cluster
+        finally:
+            cluster.run("scancel", "--user", getpass.getuser())
+            until(lambda: not cluster.run("squeue", "--noheader").stdout, "all jobs end", 60)
+
+
+def _configure(state: Path) -> None:
+    for name in ("controller", *(f"spool-{node}" for node in NODES)):
+        (state / name).mkdir()
+    (state / "munge.key").touch(0o600)
+    (state / "munge.key").write_bytes(secrets.token_bytes(128))
+    for gpu in range(8):
+        (state / f"gpu{gpu}").touch()
+    ports = free_ports(1 + len(NODES))
+    host = socket.gethostname().split(".")[0]
+    conf = SLURM_CONF.format(host=host, controller_port=ports[0], user=getpass.getuser(), state=state)
+    for name, port in zip(NODES, ports[1:], strict=True):
+        conf += NODE.format(name=name, host=host, port=port)
+    (state / "slurm.conf").write_text(conf)
+    (state / "gres.conf").write_text(f"Name=gpu File={state}/gpu[0-7]\n")
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(closing(socket.socket())) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
