@@ -59,6 +59,7 @@ class RunConfig:
     ep_size: int = 1  # ranks that share one set of experts
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
+    time_limit_minutes: float | None = None  # after which the run stops with a checkpoint; None: never
     eval_every: int = 0  # steps between validation losses; 0: never
     eval_batches: int = 8  # global batches of one validation
     log_every: int = 10  # steps between step lines (metrics.jsonl has every step)
@@ -177,6 +178,9 @@ def _check(config: RunConfig) -> None:
     for name in positive:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    limit = config.time_limit_minutes
+    if limit is not None and limit <= 0:
+        raise ValueError(f"time_limit_minutes={limit} must be above 0")
     for name, allowed, value in (
         ("optimizer.schedule", ("cosine", "constant"), config.optimizer.schedule),
         ("wandb.mode", ("disabled", "offline", "online"), config.wandb.mode),

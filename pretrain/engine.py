@@ -86,6 +86,11 @@ def prepare_extensions() -> None:
         builder.load(verbose=False)
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether communication failed, as it does on every rank that is left when one has ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 def rank() -> int:
     return dist.get_rank()
 

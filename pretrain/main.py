@@ -8,10 +8,11 @@ import argparse
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
@@ -25,6 +26,10 @@ from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_co
 from pretrain.export import write_export
 from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment
+from pretrain.stopping import StopRequests
+
+if TYPE_CHECKING:
+    from pretrain.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,15 @@ def main() -> None:
     join_slurm_step()
     with user_errors(ValueError, OSError):
         run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
-    _train(run)
+    try:
+        _train(run)
+    except RuntimeError as error:
+        from pretrain.engine import lost_peer, rank
+
+        if not lost_peer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: rank {rank()} lost another rank, which tells why if it could ({reason})")
 
 
 def _parse() -> argparse.Namespace:
@@ -170,27 +183,47 @@ def _train(run: Run) -> None:
 
     init_process_group()
     engine = Engine(run.config, run.model_config, run.ds_config)
+    stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=rank() == 0)
     trainer = Trainer(
-        run.config, run.model_config, engine, run.loader, run.validation, run.micro_batch_size, run.state
+        run.config,
+        run.model_config,
+        engine,
+        run.loader,
+        run.validation,
+        run.micro_batch_size,
+        run.state,
+        stop_requests,
     )
     if run.resume_from is not None:
         trainer.step = checkpoint.load(engine, run.resume_from)
     if rank() == 0:
         with user_errors(OSError):
             _write_run_folder(run)
+    stop_requests.install()
     engine.barrier()
     with user_errors(DataError, TrainingError):  # a shard found damaged when it is read, a loss that is NaN
         trainer.train()
+    if trainer.step == run.config.max_steps:
+        _finish(run, engine)
+    elif rank() == 0:
+        reason = stop_requests.reason() or "another rank's request"
+        print(f"stopped after step {trainer.step} by {reason}; the same command continues")
+    engine.barrier()
+    engine.close()
+
+
+def _finish(run: Run, engine: "Engine") -> None:
+    """The export and the marker of a run that reached its last step."""
+    from pretrain.engine import rank
+
     weights = {}
     for name, value in engine.full_weights():
         if rank() == 0:
             weights[name] = value.cpu()
     if rank() == 0:
         write_export(run.folder / "export", run.model_config, weights, run.loader.tokenizer_path)
-        (run.folder / "DONE").write_text(f"{trainer.step}\n")
-        print(f"done: {trainer.step} steps in {run.folder}, exported to {run.folder / 'export'}")
-    engine.barrier()
-    engine.close()
+        (run.folder / "DONE").write_text(f"{run.config.max_steps}\n")
+        print(f"done: {run.config.max_steps} steps in {run.folder}, exported to {run.folder / 'export'}")
 
 
 def _write_run_folder(run: Run) -> None:

@@ -24,6 +24,7 @@ from pretrain.config import RunConfig
 from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
 from pretrain.metrics import MetricsLog, peak_tflops
 from pretrain.optim import learning_rate
+from pretrain.stopping import StopRequests
 
 
 class TrainingError(ValueError):
@@ -42,10 +43,12 @@ class Trainer:
         validation: Loader | None,
         micro_batch_size: int,
         initial_state: TrainingState,
+        stop_requests: StopRequests,
     ) -> None:
         self.config, self.model_config, self.engine = config, model_config, engine
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
+        self.stop_requests, self.stopped = stop_requests, False
         self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
 
     def save(self) -> None:
@@ -53,11 +56,11 @@ class Trainer:
         checkpoint.save(self.engine, self.run, state, rank())
 
     def train(self) -> None:
-        """Runs to max_steps and leaves a checkpoint of the last step."""
+        """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step."""
         log = MetricsLog(self.config, self.run, self.step) if rank() == 0 else None
         with ThreadPoolExecutor(1) as reader:
             batch = reader.submit(self.loader.batch, self.step)
-            while self.step < self.config.max_steps:
+            while self.step < self.config.max_steps and not self.stopped:
                 following = reader.submit(self.loader.batch, self.step + 1)
                 record = self._train_step(batch)
                 batch = following
@@ -65,7 +68,8 @@ class Trainer:
                     record["val_loss"] = self.validation_loss(self.validation)
                 if log is not None:
                     log.write(record)
-                if self.step % self.config.save_every == 0 or self.step == self.config.max_steps:
+                last = self.stopped or self.step == self.config.max_steps
+                if last or self.step % self.config.save_every == 0:
                     self.save()
         if log is not None:
             log.close()
@@ -89,8 +93,10 @@ class Trainer:
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
             self.engine.step(lr)
         loads = update_router_biases(self.engine)
-        totals = all_reduce_sum(torch.cat((sums, loops.flatten())))  # one exchange a step
-        sums, loops = totals[: len(sums)], totals[len(sums) :].view_as(loops)
+        stop = sums.new_tensor([self.stop_requests.reason() is not None])
+        totals = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # one exchange a step
+        stop, sums, loops = totals.split([1, len(sums), loops.numel()])
+        self.stopped, loops = bool(stop), loops.view(3, depth)
         self.step += 1
         seconds = time.perf_counter() - started
         tokens = self.config.global_batch_size * self.config.data.sequence_length

@@ -16,43 +16,53 @@ BIN = Path(sys.executable).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def start(ranks: int, *command: Any) -> subprocess.Popen[str]:
+    """Starts a script under the deepspeed launcher on `ranks` ranks, on a free port; output is piped."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", port]
+    return subprocess.Popen(
+        [str(part) for part in (*launcher, *command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Waits for what `start` started; with `check` a failure is an AssertionError that shows the output."""
+    out, err = process.communicate(timeout=400)
+    if check and process.returncode:
+        raise AssertionError(f"exit {process.returncode}\n{out[-6000:]}\n{err[-6000:]}")
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 @pytest.fixture(scope="session")
 def launch() -> Launch:
-    """Runs a script under the deepspeed launcher on `ranks` ranks, on a free port; output is captured."""
-
-    def run(ranks: int, *command: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = [BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", port]
-        done = subprocess.run(
-            [str(part) for part in (*launcher, *command)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        if check and done.returncode:
-            raise AssertionError(f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
-        return done
-
-    return run
+    """Runs a script under the deepspeed launcher."""
+    return lambda ranks, *command, check=True: finish(start(ranks, *command), check)
 
 
 @pytest.fixture(scope="session")
-def train(launch: Launch, data_folder: Path) -> Launch:
-    """`train(output_dir, "max_steps=3", ...)`: the shipped demo config at tiny size on two ranks."""
+def training(data_folder: Path) -> Callable[..., list[str]]:
+    """The command of the shipped demo config at tiny size, to be launched on any number of ranks."""
 
-    def run(output_dir: Path, *overrides: str, ranks: int = 2, check: bool = True):
-        paths = [f"output_dir={output_dir}", f"data.path={data_folder}"]
-        return launch(
-            ranks,
+    def command(output_dir: Path, *overrides: str) -> list[str]:
+        return [
             "pretrain/main.py",
             *("--ds_config", "ds_configs/zero3_ep.json", "--config", "pretrain/configs/demo.yaml"),
-            *(*TINY, *paths, *overrides),
-            check=check,
-        )
+            *(*TINY, f"output_dir={output_dir}", f"data.path={data_folder}", *overrides),
+        ]
 
-    return run
+    return command
+
+
+@pytest.fixture(scope="session")
+def train(launch: Launch, training: Callable[..., list[str]]) -> Launch:
+    """`train(output_dir, "max_steps=3", ...)`: that command on two ranks."""
+    return lambda output_dir, *overrides, ranks=2, check=True: launch(
+        ranks, *training(output_dir, *overrides), check=check
+    )
