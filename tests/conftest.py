@@ -1,11 +1,13 @@
 """Fixtures of all tests, and the sizes of a tiny training run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+Training = Callable[..., list[str]]
 
 # Sizes that make a step take milliseconds.
 TINY = [
@@ -36,3 +38,17 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = ["sources.0.num_samples=300", "sources.0.levels=[1,3]", "validation_fraction=0.1"]
     build(load_recipe(ROOT / "data_pipeline/recipes/demo.yaml", overrides), ROOT, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def training(data_folder: Path) -> Training:
+    """The command of the shipped demo config at tiny size, to be launched on any number of ranks."""
+
+    def command(output_dir: Path, *overrides: str) -> list[str]:
+        return [
+            "pretrain/main.py",
+            *("--ds_config", "ds_configs/zero3_ep.json", "--config", "pretrain/configs/demo.yaml"),
+            *(*TINY, f"output_dir={output_dir}", f"data.path={data_folder}", *overrides),
+        ]
+
+    return command

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ..conftest import ROOT, TINY
+from ..conftest import ROOT, Training
 
 BIN = Path(sys.executable).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,21 +47,7 @@ def launch() -> Launch:
 
 
 @pytest.fixture(scope="session")
-def training(data_folder: Path) -> Callable[..., list[str]]:
-    """The command of the shipped demo config at tiny size, to be launched on any number of ranks."""
-
-    def command(output_dir: Path, *overrides: str) -> list[str]:
-        return [
-            "pretrain/main.py",
-            *("--ds_config", "ds_configs/zero3_ep.json", "--config", "pretrain/configs/demo.yaml"),
-            *(*TINY, f"output_dir={output_dir}", f"data.path={data_folder}", *overrides),
-        ]
-
-    return command
-
-
-@pytest.fixture(scope="session")
-def train(launch: Launch, training: Callable[..., list[str]]) -> Launch:
+def train(launch: Launch, training: Training) -> Launch:
     """`train(output_dir, "max_steps=3", ...)`: that command on two ranks."""
     return lambda output_dir, *overrides, ranks=2, check=True: launch(
         ranks, *training(output_dir, *overrides), check=check

@@ -111,19 +111,25 @@ class Cluster:
             "sbatch", "--parsable", "--output", self.state / "job-%A.out", *arguments
         ).stdout.strip()
 
-    def states(self, job: str) -> list[str]:
-        """The state of the job, or of every job of the array."""
-        fields = self.run("scontrol", "show", "job", job, "--oneliner").stdout.split()
-        return [field.removeprefix("JobState=") for field in fields if field.startswith("JobState=")]
+    def fields(self, job: str, name: str) -> list[str]:
+        """A field of `scontrol show job`: of the job, or of every job of the array."""
+        shown = self.run("scontrol", "show", "job", job, "--oneliner").stdout.split()
+        return [field.removeprefix(f"{name}=") for field in shown if field.startswith(f"{name}=")]
+
+    def restarts(self, job: str) -> int:
+        return int(*self.fields(job, "Restarts"))
 
     def output(self, job: str) -> str:
         path = self.state / f"job-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, job: str, seconds: float) -> str:
-        """What the job wrote, once it has COMPLETED; AssertionError if it ended otherwise or did not end."""
-        until(lambda: ENDED.issuperset(self.states(job)), f"job {job} ends\n{self.logs(job)}", seconds)
-        assert set(self.states(job)) == {"COMPLETED"}, f"{self.states(job)}\n{self.logs(job)}"
+    def ends(self, job: str, state: str, seconds: float) -> str:
+        """What the job wrote, once it has ended in this state; AssertionError for another, or if it runs on."""
+        deadline = time.monotonic() + seconds
+        while not ENDED.issuperset(states := self.fields(job, "JobState")):
+            assert time.monotonic() < deadline, f"job {job} has not ended in {seconds} s\n{self.logs(job)}"
+            time.sleep(0.1)
+        assert set(states) == {state}, f"{states}\n{self.logs(job)}"
         return self.output(job)
 
     def logs(self, job: str) -> str:
