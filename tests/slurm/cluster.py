@@ -17,6 +17,7 @@ from ..conftest import ROOT
 NODES = ("127.0.0.1", "127.0.0.2")  # names of nodes must resolve, and these resolve everywhere
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"  # where Debian keeps daemons; not in every user's PATH
+DEADLINE = 300.0  # seconds, far beyond what anything here takes
 ENDED = {
     "COMPLETED",
     "FAILED",
@@ -30,8 +31,8 @@ ENDED = {
 
 # No cgroups and no accounting database in a container. GPUs are empty regular files and `config_overrides`
 # pretends to the cores, so that the shipped scripts' requests fit. A job of `low` must make way for one of
-# `urgent`: USR1 at once, the end after GraceTime. cred_expire is how long a requeued job waits. Job ids start at
-# a free port, so that two clusters on one machine give their jobs different MASTER_PORTs.
+# `urgent`: USR1 at once, the end after GraceTime. cred_expire is how long a requeued job waits. Job ids start
+# at a free port, so that two clusters on one machine give their jobs different MASTER_PORTs.
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -60,7 +61,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 PreemptExemptTime=0
 GresTypes=gpu
-PartitionName=low Nodes=ALL Default=YES MaxTime=UNLIMITED PriorityTier=1 GraceTime=120
+PartitionName=low Nodes=ALL Default=YES MaxTime=UNLIMITED PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes=ALL MaxTime=UNLIMITED PriorityTier=2
 """
 NODE = "NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=64 Gres=gpu:8 State=UNKNOWN\n"
@@ -68,15 +69,6 @@ NODE = "NodeName={name} NodeAddr={name} NodeHostname={host} Port={port} CPUs=64 
 
 def missing() -> list[str]:
     return [name for name in NEEDED if shutil.which(name, path=SBIN) is None]
-
-
-def until(condition: Callable[[], object], what: str, seconds: float) -> None:
-    """Polls until the condition holds; AssertionError with `what` after that many seconds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {what}")
-        time.sleep(0.1)
 
 
 class Cluster:
@@ -123,18 +115,24 @@ class Cluster:
         path = self.state / f"job-{job}.out"
         return path.read_text() if path.exists() else ""
 
-    def ends(self, job: str, state: str, seconds: float) -> str:
-        """What the job wrote, once it has ended in this state; AssertionError for another, or if it runs on."""
-        deadline = time.monotonic() + seconds
-        while not ENDED.issuperset(states := self.fields(job, "JobState")):
-            assert time.monotonic() < deadline, f"job {job} has not ended in {seconds} s\n{self.logs(job)}"
-            time.sleep(0.1)
-        assert set(states) == {state}, f"{states}\n{self.logs(job)}"
+    def ends(self, job: str, state: str) -> str:
+        """What the job wrote, once it has ended; AssertionError if not in this state."""
+        self.until(lambda: ENDED.issuperset(self.fields(job, "JobState")), f"job {job} has ended")
+        states = set(self.fields(job, "JobState"))
+        assert states == {state}, f"job {job} is {states}\n{self.logs()}"
         return self.output(job)
 
-    def logs(self, job: str) -> str:
-        controller = (self.state / "slurmctld.log").read_text()
-        return f"{self.output(job)[-6000:]}\n--- slurmctld\n{controller[-3000:]}"
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Polls until the condition holds; AssertionError with all logs if it does not within DEADLINE."""
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {DEADLINE} s: {what}\n{self.logs()}"
+            time.sleep(0.1)
+
+    def logs(self) -> str:
+        """The end of every log file of the daemons and of every job."""
+        paths = (*sorted(self.state.glob("*.log")), *sorted(self.state.glob("job-*.out")))
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in paths)
 
 
 @contextmanager
@@ -153,19 +151,18 @@ def start(state: Path) -> Iterator[Cluster]:
             daemons.callback(process.terminate)
 
         daemon("munged", "--foreground", "--force", *munge)
-        until((state / "munge.socket").exists, "munged listens", 10)
+        cluster.until((state / "munge.socket").exists, "munged listens")
         daemon("slurmctld", "-D")
         for node in NODES:
             daemon("slurmd", "-D", "-N", node)
         ready = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
-        until(
-            lambda: cluster.run(*ready, check=False).stdout.split() == ["idle"] * len(NODES), "idle nodes", 30
-        )
+        states = ["idle"] * len(NODES)
+        cluster.until(lambda: cluster.run(*ready, check=False).stdout.split() == states, "idle nodes")
         try:
             yield cluster
         finally:
             cluster.run("scancel", "--user", getpass.getuser())
-            until(lambda: not cluster.run("squeue", "--noheader").stdout, "all jobs end", 60)
+            cluster.until(lambda: not cluster.run("squeue", "--noheader").stdout, "all jobs have ended")
 
 
 def _configure(state: Path) -> None:

@@ -10,13 +10,13 @@ from pretrain.launch import first_host
 
 from ..conftest import ROOT, Training
 from ..pretrain.conftest import finish, start
-from .cluster import Cluster, until
+from .cluster import Cluster
 
 pytestmark = pytest.mark.slurm
 
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 ONE_RANK = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
-STEPS = 40
+STEPS = 30
 NEVER = ("save_every=1000", "eval_every=0")  # only what stops a run saves it
 
 
@@ -41,7 +41,7 @@ def train(
 def undisturbed(cluster: Cluster, training: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two nodes that nobody disturbs."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    output = cluster.ends(train(cluster, training, run, *TWO_NODES), "COMPLETED", LIMIT)
+    output = cluster.ends(train(cluster, training, run, *TWO_NODES), "COMPLETED")
     assert "2 ranks, ep_size 2, ZeRO stage 3" in output
     assert f"done: {STEPS} steps" in output
     return run
@@ -60,11 +60,11 @@ def test_a_preempted_run_is_requeued_and_repeats_the_undisturbed_one(
 ):
     """To the bit; a job of the partition `urgent` takes its nodes in between."""
     job = train(cluster, training, tmp_path, *TWO_NODES)
-    until(lambda: len(losses(tmp_path)) >= 3, "three steps", LIMIT)
+    cluster.until(lambda: len(losses(tmp_path)) >= 3, "three steps")
     urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap", "srun hostname")
-    cluster.ends(urgent, "COMPLETED", LIMIT)
+    cluster.ends(urgent, "COMPLETED")
     assert not (tmp_path / "DONE").exists()
-    output = cluster.ends(job, "COMPLETED", LIMIT)
+    output = cluster.ends(job, "COMPLETED")
     assert output.count("asked to stop, saving a checkpoint") == 1
     stopped = re.search(r"stopped after step (\d+) by the file", output)
     assert stopped is not None
@@ -79,17 +79,17 @@ def test_restarts_are_bounded_and_a_cancelled_job_stays_cancelled(cluster, train
 
     # SIGTERM to the ranks alone is what a pre-emption sends where the site has no preempt_send_user_signal.
     job = submit("--export=ALL,MAX_RESTARTS=0")
-    until(lambda: losses(tmp_path), "a step", LIMIT)
+    cluster.until(lambda: losses(tmp_path), "a step")
     cluster.run("scancel", "--signal=TERM", job)
-    output = cluster.ends(job, "FAILED", LIMIT)
+    output = cluster.ends(job, "FAILED")
     assert "error: restarted 0 times, MAX_RESTARTS=0; submit again, which continues" in output
     stopped = len(losses(tmp_path))
     assert (tmp_path / f"checkpoints/step-{stopped}").is_dir()
 
     job = submit()
-    until(lambda: len(losses(tmp_path)) > stopped, "a further step", LIMIT)
+    cluster.until(lambda: len(losses(tmp_path)) > stopped, "a further step")
     cluster.run("scancel", job)
-    cluster.ends(job, "CANCELLED", LIMIT)
+    cluster.ends(job, "CANCELLED")
     assert cluster.restarts(job) == 0
     assert not (tmp_path / "DONE").exists()
 
@@ -105,7 +105,7 @@ def test_restarts_are_bounded_and_a_cancelled_job_stays_cancelled(cluster, train
 )
 def test_a_mistake_ends_the_job_with_one_line(cluster, options, arguments, message):
     job = cluster.submit(*ONE_RANK, *options, "slurm/pretrain.sbatch", *arguments)
-    assert message in cluster.ends(job, "FAILED", LIMIT)
+    assert message in cluster.ends(job, "FAILED")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sbatch")), ids=lambda path: path.name)
@@ -129,7 +129,7 @@ def test_an_array_runs_the_four_evaluations(cluster, undisturbed, data_root, tmp
     job = cluster.submit(
         "--cpus-per-task=1", "slurm/eval.sbatch", *paths, "--limit", 1, "--max_new_tokens", 4
     )
-    cluster.ends(job, "COMPLETED", LIMIT)
+    cluster.ends(job, "COMPLETED")
     reports = [json.loads(path.read_text())["results"] for path in tmp_path.glob("results_*.json")]
     assert len(reports) == 4
     for task in ("gsm8k", "logiqa", "babi", "arc_easy", "arc_challenge"):
