@@ -24,6 +24,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
 from pretrain.export import write_export
+from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment
 from pretrain.stopping import StopRequests
 
@@ -51,6 +52,7 @@ class Run:
 
 def main() -> None:
     arguments = _parse()
+    join_slurm_step()
     with user_errors(ValueError, OSError):
         run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
     try:

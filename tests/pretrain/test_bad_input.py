@@ -14,7 +14,7 @@ from data_pipeline.tokenizer import train_tokenizer
 from pretrain import checkpoint
 from pretrain.main import prepare
 
-from .conftest import ROOT, TINY
+from ..conftest import ROOT, TINY
 
 CONFIG, DS_CONFIG = ROOT / "pretrain/configs/demo.yaml", ROOT / "ds_configs/zero3_ep.json"
 
