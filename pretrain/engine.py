@@ -5,6 +5,7 @@ With expert_parallel.py the only file that imports deepspeed.
 
 import argparse
 import atexit
+import copy
 import fcntl
 import io
 import logging
@@ -13,16 +14,19 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
@@ -39,6 +43,8 @@ from pretrain.expert_parallel import (
     is_expert,
     reduce_gradients_when_complete,
 )
+
+T = TypeVar("T")
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
@@ -116,6 +122,43 @@ def peak_memory_bytes() -> int:
     return get_accelerator().max_memory_allocated()
 
 
+class _Snapshots(CheckpointEngine):
+    """What DeepSpeed would write to files, copied to memory: checkpoint.py writes it, in the background."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        self.files = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path).name] = _copied(state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing goes to disk here."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: CheckpointCommitInfo) -> None:
+        """`latest` is written when the files are."""
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # every tensor is copied by itself, so DeepSpeed need not copy views first
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy with its tensors in CPU memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return copy.deepcopy(value)
+
+
 class Engine:
     """A ZeroModel under DeepSpeed."""
 
@@ -132,6 +175,10 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.model: ZeroModel = self.deepspeed.module
+        self.snapshots = self.deepspeed.checkpoint_engine = _Snapshots()
+        self.deepspeed._copy_recovery_script = lambda folder: None  # a script that reads pickles
+        # For the thread that writes checkpoints: its messages must not meet those of the training.
+        self.saving_group = torch.distributed.new_group(backend="gloo")
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -170,17 +217,51 @@ class Engine:
     def eval(self) -> None:
         self.deepspeed.eval()
 
-    def save(self, checkpoint: Path) -> None:
-        """Writes DeepSpeed's files of all ranks into the folder; `latest` is checkpoint.py's to write."""
-        self.deepspeed.save_checkpoint(str(checkpoint.parent), checkpoint.name, save_latest=False)
-        self.barrier()
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks; all ranks take part, from the same kind of thread."""
+        values: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(values, value, group=self.saving_group)
+        return values
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
+        self.deepspeed.save_checkpoint(".", "snapshot", save_latest=False)
+        files, self.snapshots.files = self.snapshots.files, {}
+        return files
 
     def load(self, checkpoint: Path) -> None:
-        """Loads what save wrote, under the same layout."""
+        """Loads a checkpoint of the same layout."""
         with no_pickle_code():
             loaded, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+
+    def load_universal(self, folder: Path, step: int) -> None:
+        """Loads what convert_to_universal wrote, under any layout, as DeepSpeed's load_checkpoint does.
+
+        That itself reads weights and optimizer from the folder, but asks for files that are there for one
+        ZeRO stage only.
+        """
+        zero3 = self.deepspeed.zero_optimization_partition_weights()
+        if zero3:
+            self.deepspeed.optimizer.checkpoint_event_prologue()
+        with no_pickle_code():
+            self.deepspeed.optimizer.load_state_dict(None, checkpoint_folder=str(folder))
+        if zero3:
+            self.deepspeed.optimizer.checkpoint_event_epilogue()
+        else:
+            self.deepspeed.optimizer.update_lp_params()
+        self.deepspeed.global_steps = step
+
+    def full_shapes(self) -> dict[str, torch.Size]:
+        """Shape of every parameter over all ranks."""
+        shapes = {}
+        for name, parameter in self.model.named_parameters():
+            shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            shapes[name] = (
+                torch.Size((shape[0] * self.ep_size, *shape[1:])) if is_expert(parameter) else shape
+            )
+        return shapes
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and full fp32 value of every tensor of the state dict, one at a time; all ranks take part."""
@@ -217,8 +298,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def convert_to_universal(checkpoint: Path, folder: Path) -> None:
-    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name."""
+def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
+    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name.
+
+    Returns:
+        The folder, inside scratch.
+    """
+    folder = scratch / "universal"
     arguments = argparse.Namespace(
         input_folder=str(checkpoint),
         output_folder=str(folder),
@@ -228,8 +314,41 @@ def convert_to_universal(checkpoint: Path, folder: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with no_pickle_code(), redirect_stdout(io.StringIO()):
+    with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
+    return folder
+
+
+def make_universal_complete(folder: Path, shapes: dict[str, torch.Size]) -> None:
+    """Adds to a Universal Checkpoint what a ZeRO stage other than the one that wrote it reads.
+
+    ZeRO-3 writes flat tensors and the optimizer's step only once, ZeRO-1 and 2 write shaped tensors and the
+    step beside each. The options of the parameter groups are left out: they are those of the run that goes
+    on, and ZeRO-3 would give those of the first group, its weight decay too, to all.
+    """
+    path = folder / "zero" / "optimizer_state.pt"
+    with no_pickle_code():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if OPTIMIZER_STATE_DICT in state:
+            step = state[OPTIMIZER_STATE_DICT]["state"][0]["step"]
+        else:
+            step = torch.load(folder / "zero" / next(iter(shapes)) / "step.pt", weights_only=True)
+    for name, shape in shapes.items():
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            file = folder / "zero" / name / f"{key}.pt"
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(stored, dict):
+                torch.save({PARAM: stored.view(shape)}, file)
+        torch.save(step, folder / "zero" / name / "step.pt")
+    kept = ("loss_scaler", "dynamic_loss_scale", "overflow")
+    groups: list[dict[str, Any]] = [{}] * len(shapes)  # as many as there can be
+    common = {
+        **{key: state[key] for key in kept if key in state},
+        "ds_version": deepspeed.__version__,
+        OPTIMIZER_STATE_DICT: {"state": {0: {"step": step}}, PARAM_GROUPS: groups},
+        PARAM_GROUPS: groups,
+    }
+    torch.save(common, path)
 
 
 def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -237,6 +356,23 @@ def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted((folder / "zero").glob("*/fp32.pt")):
         stored = torch.load(path, map_location="cpu", weights_only=True)
         yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
+
+
+def require_no_pickle_code(checkpoint: Path) -> None:
+    """Reads everything but the tensors' bytes.
+
+    Raises:
+        ValueError: a file holds more than tensors and plain values.
+    """
+    for path in sorted(checkpoint.glob("*.pt")):
+        try:
+            with no_pickle_code():
+                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds pickled code, which is never run; "
+                f"delete {checkpoint} to go on from an older checkpoint"
+            ) from error
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from model.latent_terms import loop_figures, loop_sums
 from model.losses import IGNORE_INDEX, loss_terms, total_loss
 from model.recurrence import sample_depth
 from model.transformer import ModelOutput
-from pretrain import checkpoint
-from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint import Saver, TrainingState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
 from pretrain.metrics import MetricsLog, peak_tflops
@@ -49,11 +48,12 @@ class Trainer:
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
         self.stop_requests, self.stopped = stop_requests, False
+        self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank())
         self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
 
     def save(self) -> None:
-        state = dataclasses.replace(self.initial_state, step=self.step)
-        checkpoint.save(self.engine, self.run, state, rank())
+        """Copies the state; the checkpoint is written while training goes on."""
+        self.saver.save(dataclasses.replace(self.initial_state, step=self.step))
 
     def train(self) -> None:
         """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step."""
@@ -71,6 +71,7 @@ class Trainer:
                 last = self.stopped or self.step == self.config.max_steps
                 if last or self.step % self.config.save_every == 0:
                     self.save()
+        self.saver.wait()
         if log is not None:
             log.close()
 

@@ -1,0 +1,63 @@
+"""Resuming under any layout: another number of ranks, ep_size or ZeRO stage.
+
+Everything a step sees is a function of (config, step), so the state to carry over is weights, optimizer and
+routers' biases. DeepSpeed's own files fit one layout; for another they go through its Universal Checkpoint.
+"""
+
+import shutil
+from pathlib import Path
+
+from pretrain import checkpoint
+from pretrain.checkpoint import TrainingState, together
+from pretrain.engine import (
+    Engine,
+    convert_to_universal,
+    make_universal_complete,
+    rank,
+    require_no_pickle_code,
+)
+
+
+def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
+    """Loads a whole, compatible checkpoint into the engine; all ranks call it together.
+
+    Args:
+        wanted: the state whose layout the engine has.
+        run: the run's folder, where a conversion puts its files for the time of loading.
+
+    Returns:
+        Optimizer steps done.
+
+    Raises:
+        CheckpointError: the files hold pickled code, or there is no room to convert them.
+    """
+    found, buffers = checkpoint.read(folder)
+    first = rank() == 0
+    scratch = run / "checkpoints" / "converting"
+    together(engine, lambda: _check(folder, scratch) if first else None)
+    if checkpoint.layout_changes(found, wanted):
+        together(engine, lambda: _convert(engine, folder, scratch) if first else None)
+        engine.load_universal(scratch / "universal", found.step)
+        engine.barrier()  # nobody reads any more
+        if first:
+            shutil.rmtree(scratch)
+    else:
+        engine.load(folder)
+    for name, buffer in engine.buffers().items():
+        buffer.copy_(buffers[name])
+    return found.step
+
+
+def _check(folder: Path, scratch: Path) -> None:
+    require_no_pickle_code(folder)
+    if scratch.exists():
+        shutil.rmtree(scratch)  # of a start that was killed while it converted
+
+
+def _convert(engine: Engine, folder: Path, scratch: Path) -> None:
+    scratch.mkdir(parents=True)
+    try:
+        make_universal_complete(convert_to_universal(folder, scratch), engine.full_shapes())
+    except (OSError, RuntimeError):
+        shutil.rmtree(scratch)  # it would only keep the disk full
+        raise
