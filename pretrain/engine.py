@@ -251,6 +251,9 @@ class Engine:
             self.deepspeed.optimizer.checkpoint_event_epilogue()
         else:
             self.deepspeed.optimizer.update_lp_params()
+        for state in self.optimizer.state.values():
+            # ZeRO-3 gives all parameters one tensor, and each would add its own 1 to it in every step.
+            state["step"] = copy.deepcopy(state["step"])
         self.deepspeed.global_steps = step
 
     def full_shapes(self) -> dict[str, torch.Size]:
