@@ -1,9 +1,10 @@
 """Run by test_resume under the deepspeed launcher: layouts write checkpoints, other layouts load them.
 
-    elastic_worker.py save FOLDER       each layout of these ranks trains, saves, and trains on
-    elastic_worker.py load FOLDER       each layout of these ranks loads each of those and trains on
+    elastic_worker.py FOLDER save|each|all ...
 
-A checkpoint is compared in memory to the bit, the steps after it to rounding. Prints one line of JSON a pair.
+save: each layout of these ranks trains, saves, and trains on. each: each of them loads one of those
+checkpoints; all: every one. A loaded state is compared to the bit, the steps after it to rounding.
+Prints one line of JSON a pair.
 """
 
 import itertools
@@ -17,7 +18,7 @@ from deepspeed.utils import groups, safe_get_full_optimizer_state
 
 from model import ModelConfig, RecurrenceConfig
 from model.losses import IGNORE_INDEX, total_loss
-from pretrain import checkpoint, elastic
+from pretrain import elastic
 from pretrain.checkpoint import Saver, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, init_process_group, rank, world_size
@@ -64,7 +65,7 @@ def build(stage: int, ep_size: int) -> tuple[Engine, TrainingState]:
 
 
 def train(engine: Engine, steps: range) -> list[list[float]]:
-    """Loss, gradient norm and learning rate of each step; the rate is the step's, as in a schedule."""
+    """Loss and gradient norm of each step; the learning rate is a function of the step, as in training."""
     history = []
     for step in steps:
         tokens, targets = batch(step)
@@ -109,37 +110,42 @@ def save(folder: Path) -> None:
             torch.save({"state": expected, "history": history}, run / "expected.pt")
 
 
-def load(folder: Path, sources: list[str], targets: list[tuple[int, int]]) -> None:
-    for source, (stage, ep_size) in itertools.product(sources, targets):
-        run = folder / source
-        expected: dict[str, Any] = torch.load(run / "expected.pt")
-        engine, state = build(stage, ep_size)
-        step = elastic.load(engine, run / "checkpoints" / f"step-{BEFORE}", state, run)
-        loaded = state_of(engine)
-        assert loaded.keys() == expected["state"].keys()
-        different = [name for name in loaded if not torch.equal(loaded[name], expected["state"][name])]
-        history = train(engine, range(step, step + AFTER))
-        report = {
-            "source": source,
-            "target": f"{world_size()} ranks, zero{stage}, ep{ep_size}",
-            "different": different,
-            "loss": max(abs(a[0] - b[0]) for a, b in zip(history, expected["history"], strict=True)),
-            "norm": max(abs(a[1] - b[1]) for a, b in zip(history, expected["history"], strict=True)),
-            "left": [path.name for path in (run / "checkpoints").iterdir()],
-        }
-        if rank() == 0:
-            print("REPORT " + json.dumps(report), flush=True)
+def load(folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
+    """One layout loads the checkpoint of another and trains on: how far that is from what the other did."""
+    run = folder / source
+    expected: dict[str, Any] = torch.load(run / "expected.pt")
+    engine, state = build(stage, ep_size)
+    step = elastic.load(engine, run / "checkpoints" / f"step-{BEFORE}", state, run)
+    loaded = state_of(engine)
+    assert loaded.keys() == expected["state"].keys()
+    different = [name for name in loaded if not torch.equal(loaded[name], expected["state"][name])]
+    history = train(engine, range(step, step + AFTER))
+    pairs = list(zip(history, expected["history"], strict=True))
+    return {
+        "pair": f"{source} -> {world_size()} ranks, zero{stage}_ep{ep_size}",
+        "different": different,
+        "loss": max(abs(ours[0] - theirs[0]) for ours, theirs in pairs),
+        "norm": max(abs(ours[1] - theirs[1]) for ours, theirs in pairs),
+        "smallest_norm": min(norm for _, norm in history),
+        "left": sorted(path.name for path in (run / "checkpoints").iterdir()),
+    }
 
 
 def main() -> None:
     init_process_group()
-    folder = Path(sys.argv[-1])
-    if "save" in sys.argv:
+    folder, actions = Path(sys.argv[-2]), sys.argv[-1].split(",")
+    if "save" in actions:
         save(folder)
-        return
     sources = sorted(path.name for path in folder.iterdir())
-    sizes = [n for n in (1, 2, 4) if world_size() % n == 0]
-    load(folder, sources, list(itertools.product(DS_CONFIGS, sizes)))
+    targets = [(stage, n) for stage in DS_CONFIGS for n in (1, 2, 4) if world_size() % n == 0]
+    if "all" in actions:
+        pairs = list(itertools.product(sources, targets))
+    else:  # shifted by one, so that every checkpoint is converted
+        pairs = list(zip(sources[1:] + sources[:1], itertools.cycle(targets), strict=False))
+    for source, (stage, ep_size) in pairs:
+        report = load(folder, source, stage, ep_size)
+        if rank() == 0:
+            print("REPORT " + json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
