@@ -73,7 +73,9 @@ class Saver:
         self.wait()
         files = self.engine.snapshot()
         if self.rank == 0:
-            buffers = {name: b.detach().cpu().contiguous() for name, b in self.engine.buffers().items()}
+            buffers = {
+                name: b.detach().cpu().contiguous() for name, b in self.engine.checkpoint_buffers().items()
+            }
             files[BUFFERS] = to_safetensors(buffers)
             files[STATE] = json.dumps(asdict(state), indent=2).encode()
         self.pending = self.thread.submit(self._write, state.step, files)
@@ -303,13 +305,6 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         theirs, ours = getattr(found, key), getattr(wanted, key)
         if theirs != ours:
             raise ValueError(f"checkpoint {folder} has {key}={theirs}, this run has {ours}; {mend}")
-
-    for stage in (found.zero_stage, wanted.zero_stage):
-        if stage == 0 and layout_changes(found, wanted):
-            raise ValueError(
-                f"checkpoint {folder} cannot be converted ({', '.join(layout_changes(found, wanted))}): "
-                "zero_stage=0 is not among 1, 2, 3; use the same number of ranks, ep_size and stage"
-            )
 
 
 def layout_changes(found: TrainingState, wanted: TrainingState) -> list[str]:

@@ -9,14 +9,14 @@ import copy
 import fcntl
 import io
 import logging
+import math
 import os
 import resource
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import deepspeed
@@ -24,10 +24,10 @@ import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -43,6 +43,7 @@ from pretrain.expert_parallel import (
     is_expert,
     reduce_gradients_when_complete,
 )
+from pretrain.stability import SpikeGuard
 
 T = TypeVar("T")
 
@@ -179,6 +180,9 @@ class Engine:
         self.deepspeed._copy_recovery_script = lambda folder: None  # a script that reads pickles
         # For the thread that writes checkpoints: its messages must not meet those of the training.
         self.saving_group = torch.distributed.new_group(backend="gloo")
+        self.guard = SpikeGuard(config.stability, device())
+        self._loss = self._grad_norm = torch.zeros((), device=device())
+        judge_grad_norm(self.deepspeed.optimizer, self._judge)
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -196,20 +200,30 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the factor turns that mean into the sum.
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """Ends a micro-batch; on the last one of the step clips and updates the weights."""
+    def step(self, lr: float, loss: Tensor | None = None) -> None:
+        """Ends a micro-batch; on the last one of the step clips and updates the weights, unless `guard`
+        refuses.
+
+        Args:
+            loss: of the global batch, a scalar on the device, for the guard; needed in the last micro-batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if loss is not None:
+            self._loss = loss
         self.deepspeed.step()
 
     def step_applied(self) -> bool:
-        """Whether the last step changed the weights: DeepSpeed skips one whose gradients are not finite."""
+        """Whether the last step changed the weights."""
         return self.deepspeed.was_step_applied()
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last optimizer step, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last optimizer step, before clipping; a scalar on the device."""
+        return self._grad_norm
+
+    def _judge(self, grad_norm: Tensor) -> Tensor:
+        self._grad_norm = grad_norm
+        return self.guard.refuses(self._loss, grad_norm)
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -276,9 +290,41 @@ class Engine:
             yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
         yield from self.buffers().items()
 
+    def checkpoint_buffers(self) -> dict[str, Tensor]:
+        """What DeepSpeed's files do not hold (a universal load restores no buffers), equal on every rank."""
+        return {**self.buffers(), "spike_guard.history": self.guard.history}
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the state dict, the same on every rank: the routers' balancing biases."""
         return {n: b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")}
+
+
+def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None:
+    """Makes DeepSpeed discard the steps of a ZeRO optimizer that `refuses` refuses.
+
+    It reads once a step from the device whether the norm is finite, and discards the step if not. A refused
+    step is given an infinite norm, so that nothing more needs to be read.
+    """
+
+    def infinite(refused: Tensor) -> Tensor:
+        return torch.where(refused, math.inf, 0.0)
+
+    if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+        norm_groups = optimizer._get_norm_groups
+
+        def judged_groups() -> list[Tensor]:
+            norms = [norm.float() for norm in norm_groups()]
+            return [*norms, infinite(refuses(combine_grad_norm_groups(norms)))]
+
+        optimizer._get_norm_groups = judged_groups
+    else:
+        total_norm = optimizer.scaled_global_norm
+
+        def judged_norm() -> Tensor:
+            norm = total_norm()
+            return norm + infinite(refuses(norm))
+
+        optimizer.scaled_global_norm = judged_norm
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -322,60 +368,11 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
     return folder
 
 
-def make_universal_complete(folder: Path, shapes: dict[str, torch.Size]) -> None:
-    """Adds to a Universal Checkpoint what a ZeRO stage other than the one that wrote it reads.
-
-    ZeRO-3 writes flat tensors and the optimizer's step only once, ZeRO-1 and 2 write shaped tensors and the
-    step beside each. The options of the parameter groups are left out: they are those of the run that goes
-    on, and ZeRO-3 would give those of the first group, its weight decay too, to all.
-    """
-    path = folder / "zero" / "optimizer_state.pt"
-    with no_pickle_code():
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if OPTIMIZER_STATE_DICT in state:
-            step = state[OPTIMIZER_STATE_DICT]["state"][0]["step"]
-        else:
-            step = torch.load(folder / "zero" / next(iter(shapes)) / "step.pt", weights_only=True)
-    for name, shape in shapes.items():
-        for key in ("fp32", "exp_avg", "exp_avg_sq"):
-            file = folder / "zero" / name / f"{key}.pt"
-            stored = torch.load(file, map_location="cpu", weights_only=True)
-            if not isinstance(stored, dict):
-                torch.save({PARAM: stored.view(shape)}, file)
-        torch.save(step, folder / "zero" / name / "step.pt")
-    kept = ("loss_scaler", "dynamic_loss_scale", "overflow")
-    groups: list[dict[str, Any]] = [{}] * len(shapes)  # as many as there can be
-    common = {
-        **{key: state[key] for key in kept if key in state},
-        "ds_version": deepspeed.__version__,
-        OPTIMIZER_STATE_DICT: {"state": {0: {"step": step}}, PARAM_GROUPS: groups},
-        PARAM_GROUPS: groups,
-    }
-    torch.save(common, path)
-
-
 def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and full fp32 value of every parameter of a Universal Checkpoint (flat, if ZeRO-3 wrote it)."""
     for path in sorted((folder / "zero").glob("*/fp32.pt")):
         stored = torch.load(path, map_location="cpu", weights_only=True)
         yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
-
-
-def require_no_pickle_code(checkpoint: Path) -> None:
-    """Reads everything but the tensors' bytes.
-
-    Raises:
-        ValueError: a file holds more than tensors and plain values.
-    """
-    for path in sorted(checkpoint.glob("*.pt")):
-        try:
-            with no_pickle_code():
-                torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds pickled code, which is never run; "
-                f"delete {checkpoint} to go on from an older checkpoint"
-            ) from error
 
 
 @contextmanager

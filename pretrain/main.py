@@ -24,6 +24,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
 from pretrain.export import write_export
+from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment
 from pretrain.stopping import StopRequests
 
@@ -51,6 +52,7 @@ class Run:
 
 def main() -> None:
     arguments = _parse()
+    join_slurm_step()
     with user_errors(ValueError, OSError):
         run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
     try:
@@ -181,9 +183,12 @@ def _train(run: Run) -> None:
     from pretrain.engine import Engine, init_process_group, rank
     from pretrain.trainer import Trainer, TrainingError
 
+    stop_requests = StopRequests(
+        run.folder, run.config.time_limit_minutes, os.environ.get("RANK", "0") == "0"
+    )
+    stop_requests.install()  # before the minutes that a large model takes to start
     init_process_group()
     engine = Engine(run.config, run.model_config, run.ds_config)
-    stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=rank() == 0)
     trainer = Trainer(
         run.config,
         run.model_config,
@@ -200,10 +205,9 @@ def _train(run: Run) -> None:
     if rank() == 0:
         with user_errors(OSError):
             _write_run_folder(run)
-    stop_requests.install()
     engine.barrier()
-    # A shard found damaged when it is read, a loss that is NaN, a full disk.
-    with user_errors(DataError, TrainingError, CheckpointError):
+    # All ranks judge the training and its checkpoints alike, but one alone may read a damaged shard.
+    with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
     if trainer.step == run.config.max_steps:
         _finish(run, engine)

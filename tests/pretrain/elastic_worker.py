@@ -73,19 +73,20 @@ def train(engine: Engine, steps: range) -> list[list[float]]:
         output = engine.forward(tokens=tokens, targets=targets, num_steps=1 + step % 3)
         loss = total_loss(MODEL, output.loss_sums, {"targets": ROWS * (T - 1), "rows": ROWS})
         engine.backward(loss)
-        engine.step(LR / (1 + step))
+        engine.step(LR / (1 + step), all_reduce_sum(loss.detach().clone()))
         update_router_biases(engine)
-        history.append([all_reduce_sum(loss.detach().double()).item(), engine.grad_norm()])
+        history.append([all_reduce_sum(loss.detach().double()).item(), engine.grad_norm().item()])
     return history
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Weights, both Adam moments and biases of the whole model."""
+    """Weights, both Adam moments and buffers of the whole run."""
     if not engine.deepspeed.zero_optimization_partition_weights():
         # DeepSpeed links the optimizer's state to its parameters after the first GROUP of the first step.
         engine.deepspeed.optimizer._hp_optimizer_states_linked = False
         engine.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
-    state = {name: value.clone() for name, value in engine.full_weights()}
+    tensors = [*engine.full_weights(), *engine.checkpoint_buffers().items()]
+    state = {name: value.clone() for name, value in tensors}
     for name, parameter in engine.model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             value = safe_get_full_optimizer_state(parameter, key).view(

@@ -15,7 +15,7 @@ from data_pipeline.tokenizer import train_tokenizer
 from pretrain import checkpoint
 from pretrain.main import prepare
 
-from .conftest import ROOT, TINY
+from ..conftest import ROOT, TINY
 
 CONFIG, DS_CONFIG = ROOT / "pretrain/configs/demo.yaml", ROOT / "ds_configs/zero3_ep.json"
 
@@ -152,9 +152,6 @@ def test_a_checkpoint_of_another_run(start, tmp_path):
         start("resume=none")
     write(replace(state, ep_size=1, world_size=4, zero_stage=1))
     assert start(f"resume={folder}").resume_from == folder
-    write(replace(state, zero_stage=0))
-    with pytest.raises(ValueError, match=r"cannot be converted \(zero_stage 0 -> 3\): zero_stage=0 is not"):
-        start(f"resume={folder}")
     (folder / checkpoint.MANIFEST).write_text("{")
     assert start().resume_from is None
     with pytest.raises(ValueError, match="not a whole checkpoint: manifest.json is not valid JSON"):
