@@ -119,7 +119,11 @@ def load(folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
     step = elastic.load(engine, run / "checkpoints" / f"step-{BEFORE}", state, run)
     loaded = state_of(engine)
     assert loaded.keys() == expected["state"].keys()
-    different = [name for name in loaded if not torch.equal(loaded[name], expected["state"][name])]
+    different = [
+        name  # the spike guard's history holds NaN where there was no step yet
+        for name in loaded
+        if not torch.allclose(loaded[name], expected["state"][name], rtol=0, atol=0, equal_nan=True)
+    ]
     history = train(engine, range(step, step + AFTER))
     pairs = list(zip(history, expected["history"], strict=True))
     return {
