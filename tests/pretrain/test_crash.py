@@ -36,10 +36,13 @@ def kill_at_random(training, run: Path, kills: int, max_steps: int) -> list[str]
         launcher = start(2, *training(run, f"max_steps={max_steps}", "save_every=1"))
         step = done + generator.randint(2, 5)
         generator.choice((wait_for_step, wait_for_save))(run, step, launcher)
-        ranks = [process for number in (0, 1) for process in [rank(launcher, number)]]
+        ranks = [rank(launcher, number) for number in (0, 1)]
         for process in generator.choice((ranks, ranks[:1], ranks[1:])):
             process.send_signal(signal.SIGKILL)
         said.append(finish(launcher, check=False).stdout)
+        port = launcher.args[launcher.args.index("--master_port") + 1]
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            left.unlink()  # a killed rank cannot
     said.append(finish(start(2, *training(run, f"max_steps={max_steps}", "save_every=1"))).stdout)
     return said
 
