@@ -67,6 +67,8 @@ class RunConfig:
     micro_batch_size: int = 8  # most rows a rank computes at once; accumulation follows from it
     ep_size: int = 1  # ranks that share one set of experts
     save_every: int = 100  # steps between checkpoints; the last step is always saved
+    keep_last: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints of steps divisible by it are kept as well; 0: none
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
     time_limit_minutes: float | None = None  # after which the run stops with a checkpoint; None: never
     eval_every: int = 0  # steps between validation losses; 0: never
@@ -184,10 +186,20 @@ def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> 
 
 
 def _check(config: RunConfig) -> None:
-    positive = ("max_steps", "global_batch_size", "micro_batch_size", "ep_size", "save_every", "log_every")
+    positive = (
+        "max_steps",
+        "global_batch_size",
+        "micro_batch_size",
+        "ep_size",
+        "save_every",
+        "keep_last",
+        "log_every",
+    )
     for name in positive:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.keep_every < 0:
+        raise ValueError(f"keep_every={config.keep_every} must be at least 0")
     stability = config.stability
     for key, least in (("max_zscore", 1), ("window", 8), ("max_skipped", 1)):
         number = getattr(stability, key)

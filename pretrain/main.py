@@ -21,7 +21,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer
 from model import ModelConfig
 from pretrain import checkpoint
-from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
 from pretrain.export import write_export
 from pretrain.launch import join_slurm_step
@@ -172,12 +172,14 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
             "raise max_steps"
         )
     if announce:
-        print(f"resuming from {folder}")
+        changes = checkpoint.layout_changes(found, state)
+        print(f"resuming from {folder}" + (f", converted: {', '.join(changes)}" if changes else ""))
     return folder
 
 
 def _train(run: Run) -> None:
     # Imported late: deepspeed takes seconds, which a user with a misspelt key should not wait for.
+    from pretrain import elastic
     from pretrain.engine import Engine, init_process_group, rank
     from pretrain.trainer import Trainer, TrainingError
 
@@ -198,13 +200,14 @@ def _train(run: Run) -> None:
         stop_requests,
     )
     if run.resume_from is not None:
-        trainer.step = checkpoint.load(engine, run.resume_from)
+        with user_errors(CheckpointError):
+            trainer.step = elastic.load(engine, run.resume_from, run.state, run.folder)
     if rank() == 0:
         with user_errors(OSError):
             _write_run_folder(run)
     engine.barrier()
-    # All ranks judge the training alike, but one alone may read a damaged shard.
-    with user_errors(TrainingError), user_errors(DataError, from_every_rank=True):
+    # All ranks judge the training and its checkpoints alike, but one alone may read a damaged shard.
+    with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
     if trainer.step == run.config.max_steps:
         _finish(run, engine)

@@ -19,8 +19,7 @@ from model.latent_terms import loop_figures, loop_sums
 from model.losses import IGNORE_INDEX, loss_terms, total_loss
 from model.recurrence import sample_depth
 from model.transformer import ModelOutput
-from pretrain import checkpoint
-from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint import Saver, TrainingState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
 from pretrain.metrics import MetricsLog, peak_tflops
@@ -70,12 +69,13 @@ class Trainer:
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
         self.stop_requests, self.stopped, self.skipped = stop_requests, False, 0
+        self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank())
         self.log: MetricsLog | None = None
         self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
 
     def save(self) -> None:
-        state = dataclasses.replace(self.initial_state, step=self.step)
-        checkpoint.save(self.engine, self.run, state, rank())
+        """Copies the state; the checkpoint is written while training goes on."""
+        self.saver.save(dataclasses.replace(self.initial_state, step=self.step))
 
     def train(self) -> None:
         """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step.
@@ -101,6 +101,7 @@ class Trainer:
                     self._report(running)
                     running = None
                     self.save()
+        self.saver.wait()
         if self.log is not None:
             self.log.close()
 
