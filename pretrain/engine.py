@@ -6,6 +6,7 @@ With expert_parallel.py the only file that imports deepspeed.
 import argparse
 import atexit
 import fcntl
+import inspect
 import io
 import logging
 import os
@@ -20,29 +21,48 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
+from deepspeed.runtime.zero.muon import original_muon
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+    set_z3_leaf_modules,
+)
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
 from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.ema import MovingAverage
 from pretrain.expert_parallel import (
     create_groups,
     expert_parallel_class,
     gather_experts,
     is_expert,
+    local_experts,
     reduce_gradients_when_complete,
 )
+from pretrain.optim import parameter_groups
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+# DeepSpeed compiles Muon anew for shape after shape: minutes on a CPU, and a resumed run would meet the
+# shapes in another order than the run it continues, so that it need not repeat its rounding.
+for _name in ("zeropower_via_newtonschulz5", "muon_update"):
+    setattr(original_muon, _name, inspect.unwrap(getattr(original_muon, _name)))
+
+AVERAGE = "ema"  # folder of a checkpoint: the moving average, NAME.safetensors for every parameter
 
 
 def init_process_group() -> None:
@@ -123,10 +143,13 @@ class Engine:
         set_z3_leaf_modules(model, [DecoderLayer])
         reduce_gradients_when_complete()
         optimizer = build_optimizer(model, config.optimizer)
+        self.muon_lr_ratio = config.optimizer.muon_lr / config.optimizer.lr
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.model: ZeroModel = self.deepspeed.module
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else MovingAverage(self._shards, decay)
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -145,10 +168,15 @@ class Engine:
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """Ends a micro-batch; on the last one of the step clips and updates the weights."""
+        """Ends a micro-batch; on the last one of the step clips and updates the weights.
+
+        lr: of AdamW; Muon's is in proportion.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self.muon_lr_ratio if group.get("use_muon") else lr
         self.deepspeed.step()
+        if self.average is not None and self.step_applied():
+            self.average.update()
 
     def step_applied(self) -> bool:
         """Whether the last step changed the weights: DeepSpeed skips one whose gradients are not finite."""
@@ -168,6 +196,8 @@ class Engine:
     def save(self, checkpoint: Path) -> None:
         """Writes DeepSpeed's files of all ranks into the folder; `latest` is checkpoint.py's to write."""
         self.deepspeed.save_checkpoint(str(checkpoint.parent), checkpoint.name, save_latest=False)
+        if self.average is not None:
+            self._save_average(checkpoint / AVERAGE)
         self.barrier()
 
     def load(self, checkpoint: Path) -> None:
@@ -176,40 +206,90 @@ class Engine:
             loaded, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+        self.load_average(checkpoint)
+
+    def _save_average(self, folder: Path) -> None:
+        """Whole tensors by name, so that any layout can read them; rank 0 holds one at a time."""
+        assert self.average is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.average.in_place():
+            for name, value in self._full_parameters():
+                if rank() == 0:
+                    save_file({name: value.cpu().contiguous()}, folder / f"{name}.safetensors")
+
+    def load_average(self, checkpoint: Path) -> None:
+        """Takes the moving average from a checkpoint of any layout; if it has none, from the weights now."""
+        if self.average is None:
+            return
+        self.average.restart()
+        folder = checkpoint / AVERAGE
+        if not folder.is_dir():
+            return
+        with self.average.in_place():
+            for name, parameter in self.model.named_parameters():
+                value = load_file(folder / f"{name}.safetensors")[name]
+                self._set_full_parameter(
+                    parameter, local_experts(value, self.ep_size) if is_expert(parameter) else value
+                )
+
+    def _set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Writes this rank's part of a parameter's fp32 value.
+
+        DeepSpeed's own function for it fails under ZeRO-3 where a size does not divide among the ranks.
+        """
+        if not hasattr(parameter, "ds_tensor"):
+            safe_set_full_fp32_param(parameter, value)
+            return
+        partition: Any = parameter
+        size, group = partition.ds_tensor.numel(), partition.ds_process_group
+        padded = F.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
+        safe_set_local_fp32_param(parameter, padded[size * dist.get_rank(group) :][:size])
+
+    def _shards(self) -> list[Tensor]:
+        """This rank's fp32 weights, flat, where the ZeRO stage or its bf16 form keeps them."""
+        kept_in = (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        )
+        return next(getattr(self.optimizer, name) for name in kept_in if hasattr(self.optimizer, name))
+
+    def averaged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As full_weights, of the moving average; buffers as they are now."""
+        assert self.average is not None
+        with self.average.in_place():
+            yield from self.full_weights()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and full fp32 value of every tensor of the state dict, one at a time; all ranks take part."""
+        yield from self._full_parameters()
+        yield from self.buffers().items()
+
+    def _full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             value = safe_get_full_fp32_param(parameter)
             if value is None:
                 raise RuntimeError(f"ZeRO holds no fp32 copy of {name}")
             value = value.view(getattr(parameter, "ds_shape", parameter.shape))
             yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
-        yield from self.buffers().items()
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the state dict, the same on every rank: the routers' balancing biases."""
         return {n: b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices other than embeddings; experts in groups of their own, as ZeRO asks."""
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
-    for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and "embed_tokens" not in name
-        groups["decay" if matrix else "no_decay"].append(parameter)
-    decay = {"decay": config.weight_decay, "no_decay": 0.0}
-    param_groups: list[dict[str, Any]] = [
-        {"name": name, "params": parameters, "weight_decay": decay[name]}
-        for name, parameters in groups.items()
-    ]
-    split = split_params_into_different_moe_groups_for_optimizer(param_groups)
-    return torch.optim.AdamW(
-        [group for group in split if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-    )
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, or DeepSpeed's Muon beside it; experts in groups of their own, as ZeRO asks.
+
+    Muon (Jordan et al. 2024): Nesterov momentum, orthogonalised by 5 Newton-Schulz steps in bf16, times
+    sqrt(max(1, rows / columns)). DeepSpeed puts that update in the gradient's place before it takes the
+    norm: grad_norm is over Muon's updates and AdamW's gradients together.
+    """
+    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config))
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups)
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
 
 
 def convert_to_universal(checkpoint: Path, folder: Path) -> None:
