@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent.
 
-checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json and, written last,
-manifest.json; `latest` names the newest. A folder without a manifest that fits is not a checkpoint.
+checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json, ema/ if the run averages its
+weights and, written last, manifest.json; `latest` names the newest. A folder without a manifest that fits is
+not a checkpoint.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # the offline export reads checkpoints without an engine
     from pretrain.engine import Engine
 
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
+EMA = "ema"  # folder of the moving average, if the run keeps one: NAME.safetensors for every parameter
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class TrainingState:
     world_size: int
     ep_size: int
     zero_stage: int
+    optimizer: str = "adamw"  # optimizer.kind
 
 
 def save(engine: "Engine", run: Path, state: TrainingState, rank: int) -> Path:
@@ -139,6 +142,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         "world_size": "start the same number of ranks",
         "ep_size": "use the same ep_size",
         "zero_stage": "use the same ZeRO stage",
+        "optimizer": "use the same optimizer.kind",
     }
     for key, mend in mends.items():
         theirs, ours = getattr(found, key), getattr(wanted, key)

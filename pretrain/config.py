@@ -212,7 +212,12 @@ def _check_optimizer(o: OptimizerConfig, max_steps: int) -> None:
         ("min_lr", o.min_lr, f"from 0 to lr={o.lr}", o.schedule == "constant" or 0 <= o.min_lr <= o.lr),
         ("warmup_steps", o.warmup_steps, "at least 0", o.warmup_steps >= 0),
         ("decay_steps", o.decay_steps, "at least 1", o.decay_steps is None or o.decay_steps >= 1),
-        ("wsd_decay_steps", o.wsd_decay_steps, "at least 1", (o.wsd_decay_steps or 1) >= 1),
+        (
+            "wsd_decay_steps",
+            o.wsd_decay_steps,
+            "at least 1",
+            o.wsd_decay_steps is None or o.wsd_decay_steps >= 1,
+        ),
         ("beta1", o.beta1, "from 0 to below 1", 0 <= o.beta1 < 1),
         ("beta2", o.beta2, "from 0 to below 1", 0 <= o.beta2 < 1),
         ("eps", o.eps, "above 0", o.eps > 0),

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
+from pretrain.checkpoint import EMA, read
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage
 from pretrain.expert_parallel import (
@@ -61,8 +62,6 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 # shapes in another order than the run it continues, so that it need not repeat its rounding.
 for _name in ("zeropower_via_newtonschulz5", "muon_update"):
     setattr(original_muon, _name, inspect.unwrap(getattr(original_muon, _name)))
-
-AVERAGE = "ema"  # folder of a checkpoint: the moving average, NAME.safetensors for every parameter
 
 
 def init_process_group() -> None:
@@ -197,7 +196,7 @@ class Engine:
         """Writes DeepSpeed's files of all ranks into the folder; `latest` is checkpoint.py's to write."""
         self.deepspeed.save_checkpoint(str(checkpoint.parent), checkpoint.name, save_latest=False)
         if self.average is not None:
-            self._save_average(checkpoint / AVERAGE)
+            self._save_average(checkpoint / EMA)
         self.barrier()
 
     def load(self, checkpoint: Path) -> None:
@@ -222,7 +221,7 @@ class Engine:
         if self.average is None:
             return
         self.average.restart()
-        folder = checkpoint / AVERAGE
+        folder = checkpoint / EMA
         if not folder.is_dir():
             return
         with self.average.in_place():
@@ -293,7 +292,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def convert_to_universal(checkpoint: Path, folder: Path) -> None:
-    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name."""
+    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name.
+
+    Raises:
+        ValueError: the checkpoint is of a run with Muon; DeepSpeed converts the states of Adam only.
+    """
+    if read(checkpoint)[0].optimizer == "muon":
+        raise ValueError(
+            f"checkpoint {checkpoint} holds Muon's momentum, which DeepSpeed's Universal Checkpoint lacks; "
+            "resume the run with the ranks, ep_size and ZeRO stage it has, and it exports at its end"
+        )
     arguments = argparse.Namespace(
         input_folder=str(checkpoint),
         output_folder=str(folder),

@@ -8,12 +8,13 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from data_pipeline.errors import DataError, user_errors
 from data_pipeline.loader import Loader
@@ -86,6 +87,7 @@ def prepare(config_paths: str | Sequence[str], ds_config_path: str, overrides: l
         world_size=world_size,
         ep_size=config.ep_size,
         zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+        optimizer=config.optimizer.kind,
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = _choose_checkpoint(config, state, announce=rank == 0)
@@ -179,16 +181,26 @@ def _train(run: Run) -> None:
     engine.barrier()
     with user_errors(DataError, TrainingError):  # a shard found damaged when it is read, a loss that is NaN
         trainer.train()
-    weights = {}
-    for name, value in engine.full_weights():
-        if rank() == 0:
-            weights[name] = value.cpu()
+    _export(run, "export", engine.full_weights())
+    if engine.average is not None:
+        _export(run, "export_ema", engine.averaged_weights())
     if rank() == 0:
-        write_export(run.folder / "export", run.model_config, weights, run.loader.tokenizer_path)
         (run.folder / "DONE").write_text(f"{trainer.step}\n")
         print(f"done: {trainer.step} steps in {run.folder}, exported to {run.folder / 'export'}")
     engine.barrier()
     engine.close()
+
+
+def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Gathers tensors on all ranks and writes them on the first as a folder of the run."""
+    from pretrain.engine import rank
+
+    weights = {}
+    for key, value in tensors:
+        if rank() == 0:
+            weights[key] = value.cpu()
+    if rank() == 0:
+        write_export(run.folder / name, run.model_config, weights, run.loader.tokenizer_path)
 
 
 def _write_run_folder(run: Run) -> None:

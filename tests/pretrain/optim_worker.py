@@ -149,6 +149,8 @@ def main() -> None:
             apart = {n: (v - plain[n]).abs().max().item() for n, v in ours.items()}
             report = {
                 "case": name,
+                "iterated_in": str(precision),
+                "ep_size": config.ep_size,
                 "calls": total,
                 "hidden": [len(hidden), sum(initial[n].dim() == 3 for n in hidden)],
                 "moved": min((initial[n] - plain[n]).abs().max().item() for n in hidden),
