@@ -154,26 +154,29 @@ def test_what_muon_and_the_average_ask_of_zero(tmp_path):
         resolved({}, "optimizer.ema_decay=0.9")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_muon_and_average_equal_a_plain_loop(launch, ranks):
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_muon_and_average_equal_a_plain_loop(launch, ranks, tmp_path):
     """3 steps of every ZeRO stage, with experts as batches of matrices, against Muon written in the test."""
-    output = launch(ranks, WORKER, "ds_configs").stdout
+    output = launch(ranks, WORKER, "ds_configs", tmp_path).stdout
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
     assert [r["case"].split(",")[0] for r in reports] == ["ZeRO-3", "ZeRO-3", "ZeRO-1", "ZeRO-2"]
     for report in reports:
-        exact = report["iterated_in"] == "torch.float32"
         assert report["moved"] > 0.01, report
-        assert report["muon"] < (2e-6 if exact else 5e-2), report
-        assert report["adamw"] < (1e-5 if exact else 5e-3), report
-        assert report["average"] < (2e-6 if exact else 5e-2), report
-        assert report["average_lags"] > 1e-3, report
-        calls, matrices = report["calls"], report["hidden"]
-        assert matrices == ([24, 0] if "dense" in report["case"] else [30, 6]), report
-        if "ZeRO-3" in report["case"]:  # each matrix on one rank, every rank its own experts
-            banks = report["ep_size"] * matrices[1]
-            assert calls == [3 * (matrices[0] - matrices[1] + banks), 3 * banks], report
+        if report["iterated_in"] == "torch.float32":
+            assert report["muon"] < 2e-6, report
+            assert report["adamw"] < 1e-5, report
+            assert report["average"] < 2e-6, report
+        assert report["muon_relative"] < 0.1, report  # in bf16 the iteration magnifies rounding
+        assert report["average_lags"] > 0.01, report
+        assert report["resumed_alike"], report
+        assert report["average_taken"], report
+        calls, banks = report["calls"], 6 * report["ep_size"]
+        assert report["hidden"] == [30, 6], report
+        assert calls[1] == 3 * banks, report  # every rank its own experts
+        if "ZeRO-3" in report["case"]:  # each matrix on one rank
+            assert calls[0] == 3 * (24 + banks), report
         else:  # a matrix that two ranks share is orthogonalised on both
-            assert 3 * matrices[0] <= calls[0] <= 3 * (matrices[0] + 2 * (ranks - 1)), report
+            assert 3 * (24 + banks) <= calls[0] <= 3 * (24 + banks + ranks - 1), report
 
 
 @pytest.fixture(scope="module")
