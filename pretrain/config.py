@@ -327,6 +327,18 @@ def _fit_to_optimizer(values: dict[str, Any], optimizer: OptimizerConfig, path: 
                 f"optimizer.{name} works on the shards of ZeRO, but {path} has stage 0; "
                 "set zero_optimization.stage to 1, 2 or 3"
             )
+    accumulated = values.get("data_types", {}).get("grad_accum_dtype")
+    if (
+        optimizer.kind == "muon"
+        and stage == 1
+        and values.get("bf16", {}).get("enabled")
+        and accumulated == "fp32"
+    ):
+        # An optimizer of its own in DeepSpeed, which refuses experts and takes the norm before Muon.
+        raise ValueError(
+            f"data_types.grad_accum_dtype=fp32 with bf16 and stage 1 in {path} does not go with "
+            "optimizer.kind=muon; set zero_optimization.stage to 2 or 3"
+        )
     # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses anything else.
     if optimizer.kind == "muon" and stage == 3 and zero.setdefault("reduce_scatter", False):
         raise ValueError(

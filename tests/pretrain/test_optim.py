@@ -139,8 +139,8 @@ def test_a_decay_that_does_not_fit():
 def test_what_muon_and_the_average_ask_of_zero(tmp_path):
     path = tmp_path / "ds.json"
 
-    def resolved(zero: dict, *overrides: str) -> dict:
-        path.write_text(json.dumps({"zero_optimization": zero}))
+    def resolved(zero: dict, *overrides: str, **rest: dict) -> dict:
+        path.write_text(json.dumps({"zero_optimization": zero, **rest}))
         return load_ds_config(str(path), load_run_config(DEMO, list(overrides)), 4, 1)
 
     muon = ("optimizer.kind=muon", "optimizer.clip=0")
@@ -152,6 +152,12 @@ def test_what_muon_and_the_average_ask_of_zero(tmp_path):
         resolved({"stage": 0}, *muon)
     with pytest.raises(ValueError, match=r"optimizer.ema_decay works on the shards of ZeRO, but .* stage 0"):
         resolved({}, "optimizer.ema_decay=0.9")
+    bf16: dict[str, dict] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    resolved({"stage": 2}, *muon, **bf16)
+    with pytest.raises(
+        ValueError, match=r"grad_accum_dtype=fp32 with bf16 and stage 1 in .* does not go with"
+    ):
+        resolved({"stage": 1}, *muon, **bf16)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
