@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent.
 
-checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json and, written last,
-manifest.json; `latest` names the newest. A folder without a manifest that fits is not a checkpoint.
+checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json, ema/ if the run averages its
+weights and, written last, manifest.json; `latest` names the newest. A folder without a manifest that fits is
+not a checkpoint.
 
 Training stands still while the state is copied to memory; files are written by a thread of each rank.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # the offline export reads checkpoints without an engine
 
 T = TypeVar("T")
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
+EMA = "ema"  # folder of the moving average, if the run keeps one: NAME.safetensors for every parameter
 Manifest = dict[str, dict[str, Any]]  # file -> bytes, sha256
 
 
@@ -46,6 +48,7 @@ class TrainingState:
     world_size: int
     ep_size: int
     zero_stage: int
+    optimizer: str = "adamw"  # optimizer.kind
 
 
 class Saver:
@@ -171,6 +174,7 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
         Its entry in the manifest.
     """
     try:
+        path.parent.mkdir(exist_ok=True)
         with path.open("wb") as file:
             target: Any = _Digesting(file)
             if isinstance(content, bytes):
@@ -300,6 +304,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         "seed": "use the same seed or another output_dir",
         "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "global_batch_size": "use the same value or another output_dir",
+        "optimizer": "use the same optimizer.kind",
     }
     for key, mend in mends.items():
         theirs, ours = getattr(found, key), getattr(wanted, key)

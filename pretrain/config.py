@@ -29,18 +29,30 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with warm-up and decay; defaults after DeepSeek-V3 (arXiv 2412.19437, section 4.2)."""
+    """AdamW or Muon, warm-up and decay; defaults after DeepSeek-V3 (arXiv 2412.19437, 4.2)."""
 
+    kind: str = "adamw"  # adamw | muon: Muon for hidden matrices, AdamW for the rest
     lr: float = 1e-3  # peak learning rate
+    # Peak learning rate of Muon's matrices, in units of spectral norm; follows the schedule of lr. The
+    # default is the reference implementation's (Jordan et al. 2024).
+    muon_lr: float = 0.02
     min_lr: float = 1e-4  # learning rate at the end of the decay
     warmup_steps: int = 50
-    schedule: str = "cosine"  # cosine | constant, after the warm-up
-    decay_steps: int | None = None  # step at which min_lr is reached; default: max_steps
+    schedule: str = "cosine"  # cosine | wsd | constant, after the warm-up
+    decay_steps: int | None = None  # step at which min_lr is reached (cosine, wsd); default: max_steps
+    wsd_decay_steps: int | None = None  # length of wsd's decay, up to decay_steps; default: a tenth of them
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices; norms, biases and embeddings are not decayed
     clip: float = 1.0  # limit of the global gradient norm; 0: no clipping
+    # Share of the past in an exponential moving average of the weights, exported to export_ema/; null: none.
+    # A run resumed from a checkpoint without an average starts one at that checkpoint's weights.
+    ema_decay: float | None = None
+
+    def decay_length(self, max_steps: int) -> int:
+        """Steps of wsd's decay; a tenth of a run is what MiniCPM found enough (arXiv 2404.06395)."""
+        return self.wsd_decay_steps or max(1, (self.decay_steps or max_steps) // 10)
 
 
 @dataclass
@@ -209,7 +221,8 @@ def _check(config: RunConfig) -> None:
     if limit is not None and limit <= 0:
         raise ValueError(f"time_limit_minutes={limit} must be above 0")
     for name, allowed, value in (
-        ("optimizer.schedule", ("cosine", "constant"), config.optimizer.schedule),
+        ("optimizer.kind", ("adamw", "muon"), config.optimizer.kind),
+        ("optimizer.schedule", ("cosine", "wsd", "constant"), config.optimizer.schedule),
         ("wandb.mode", ("disabled", "offline", "online"), config.wandb.mode),
     ):
         if value not in allowed:
@@ -220,6 +233,43 @@ def _check(config: RunConfig) -> None:
         )
     if config.data.sequence_length < 2:
         raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")
+    _check_optimizer(config.optimizer, config.max_steps)
+
+
+def _check_optimizer(o: OptimizerConfig, max_steps: int) -> None:
+    for name, value, allowed, fits in (
+        ("lr", o.lr, "above 0", o.lr > 0),
+        ("muon_lr", o.muon_lr, "above 0", o.muon_lr > 0),
+        ("min_lr", o.min_lr, f"from 0 to lr={o.lr}", o.schedule == "constant" or 0 <= o.min_lr <= o.lr),
+        ("warmup_steps", o.warmup_steps, "at least 0", o.warmup_steps >= 0),
+        ("decay_steps", o.decay_steps, "at least 1", o.decay_steps is None or o.decay_steps >= 1),
+        (
+            "wsd_decay_steps",
+            o.wsd_decay_steps,
+            "at least 1",
+            o.wsd_decay_steps is None or o.wsd_decay_steps >= 1,
+        ),
+        ("beta1", o.beta1, "from 0 to below 1", 0 <= o.beta1 < 1),
+        ("beta2", o.beta2, "from 0 to below 1", 0 <= o.beta2 < 1),
+        ("eps", o.eps, "above 0", o.eps > 0),
+        ("weight_decay", o.weight_decay, "at least 0", o.weight_decay >= 0),
+        ("clip", o.clip, "at least 0", o.clip >= 0),
+        ("ema_decay", o.ema_decay, "between 0 and 1", o.ema_decay is None or 0 < o.ema_decay < 1),
+    ):
+        if not fits:
+            raise ValueError(f"optimizer.{name}={value} must be {allowed}")
+    end, decay = o.decay_steps or max_steps, o.decay_length(max_steps)
+    if o.schedule == "wsd" and o.warmup_steps + decay > end:
+        raise ValueError(
+            f"optimizer.warmup_steps={o.warmup_steps} and wsd_decay_steps={decay} do not fit into the {end} "
+            "steps until min_lr; lower one of them or raise max_steps"
+        )
+    if o.kind == "muon" and o.clip > 0:
+        # DeepSpeed clips after Muon, whose update has the same norm whatever the gradient's: a limit below
+        # that norm would only lower the learning rate.
+        raise ValueError(
+            f"optimizer.clip={o.clip} would scale Muon's update, not its gradient; set optimizer.clip=0"
+        )
 
 
 def check_layout(config: RunConfig, model: ModelConfig, world_size: int) -> tuple[int, int]:
@@ -299,7 +349,40 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
     values["train_micro_batch_size_per_gpu"] = micro
     values["gradient_accumulation_steps"] = accumulation
     values["gradient_clipping"] = config.optimizer.clip
+    _fit_to_optimizer(values, config.optimizer, path)
     return values
+
+
+def _fit_to_optimizer(values: dict[str, Any], optimizer: OptimizerConfig, path: str) -> None:
+    """What Muon and the moving average ask of the ZeRO settings; fills in the one that has a choice."""
+    zero = values.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    for name, asked in (
+        ("kind=muon", optimizer.kind == "muon"),
+        ("ema_decay", optimizer.ema_decay is not None),
+    ):
+        if asked and stage == 0:
+            raise ValueError(
+                f"optimizer.{name} works on the shards of ZeRO, but {path} has stage 0; "
+                "set zero_optimization.stage to 1, 2 or 3"
+            )
+    accumulated = values.get("data_types", {}).get("grad_accum_dtype")
+    if (
+        optimizer.kind == "muon"
+        and stage == 1
+        and values.get("bf16", {}).get("enabled")
+        and accumulated == "fp32"
+    ):
+        # An optimizer of its own in DeepSpeed, which refuses experts and takes the norm before Muon.
+        raise ValueError(
+            f"data_types.grad_accum_dtype=fp32 with bf16 and stage 1 in {path} does not go with "
+            "optimizer.kind=muon; set zero_optimization.stage to 2 or 3"
+        )
+    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses anything else.
+    if optimizer.kind == "muon" and stage == 3 and zero.setdefault("reduce_scatter", False):
+        raise ValueError(
+            f"reduce_scatter=true in {path} does not go with optimizer.kind=muon under ZeRO-3; delete it"
+        )
 
 
 def _key(error: Exception) -> str:

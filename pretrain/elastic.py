@@ -42,13 +42,15 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
     if checkpoint.layout_changes(found, wanted):
         together(engine, lambda: _convert(engine, folder, scratch) if first else None)
         engine.load_universal(scratch / "universal", found.step)
+        engine.load_average(folder)
         engine.barrier()  # nobody reads any more
         if first:
             shutil.rmtree(scratch)
     else:
         engine.load(folder)
     for name, buffer in engine.checkpoint_buffers().items():
-        buffer.copy_(buffers[name])
+        kept = min(buffer.shape[-1], buffers[name].shape[-1])  # of the guard's history: its window may change
+        buffer[..., -kept:] = buffers[name][..., -kept:]
     return found.step
 
 

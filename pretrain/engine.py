@@ -7,6 +7,7 @@ import argparse
 import atexit
 import copy
 import fcntl
+import inspect
 import io
 import logging
 import math
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import deepspeed
 import deepspeed.comm as dist
 import torch
+import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -29,20 +31,34 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
+from deepspeed.runtime.zero.muon import original_muon
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+from deepspeed.utils import (
+    logger,
+    safe_get_full_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+    set_z3_leaf_modules,
+)
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
+from pretrain.checkpoint import EMA, read
 from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.ema import MovingAverage
 from pretrain.expert_parallel import (
     create_groups,
     expert_parallel_class,
     gather_experts,
     is_expert,
+    local_experts,
     reduce_gradients_when_complete,
 )
+from pretrain.optim import parameter_groups
 from pretrain.stability import SpikeGuard
 
 T = TypeVar("T")
@@ -50,6 +66,10 @@ T = TypeVar("T")
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+# DeepSpeed compiles Muon anew for shape after shape: minutes on a CPU, and a resumed run would meet the
+# shapes in another order than the run it continues, so that it need not repeat its rounding.
+for _name in ("zeropower_via_newtonschulz5", "muon_update"):
+    setattr(original_muon, _name, inspect.unwrap(getattr(original_muon, _name)))
 
 
 def init_process_group() -> None:
@@ -172,6 +192,7 @@ class Engine:
         set_z3_leaf_modules(model, [DecoderLayer])
         reduce_gradients_when_complete()
         optimizer = build_optimizer(model, config.optimizer)
+        self.muon_lr_ratio = config.optimizer.muon_lr / config.optimizer.lr
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
@@ -183,6 +204,8 @@ class Engine:
         self.guard = SpikeGuard(config.stability, device())
         self._loss = self._grad_norm = torch.zeros((), device=device())
         judge_grad_norm(self.deepspeed.optimizer, self._judge)
+        decay = config.optimizer.ema_decay
+        self.average = None if decay is None else MovingAverage(self._shards, decay)
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -205,13 +228,16 @@ class Engine:
         refuses.
 
         Args:
+            lr: of AdamW; Muon's is in proportion.
             loss: of the global batch, a scalar on the device, for the guard; needed in the last micro-batch.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * self.muon_lr_ratio if group.get("use_muon") else lr
         if loss is not None:
             self._loss = loss
         self.deepspeed.step()
+        if self.average is not None and self.step_applied():
+            self.average.update()
 
     def step_applied(self) -> bool:
         """Whether the last step changed the weights."""
@@ -241,6 +267,8 @@ class Engine:
         """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
         self.deepspeed.save_checkpoint(".", "snapshot", save_latest=False)
         files, self.snapshots.files = self.snapshots.files, {}
+        if self.average is not None:
+            files.update(self._average_files())
         return files
 
     def load(self, checkpoint: Path) -> None:
@@ -249,6 +277,63 @@ class Engine:
             loaded, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+        self.load_average(checkpoint)
+
+    def _average_files(self) -> dict[str, bytes]:
+        """The moving average as checkpoint files: whole tensors by name, so that any layout can read them.
+
+        Rank 0 holds all of them in host memory until they are written.
+        """
+        assert self.average is not None
+        files = {}
+        with self.average.in_place():
+            for name, value in self._full_parameters():
+                if rank() == 0:
+                    files[f"{EMA}/{name}.safetensors"] = to_safetensors({name: value.cpu().contiguous()})
+        return files
+
+    def load_average(self, checkpoint: Path) -> None:
+        """Takes the moving average from a checkpoint of any layout; if it has none, from the weights now."""
+        if self.average is None:
+            return
+        self.average.restart()
+        folder = checkpoint / EMA
+        if not folder.is_dir():
+            return
+        with self.average.in_place():
+            for name, parameter in self.model.named_parameters():
+                value = load_file(folder / f"{name}.safetensors")[name]
+                self._set_full_parameter(
+                    parameter, local_experts(value, self.ep_size) if is_expert(parameter) else value
+                )
+
+    def _set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Writes this rank's part of a parameter's fp32 value.
+
+        DeepSpeed's own function for it fails under ZeRO-3 where a size does not divide among the ranks.
+        """
+        if not hasattr(parameter, "ds_tensor"):
+            safe_set_full_fp32_param(parameter, value)
+            return
+        partition: Any = parameter
+        size, group = partition.ds_tensor.numel(), partition.ds_process_group
+        padded = F.pad(value.flatten(), (0, size * dist.get_world_size(group) - value.numel()))
+        safe_set_local_fp32_param(parameter, padded[size * dist.get_rank(group) :][:size])
+
+    def _shards(self) -> list[Tensor]:
+        """This rank's fp32 weights, flat, where the ZeRO stage or its bf16 form keeps them."""
+        kept_in = (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        )
+        return next(getattr(self.optimizer, name) for name in kept_in if hasattr(self.optimizer, name))
+
+    def averaged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As full_weights, of the moving average; buffers as they are now."""
+        assert self.average is not None
+        with self.average.in_place():
+            yield from self.full_weights()
 
     def load_universal(self, folder: Path, step: int) -> None:
         """Loads what convert_to_universal wrote, under any layout, as DeepSpeed's load_checkpoint does.
@@ -282,13 +367,16 @@ class Engine:
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and full fp32 value of every tensor of the state dict, one at a time; all ranks take part."""
+        yield from self._full_parameters()
+        yield from self.buffers().items()
+
+    def _full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             value = safe_get_full_fp32_param(parameter)
             if value is None:
                 raise RuntimeError(f"ZeRO holds no fp32 copy of {name}")
             value = value.view(getattr(parameter, "ds_shape", parameter.shape))
             yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
-        yield from self.buffers().items()
 
     def checkpoint_buffers(self) -> dict[str, Tensor]:
         """What DeepSpeed's files do not hold (a universal load restores no buffers), equal on every rank."""
@@ -303,21 +391,15 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
     """Makes DeepSpeed discard the steps of a ZeRO optimizer that `refuses` refuses.
 
     It reads once a step from the device whether the norm is finite, and discards the step if not. A refused
-    step is given an infinite norm, so that nothing more needs to be read.
+    step is given an infinite norm, so that nothing more needs to be read, except for Muon under ZeRO-3: there
+    gradients enter the momentum before DeepSpeed looks at a norm, so the judgement, on their own norm, is
+    read before that.
     """
 
     def infinite(refused: Tensor) -> Tensor:
         return torch.where(refused, math.inf, 0.0)
 
-    if hasattr(optimizer, "_get_norm_groups"):  # stage 3
-        norm_groups = optimizer._get_norm_groups
-
-        def judged_groups() -> list[Tensor]:
-            norms = [norm.float() for norm in norm_groups()]
-            return [*norms, infinite(refuses(combine_grad_norm_groups(norms)))]
-
-        optimizer._get_norm_groups = judged_groups
-    else:
+    if not hasattr(optimizer, "_get_norm_groups"):  # stages 1 and 2
         total_norm = optimizer.scaled_global_norm
 
         def judged_norm() -> Tensor:
@@ -325,26 +407,40 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
             return norm + infinite(refuses(norm))
 
         optimizer.scaled_global_norm = judged_norm
+        return
+
+    norm_groups, apply_muon = optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads
+    judgement: list[Tensor] = []
+
+    def judge() -> Tensor:
+        refused = refuses(combine_grad_norm_groups([norm.float() for norm in norm_groups()]))
+        judgement.append(infinite(refused))
+        return refused
+
+    def judged_muon() -> None:
+        if optimizer.use_muon and not bool(judge()):
+            apply_muon()
+
+    def judged_groups() -> list[Tensor]:
+        if not judgement:
+            judge()
+        return [*(norm.float() for norm in norm_groups()), judgement.pop()]
+
+    optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads = judged_groups, judged_muon
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices other than embeddings; experts in groups of their own, as ZeRO asks."""
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
-    for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and "embed_tokens" not in name
-        groups["decay" if matrix else "no_decay"].append(parameter)
-    decay = {"decay": config.weight_decay, "no_decay": 0.0}
-    param_groups: list[dict[str, Any]] = [
-        {"name": name, "params": parameters, "weight_decay": decay[name]}
-        for name, parameters in groups.items()
-    ]
-    split = split_params_into_different_moe_groups_for_optimizer(param_groups)
-    return torch.optim.AdamW(
-        [group for group in split if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-    )
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, or DeepSpeed's Muon beside it; experts in groups of their own, as ZeRO asks.
+
+    Muon (Jordan et al. 2024): Nesterov momentum, orthogonalised by 5 Newton-Schulz steps in bf16, times
+    sqrt(max(1, rows / columns)). DeepSpeed puts that update in the gradient's place before it takes the
+    norm: grad_norm is over Muon's updates and AdamW's gradients together.
+    """
+    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config))
+    groups = [group for group in groups if group["params"]]
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups)
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
 
 
 def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
@@ -352,7 +448,15 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
 
     Returns:
         The folder, inside scratch.
+
+    Raises:
+        ValueError: the checkpoint is of a run with Muon; DeepSpeed converts the states of Adam only.
     """
+    if read(checkpoint)[0].optimizer == "muon":
+        raise ValueError(
+            f"checkpoint {checkpoint} holds Muon's momentum, which DeepSpeed's Universal Checkpoint lacks; "
+            "resume the run with the ranks, ep_size and ZeRO stage it has, and it exports at its end"
+        )
     folder = scratch / "universal"
     arguments = argparse.Namespace(
         input_folder=str(checkpoint),

@@ -176,3 +176,8 @@ def gather_experts(local: Tensor, ep_size: int) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(ep_size)]
     dist.all_gather(parts, local.contiguous(), group=group)
     return torch.cat(parts)
+
+
+def local_experts(full: Tensor, ep_size: int) -> Tensor:
+    """This rank's (L, ...) of all experts (E, ...)."""
+    return full.chunk(ep_size)[groups._get_expert_parallel_rank(group_name(ep_size))]

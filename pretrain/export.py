@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import user_errors
@@ -28,6 +29,8 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
 
 def export_run(run: Path, step: int | None, out: Path) -> Path:
     """Exports one checkpoint of a run without starting ranks and returns the checkpoint's folder.
+
+    A moving average of the weights goes to a second folder, whose name ends in _ema.
 
     Raises:
         FileNotFoundError: no such run or step.
@@ -60,6 +63,10 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
     weights = {name: weights[name].view(expected[name].shape) for name in expected}
     write_export(out, config, weights, run / "tokenizer.model")
+    if (folder / checkpoint.EMA).is_dir():
+        averaged = [load_file(path) for path in (folder / checkpoint.EMA).iterdir()]
+        weights = buffers | {name: value for tensors in averaged for name, value in tensors.items()}
+        write_export(out.with_name(f"{out.name}_ema"), config, weights, run / "tokenizer.model")
     return folder
 
 

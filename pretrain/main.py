@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from data_pipeline.errors import DataError, user_errors
 from data_pipeline.loader import Loader
@@ -101,6 +102,7 @@ def prepare(config_paths: str | Sequence[str], ds_config_path: str, overrides: l
         world_size=world_size,
         ep_size=config.ep_size,
         zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+        optimizer=config.optimizer.kind,
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = _choose_checkpoint(config, state, announce=rank == 0)
@@ -222,14 +224,24 @@ def _finish(run: Run, engine: "Engine") -> None:
     """The export and the marker of a run that reached its last step."""
     from pretrain.engine import rank
 
-    weights = {}
-    for name, value in engine.full_weights():
-        if rank() == 0:
-            weights[name] = value.cpu()
+    _export(run, "export", engine.full_weights())
+    if engine.average is not None:
+        _export(run, "export_ema", engine.averaged_weights())
     if rank() == 0:
-        write_export(run.folder / "export", run.model_config, weights, run.loader.tokenizer_path)
         (run.folder / "DONE").write_text(f"{run.config.max_steps}\n")
         print(f"done: {run.config.max_steps} steps in {run.folder}, exported to {run.folder / 'export'}")
+
+
+def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Gathers tensors on all ranks and writes them on the first as a folder of the run."""
+    from pretrain.engine import rank
+
+    weights = {}
+    for key, value in tensors:
+        if rank() == 0:
+            weights[key] = value.cpu()
+    if rank() == 0:
+        write_export(run.folder / name, run.model_config, weights, run.loader.tokenizer_path)
 
 
 def _write_run_folder(run: Run) -> None:

@@ -54,7 +54,7 @@ def test_the_shipped_config_is_accepted(start):
         ("max_steps=0", "max_steps=0 must be at least 1"),
         (
             "optimizer.schedule=linear",
-            "optimizer.schedule='linear' is unknown; choose one of cosine, constant",
+            "optimizer.schedule='linear' is unknown; choose one of cosine, wsd, constant",
         ),
         ("data.path=nowhere", "data folder nowhere does not exist"),
         ("data.sequence_length=1000", "sequence_length=1000 exceeds model.max_position_embeddings=512"),
