@@ -434,7 +434,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
     Muon (Jordan et al. 2024): Nesterov momentum, orthogonalised by 5 Newton-Schulz steps in bf16, times
     sqrt(max(1, rows / columns)). DeepSpeed puts that update in the gradient's place before it takes the
-    norm: grad_norm is over Muon's updates and AdamW's gradients together.
+    norm: under ZeRO-1 and 2 grad_norm is over Muon's updates and AdamW's gradients together, under ZeRO-3
+    over the gradients, see judge_grad_norm.
     """
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config))
     groups = [group for group in groups if group["params"]]
