@@ -3,8 +3,8 @@
     python pretrain/plan.py --model large --gpus 256 --ep 8
 
 --model is a preset or a YAML of a run, of which the model is read. What is not given (ep, ZeRO stage,
-micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of GPUs
-the best layout of each is listed. Bytes follow from the model and from what DeepSpeed sends
+micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of
+GPUs the best layout of each is listed. Bytes follow from the model and from what DeepSpeed sends
 (plan_communication.py, plan_memory.py: tested against it on 2 and 4 CPU ranks). STEP TIMES ARE PREDICTED AND
 UNVERIFIED, see plan_search.py.
 """
@@ -136,12 +136,13 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def as_text(name: str, config: ModelConfig, plan: Plan, hardware: Hardware) -> str:
     """A page on one layout."""
-    layout = plan.layout
+    layout, usable = plan.layout, hardware.usable_bytes / 1e9
+    total, active = config.num_parameters(), config.num_parameters(active=True)
     lines = [
-        f"{name}: {config.num_parameters():,} parameters, {config.num_parameters(active=True):,} active a token",
+        f"{name}: {total:,} parameters, {active:,} active a token",
         f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens a step",
         "",
-        f"memory per GPU               {plan.memory_bytes / 1e9:8.2f} GB of {hardware.usable_bytes / 1e9:.1f}",
+        f"memory per GPU               {plan.memory_bytes / 1e9:8.2f} GB of {usable:.1f}",
         *(f"  {part:27}{size / 1e9:8.2f} GB" for part, size in plan.memory.items()),
         "",
         "a step's communication       as logged  group, phase",

@@ -26,7 +26,7 @@ class Collective:
     operation: str  # all_gather_into_tensor | reduce_scatter_tensor | all_reduce | all_to_all_single
     group: str  # world | expert_data | expert
     phase: str  # forward | backward | step
-    # As DeepSpeed's logger counts them on a rank: the tensor passed in, over all calls, also in a group of one
+    # As DeepSpeed's logger counts on a rank: the tensors passed in, over all calls, also in a group of one
     bytes: float
     calls: float
 

@@ -1,7 +1,8 @@
 """Bytes of memory that a training run takes on each GPU, part by part.
 
 The partitions of parameters, gradients and optimizer are exact (tests/pretrain/test_plan.py compares them
-with DeepSpeed's on 2 and 4 ranks). Activations count what autograd saves in a layer; the test counts the same on a CPU.
+with DeepSpeed's on 2 and 4 ranks). Activations count what autograd saves in a layer, to 10% of what the same
+test counts on a CPU. Gathered parameters, buckets and temporaries are read from the source, not measured.
 """
 
 import math
@@ -78,7 +79,7 @@ def activation_bytes(config: ModelConfig, layout: Layout, skew: float = 1.0) -> 
     for layer in range(L + config.num_nextn_predict_layers):
         looped = layer < L and r.placement == "block" and r.range_of(layer, L) is not None
         times = runs[layer][1] if layer in runs else _backward_runs(config, layer, looped)
-        everything = sum(saved_elements(config, layer, skew).values())
+        everything = sum(saved_elements(config, layer, skew, width).values())
         if not recomputes(policy, looped):
             total += times * everything
         elif policy == "iteration":
@@ -87,9 +88,8 @@ def activation_bytes(config: ModelConfig, layout: Layout, skew: float = 1.0) -> 
             products = saved_products(config, layer, skew) if policy == "selective" else 0.0
             total += times * (d + products)
             working = max(working, everything)
-    if r.placement == "block":  # a step keeps its input and the normed state that the injection reads
-        units = len(r.layer_ranges(L))
-        total += units * min(r.backprop_steps or r.num_steps, r.num_steps) * 2 * d
+    if r.placement == "block":
+        total += len(r.layer_ranges(L)) * min(r.backprop_steps or r.num_steps, r.num_steps) * _unit(config, d)
     return int((total + max(working, looped_working) + 3 * d) * tokens * width)
 
 
@@ -106,10 +106,12 @@ def _backward_runs(config: ModelConfig, layer: int, looped: bool) -> int:
     return min(r.backprop_steps or runs, runs) if looped else runs
 
 
-def saved_elements(config: ModelConfig, layer: int, skew: float = 1.0) -> dict[str, float]:
+def saved_elements(
+    config: ModelConfig, layer: int, skew: float = 1.0, element_bytes: int = 2
+) -> dict[str, float]:
     """Elements a token leaves in one run of a layer, by what they are; weights and indices aside.
 
-    fp32 tensors of a bf16 model count double.
+    fp32 tensors of a 16-bit model count double. Norms are fused, as on a GPU.
     """
     c, d, h = config, config.hidden_size, config.num_attention_heads
     if c.use_mla:
@@ -123,15 +125,27 @@ def saved_elements(config: ModelConfig, layer: int, skew: float = 1.0) -> dict[s
     r = c.recurrence
     if r.token_local and r.range_of(layer, c.num_hidden_layers) is not None:
         inner = c.kv_lora_rank if r.placement == "kv" else d
-        saved["latent loop"] = r.num_steps * (5.0 * inner + 2 * (r.latent_intermediate_size or 2 * inner))
+        core = 2 * (r.latent_intermediate_size or 2 * inner)
+        saved["latent loop"] = float(r.num_steps * (_unit(config, inner) + core))
     if not c.is_moe_layer(layer):
-        saved["feed-forward"] = (2.0 if c.hidden_act == "silu" else 3.0) * c.intermediate_size
+        saved["feed-forward"] = 2.0 * c.intermediate_size
         return saved
     k, f = c.num_experts_per_tok, c.moe_intermediate_size
-    saved["router"] = 2.0 * d + 6 * c.n_routed_experts  # its input in fp32
+    wide = 4 / element_bytes
+    saved["router"] = (wide * d if wide > 1 else 0) + wide * (2 * k + c.n_routed_experts)  # its input in fp32
     saved["experts"] = k * (skew * (d + 2.0 * f) + d)
     saved["shared experts"] = 2.0 * c.n_shared_experts * f
     return saved
+
+
+def _unit(config: ModelConfig, width: int) -> int:
+    """Elements a token leaves in one step of a Latent Reasoning Unit, its core aside.
+
+    The state, its norm's input, and what its change is measured by; for each two-input matrix its input; for
+    a gate also its value and what it weighs.
+    """
+    r = config.recurrence
+    return width * (4 + 4 * (r.update == "gated") + 2 * (r.injection in ("concat", "gate")))
 
 
 def saved_products(config: ModelConfig, layer: int, skew: float = 1.0) -> float:
