@@ -29,6 +29,7 @@ class Hardware:
     memory_bandwidth_fraction: float = 0.7
     nvlink_fraction: float = 0.7
     network_fraction: float = 0.7
+    overlap: float = 0.8  # of ZeRO's exchanges, or of the arithmetic where that is shorter
     hop_latency: float = 10e-6  # seconds a collective takes for each doubling of its group
 
     @property

@@ -54,7 +54,7 @@ def memory(
     )
     vocabulary = config.vocab_size
     backward = {
-        "gradient buckets": int(buckets * width * bucket),
+        "gradient buckets": int(buckets * width * layout.zero.reduce_bucket_size),
         "gathered parameters": width * gathering.peak_elements if gathering else 0,
         "largest layer's gradient": width * max(part.held(layout.ep) for part in parts.values()),
         "activations": activation_bytes(config, layout, skew),

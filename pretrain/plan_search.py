@@ -1,10 +1,10 @@
 """Step time of a layout, and the search for the best one. STEP TIMES ARE PREDICTED AND UNVERIFIED.
 
 No GPU run has been compared with them: they are the stated figures of plan_layout.Hardware times assumed
-fractions. In forward ZeRO's gathers overlap the arithmetic, in backward its gathers and reductions do, and
-each pass takes the longer of the two (perfect overlap: the real one takes longer); ZeRO-1 reduces, and so
-overlaps, in the last micro-batch only. Tokens on their way to experts are waited for. So is what follows the
-last backward: AdamW, bound by memory bandwidth, and the gathers of ZeRO-1 and 2.
+fractions. In forward ZeRO's gathers overlap the arithmetic, in backward its gathers and reductions do, by the
+assumed fraction `overlap`; ZeRO-1 reduces, and so overlaps, in the last micro-batch only. Tokens on their way
+to experts are waited for. So is what follows the last backward: AdamW, bound by memory bandwidth, and the
+gathers of ZeRO-1 and 2.
 """
 
 import itertools
@@ -110,8 +110,10 @@ def _seconds(
             waited[resource] += seconds
         hidden = _transfer(_of(exchanges, experts=False), layout, hardware)
         covering = arithmetic / layout.accumulation if layout.stage == 1 else arithmetic
+        whole = sum(hidden.values())
+        covered = min(covering, whole) * hardware.overlap
         for resource, seconds in hidden.items():  # what arithmetic does not cover, shared out
-            waited[resource] += seconds * max(0.0, 1 - covering / sum(hidden.values()))
+            waited[resource] += seconds * (1 - covered / whole)
     for resource, seconds in _transfer([c for c in traffic if c.phase == "step"], layout, hardware).items():
         waited[resource] += seconds
     held = sum(sum(part.shards(layout).values()) for part in parts.values())
