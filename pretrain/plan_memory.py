@@ -48,10 +48,6 @@ def memory(
     step = {"optimizer step": 8 * shard}
     rows = layout.micro_tokens * config.places_per_token * config.num_experts_per_tok
     buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other travels
-    held = sum(part.held(layout.ep) for part in parts.values())
-    bucket = (
-        min(layout.zero.reduce_bucket_size, held) if layout.stage == 1 else layout.zero.reduce_bucket_size
-    )
     vocabulary = config.vocab_size
     backward = {
         "gradient buckets": int(buckets * width * layout.zero.reduce_bucket_size),
