@@ -11,9 +11,10 @@ class DataError(ValueError):
 
 
 @contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns these errors into `error: LINE` on stderr (from rank 0 only) and exit code 2.
+def user_errors(*kinds: type[Exception], from_every_rank: bool = False) -> Iterator[None]:
+    """Turns these errors into `error: LINE` on stderr and exit code 2.
 
+    Only rank 0 prints, unless one rank alone may have the error, as with a damaged shard.
     ZEROMODEL_TRACEBACK=1 shows the traceback instead, for whoever debugs the project itself.
     """
     try:
@@ -21,6 +22,6 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         if os.environ.get("ZEROMODEL_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if from_every_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

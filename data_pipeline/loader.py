@@ -87,9 +87,7 @@ class Loader:
         """
         if step < 0:
             raise DataError(f"step {step} is negative: steps count from 0")
-        first = step * self.global_batch_size + self._rank * self._rank_batch
-        sources, _, rows = self._order.locate(np.arange(first, first + self._rank_batch))
-        ids = [(self._order.names[s], r) for s, r in zip(sources.tolist(), rows.tolist(), strict=True)]
+        ids = self._ids(step * self.global_batch_size + self._rank * self._rank_batch, self._rank_batch)
         parts = [self._packings[name].row(row) for name, row in ids]
         return Batch(
             tokens=np.stack([tokens for tokens, _, _ in parts]),
@@ -99,6 +97,14 @@ class Loader:
             ),
             sample_ids=ids,
         )
+
+    def sample_ids(self, step: int) -> list[tuple[str, int]]:
+        """(source, row) of each row of the global batch of a step, over all ranks."""
+        return self._ids(step * self.global_batch_size, self.global_batch_size)
+
+    def _ids(self, first: int, count: int) -> list[tuple[str, int]]:
+        sources, _, rows = self._order.locate(np.arange(first, first + count))
+        return [(self._order.names[s], r) for s, r in zip(sources.tolist(), rows.tolist(), strict=True)]
 
     def epoch(self, step: int) -> dict[str, float]:
         """Passes over each source before step `step`, e.g. 1.25 after one and a quarter."""

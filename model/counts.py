@@ -56,6 +56,34 @@ def training_flops_per_token(
     return 3 * forward - 2 * (steps - cut) * (two - one)
 
 
+def recomputed_flops_per_token(
+    config: "ModelConfig", checkpointing: str, sequence_length: int, num_steps: int | None = None
+) -> float:
+    """FLOPs of one token's forward pass that a training step computes a second time.
+
+    Args:
+        checkpointing: see execution.ExecutionConfig. `selective` keeps all matrix products and attention.
+    """
+    r, steps = config.recurrence, num_steps or config.recurrence.num_steps
+    steps = min(steps, r.backprop_steps or steps)  # without gradients nothing is computed twice
+    units = 2.0 * _recurrence_weights(config) * steps
+    if checkpointing == "iteration":
+        if r.placement != "block":
+            return units
+        layers = range(config.num_hidden_layers)
+        looped = [i for i in layers if r.range_of(i, config.num_hidden_layers) is not None]
+        return units + sum(_layer_flops(config, i, sequence_length) for i in looped) * steps
+    if checkpointing != "block":
+        return 0.0
+    places, length = _places_per_token(config, sequence_length)
+    total = 0.0 if r.placement == "block" else units + 2.0 * _key_weights(config)  # inside the layers
+    for layer in range(config.num_hidden_layers):
+        runs = config.runs_of_layer(layer, steps, training=True)
+        total += _layer_flops(config, layer, length) * runs * places
+    module = _layer_flops(config, config.num_hidden_layers, length) + 4.0 * config.hidden_size**2
+    return total + config.num_nextn_predict_layers * module
+
+
 def _forward_flops(config: "ModelConfig", sequence_length: int, steps: int, training: bool) -> float:
     readouts = steps if training and config.recurrence.expectation == "loss" else 1
     total = 2.0 * config.vocab_size * config.hidden_size * readouts

@@ -3,7 +3,7 @@
 Shapes: N tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +60,16 @@ def loss_terms(config: ModelConfig) -> list[LossTerm]:
     return [term for term in LOSS_TABLE if term.applies(config)]
 
 
-def total_loss(config: ModelConfig, sums: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
+def total_loss(config: ModelConfig, sums: dict[str, Tensor], counts: Mapping[str, int | Tensor]) -> Tensor:
     """Weighted sum of the model's terms, each divided by its count.
 
     Args:
         sums: the terms by name, summed over this batch.
-        counts: "targets" and "rows"; those of the global batch make ranks and micro-batches add up to
-            exactly the loss of one process.
+        counts: "targets" and "rows", numbers or scalars on the device; those of the global batch make ranks
+            and micro-batches add up to exactly the loss of one process.
     """
-    terms = [t.weight(config) * sums[t.name] / max(counts[t.counted_in], 1) for t in loss_terms(config)]
+    counts = {name: torch.as_tensor(count).clamp(min=1) for name, count in counts.items()}
+    terms = [t.weight(config) * sums[t.name] / counts[t.counted_in] for t in loss_terms(config)]
     return torch.stack(terms).sum()
 
 

@@ -2,23 +2,36 @@
 
 checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json and, written last,
 manifest.json; `latest` names the newest. A folder without a manifest that fits is not a checkpoint.
+
+Training stands still while the state is copied to memory; files are written by a thread of each rank.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 if TYPE_CHECKING:  # the offline export reads checkpoints without an engine
     from pretrain.engine import Engine
 
+T = TypeVar("T")
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
+Manifest = dict[str, dict[str, Any]]  # file -> bytes, sha256
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or loaded: one line, the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -35,32 +48,148 @@ class TrainingState:
     zero_stage: int
 
 
-def save(engine: "Engine", run: Path, state: TrainingState, rank: int) -> Path:
-    """Writes checkpoints/step-N on all ranks together and then points `latest` at it."""
-    folder = run / "checkpoints" / f"step-{state.step}"
-    if rank == 0 and folder.exists():
-        shutil.rmtree(folder)  # an earlier attempt that never got its manifest
-    engine.barrier()
-    engine.save(folder)
-    if rank == 0:
-        buffers = {name: b.detach().cpu().contiguous() for name, b in engine.buffers().items()}
-        save_file(buffers, folder / BUFFERS)
-        (folder / STATE).write_text(json.dumps(asdict(state), indent=2))
-        _seal(folder)
+class Saver:
+    """Writes the checkpoints of a run in the background, one at a time; all ranks call it together.
+
+    Args:
+        run: the run's folder.
+        keep_last: checkpoints that stay; older ones are deleted once a new one is whole.
+        keep_every: those whose step is a multiple of it stay as well; 0: none.
+    """
+
+    def __init__(self, engine: "Engine", run: Path, keep_last: int, keep_every: int, rank: int) -> None:
+        self.engine, self.run, self.rank = engine, run, rank
+        self.keep_last, self.keep_every = keep_last, keep_every
+        # At exit Python waits for the thread, whatever ended the run: a save that was begun is finished.
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def save(self, state: TrainingState) -> None:
+        """Copies the training state and returns; the checkpoint is whole some time later.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        self.wait()
+        files = self.engine.snapshot()
+        if self.rank == 0:
+            buffers = {
+                name: b.detach().cpu().contiguous() for name, b in self.engine.checkpoint_buffers().items()
+            }
+            files[BUFFERS] = to_safetensors(buffers)
+            files[STATE] = json.dumps(asdict(state), indent=2).encode()
+        self.pending = self.thread.submit(self._write, state.step, files)
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is whole.
+
+        Raises:
+            CheckpointError: it could not be written, on some rank.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, files: dict[str, Any]) -> None:
+        folder = self.run / "checkpoints" / f"step-{step}"
+        first = self.rank == 0
+        try:
+            together(self.engine, lambda: _create_anew(folder) if first else None)
+            written = together(
+                self.engine, lambda: {name: _write_file(folder / name, files[name]) for name in files}
+            )
+            manifest = {name: entry for part in written for name, entry in part.items()}
+            together(self.engine, lambda: self._seal(folder, manifest) if first else None)
+        except CheckpointError as error:
+            if first and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # it would only keep the disk full
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written: {error}; older ones are as they were: "
+                "make room or the folder writable, and the same command continues"
+            ) from error
+
+    def _seal(self, folder: Path, manifest: Manifest) -> None:
+        """Makes a folder whose files are on disk a checkpoint."""
+        seal(folder, manifest)
         _write_atomically(folder.parent / "latest", folder.name + "\n")
-    engine.barrier()
-    return folder
+        rotate(self.run, int(folder.name[5:]), self.keep_last, self.keep_every)
 
 
-def _seal(folder: Path) -> None:
-    """Forces the files to disk and writes their sizes and checksums."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        with path.open("rb") as f:
-            os.fsync(f.fileno())
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
-    _write_atomically(folder / MANIFEST, json.dumps(files, indent=2))
+def together(engine: "Engine", work: Callable[[], T]) -> list[T]:
+    """Does work, which must not communicate, on every rank and returns the results of all ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if it failed on one: none is left waiting.
+    """
+    result: Any = None
+    problem, cause = None, None
+    try:
+        result = work()
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+        problem, cause = (str(error) or repr(error)).splitlines()[0], error
+    outcomes = engine.gather((result, problem))
+    problems = [text for _, text in outcomes if text is not None]
+    if problems:
+        raise CheckpointError(problems[0]) from cause
+    return [value for value, _ in outcomes]
+
+
+def _create_anew(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)  # an earlier attempt, or the same step of a run that went another way
+    folder.mkdir(parents=True)
+
+
+class _Digesting:
+    """A file that digests what is written to it.
+
+    An error is kept for the end: torch's writer does not survive one in the middle.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+            self.sha256.update(data)
+            self.bytes += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """torch asks for it; the end of _write_file does it."""
+
+
+def _write_file(path: Path, content: Any) -> dict[str, Any]:
+    """Bytes as they are, anything else as torch.save writes it; on disk on return.
+
+    Returns:
+        Its entry in the manifest.
+    """
+    try:
+        with path.open("wb") as file:
+            target: Any = _Digesting(file)
+            if isinstance(content, bytes):
+                target.write(content)
+            else:
+                torch.save(content, target)
+            if target.error is not None:
+                raise target.error
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return {"bytes": target.bytes, "sha256": target.sha256.hexdigest()}
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest: from now on the folder is a checkpoint, if its files fit."""
+    _write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2))
+    _sync_folder(folder.parent)
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -70,6 +199,42 @@ def _write_atomically(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rotate(run: Path, step: int, keep_last: int, keep_every: int) -> None:
+    """Deletes checkpoints older than the newest keep_last up to `step`, and leftovers older than `step`."""
+    folders = [run / "checkpoints" / f"step-{n}" for n in steps(run) if n <= step]
+    sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
+    for folder in folders:
+        every = keep_every > 0 and int(folder.name[5:]) % keep_every == 0
+        if folder in sealed[:keep_last] or (every and folder in sealed):
+            continue
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: a folder half deleted is no checkpoint
+        shutil.rmtree(folder)
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """Sizes and checksums of the files that are there."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def damage(folder: Path) -> str | None:
@@ -86,9 +251,8 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        with path.open("rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != expected["sha256"]:
-                return f"{name} does not have its checksum"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} does not have its checksum"
     return None
 
 
@@ -136,9 +300,6 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         "seed": "use the same seed or another output_dir",
         "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "global_batch_size": "use the same value or another output_dir",
-        "world_size": "start the same number of ranks",
-        "ep_size": "use the same ep_size",
-        "zero_stage": "use the same ZeRO stage",
     }
     for key, mend in mends.items():
         theirs, ours = getattr(found, key), getattr(wanted, key)
@@ -146,10 +307,9 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
             raise ValueError(f"checkpoint {folder} has {key}={theirs}, this run has {ours}; {mend}")
 
 
-def load(engine: "Engine", folder: Path) -> int:
-    """Loads a whole, compatible checkpoint into the engine and returns the optimizer steps done."""
-    found, buffers = read(folder)
-    engine.load(folder)
-    for name, buffer in engine.buffers().items():
-        buffer.copy_(buffers[name])
-    return found.step
+def layout_changes(found: TrainingState, wanted: TrainingState) -> list[str]:
+    """What a checkpoint has to be converted for, as `name old -> new`."""
+    pairs = (
+        (key, getattr(found, key), getattr(wanted, key)) for key in ("world_size", "ep_size", "zero_stage")
+    )
+    return [f"{key} {old} -> {new}" for key, old, new in pairs if old != new]

@@ -44,6 +44,15 @@ class OptimizerConfig:
 
 
 @dataclass
+class StabilityConfig:
+    """Steps that are skipped; see stability.py. A loss or gradient that is not finite always is."""
+
+    max_zscore: float | None = 10.0  # robust z-score of loss or gradient norm above which it is a spike
+    window: int = 128  # steps that it is compared with
+    max_skipped: int = 10  # steps skipped one after another, after which the run ends
+
+
+@dataclass
 class WandbConfig:
     mode: str = "disabled"  # disabled | offline | online
     project: str = "zeromodel"
@@ -58,6 +67,8 @@ class RunConfig:
     micro_batch_size: int = 8  # most rows a rank computes at once; accumulation follows from it
     ep_size: int = 1  # ranks that share one set of experts
     save_every: int = 100  # steps between checkpoints; the last step is always saved
+    keep_last: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints of steps divisible by it are kept as well; 0: none
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
     time_limit_minutes: float | None = None  # after which the run stops with a checkpoint; None: never
     eval_every: int = 0  # steps between validation losses; 0: never
@@ -66,6 +77,7 @@ class RunConfig:
     peak_tflops: float | None = None  # per device, for MFU; default: known from the GPU's name, else no MFU
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/execution.py
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
@@ -174,10 +186,25 @@ def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> 
 
 
 def _check(config: RunConfig) -> None:
-    positive = ("max_steps", "global_batch_size", "micro_batch_size", "ep_size", "save_every", "log_every")
+    positive = (
+        "max_steps",
+        "global_batch_size",
+        "micro_batch_size",
+        "ep_size",
+        "save_every",
+        "keep_last",
+        "log_every",
+    )
     for name in positive:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    if config.keep_every < 0:
+        raise ValueError(f"keep_every={config.keep_every} must be at least 0")
+    stability = config.stability
+    for key, least in (("max_zscore", 1), ("window", 8), ("max_skipped", 1)):
+        number = getattr(stability, key)
+        if number is not None and number < least:
+            raise ValueError(f"stability.{key}={number} must be at least {least}")
     limit = config.time_limit_minutes
     if limit is not None and limit <= 0:
         raise ValueError(f"time_limit_minutes={limit} must be above 0")
@@ -249,6 +276,14 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
         values = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from None
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"zero_optimization.stage={stage} in {path} is not supported: without ZeRO DeepSpeed clips "
+            "expert gradients wrongly and tells no gradient norm; choose 1, 2 or 3"
+        )
+    if values.get("fp16", {}).get("enabled"):
+        raise ValueError(f"fp16 is enabled in {path}, but its loss scaling is not supported; enable bf16")
     for key, yaml_key in _OWNED_BY_YAML.items():
         if values.get(key, "auto") != "auto":
             raise ValueError(

@@ -5,17 +5,19 @@ With expert_parallel.py the only file that imports deepspeed.
 
 import argparse
 import atexit
+import copy
 import fcntl
 import io
 import logging
+import math
 import os
 import resource
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import deepspeed
 import deepspeed.comm as dist
@@ -23,7 +25,9 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger, safe_get_full_fp32_param, set_z3_leaf_modules
 from deepspeed.utils.tensor_fragment import fragment_address
@@ -39,6 +43,9 @@ from pretrain.expert_parallel import (
     is_expert,
     reduce_gradients_when_complete,
 )
+from pretrain.stability import SpikeGuard
+
+T = TypeVar("T")
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
@@ -116,6 +123,43 @@ def peak_memory_bytes() -> int:
     return get_accelerator().max_memory_allocated()
 
 
+class _Snapshots(CheckpointEngine):
+    """What DeepSpeed would write to files, copied to memory: checkpoint.py writes it, in the background."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[str, Any] = {}
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        self.files = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path).name] = _copied(state_dict)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing goes to disk here."""
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def commit(self, info: CheckpointCommitInfo) -> None:
+        """`latest` is written when the files are."""
+
+    def preserves_storage_sharing(self) -> bool:
+        return False  # every tensor is copied by itself, so DeepSpeed need not copy views first
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy with its tensors in CPU memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return copy.deepcopy(value)
+
+
 class Engine:
     """A ZeroModel under DeepSpeed."""
 
@@ -132,6 +176,13 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.model: ZeroModel = self.deepspeed.module
+        self.snapshots = self.deepspeed.checkpoint_engine = _Snapshots()
+        self.deepspeed._copy_recovery_script = lambda folder: None  # a script that reads pickles
+        # For the thread that writes checkpoints: its messages must not meet those of the training.
+        self.saving_group = torch.distributed.new_group(backend="gloo")
+        self.guard = SpikeGuard(config.stability, device())
+        self._loss = self._grad_norm = torch.zeros((), device=device())
+        judge_grad_norm(self.deepspeed.optimizer, self._judge)
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -149,20 +200,30 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the factor turns that mean into the sum.
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
-    def step(self, lr: float) -> None:
-        """Ends a micro-batch; on the last one of the step clips and updates the weights."""
+    def step(self, lr: float, loss: Tensor | None = None) -> None:
+        """Ends a micro-batch; on the last one of the step clips and updates the weights, unless `guard`
+        refuses.
+
+        Args:
+            loss: of the global batch, a scalar on the device, for the guard; needed in the last micro-batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if loss is not None:
+            self._loss = loss
         self.deepspeed.step()
 
     def step_applied(self) -> bool:
-        """Whether the last step changed the weights: DeepSpeed skips one whose gradients are not finite."""
+        """Whether the last step changed the weights."""
         return self.deepspeed.was_step_applied()
 
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last optimizer step, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+    def grad_norm(self) -> Tensor:
+        """Global gradient norm of the last optimizer step, before clipping; a scalar on the device."""
+        return self._grad_norm
+
+    def _judge(self, grad_norm: Tensor) -> Tensor:
+        self._grad_norm = grad_norm
+        return self.guard.refuses(self._loss, grad_norm)
 
     def train(self) -> None:
         self.deepspeed.train()
@@ -170,17 +231,54 @@ class Engine:
     def eval(self) -> None:
         self.deepspeed.eval()
 
-    def save(self, checkpoint: Path) -> None:
-        """Writes DeepSpeed's files of all ranks into the folder; `latest` is checkpoint.py's to write."""
-        self.deepspeed.save_checkpoint(str(checkpoint.parent), checkpoint.name, save_latest=False)
-        self.barrier()
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks; all ranks take part, from the same kind of thread."""
+        values: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(values, value, group=self.saving_group)
+        return values
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
+        self.deepspeed.save_checkpoint(".", "snapshot", save_latest=False)
+        files, self.snapshots.files = self.snapshots.files, {}
+        return files
 
     def load(self, checkpoint: Path) -> None:
-        """Loads what save wrote, under the same layout."""
+        """Loads a checkpoint of the same layout."""
         with no_pickle_code():
             loaded, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+
+    def load_universal(self, folder: Path, step: int) -> None:
+        """Loads what convert_to_universal wrote, under any layout, as DeepSpeed's load_checkpoint does.
+
+        That itself reads weights and optimizer from the folder, but asks for files that are there for one
+        ZeRO stage only.
+        """
+        zero3 = self.deepspeed.zero_optimization_partition_weights()
+        if zero3:
+            self.deepspeed.optimizer.checkpoint_event_prologue()
+        with no_pickle_code():
+            self.deepspeed.optimizer.load_state_dict(None, checkpoint_folder=str(folder))
+        if zero3:
+            self.deepspeed.optimizer.checkpoint_event_epilogue()
+        else:
+            self.deepspeed.optimizer.update_lp_params()
+        for state in self.optimizer.state.values():
+            # ZeRO-3 gives all parameters one tensor, and each would add its own 1 to it in every step.
+            state["step"] = copy.deepcopy(state["step"])
+        self.deepspeed.global_steps = step
+
+    def full_shapes(self) -> dict[str, torch.Size]:
+        """Shape of every parameter over all ranks."""
+        shapes = {}
+        for name, parameter in self.model.named_parameters():
+            shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+            shapes[name] = (
+                torch.Size((shape[0] * self.ep_size, *shape[1:])) if is_expert(parameter) else shape
+            )
+        return shapes
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and full fp32 value of every tensor of the state dict, one at a time; all ranks take part."""
@@ -192,9 +290,41 @@ class Engine:
             yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
         yield from self.buffers().items()
 
+    def checkpoint_buffers(self) -> dict[str, Tensor]:
+        """What DeepSpeed's files do not hold (a universal load restores no buffers), equal on every rank."""
+        return {**self.buffers(), "spike_guard.history": self.guard.history}
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers of the state dict, the same on every rank: the routers' balancing biases."""
         return {n: b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")}
+
+
+def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None:
+    """Makes DeepSpeed discard the steps of a ZeRO optimizer that `refuses` refuses.
+
+    It reads once a step from the device whether the norm is finite, and discards the step if not. A refused
+    step is given an infinite norm, so that nothing more needs to be read.
+    """
+
+    def infinite(refused: Tensor) -> Tensor:
+        return torch.where(refused, math.inf, 0.0)
+
+    if hasattr(optimizer, "_get_norm_groups"):  # stage 3
+        norm_groups = optimizer._get_norm_groups
+
+        def judged_groups() -> list[Tensor]:
+            norms = [norm.float() for norm in norm_groups()]
+            return [*norms, infinite(refuses(combine_grad_norm_groups(norms)))]
+
+        optimizer._get_norm_groups = judged_groups
+    else:
+        total_norm = optimizer.scaled_global_norm
+
+        def judged_norm() -> Tensor:
+            norm = total_norm()
+            return norm + infinite(refuses(norm))
+
+        optimizer.scaled_global_norm = judged_norm
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -217,8 +347,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def convert_to_universal(checkpoint: Path, folder: Path) -> None:
-    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name."""
+def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
+    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name.
+
+    Returns:
+        The folder, inside scratch.
+    """
+    folder = scratch / "universal"
     arguments = argparse.Namespace(
         input_folder=str(checkpoint),
         output_folder=str(folder),
@@ -228,8 +363,9 @@ def convert_to_universal(checkpoint: Path, folder: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with no_pickle_code(), redirect_stdout(io.StringIO()):
+    with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         ds_to_universal.main(arguments)
+    return folder
 
 
 def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

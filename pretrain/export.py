@@ -31,8 +31,9 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such run or step.
-        ValueError: the checkpoint is not whole.
+        ValueError: the checkpoint is not whole, or holds pickled code.
     """
+    from pretrain.elastic import require_no_pickle_code
     from pretrain.engine import convert_to_universal, universal_weights
 
     if step is None:
@@ -46,12 +47,16 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
             raise FileNotFoundError(f"{run} has no checkpoint of step {step}; it has {have}")
         checkpoint.require_whole(folder)
     state, buffers = checkpoint.read(folder)
+    require_no_pickle_code(folder)
     with tempfile.TemporaryDirectory(dir=run) as scratch:
-        convert_to_universal(folder, Path(scratch))
-        weights = dict(universal_weights(Path(scratch))) | buffers
+        universal = convert_to_universal(folder, Path(scratch))
+        weights = dict(universal_weights(universal))
     config = ModelConfig.from_dict(state.model)
     with torch.device("meta"):
         expected = ZeroModel(config).state_dict()
+    weights |= {
+        name: buffer for name, buffer in buffers.items() if name in expected
+    }  # some are the trainer's
     assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
     weights = {name: weights[name].view(expected[name].shape) for name in expected}
     write_export(out, config, weights, run / "tokenizer.model")

@@ -21,9 +21,10 @@ from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer
 from model import ModelConfig
 from pretrain import checkpoint
-from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
 from pretrain.export import write_export
+from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment
 from pretrain.stopping import StopRequests
 
@@ -51,6 +52,7 @@ class Run:
 
 def main() -> None:
     arguments = _parse()
+    join_slurm_step()
     with user_errors(ValueError, OSError):
         run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
     try:
@@ -170,18 +172,23 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
             "raise max_steps"
         )
     if announce:
-        print(f"resuming from {folder}")
+        changes = checkpoint.layout_changes(found, state)
+        print(f"resuming from {folder}" + (f", converted: {', '.join(changes)}" if changes else ""))
     return folder
 
 
 def _train(run: Run) -> None:
     # Imported late: deepspeed takes seconds, which a user with a misspelt key should not wait for.
+    from pretrain import elastic
     from pretrain.engine import Engine, init_process_group, rank
     from pretrain.trainer import Trainer, TrainingError
 
+    stop_requests = StopRequests(
+        run.folder, run.config.time_limit_minutes, os.environ.get("RANK", "0") == "0"
+    )
+    stop_requests.install()  # before the minutes that a large model takes to start
     init_process_group()
     engine = Engine(run.config, run.model_config, run.ds_config)
-    stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=rank() == 0)
     trainer = Trainer(
         run.config,
         run.model_config,
@@ -193,13 +200,14 @@ def _train(run: Run) -> None:
         stop_requests,
     )
     if run.resume_from is not None:
-        trainer.step = checkpoint.load(engine, run.resume_from)
+        with user_errors(CheckpointError):
+            trainer.step = elastic.load(engine, run.resume_from, run.state, run.folder)
     if rank() == 0:
         with user_errors(OSError):
             _write_run_folder(run)
-    stop_requests.install()
     engine.barrier()
-    with user_errors(DataError, TrainingError):  # a shard found damaged when it is read, a loss that is NaN
+    # All ranks judge the training and its checkpoints alike, but one alone may read a damaged shard.
+    with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
     if trainer.step == run.config.max_steps:
         _finish(run, engine)

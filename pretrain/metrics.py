@@ -65,7 +65,11 @@ class MetricsLog:
         self.file.flush()
         self.bar.update()
         step = record["step"]
-        if step % self.config.log_every == 0 or step in (self.start_step + 1, self.config.max_steps):
+        if (
+            "skipped" in record
+            or step % self.config.log_every == 0
+            or step in (self.start_step + 1, self.config.max_steps)
+        ):
             tqdm.write(self._step_line(record), file=sys.stdout)
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in record.items() if not isinstance(v, list)}, step=step)
@@ -76,8 +80,8 @@ class MetricsLog:
         load = r["expert_load_max"]
         parts = [
             f"step {r['step']}/{self.config.max_steps}",
-            f"loss {r['loss']:.4f}",
-            f"grad_norm {r['grad_norm']:.3f}",
+            f"loss {_number(r['loss'], '.4f')}",
+            f"grad_norm {_number(r['grad_norm'], '.3f')}",
             f"lr {r['lr']:.2e}",
             f"tok/s {r['tokens_per_second']:,.0f}",
             f"data {100 * r['data_wait_fraction']:.0f}%",
@@ -86,7 +90,9 @@ class MetricsLog:
             "load max/mean -" if load is None else f"load max/mean {load:.2f}",
         ]
         if r["mfu"] is not None:
-            parts.append(f"mfu {100 * r['mfu']:.1f}%")
+            parts.append(f"mfu {100 * r['mfu']:.1f}% hfu {100 * r['hfu']:.1f}%")
+        if "skipped" in r:
+            parts.append(f"SKIPPED: {r['skipped']}")
         if "val_loss" in r:
             parts.append(f"val_loss {r['val_loss']:.4f}")
         return " | ".join([*parts, f"eta {eta // 60}:{eta % 60:02d}"])
@@ -96,6 +102,10 @@ class MetricsLog:
         self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch, Loader
 from model import ModelConfig
-from model.counts import training_flops_per_token
+from model.counts import recomputed_flops_per_token, training_flops_per_token
 from model.latent_terms import loop_figures, loop_sums
 from model.losses import IGNORE_INDEX, loss_terms, total_loss
 from model.recurrence import sample_depth
 from model.transformer import ModelOutput
-from pretrain import checkpoint
-from pretrain.checkpoint import TrainingState
+from pretrain.checkpoint import Saver, TrainingState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
 from pretrain.metrics import MetricsLog, peak_tflops
@@ -29,6 +29,26 @@ from pretrain.stopping import StopRequests
 
 class TrainingError(ValueError):
     """The training itself went wrong: one line that says where and what to do."""
+
+
+@dataclass
+class _Figures:
+    """What a step leaves behind. The tensors are read while the next step runs, so that nobody waits."""
+
+    step: int  # optimizer steps done with it
+    depth: int
+    lr: float
+    applied: bool  # whether the weights were changed
+    seconds: float
+    waited: float  # seconds for data
+    stop: Tensor  # (1,) ranks that ask to stop
+    targets: Tensor  # scalar, of all ranks
+    terms: Tensor  # (terms,) sums over all ranks
+    loops: Tensor  # (3, depth), see latent_terms.loop_sums
+    loads: Tensor | None  # (MoE layers, E) tokens
+    grad_norm: Tensor  # scalar
+    zscores: Tensor  # (2,) of loss and grad_norm
+    val_loss: float | None = None
 
 
 class Trainer:
@@ -48,34 +68,45 @@ class Trainer:
         self.config, self.model_config, self.engine = config, model_config, engine
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
-        self.stop_requests, self.stopped = stop_requests, False
+        self.stop_requests, self.stopped, self.skipped = stop_requests, False, 0
+        self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank())
+        self.log: MetricsLog | None = None
         self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
 
     def save(self) -> None:
-        state = dataclasses.replace(self.initial_state, step=self.step)
-        checkpoint.save(self.engine, self.run, state, rank())
+        """Copies the state; the checkpoint is written while training goes on."""
+        self.saver.save(dataclasses.replace(self.initial_state, step=self.step))
 
     def train(self) -> None:
-        """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step."""
-        log = MetricsLog(self.config, self.run, self.step) if rank() == 0 else None
+        """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step.
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
+        self.log = MetricsLog(self.config, self.run, self.step) if rank() == 0 else None
+        running: _Figures | None = None  # of the newest step, which the device may still be at
         with ThreadPoolExecutor(1) as reader:
             batch = reader.submit(self.loader.batch, self.step)
             while self.step < self.config.max_steps and not self.stopped:
                 following = reader.submit(self.loader.batch, self.step + 1)
-                record = self._train_step(batch)
+                figures = self._train_step(batch)
                 batch = following
+                if running is not None:
+                    self._report(running)
+                running = figures
                 if self.validation is not None and self.step % self.config.eval_every == 0:
-                    record["val_loss"] = self.validation_loss(self.validation)
-                if log is not None:
-                    log.write(record)
+                    running.val_loss = self.validation_loss(self.validation)
                 last = self.stopped or self.step == self.config.max_steps
                 if last or self.step % self.config.save_every == 0:
+                    self._report(running)
+                    running = None
                     self.save()
-        if log is not None:
-            log.close()
+        self.saver.wait()
+        if self.log is not None:
+            self.log.close()
 
-    def _train_step(self, pending: "Future[Batch]") -> dict[str, Any]:
-        """One optimizer step on this rank's rows; returns its line of metrics.jsonl."""
+    def _train_step(self, pending: "Future[Batch]") -> "_Figures":
+        """One optimizer step on this rank's rows; reads nothing from the device but what DeepSpeed does."""
         started = time.perf_counter()
         batch = pending.result()
         waited = time.perf_counter() - started
@@ -85,57 +116,104 @@ class Trainer:
         self.engine.train()
         sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
         loops = torch.zeros(3, depth, dtype=torch.float64, device=device())
-        for inputs in self._micro_batches(batch):
+        micro_batches = list(self._micro_batches(batch))
+        for number, inputs in enumerate(micro_batches, start=1):
             output = self.engine.forward(**inputs, num_steps=depth)
             assert output.loss_sums is not None
             sums += torch.stack([output.loss_sums[t.name].detach().double() for t in self.terms])
             loops += _loop_sums(output, loops)
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
-            self.engine.step(lr)
-        loads = update_router_biases(self.engine)
+            if number < len(micro_batches):
+                self.engine.step(lr)
         stop = sums.new_tensor([self.stop_requests.reason() is not None])
         totals = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # one exchange a step
         stop, sums, loops = totals.split([1, len(sums), loops.numel()])
-        self.stopped, loops = bool(stop), loops.view(3, depth)
+        self.engine.step(lr, total_loss(self.model_config, self._named(sums), counts))
         self.step += 1
-        seconds = time.perf_counter() - started
-        tokens = self.config.global_batch_size * self.config.data.sequence_length
+        return _Figures(
+            step=self.step,
+            depth=depth,
+            lr=lr,
+            applied=self.engine.step_applied(),
+            seconds=time.perf_counter() - started,
+            waited=waited,
+            stop=stop,
+            targets=counts["targets"],
+            terms=sums,
+            loops=loops.view(3, depth),
+            loads=update_router_biases(self.engine),
+            grad_norm=self.engine.grad_norm(),
+            zscores=self.engine.guard.zscores,
+        )
+
+    def _named(self, sums: Tensor) -> dict[str, Tensor]:
+        """Sums (terms,) by the terms' names."""
+        return {term.name: value for term, value in zip(self.terms, sums, strict=True)}
+
+    def _report(self, figures: "_Figures") -> None:
+        """Reads a step's figures from the device, writes its line of metrics.jsonl and draws conclusions."""
+        record = self._record(figures)
+        if self.log is not None:
+            self.log.write(record)
+        self.stopped = bool(figures.stop)
+        self.skipped = 0 if figures.applied else self.skipped + 1
+        if self.skipped >= self.config.stability.max_skipped:
+            raise TrainingError(
+                f"step {figures.step} was number {self.skipped} in a row to be skipped "
+                f"({record['skipped']}); "
+                "metrics.jsonl names their samples: lower optimizer.lr or mend the data, then resume"
+            )
+
+    def _record(self, f: "_Figures") -> dict[str, Any]:
+        """A step's line of metrics.jsonl."""
+        counts = {"targets": int(f.targets), "rows": self.config.global_batch_size}
         terms = {
             term.name: float(value) / max(counts[term.counted_in], 1)
-            for term, value in zip(self.terms, sums, strict=True)
+            for term, value in zip(self.terms, f.terms, strict=True)
         }
+        tokens = self.config.global_batch_size * self.config.data.sequence_length
+        loads = [] if f.loads is None else f.loads.tolist()
         shares = [[n / max(sum(load), 1) for n in load] for load in loads]
-        norm = self.engine.grad_norm()
-        if not (math.isfinite(terms["cross_entropy"]) and math.isfinite(norm)):
-            raise TrainingError(
-                f"the loss of step {self.step} is {terms['cross_entropy']} and its grad_norm {norm}; "
-                "nothing of it was saved: lower optimizer.lr and resume from the last checkpoint"
-            )
+        losses = {
+            "loss" if name == "cross_entropy" else f"loss_{name}": value for name, value in terms.items()
+        }
+        measured = {**losses, "grad_norm": float(f.grad_norm)}
         return {
-            "step": self.step,
-            "loss": terms["cross_entropy"],
-            **{f"loss_{name}": value for name, value in terms.items() if name != "cross_entropy"},
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": self.step * tokens,
+            "step": f.step,
+            **{name: value if math.isfinite(value) else None for name, value in measured.items()},
+            "lr": f.lr,
+            "tokens": f.step * tokens,
             "target_tokens": counts["targets"],
-            "tokens_per_second": tokens / seconds,
-            "mfu": self._mfu(tokens / seconds, depth),
-            "recurrence_depth": depth,
-            **(loop_figures(loops) if self.model_config.recurrence.placement != "none" else {}),
-            "seconds": seconds,
-            "data_wait_fraction": waited / seconds,
+            "tokens_per_second": tokens / f.seconds,
+            **self._utilisation(tokens / f.seconds, f.depth),
+            "recurrence_depth": f.depth,
+            **(loop_figures(f.loops) if self.model_config.recurrence.placement != "none" else {}),
+            "seconds": f.seconds,
+            "data_wait_fraction": f.waited / f.seconds,
             "memory_bytes": peak_memory_bytes(),
             "expert_load_max": max((max(x) * len(x) for x in shares), default=None),
             "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
-            "dropped_tokens": self._routed_tokens(depth) - sum(map(sum, loads)),
+            "dropped_tokens": self._routed_tokens(f.depth) - sum(map(sum, loads)),
             "expert_load": shares,
+            **({} if f.val_loss is None else {"val_loss": f.val_loss}),
+            **({} if f.applied else self._skipped(f, measured)),
         }
 
-    def _global_counts(self, batch: Batch) -> dict[str, int]:
+    def _skipped(self, f: "_Figures", measured: dict[str, float]) -> dict[str, Any]:
+        """Why a step was left out, and which rows of which sources it was made of."""
+        wrong = [f"{name} is {value}" for name, value in measured.items() if not math.isfinite(value)]
+        names = ("loss", "grad_norm")
+        high = [f"z-score of {n} is {z:.1f}" for n, z in zip(names, f.zscores.tolist(), strict=True)]
+        return {
+            "skipped": ", ".join(wrong or high),
+            "sample_ids": self.loader.sample_ids(f.step - 1),
+        }
+
+    def _global_counts(self, batch: Batch) -> dict[str, Tensor]:
         """What the loss terms are divided by: targets and rows of all ranks and micro-batches."""
         targets = torch.tensor(int((batch.targets != IGNORE_INDEX).sum()), device=device())
-        return {"targets": int(all_reduce_sum(targets)), "rows": self.config.global_batch_size}
+        rows = torch.tensor(self.config.global_batch_size, device=device())
+        return {"targets": all_reduce_sum(targets), "rows": rows}
 
     def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(batch.tokens), self.micro_batch_size):
@@ -169,12 +247,18 @@ class Trainer:
         all_reduce_sum(totals)
         return float(totals[0] / totals[1].clamp(min=1))
 
-    def _mfu(self, tokens_per_second: float, depth: int) -> float | None:
-        """Model FLOPs utilisation against the devices' peak, without recomputation; None: peak unknown."""
+    def _utilisation(self, tokens_per_second: float, depth: int) -> dict[str, float | None]:
+        """FLOPs against the devices' peak: `mfu` those of the model, `hfu` also those computed twice.
+
+        None: the peak is unknown.
+        """
         if self.peak is None:
-            return None
-        flops = training_flops_per_token(self.model_config, self.config.data.sequence_length, depth)
-        return tokens_per_second * flops / (world_size() * self.peak * 1e12)
+            return {"mfu": None, "hfu": None}
+        length, checkpointing = self.config.data.sequence_length, self.config.execution.checkpointing
+        model = training_flops_per_token(self.model_config, length, depth)
+        twice = recomputed_flops_per_token(self.model_config, checkpointing, length, depth)
+        share = tokens_per_second / (world_size() * self.peak * 1e12)
+        return {"mfu": share * model, "hfu": share * (model + twice)}
 
 
 @torch.no_grad()
@@ -185,23 +269,23 @@ def _loop_sums(output: ModelOutput, like: Tensor) -> Tensor:
     return loop_sums(output.num_iterations, output.halt_probs, output.residuals)
 
 
-def update_router_biases(engine: Engine) -> list[list[int]]:
+def update_router_biases(engine: Engine) -> Tensor | None:
     """Once per optimizer step: loads of all ranks and micro-batches move every router's bias.
 
     A step that the engine skipped moves no bias either.
 
     Returns:
-        Tokens per expert of each MoE layer, over the whole global batch and all loop steps.
+        (MoE layers, E) tokens per expert, over the whole global batch and all loop steps; None: no experts.
     """
     layers = engine.model.moe_layers()
     if not layers:
-        return []
+        return None
     loads = all_reduce_sum(torch.stack([layer.load for layer in layers]))
     for layer, load in zip(layers, loads, strict=True):
         if engine.step_applied():
             layer.update_bias(load)
         layer.load.zero_()
-    return loads.tolist()
+    return loads
 
 
 def normalised_entropy(shares: list[float]) -> float:

@@ -1,6 +1,6 @@
 """One layer, one layer looped R times, R layers: same data, same tokens, several seeds.
 
-    python experiments/looped_vs_dense/run.py --task p_hop --out runs/looped_vs_dense/p_hop
+    python experiments/looped_vs_dense/run.py --task p_hop|p_hop_long|causal_loop_v2 --out DIR
         [--model "4 layers"] [--seeds 0,1,2] [--jobs 1] [a.b=c ...]
 
 Builds the data, trains every model with every seed through pretrain/main.py on one rank, evaluates the
@@ -49,15 +49,26 @@ def models(steps: int) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Task:
+    kind: str  # of the recipe, of the YAML beside this file and of eval/reasoning.py
     steps: int  # R
     num_samples: int  # of the evaluation
     data: list[str]  # overrides of the recipe
-    options: str  # of eval/reasoning.py
+    options: str = ""  # of eval/reasoning.py
+    overrides: tuple[str, ...] = ()  # of the YAML
 
 
 TASKS = {
-    "p_hop": Task(steps=4, num_samples=2000, data=["sources.0.num_samples=120000"], options=""),
+    "p_hop": Task("p_hop", steps=4, num_samples=2000, data=["sources.0.num_samples=120000"]),
+    "p_hop_long": Task(
+        "p_hop",
+        steps=6,
+        num_samples=2000,
+        data=["sources.0.num_samples=250000", "sources.0.hops=6", "sources.0.length=48"],
+        options="hops=6,length=48",
+        overrides=("data.sequence_length=50", "max_steps=6000", "save_every=6000"),
+    ),
     "causal_loop_v2": Task(
+        "causal_loop_v2",
         steps=6,
         num_samples=4000,
         data=[
@@ -105,8 +116,9 @@ def train(task: str, run: Path, data: Path, seed: int, overrides: Sequence[str])
         Path(sys.executable).with_name("deepspeed"),
         *("--num_accelerators", 1, "--master_port", free_port()),
         *("pretrain/main.py", "--ds_config", "ds_configs/zero1.json"),
-        *("--config", HERE.relative_to(ROOT) / f"{task}.yaml"),
+        *("--config", HERE.relative_to(ROOT) / f"{TASKS[task].kind}.yaml"),
         *(f"output_dir={run.absolute()}", f"data.path={data.absolute()}", f"seed={seed}"),
+        *TASKS[task].overrides,
         *overrides,
     )
 
@@ -117,7 +129,7 @@ def evaluate(task: str, run: Path, num_samples: int) -> None:
     call(
         run / "eval.log",
         *(sys.executable, "eval/reasoning.py", "--checkpoint", run.absolute() / "export"),
-        *("--task", task, "--task_options", TASKS[task].options, "--num_samples", num_samples),
+        *("--task", TASKS[task].kind, "--task_options", TASKS[task].options, "--num_samples", num_samples),
         *("--output_path", run.absolute() / "eval", "--batch_size", 64),
     )
 
@@ -126,10 +138,11 @@ def collect(task: str, run: Path) -> dict[str, Any]:
     """The figures of one trained model."""
     report = json.loads(sorted((run / "eval").glob("results_*.json"))[-1].read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    facts, answers = report["reasoning"], report["results"][f"reasoning_{task}"]
-    labels = report["results"][f"reasoning_{task}_labels"]
+    scores = f"reasoning_{TASKS[task].kind}"
+    facts, answers = report["reasoning"], report["results"][scores]
+    labels = report["results"][f"{scores}_labels"]
     steps = list(facts["by_steps"])
-    depths = [name for name in report["results"] if name.startswith(f"reasoning_{task}_depth")]
+    depths = [name for name in report["results"] if name.startswith(f"{scores}_depth")]
     return {
         "parameters": facts["parameters"],
         "trained_steps": facts["trained_steps"],
@@ -143,9 +156,7 @@ def collect(task: str, run: Path) -> dict[str, Any]:
             name.rsplit("depth", 1)[1]: {n: report["results"][name][f"acc,steps={n}"] for n in steps}
             for name in depths
         },
-        "baselines": {
-            name: score["value"] for name, score in report["baselines"][f"reasoning_{task}"].items()
-        },
+        "baselines": {name: score["value"] for name, score in report["baselines"][scores].items()},
     }
 
 
@@ -246,7 +257,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     task, out = arguments.task, arguments.out
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     data = out / "data"
-    recipe = f"data_pipeline/recipes/{task}.yaml"
+    recipe = f"data_pipeline/recipes/{TASKS[task].kind}.yaml"
     build = (sys.executable, "data_pipeline/build.py", "--recipe", recipe, "--out", data.absolute())
     call(out / "build.log", *build, *TASKS[task].data)
     chosen = choose(models(TASKS[task].steps), arguments.model)

@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
-from model.counts import training_flops_per_token
+from model.counts import recomputed_flops_per_token, training_flops_per_token
+from model.execution import ExecutionConfig
 
 from .conftest import SMALL
 from .loops import EVERY
@@ -65,6 +66,25 @@ def test_flops_equal_torchs_counter_to_one_percent(name, training):
     else:
         expected = config.flops_per_token(T) * B * T
     assert abs(expected / counter.get_total_flops() - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", sorted(FLOPS))
+@pytest.mark.parametrize("checkpointing", ["block", "iteration", "selective"])
+def test_flops_computed_twice_equal_torchs_counter(name, checkpointing):
+    values = {**SMALL, "num_attention_heads": 4, "v_head_dim": 10, "vocab_size": 512}
+    config = ModelConfig.from_dict({**values, "use_moe": False, "recurrence": FLOPS[name]})
+    tokens, mask = torch.ones(2, 48, dtype=torch.long), torch.ones(2, 48)
+    mask[0, 0] = 0
+    counted = {}
+    for policy in ("none", checkpointing):
+        model = ZeroModel(config, execution=ExecutionConfig(attention="sdpa", checkpointing=policy)).train()
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(tokens, attention_mask=mask, targets=tokens).loss.backward()
+        counted[policy] = counter.get_total_flops() / tokens.numel()
+    expected = recomputed_flops_per_token(config, checkpointing, 48)
+    if checkpointing != "selective":  # math attention, which alone is counted, is not what it keeps
+        assert expected == pytest.approx(counted[checkpointing] - counted["none"], rel=0.02)
+    assert (expected > 0) == (checkpointing == "block" or checkpointing == "iteration")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A small data folder, and real launches of two ranks."""
+"""Real launches of two ranks."""
 
 import os
 import socket
@@ -10,30 +10,10 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ..conftest import ROOT, Training
+
 BIN = Path(sys.executable).parent
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-
-# Sizes that make a step take milliseconds.
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.moe_intermediate_size=32",
-    "data.sequence_length=64",
-    "global_batch_size=8",
-    "optimizer.warmup_steps=2",
-]
-
-
-@pytest.fixture(scope="session")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from data_pipeline.build import build
-    from data_pipeline.recipe import load_recipe
-
-    folder = tmp_path_factory.mktemp("data") / "built"
-    overrides = ["sources.0.num_samples=300", "sources.0.levels=[1,3]", "validation_fraction=0.1"]
-    build(load_recipe(ROOT / "data_pipeline/recipes/demo.yaml", overrides), ROOT, folder)
-    return folder
 
 
 def start(ranks: int, *command: Any) -> subprocess.Popen[str]:
@@ -67,21 +47,7 @@ def launch() -> Launch:
 
 
 @pytest.fixture(scope="session")
-def training(data_folder: Path) -> Callable[..., list[str]]:
-    """The command of the shipped demo config at tiny size, to be launched on any number of ranks."""
-
-    def command(output_dir: Path, *overrides: str) -> list[str]:
-        return [
-            "pretrain/main.py",
-            *("--ds_config", "ds_configs/zero3_ep.json", "--config", "pretrain/configs/demo.yaml"),
-            *(*TINY, f"output_dir={output_dir}", f"data.path={data_folder}", *overrides),
-        ]
-
-    return command
-
-
-@pytest.fixture(scope="session")
-def train(launch: Launch, training: Callable[..., list[str]]) -> Launch:
+def train(launch: Launch, training: Training) -> Launch:
     """`train(output_dir, "max_steps=3", ...)`: that command on two ranks."""
     return lambda output_dir, *overrides, ranks=2, check=True: launch(
         ranks, *training(output_dir, *overrides), check=check

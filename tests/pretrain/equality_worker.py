@@ -154,8 +154,11 @@ def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> 
             total += loss.detach().double()
             engine.backward(loss)
             engine.step(LR)
-        loads = [torch.tensor(load) for load in update_router_biases(engine)]
-        history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm(), "loads": loads})
+        loads = update_router_biases(engine)
+        norm = engine.grad_norm().item()
+        history.append(
+            {"loss": all_reduce_sum(total).item(), "norm": norm, "loads": [] if loads is None else loads}
+        )
     history[-1]["weights"] = dict(engine.full_weights())
     biases = torch.cat([torch.zeros(1), *engine.buffers().values()])
     history[-1]["skipped"] = skipped_step(engine, tokens[mine][:micro], targets[mine][:micro])
@@ -164,16 +167,20 @@ def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> 
 
 
 def skipped_step(engine: Engine, tokens: torch.Tensor, targets: torch.Tensor) -> bool:
-    """Whether a step whose gradients are not finite changes neither weights nor balancing biases."""
+    """Whether steps with gradients that are not finite, and spikes, change neither weights nor biases."""
     before = {name: value.clone() for name, value in engine.full_weights()}
-    for _ in range(engine.deepspeed.gradient_accumulation_steps()):
-        output = engine.forward(tokens=tokens, targets=targets)
-        engine.backward(output.loss * float("nan"))
-        engine.step(LR)
-    update_router_biases(engine)
+    cleared, applied = True, False
+    engine.guard.history.copy_(torch.rand(engine.guard.history.shape))
+    for factor, loss in ((float("nan"), 1.0), (1.0, 1e6)):
+        for _ in range(engine.deepspeed.gradient_accumulation_steps()):
+            output = engine.forward(tokens=tokens, targets=targets)
+            engine.backward(output.loss * factor)
+            engine.step(LR, torch.tensor(loss))
+        update_router_biases(engine)
+        cleared = cleared and all(int(layer.load.sum()) == 0 for layer in engine.model.moe_layers())
+        applied = applied or engine.step_applied()
     unchanged = all(torch.equal(before[name], value) for name, value in engine.full_weights())
-    cleared = all(int(layer.load.sum()) == 0 for layer in engine.model.moe_layers())
-    return unchanged and cleared and not engine.step_applied()
+    return unchanged and cleared and not applied
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from model import match as match_command
 from pretrain.config import load_run_config
 from pretrain.main import _parse, _write_run_folder, build_model_config, prepare
 
-from .conftest import ROOT, TINY
+from ..conftest import ROOT, TINY
 
 CONFIGS = ROOT / "pretrain/configs"
 DEMO = str(CONFIGS / "demo.yaml")

@@ -1,0 +1,34 @@
+"""Under SLURM: tells a rank who it is, in the variables that `deepspeed` and `torchrun` set.
+
+srun starts one process per task and describes it in variables of its own; torch reads RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Meanings: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
+"""
+
+import os
+import re
+
+# Ports below the range that Linux hands out by itself (net.ipv4.ip_local_port_range starts at 32768).
+FIRST_PORT, NUM_PORTS = 15000, 15000
+
+
+def join_slurm_step() -> None:
+    """Sets the five variables from SLURM's, if srun started this process and no other launcher did.
+
+    What is set already is kept: RANK by another launcher (then nothing changes), MASTER_ADDR or MASTER_PORT
+    by the user. Only a step counts: the batch shell's SLURM_PROCID=0 and SLURM_NTASKS=N describe the whole
+    job, and a process that trusted them would wait for ever for ranks that nobody starts.
+    """
+    given = os.environ
+    if "SLURM_STEP_ID" not in given or "RANK" in given:
+        return
+    given["RANK"] = given["SLURM_PROCID"]
+    given["WORLD_SIZE"] = given["SLURM_STEP_NUM_TASKS"]
+    given["LOCAL_RANK"] = given["SLURM_LOCALID"]
+    given.setdefault("MASTER_ADDR", first_host(given["SLURM_STEP_NODELIST"]))
+    given.setdefault("MASTER_PORT", str(FIRST_PORT + int(given["SLURM_JOB_ID"]) % NUM_PORTS))
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list: `gpu[07-09,12],login` -> `gpu07`. It holds rank 0."""
+    # Every bracket stands for its first number; what follows the first comma outside brackets is other hosts.
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", node_list).split(",")[0]

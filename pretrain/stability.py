@@ -1,0 +1,42 @@
+"""Which optimizer steps are not to be taken: losses and gradients that are not finite, and spikes."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pretrain.config import StabilityConfig
+
+MAD_TO_STD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
+
+
+class SpikeGuard:
+    """Judges a step by its loss and gradient norm, which are equal on all ranks, without reading the device.
+
+    A spike is a value whose robust z-score, (x - median) / (1.4826 MAD) over the last `window` steps that
+    were taken, exceeds `max_zscore`. The norm is compared by its logarithm. Only values that are too high
+    count, and none while the MAD is 0. Until `window` / 2 steps were taken, everything finite passes.
+
+    `history` (2, window) fp32, oldest first, NaN where there is nothing yet: part of a checkpoint.
+    """
+
+    def __init__(self, config: StabilityConfig, device: torch.device) -> None:
+        self.config = config
+        self.history = torch.full((2, config.window), math.nan, device=device)
+        self.zscores = torch.zeros(2, device=device)
+
+    @torch.no_grad()
+    def refuses(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Scalars -> a boolean scalar, True: do not take this step. Else the step enters the history."""
+        values = torch.stack((loss.to(self.history), grad_norm.to(self.history).log()))
+        refused = ~(values[0].isfinite() & grad_norm.isfinite())
+        if self.config.max_zscore is not None:
+            median = self.history.nanmedian(1).values
+            spread = MAD_TO_STD * (self.history - median[:, None]).abs().nanmedian(1).values
+            self.zscores = (values - median) / spread
+            known = 2 * (~self.history[0].isnan()).sum() >= self.config.window
+            spikes = (self.zscores > self.config.max_zscore) & (spread > 0)
+            refused = refused | (known & spikes.any())
+        longer = torch.cat((self.history[:, 1:], values[:, None]), 1)
+        self.history.copy_(torch.where(refused, self.history, longer))
+        return refused

@@ -1,0 +1,165 @@
+"""Crashes and full disks: a run goes on from a whole checkpoint, and nothing of a file is executed."""
+
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain import checkpoint
+from pretrain.export import export_run
+
+from .conftest import finish, start
+from .test_resume import metrics
+from .test_stopping import rank, wait_for_step
+
+
+def wait_for_save(run: Path, step: int, launcher) -> None:
+    """Returns while the checkpoint of that step, or of a later one, is being written."""
+    deadline = time.monotonic() + 120
+    while checkpoint.steps(run)[:1] < [step]:
+        assert launcher.poll() is None, finish(launcher)
+        assert time.monotonic() < deadline
+
+
+def kill_at_random(training, run: Path, kills: int, max_steps: int) -> list[str]:
+    """Starts a run again and again and kills one rank or both; returns what the starts printed."""
+    generator, said = random.Random(0), []
+    for _ in range(kills):
+        done = metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
+        launcher = start(2, *training(run, f"max_steps={max_steps}", "save_every=1"))
+        step = done + generator.randint(2, 5)
+        generator.choice((wait_for_step, wait_for_save))(run, step, launcher)
+        ranks = [rank(launcher, number) for number in (0, 1)]
+        for process in generator.choice((ranks, ranks[:1], ranks[1:])):
+            process.send_signal(signal.SIGKILL)
+        said.append(finish(launcher, check=False).stdout)
+        port = launcher.args[launcher.args.index("--master_port") + 1]
+        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            left.unlink()  # a killed rank cannot
+    said.append(finish(start(2, *training(run, f"max_steps={max_steps}", "save_every=1"))).stdout)
+    return said
+
+
+def killed_and_undisturbed(train, training, folder: Path, kills: int, max_steps: int) -> None:
+    whole, run = folder / "whole", folder / "run"
+    train(whole, f"max_steps={max_steps}", "save_every=1")
+    said = kill_at_random(training, run, kills, max_steps)
+    assert all("resuming from" in text for text in said[1:])
+    for key in ("step", "loss", "grad_norm", "lr", "expert_load", "target_tokens"):
+        assert [r[key] for r in metrics(run)] == [r[key] for r in metrics(whole)], key
+    exported = [load_file(path / "export/model.safetensors") for path in (whole, run)]
+    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+
+
+def test_a_run_killed_three_times_ends_as_one_left_alone(train, training, tmp_path):
+    killed_and_undisturbed(train, training, tmp_path, kills=3, max_steps=24)
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_as_one_left_alone(train, training, tmp_path):
+    killed_and_undisturbed(train, training, tmp_path, kills=20, max_steps=130)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(training, tmp_path):
+    """One rank may write no more: the other one, which could, reports it."""
+    run = tmp_path / "run"
+    launcher = start(2, *training(run, "max_steps=100000", "save_every=3"))
+    wait_for_step(run, 4, launcher)
+    rank(launcher, 1).rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    done = finish(launcher, check=False)
+    assert done.returncode
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    step = int(line.split()[5])
+    assert line.startswith(
+        f"error: the checkpoint of step {step} could not be written: [Errno 27] File too large"
+    )
+    folder, skipped = checkpoint.newest(run)
+    assert folder == run / f"checkpoints/step-{step - 3}"
+    assert skipped == []  # nothing is left of the one that failed
+    assert (run / "checkpoints/latest").read_text() == f"{folder.name}\n"
+
+
+def test_a_folder_that_cannot_be_written(train, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to("/sys")  # not even root makes a folder there
+    done = train(run, "max_steps=2", "save_every=1", "ep_size=1", ranks=1, check=False)
+    assert done.returncode
+    assert done.stderr.count("error: the checkpoint of step 1 could not be written: [Errno ") == 1, (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert not (run / "DONE").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(train, tmp_path_factory) -> Path:
+    """A run of four steps with the checkpoints of steps 2 and 4."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    train(run, "max_steps=4", "save_every=2")
+    return run
+
+
+def test_a_lost_or_changed_file_makes_a_checkpoint_worthless(saved, tmp_path):
+    files = sorted((saved / "checkpoints/step-4").iterdir())
+    assert len(files) == 7  # two of each rank, biases, state, manifest
+    for number, file in enumerate(files):
+        run = tmp_path / str(number)
+        shutil.copytree(saved / "checkpoints", run / "checkpoints")
+        victim = run / "checkpoints/step-4" / file.name
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        for changed in (bytes(content), content[:-1], None):
+            victim.unlink() if changed is None else victim.write_bytes(changed)
+            folder, skipped = checkpoint.newest(run)
+            assert folder == run / "checkpoints/step-2", (file, skipped)
+            assert len(skipped) == 1
+            if file.name != checkpoint.MANIFEST:
+                assert f"step-4 is not whole ({file.name} " in skipped[0]
+
+
+def test_a_malicious_checkpoint_is_not_executed(saved, train, tmp_path):
+    """Even one whose manifest fits: under its own layout, under another, and in the export."""
+    mark = tmp_path / "executed"
+
+    class Malice:
+        def __reduce__(self):
+            return (Path.touch, (mark,))
+
+    for pattern in ("*_model_states.pt", "*_optim_states.pt"):
+        run = tmp_path / pattern[2:]
+        shutil.copytree(saved, run)
+        folder = run / "checkpoints/step-4"
+        torch.save(Malice(), max(folder.glob(pattern)))
+        checkpoint.seal(folder, checkpoint.manifest_of(folder))
+        layout = {"ranks": 2} if "model" in pattern else {"ranks": 1}
+        done = train(run, "max_steps=4", f"ep_size={layout['ranks']}", **layout, check=False)
+        assert done.returncode
+        assert "holds pickled code, which is never run; delete" in done.stderr
+        assert "Traceback" not in done.stderr
+        with pytest.raises(ValueError, match="holds pickled code"):
+            export_run(run, 4, tmp_path / "export")
+    assert not mark.exists()
+
+
+def test_rotation_keeps_the_last_and_every_so_many(tmp_path):
+    for step in range(1, 13):
+        folder = tmp_path / f"checkpoints/step-{step}"
+        folder.mkdir(parents=True)
+        if step not in (7, 12):  # 7 was left behind by a kill, 12 is being written
+            (folder / "shard.pt").write_bytes(b"state")
+            checkpoint.seal(folder, checkpoint.manifest_of(folder))
+    checkpoint.rotate(tmp_path, step=11, keep_last=2, keep_every=4)
+    assert checkpoint.steps(tmp_path) == [12, 11, 10, 8, 4]
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoints/step-11"
+    checkpoint.rotate(tmp_path, step=11, keep_last=1, keep_every=0)
+    assert checkpoint.steps(tmp_path) == [12, 11]

@@ -1,0 +1,52 @@
+"""Which launcher is believed. What srun sets in reality: tests/slurm/."""
+
+import os
+from unittest import mock
+
+from pretrain.launch import first_host, join_slurm_step
+
+JOB = {"SLURM_JOB_ID": "70123", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[1-4]"}
+STEP = {
+    **JOB,
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "8",  # fewer than the job's
+    "SLURM_STEP_NODELIST": "gpu[2-3]",
+}
+
+
+def set_variables(environment: dict[str, str]) -> dict[str, str]:
+    """What join_slurm_step adds to or changes in this environment."""
+    with mock.patch.dict(os.environ, environment, clear=True):
+        join_slurm_step()
+        return dict(os.environ.items() - environment.items())
+
+
+def test_a_task_of_srun_takes_its_place_in_the_step():
+    assert set_variables(STEP) == {
+        "RANK": "5",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu2",
+        "MASTER_PORT": "25123",
+    }
+
+
+def test_the_batch_shell_is_no_rank():
+    assert set_variables(JOB) == {}
+
+
+def test_another_launcher_inside_a_step_is_believed():
+    assert set_variables({**STEP, "RANK": "3"}) == {}
+
+
+def test_a_given_address_is_kept():
+    kept = set_variables({**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
+    assert kept == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+
+
+def test_the_first_host_of_a_list():
+    assert first_host("127.0.0.[1-2]") == "127.0.0.1"
+    assert first_host("gpu[07-09,12],login") == "gpu07"
+    assert first_host("gpu3,gpu[5-6]") == "gpu3"

@@ -1,0 +1,93 @@
+"""Runs that go on under another layout: other ranks, another ep_size, another ZeRO stage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, finish, start
+
+SAME = ("lr", "recurrence_depth", "target_tokens", "tokens", "expert_load")
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def check(output: str, pairs: int) -> None:
+    reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
+    assert len(reports) == pairs
+    for report in reports:
+        assert report["different"] == [], report  # weights, both moments, biases: to the bit
+        assert report["loss"] < 1e-5, report
+        assert report["norm"] < 1e-5, report
+        assert report["smallest_norm"] > 0.3, report  # clipping was at work
+        assert report["left"] == ["latest", "step-3"], report  # the conversion's files are gone
+
+
+def test_every_layout_of_two_ranks_loads_the_checkpoint_of_another(launch, tmp_path):
+    done = launch(2, ROOT / "tests/pretrain/elastic_worker.py", tmp_path, "save,each")
+    check(done.stdout, 6)
+
+
+@pytest.mark.slow
+def test_every_layout_of_one_two_and_four_ranks_loads_every_checkpoint_of_two(launch, tmp_path):
+    worker = ROOT / "tests/pretrain/elastic_worker.py"
+    check(launch(2, worker, tmp_path, "save,all").stdout, 36)
+    check(launch(1, worker, tmp_path, "all").stdout, 18)
+    check(launch(4, worker, tmp_path, "each").stdout, 6)
+
+
+@pytest.mark.slow
+def test_every_checkpoint_of_one_and_four_ranks_is_loaded_by_two(launch, tmp_path):
+    worker = ROOT / "tests/pretrain/elastic_worker.py"
+    for ranks, saved in ((1, 3), (4, 6)):
+        check(launch(ranks, worker, tmp_path / str(ranks), "save,each").stdout, saved)
+        check(launch(2, worker, tmp_path / str(ranks), "each").stdout, saved)
+
+
+def continued(training, run: Path, ranks: int, stage: str, max_steps: int, *overrides: str) -> str:
+    command = training(run, f"max_steps={max_steps}", "optimizer.decay_steps=6", *overrides)
+    command[command.index("ds_configs/zero3_ep.json")] = f"ds_configs/{stage}.json"
+    return finish(start(ranks, *command)).stdout
+
+
+def equal_to_rounding(run: Path, whole: Path) -> None:
+    assert len(metrics(run)) == len(metrics(whole))
+    for ours, theirs in zip(metrics(run), metrics(whole), strict=True):
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5
+        assert abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-5
+        assert [ours[key] for key in SAME] == [theirs[key] for key in SAME]
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> Path:
+    """Six steps on two ranks, undisturbed, with the checkpoints of steps 2, 4 and 6."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(run, "max_steps=6", "save_every=2", "keep_last=3")
+    return run
+
+
+def test_the_same_command_continues_on_one_rank(training, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for step in (4, 6):
+        shutil.rmtree(run / f"checkpoints/step-{step}")
+    (run / "checkpoints/converting").mkdir()  # of a conversion that was killed
+    said = continued(training, run, 1, "zero1", 6, "ep_size=1", "save_every=2")
+    changes = "world_size 2 -> 1, ep_size 2 -> 1, zero_stage 3 -> 1"
+    assert f"resuming from {run}/checkpoints/step-2, converted: {changes}" in said
+    equal_to_rounding(run, whole)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-4", "step-6"]
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_two_ranks_to_four_to_one_and_back(training, whole, tmp_path):
+    run = tmp_path / "run"
+    continued(training, run, 2, "zero3_ep", 2)
+    continued(training, run, 4, "zero2", 3, "ep_size=4")
+    continued(training, run, 1, "zero1", 4, "ep_size=1")
+    continued(training, run, 4, "zero3_ep", 5, "ep_size=2")
+    continued(training, run, 2, "zero1", 6, "ep_size=2")
+    equal_to_rounding(run, whole)
