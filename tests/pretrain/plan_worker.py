@@ -92,8 +92,9 @@ def run(name: str, case: dict[str, Any]) -> dict[str, Any]:
         }
         comms_logger.enabled = False
         loads = update_router_biases(engine)
+        assert loads is not None
         comms_logger.enabled = True
-    report = {"case": name, "rank": rank(), "logged": recorded, "loads": loads}
+    report = {"case": name, "rank": rank(), "logged": recorded, "loads": loads.tolist()}
     report["held"] = held(engine, case["stage"])
     engine.deepspeed.destroy()
     return report
