@@ -1,0 +1,206 @@
+"""Predicts memory, communication and step time of a training run on GPUs that are not here.
+
+    python pretrain/plan.py --model large --gpus 256 --ep 8
+
+--model is a preset or a YAML of a run, of which the model is read. What is not given (ep, ZeRO stage,
+micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of
+GPUs the best layout of each is listed. Bytes follow from the model and from what DeepSpeed sends
+(plan_communication.py, plan_memory.py: tested against it on 2 and 4 CPU ranks). STEP TIMES ARE PREDICTED AND
+UNVERIFIED, see plan_search.py.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import user_errors
+from model import ModelConfig
+from model.config import PRESETS
+from model.execution import CHECKPOINTING
+from pretrain.config import load_run_config
+from pretrain.plan_layout import Hardware, Loads
+from pretrain.plan_search import Plan, describe, search
+
+SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
+
+
+def main() -> None:
+    arguments = _parse()
+    with user_errors(ValueError, OSError):
+        config = read_model(arguments.model)
+        hardware = read_hardware(arguments.hardware)
+        loads = None if arguments.loads is None else read_loads(arguments.loads)
+        fixed = {name: getattr(arguments, name) for name in SEARCHED if getattr(arguments, name) is not None}
+        fixed["sequence_length"] = arguments.sequence_length
+        rows = arguments.global_batch_size
+        plans = [search(config, hardware, rows, {**fixed, "gpus": n}, loads) for n in arguments.gpus]
+    if arguments.json:
+        print(json.dumps([as_dict(p) for p in plans], indent=2))
+    elif len(plans) == 1:
+        print(as_text(arguments.model, config, plans[0], hardware))
+    else:
+        print(as_table(plans, hardware))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Predict a training run on GPUs that are not here.")
+    parser.add_argument("--model", required=True, help="preset (python -m model lists them) or YAML of a run")
+    parser.add_argument(
+        "--gpus", type=int, required=True, nargs="+", help="one number, or several for a table"
+    )
+    parser.add_argument("--ep", type=int, help="GPUs that share one set of experts; default: searched")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="of ZeRO; default: searched")
+    parser.add_argument("--micro_batch_size", type=int, help="rows a GPU computes at once; default: searched")
+    parser.add_argument(
+        "--checkpointing", choices=CHECKPOINTING, help="default: the better of none and block"
+    )
+    parser.add_argument("--sequence_length", type=int, default=2048, help="tokens per row")
+    parser.add_argument("--global_batch_size", type=int, default=2048, help="rows per step, over all GPUs")
+    parser.add_argument(
+        "--loads", type=Path, help="metrics.jsonl whose last expert_load is used; default: even"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--hardware",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="figures other than an H100's: " + ", ".join(f.name for f in dataclasses.fields(Hardware)),
+    )
+    return parser.parse_args()
+
+
+def read_model(name: str) -> ModelConfig:
+    """The model of a preset or of a YAML; a YAML without vocab_size has ModelConfig's default.
+
+    Raises:
+        ValueError, FileNotFoundError: one line.
+    """
+    if name in PRESETS:
+        return ModelConfig.from_dict({"preset": name})
+    if not name.endswith((".yaml", ".yml")):
+        raise ValueError(
+            f"--model {name} is neither a YAML nor one of the presets {', '.join(sorted(PRESETS))}"
+        )
+    return ModelConfig.from_dict(load_run_config(name, ["data.path=unread"]).model)
+
+
+def read_hardware(overrides: list[str]) -> Hardware:
+    """An H100 with the given figures in place of its own.
+
+    Raises:
+        ValueError: not NAME=VALUE, an unknown name, or not a positive number.
+    """
+    fields, values = {f.name: f.type for f in dataclasses.fields(Hardware)}, dict[str, Any]()
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name not in fields:
+            raise ValueError(f"--hardware {override} names none of {', '.join(fields)}")
+        try:
+            values[name] = int(value) if fields[name] is int else float(value)
+        except ValueError:
+            raise ValueError(f"--hardware {override} needs a number; write e.g. {name}=1e9") from None
+        if not values[name] > 0:
+            raise ValueError(f"--hardware {override} must be above 0")
+    return Hardware(**values)
+
+
+def read_loads(path: Path) -> Loads:
+    """Experts' shares in every MoE layer, from the last line of a run's metrics.jsonl.
+
+    Raises:
+        ValueError: the file records none.
+    """
+    lines = path.read_text().splitlines()
+    try:
+        loads = json.loads(lines[-1])["expert_load"] if lines else []
+    except (json.JSONDecodeError, KeyError, TypeError):
+        loads = []
+    if not loads:
+        raise ValueError(f"--loads {path} has no expert_load in its last line; give a run's metrics.jsonl")
+    return loads
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """All of a plan as JSON takes it: bytes, seconds, tokens."""
+    return {
+        **dataclasses.asdict(plan),
+        "memory_bytes": plan.memory_bytes,
+        "step_seconds_predicted": plan.step_seconds,
+        "tokens_per_second_predicted": plan.tokens_per_second,
+        "limit_predicted": plan.limit,
+    }
+
+
+def as_text(name: str, config: ModelConfig, plan: Plan, hardware: Hardware) -> str:
+    """A page on one layout."""
+    layout, usable = plan.layout, hardware.usable_bytes / 1e9
+    total, active = config.num_parameters(), config.num_parameters(active=True)
+    lines = [
+        f"{name}: {total:,} parameters, {active:,} active a token",
+        f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens a step",
+        "",
+        f"memory per GPU               {plan.memory_bytes / 1e9:8.2f} GB of {usable:.1f}",
+        *(f"  {part:27}{size / 1e9:8.2f} GB" for part, size in plan.memory.items()),
+        "",
+        "a step's communication       as logged  group, phase",
+        *(f"  {c.operation:27}{c.bytes / 1e9:8.2f} GB  {c.group}, {c.phase}" for c in plan.traffic),
+        f"  sent over NVLink           {plan.nvlink_bytes / 1e9:8.2f} GB per GPU",
+        f"  sent over the network      {plan.network_bytes / 1e9:8.2f} GB per GPU",
+        "",
+        f"step time                    {plan.step_seconds:8.3f} s   PREDICTED, UNVERIFIED",
+        *(f"  waiting for {resource:17}{seconds:8.3f} s" for resource, seconds in plan.seconds.items()),
+        f"tokens/s                     {plan.tokens_per_second:8,.0f}   limited by {plan.limit}",
+    ]
+    return "\n".join(lines)
+
+
+COLUMNS = (
+    "GPUs",
+    "ZeRO",
+    "ep",
+    "micro-batch",
+    "checkpointing",
+    "GB",
+    "GB by NVLink",
+    "GB by network",
+    "NVLink busy",
+    "network busy",
+    "step, s",
+    "tokens/s",
+    "tokens/s per GPU",
+    "limited by",
+)
+
+
+def as_table(plans: list[Plan], hardware: Hardware) -> str:
+    """Markdown, a line per size; GB are per GPU, sent in a step."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for p in plans:
+        layout = p.layout
+        near = p.nvlink_bytes / (hardware.nvlink_bandwidth * hardware.nvlink_fraction)
+        far = p.network_bytes / (hardware.network_bandwidth * hardware.network_fraction)
+        cells = (
+            layout.gpus,
+            layout.stage,
+            layout.ep,
+            f"{layout.micro_batch_size} x {layout.accumulation}",
+            layout.checkpointing,
+            f"{p.memory_bytes / 1e9:.1f}",
+            f"{p.nvlink_bytes / 1e9:.1f}",
+            f"{p.network_bytes / 1e9:.1f}",
+            f"{near / p.step_seconds:.0%}",
+            f"{far / p.step_seconds:.0%}",
+            f"{p.step_seconds:.3f}",
+            f"{p.tokens_per_second:,.0f}",
+            f"{p.tokens_per_second / layout.gpus:,.0f}",
+            f"{p.limit} {p.seconds[p.limit] / p.step_seconds:.0%}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

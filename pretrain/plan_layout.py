@@ -1,0 +1,145 @@
+"""What a plan is made for: the model's tensors, the layout of the run, the hardware."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from model import ModelConfig, ZeroModel
+
+Loads = list[list[float]]  # of each MoE layer, each expert's share of the tokens
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Stated figures of one kind of GPU and its links, and the fraction of each that is assumed achievable.
+
+    The defaults are the data sheet of the H100 SXM with 8 GPUs a node and one 400 Gb/s InfiniBand port each.
+    The fractions are assumptions, measured nowhere in this project.
+    """
+
+    gpus_per_node: int = 8
+    peak_flops: float = 989e12  # dense bf16, FLOP/s
+    memory_bytes: float = 80e9
+    memory_bandwidth: float = 3.35e12  # bytes/s
+    nvlink_bandwidth: float = 450e9  # bytes/s each way, within a node
+    network_bandwidth: float = 50e9  # bytes/s each way, between nodes
+    compute_fraction: float = 0.4
+    memory_fraction: float = 0.9  # of the memory; the rest is the context's, NCCL's and fragmentation's
+    memory_bandwidth_fraction: float = 0.7
+    nvlink_fraction: float = 0.7
+    network_fraction: float = 0.7
+    overlap: float = 0.8  # of ZeRO's exchanges, or of the arithmetic where that is shorter
+    hop_latency: float = 10e-6  # seconds a collective takes for each doubling of its group
+
+    @property
+    def usable_bytes(self) -> float:
+        return self.memory_bytes * self.memory_fraction
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """DeepSpeed 0.19.8's defaults for what ds_configs/ leaves out, in elements (runtime/zero/config.py)."""
+
+    reduce_bucket_size: float = 5e8
+    max_reuse_distance: float = 1e9  # stage 3 keeps what is used again within so many parameters
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run is laid over the GPUs.
+
+    Raises:
+        ValueError: sizes that do not divide each other; the line names value, limit and mend.
+    """
+
+    gpus: int
+    ep: int = 1
+    stage: int = 3
+    micro_batch_size: int = 1  # rows
+    accumulation: int = 1  # micro-batches per step
+    sequence_length: int = 2048  # tokens
+    checkpointing: str = "none"  # as execution.checkpointing
+    element_bytes: int = 2  # of weights, gradients, activations: bf16
+    gpus_per_node: int = 8
+    zero: ZeroSettings = field(default_factory=ZeroSettings)
+
+    def __post_init__(self) -> None:
+        node = self.gpus_per_node
+        if self.gpus < 1 or (self.gpus > node and self.gpus % node):
+            raise ValueError(f"gpus={self.gpus} does not fill nodes of {node}; choose a multiple of {node}")
+        if self.ep < 1 or self.gpus % self.ep:
+            raise ValueError(f"ep={self.ep} does not divide the {self.gpus} GPUs; choose one of its divisors")
+        if node % self.ep and self.ep % node:
+            raise ValueError(
+                f"ep={self.ep} neither divides nor is a multiple of the {node} GPUs of a node; "
+                "choose one that does"
+            )
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens that a GPU computes at once."""
+        return self.micro_batch_size * self.sequence_length
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of the global batch."""
+        return self.micro_tokens * self.accumulation * self.gpus
+
+    def group(self, name: str) -> tuple[int, int]:
+        """GPUs of a process group, and how many of them are on one node.
+
+        world: all. expert: ep consecutive ones. expert_data: every ep-th one.
+        """
+        node = min(self.gpus, self.gpus_per_node)
+        if name == "world":
+            return self.gpus, node
+        if name == "expert":
+            return self.ep, min(self.ep, node)
+        return self.gpus // self.ep, max(1, node // self.ep)
+
+
+def check_experts(config: ModelConfig, ep: int) -> None:
+    """Raises ValueError if ep GPUs cannot share the experts evenly."""
+    if ep > 1 and not config.has_experts:
+        raise ValueError(f"ep={ep}, but the model has no experts; choose ep=1")
+    if ep > 1 and config.n_routed_experts % ep:
+        raise ValueError(
+            f"ep={ep} does not divide the {config.n_routed_experts} experts; choose one of their divisors"
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module that ZeRO-3 gathers at once: its tensors' elements, experts over all ranks."""
+
+    dense: tuple[int, ...]
+    experts: tuple[int, ...]
+    leaf: bool  # a decoder layer, which engine.py makes a leaf module
+
+    def held(self, ep: int) -> int:
+        """Elements of it that one rank computes with."""
+        return sum(self.dense) + sum(self.experts) // ep
+
+    def shards(self, layout: Layout) -> dict[str, int]:
+        """Elements that one rank keeps under ZeRO-3, which pads every tensor on its own, by process group."""
+        world, data = layout.group("world")[0], layout.group("expert_data")[0]
+        return {
+            "world": sum(math.ceil(n / world) for n in self.dense),
+            "expert_data": sum(math.ceil(n // layout.ep / data) for n in self.experts),
+        }
+
+
+def model_parts(config: ModelConfig) -> dict[str, Part]:
+    """The modules of a model by name, from the real model built without storage."""
+    with torch.device("meta"):
+        model = ZeroModel(config)
+    tensors: dict[str, tuple[list[int], list[int]]] = {}
+    for name, parameter in model.named_parameters():
+        words = name.removeprefix("model.").split(".")
+        part = ".".join(words[:2]) if words[0] in ("layers", "recurrence", "mtp") else words[0]
+        tensors.setdefault(part, ([], []))[".experts." in name].append(parameter.numel())
+    return {
+        name: Part(tuple(dense), tuple(experts), name.startswith(("layers", "mtp")))
+        for name, (dense, experts) in tensors.items()
+    }
