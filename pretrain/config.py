@@ -86,6 +86,7 @@ class RunConfig:
     eval_every: int = 0  # steps between validation losses; 0: never
     eval_batches: int = 8  # global batches of one validation
     log_every: int = 10  # steps between step lines (metrics.jsonl has every step)
+    profile_step: int | None = None  # step of which output_dir/profile/ gets a trace, for chrome://tracing
     peak_tflops: float | None = None  # per device, for MFU; default: known from the GPU's name, else no MFU
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

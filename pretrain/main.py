@@ -24,9 +24,10 @@ from model import ModelConfig
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
+from pretrain.dry_run import describe
 from pretrain.export import write_export
 from pretrain.launch import join_slurm_step
-from pretrain.metrics import environment
+from pretrain.metrics import environment, peak_tflops
 from pretrain.stopping import StopRequests
 
 if TYPE_CHECKING:
@@ -50,12 +51,21 @@ class Run:
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
+    @property
+    def rank(self) -> int:
+        """As the launcher says, also before the process group exists."""
+        return int(os.environ.get("RANK", "0"))
+
 
 def main() -> None:
     arguments = _parse()
     join_slurm_step()
     with user_errors(ValueError, OSError):
         run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
+    if arguments.dry_run:
+        if run.rank == 0:
+            print(describe(run))
+        return
     try:
         _train(run)
     except RuntimeError as error:
@@ -76,6 +86,7 @@ def _parse() -> argparse.Namespace:
         help="YAML of the run, see pretrain/configs/; given again, later files override earlier ones",
     )
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would be and what it takes")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to override")
     return parser.parse_args()
@@ -185,9 +196,7 @@ def _train(run: Run) -> None:
     from pretrain.engine import Engine, init_process_group, rank
     from pretrain.trainer import Trainer, TrainingError
 
-    stop_requests = StopRequests(
-        run.folder, run.config.time_limit_minutes, os.environ.get("RANK", "0") == "0"
-    )
+    stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=run.rank == 0)
     stop_requests.install()  # before the minutes that a large model takes to start
     init_process_group()
     engine = Engine(run.config, run.model_config, run.ds_config)
@@ -254,10 +263,12 @@ def _write_run_folder(run: Run) -> None:
     (run.folder / "environment.json").write_text(json.dumps(environment(), indent=2))
     shutil.copyfile(run.loader.tokenizer_path, run.folder / "tokenizer.model")
     counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
+    peak = peak_tflops(run.config)
     print(
         f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active a token), "
         f"{run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
-        f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step"
+        f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step, "
+        + ("no MFU: set peak_tflops" if peak is None else f"MFU and HFU of {peak:g} TFLOP/s a device")
     )
 
 

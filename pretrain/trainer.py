@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class Trainer:
             batch = reader.submit(self.loader.batch, self.step)
             while self.step < self.config.max_steps and not self.stopped:
                 following = reader.submit(self.loader.batch, self.step + 1)
-                figures = self._train_step(batch)
+                with self._profiler():
+                    figures = self._train_step(batch)
                 batch = following
                 if running is not None:
                     self._report(running)
@@ -104,6 +106,20 @@ class Trainer:
         self.saver.wait()
         if self.log is not None:
             self.log.close()
+
+    @contextmanager
+    def _profiler(self) -> Iterator[None]:
+        """Writes what rank 0 does in step profile_step, operation by operation."""
+        if self.step + 1 != self.config.profile_step or rank() > 0:
+            yield
+            return
+        with torch.profiler.profile(profile_memory=True) as profile:
+            yield
+        folder = self.run / "profile"
+        folder.mkdir(exist_ok=True)
+        profile.export_chrome_trace(str(folder / f"step-{self.step}.json"))
+        by_time = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
+        (folder / f"step-{self.step}.txt").write_text(by_time + "\n")
 
     def _train_step(self, pending: "Future[Batch]") -> "_Figures":
         """One optimizer step on this rank's rows; reads nothing from the device but what DeepSpeed does."""
