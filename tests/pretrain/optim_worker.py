@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.losses import IGNORE_INDEX, total_loss
-from pretrain.checkpoint import EMA
+from pretrain.checkpoint import EMA, Saver, TrainingState
 from pretrain.config import OptimizerConfig, RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, init_process_group, rank, world_size
 
@@ -131,7 +131,20 @@ def distributed(
     engine = Engine(config, model_config, copy.deepcopy(resolved))
     train(engine, config, model_config, range(STEPS))
     total, result = all_reduce_sum(torch.tensor([len(calls), calls.count(3)])), snapshot(engine)
-    engine.save(checkpoint)
+    state = TrainingState(
+        step=STEPS,
+        model=model_config.to_dict(),
+        data_fingerprint="",
+        seed=config.seed,
+        global_batch_size=ROWS,
+        world_size=world_size(),
+        ep_size=config.ep_size,
+        zero_stage=resolved["zero_optimization"]["stage"],
+        optimizer="muon",
+    )
+    saver = Saver(engine, checkpoint.parents[1], keep_last=2, keep_every=0, rank=rank())
+    saver.save(state)
+    saver.wait()
     train(engine, config, model_config, range(STEPS, STEPS + 1))
     resumed = Engine(config, model_config, copy.deepcopy(resolved))
     resumed.load(checkpoint)
@@ -159,7 +172,7 @@ def counted(function: Callable[..., Tensor], calls: list[int]) -> Callable[..., 
 
 def main() -> None:
     init_process_group()
-    first = Path(sys.argv[-1]) / "0/step-3"
+    first = Path(sys.argv[-1]) / "0/checkpoints/step-3"
     for number, (name, case) in enumerate(CASES.items()):
         precision = case.get("iterate_in", torch.float32)
         original_muon.ns_compute_dtype = lambda method, precision=precision: precision
@@ -183,7 +196,10 @@ def main() -> None:
             embedding_mixing=3,
             recurrence=RecurrenceConfig("block", [[1, 1]], 2, injection="gate", iteration_embedding=True),
         )
-        ds_config, checkpoint = f"{sys.argv[-2]}/{case['ds']}.json", first.parents[1] / f"{number}/step-3"
+        ds_config, checkpoint = (
+            f"{sys.argv[-2]}/{case['ds']}.json",
+            first.parents[2] / f"{number}/checkpoints/step-3",
+        )
         ours, calls, alike, taken = distributed(config, model_config, ds_config, checkpoint, first)
         plain = reference(config, model_config, precision)
         if rank() == 0:

@@ -136,7 +136,7 @@ def test_a_decay_that_does_not_fit():
         load_run_config(DEMO, [*wsd, "optimizer.warmup_steps=95"])
 
 
-def test_what_muon_and_the_average_ask_of_zero(tmp_path):
+def test_what_the_optimizer_asks_of_zero(tmp_path):
     path = tmp_path / "ds.json"
 
     def resolved(zero: dict, *overrides: str, **rest: dict) -> dict:
@@ -148,15 +148,11 @@ def test_what_muon_and_the_average_ask_of_zero(tmp_path):
     assert resolved({"stage": 3})["zero_optimization"] == {"stage": 3}
     with pytest.raises(ValueError, match=r"reduce_scatter=true in .* does not go with optimizer.kind=muon"):
         resolved({"stage": 3, "reduce_scatter": True}, *muon)
-    with pytest.raises(ValueError, match=r"optimizer.kind=muon works on the shards of ZeRO, but .* stage 0"):
-        resolved({"stage": 0}, *muon)
-    with pytest.raises(ValueError, match=r"optimizer.ema_decay works on the shards of ZeRO, but .* stage 0"):
+    with pytest.raises(ValueError, match=r"zero_optimization.stage=0 in .* is not supported"):
         resolved({}, "optimizer.ema_decay=0.9")
     bf16: dict[str, dict] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     resolved({"stage": 2}, *muon, **bf16)
-    with pytest.raises(
-        ValueError, match=r"grad_accum_dtype=fp32 with bf16 and stage 1 in .* does not go with"
-    ):
+    with pytest.raises(ValueError, match=r"grad_accum_dtype=fp32 with bf16 and stage 1 in .* not supported"):
         resolved({"stage": 1}, *muon, **bf16)
 
 
