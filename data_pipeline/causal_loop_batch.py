@@ -32,7 +32,7 @@ from data_pipeline.causal_loop_programs import (
 WEIGHTS = np.array([0, 2, 2, 16, 2, 2, 1, 16, 2, 8], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
 INNER_PASSES = 4  # the same for an inner loop; fewer than two in a hundred would take longer
-STARTS = {2: 2, 4: 12}  # initial values that a loop gets, once it has come to rest from some
+STARTS = {2: 3, 4: 16}  # initial values that a loop gets, once it has come to rest from some
 CHUNK = 8192  # programs that run in step: a longer array would be new memory each time
 UNSET = 10  # value of a variable before its first assignment: no result equals it
 HASH_FACTOR = 0x9E3779B97F4A7C15

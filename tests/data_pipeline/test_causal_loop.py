@@ -147,7 +147,7 @@ def test_samples_are_right_in_bulk():
         assert execute(s.program)[s.question] == s.answer
 
 
-@pytest.mark.parametrize(("level", "share"), [(1, 0.98), (2, 0.88), (3, 0.995), (4, 0.9)])
+@pytest.mark.parametrize(("level", "share"), [(1, 0.98), (2, 0.87), (3, 0.995), (4, 0.9)])
 def test_programs_seldom_repeat(level, share):
     """One by one, every loop with its own initial values alone, they were: .983 .906 1.000 .977."""
     assert len({canonical(s.program) for s in generate(5000, [level], seed=0)}) / 5000 > share
