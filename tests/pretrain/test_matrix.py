@@ -1,0 +1,71 @@
+"""Every layout computes what one plain torch process computes: losses, norms and gradients, step by step."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("matrix_worker.py")
+AXES: dict[str, tuple[Any, ...]] = {
+    "stage": (1, 2, 3),
+    "ep_size": (1, 2),
+    "accumulation": (1, 4),
+    "checkpointing": ("none", "block", "selective", "iteration"),
+    "clip": (0.3, 0.0),
+    "loop": ("none", "fixed", "random"),
+}
+
+
+def product(ranks: int) -> list[dict[str, Any]]:
+    axes = AXES | {"ep_size": (1,)} if ranks == 1 else AXES
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def pairs(case: dict[str, Any]) -> set[Any]:
+    return set(itertools.combinations(case.items(), 2))
+
+
+def covering(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A part of the cases in which every two values of two axes meet that meet in all of them; greedy."""
+    missing, chosen = set().union(*map(pairs, cases)), []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def check(launch: Any, ranks: int, cases: list[dict[str, Any]], folder: Path) -> None:
+    path = folder / "cases.json"
+    path.write_text(json.dumps(cases))
+    output = launch(ranks, WORKER, path).stdout
+    reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
+    assert [report["case"] for report in reports] == cases
+    for report in reports:
+        assert report["loss"] < 1e-5, report
+        assert report["norm"] < 1e-5, report
+        assert report["smallest_norm"] > 0.3, report  # clipping, where there is any, is at work
+        assert report["gradient"] < 1e-6, report
+        assert report["missing"] == [], report
+        assert report["bias_spread"] == 0, report
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_covering_layouts_equal_one_plain_process(launch, ranks, tmp_path):
+    check(launch, ranks, covering(product(ranks)), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_layouts_equal_one_plain_process(launch, ranks, tmp_path):
+    for start in range(0, len(product(ranks)), 48):  # a launch of all would outlast the launcher's limit
+        check(launch, ranks, product(ranks)[start : start + 48], tmp_path)
+
+
+def test_the_covering_set_covers():
+    for ranks in (1, 2, 4):
+        everything, chosen = product(ranks), covering(product(ranks))
+        assert set().union(*map(pairs, chosen)) == set().union(*map(pairs, everything))
+        assert len(chosen) < 24
