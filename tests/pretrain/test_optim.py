@@ -213,7 +213,8 @@ def test_muon_is_not_exported_offline_but_says_so(runs, tmp_path):
 def test_the_average_of_a_run_is_that_of_its_weights(train, tmp_path):
     """ZeRO-3 with expert parallelism and AdamW: from the checkpoints of every step, offline."""
     run = tmp_path / "run"
-    train(run, "max_steps=3", "save_every=1", "eval_every=0", "optimizer.ema_decay=0.75", "optimizer.lr=0.01")
+    switches = ("max_steps=3", "save_every=1", "keep_last=3", "eval_every=0")
+    train(run, *switches, "optimizer.ema_decay=0.75", "optimizer.lr=0.01")
     config = ModelConfig.from_dict(json.loads((run / "export/config.json").read_text()))
     expected = {n: p.detach().clone() for n, p in ZeroModel(config, seed=0).named_parameters()}
     for step in (1, 2, 3):
