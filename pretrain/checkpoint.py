@@ -9,6 +9,7 @@ Training stands still while the state is copied to memory; files are written by 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -30,6 +31,7 @@ T = TypeVar("T")
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
 EMA = "ema"  # folder of the moving average, if the run keeps one: NAME.safetensors for every parameter
 Manifest = dict[str, dict[str, Any]]  # file -> bytes, sha256
+ALL, NONE = slice(None), slice(0)  # parts of a checkpoint's files
 
 
 class CheckpointError(ValueError):
@@ -241,23 +243,38 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def damage(folder: Path) -> str | None:
-    """What keeps the folder from being a whole checkpoint, in a few words; None if nothing does."""
+def damage(folder: Path, part: slice = ALL) -> str | None:
+    """What keeps the folder from being a whole checkpoint, in a few words; None if nothing does.
+
+    Args:
+        part: the files, in the order of their names, whose checksums are computed, beside those of the small
+            files that are read first; sizes are always compared.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except ValueError:
         return f"{MANIFEST} is not valid JSON"
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        return f"{MANIFEST} is not a table of files"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected.get("bytes"):
+            return f"{name} has {path.stat().st_size} bytes instead of {expected.get('bytes')}"
+    names = sorted(files)
+    for name in {*names[part], *(small for small in (STATE, BUFFERS) if small in files)}:
+        if _sha256(folder / name) != files[name].get("sha256"):
             return f"{name} does not have its checksum"
     return None
+
+
+def damage_on_any_rank(engine: "Engine", folder: Path, rank: int, world_size: int) -> str | None:
+    """`damage`, each file read by one rank only: a large run's checkpoint is terabytes; all ranks call it."""
+    found = together(engine, lambda: damage(folder, slice(rank, None, world_size)))
+    return next((problem for problem in found if problem is not None), None)
 
 
 def steps(run: Path) -> list[int]:
@@ -266,21 +283,32 @@ def steps(run: Path) -> list[int]:
     return sorted((int(f.name[5:]) for f in folders if f.name[5:].isdigit()), reverse=True)
 
 
-def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a line for every newer folder that is damaged."""
+def newest(run: Path, below: float = math.inf, part: slice = ALL) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a line for every newer folder that is damaged.
+
+    Args:
+        below: only earlier steps.
+        part: see `damage`.
+    """
     skipped: list[str] = []
     for step in steps(run):
         folder = run / "checkpoints" / f"step-{step}"
-        problem = damage(folder)
+        if step >= below:
+            continue
+        problem = damage(folder, part)
         if problem is None:
             return folder, skipped
-        skipped.append(f"{folder} is not whole ({problem}); trying an older one")
+        skipped.append(passed_over(folder, problem))
     return None, skipped
 
 
-def require_whole(folder: Path) -> None:
-    """Raises ValueError if a checkpoint that the user named is damaged; `newest` checks its own."""
-    problem = damage(folder)
+def passed_over(folder: Path, problem: str) -> str:
+    """The line for a damaged checkpoint that resume=auto leaves behind."""
+    return f"{folder} is not whole ({problem}); trying an older one"
+
+
+def require_whole(folder: Path, problem: str | None) -> None:
+    """Raises ValueError if a checkpoint that the user named has a problem, see `damage`."""
     if problem is not None:
         raise ValueError(f"{folder} is not a whole checkpoint: {problem}; choose another step")
 

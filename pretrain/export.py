@@ -48,7 +48,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         if not folder.is_dir():
             have = ", ".join(map(str, checkpoint.steps(run))) or "none"
             raise FileNotFoundError(f"{run} has no checkpoint of step {step}; it has {have}")
-        checkpoint.require_whole(folder)
+        checkpoint.require_whole(folder, checkpoint.damage(folder))
     state, buffers = checkpoint.read(folder)
     require_no_pickle_code(folder)
     with tempfile.TemporaryDirectory(dir=run) as scratch:

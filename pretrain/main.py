@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -45,7 +46,7 @@ class Run:
     validation: Loader | None
     micro_batch_size: int
     state: TrainingState  # of step 0; a checkpoint must agree with it
-    resume_from: Path | None
+    resume_from: Path | None  # whole by its files' sizes
 
     @property
     def folder(self) -> Path:
@@ -156,8 +157,13 @@ def build_model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
     return model_config
 
 
-def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) -> Path | None:
-    """The checkpoint to continue from, compatible with this run; None: start from the first step."""
+def _choose_checkpoint(
+    config: RunConfig, state: TrainingState, announce: bool, below: float = math.inf
+) -> Path | None:
+    """The checkpoint to continue from, compatible with this run; None: start from the first step.
+
+    Its checksums are still to be compared, by all ranks together. Only steps below `below` count.
+    """
     run = Path(config.output_dir)
     if config.resume == "none":
         if checkpoint.steps(run):
@@ -167,18 +173,24 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
             )
         return None
     if config.resume == "auto":
-        folder, skipped = checkpoint.newest(run)
+        folder, skipped = checkpoint.newest(run, below, part=checkpoint.NONE)
         for line in skipped if announce else ():
             print(f"warning: {line}")
     else:
         folder = Path(config.resume)
         if not folder.is_dir():
             raise FileNotFoundError(f"resume={folder} does not exist; give a checkpoints/step-N folder")
-        checkpoint.require_whole(folder)
+        checkpoint.require_whole(folder, checkpoint.damage(folder, part=checkpoint.NONE))
     if folder is None:
         return None
     found, _ = checkpoint.read(folder)
     checkpoint.check_compatible(folder, found, state)
+    later = [step for step in checkpoint.steps(run) if step > found.step]
+    if later and config.resume != "auto":
+        raise ValueError(
+            f"output_dir={run} holds checkpoints of later steps ({later[0]}) than {folder}, from which "
+            "resume=auto would go on next time; give another output_dir, or move them away"
+        )
     if found.step > config.max_steps:
         raise ValueError(
             f"checkpoint {folder} is at step {found.step}, beyond max_steps={config.max_steps}; "
@@ -188,6 +200,26 @@ def _choose_checkpoint(config: RunConfig, state: TrainingState, announce: bool) 
         changes = checkpoint.layout_changes(found, state)
         print(f"resuming from {folder}" + (f", converted: {', '.join(changes)}" if changes else ""))
     return folder
+
+
+def _verified(run: Run, engine: "Engine") -> Path | None:
+    """The checkpoint to continue from, whole to the checksums; with resume=auto perhaps an older one.
+
+    Raises:
+        ValueError: the one that the user named is damaged.
+    """
+    folder = run.resume_from
+    while folder is not None:
+        problem = checkpoint.damage_on_any_rank(engine, folder, run.rank, run.state.world_size)
+        if problem is None:
+            return folder
+        if run.config.resume != "auto":
+            checkpoint.require_whole(folder, problem)
+        if run.rank == 0:
+            print(f"warning: {checkpoint.passed_over(folder, problem)}")
+        step = int(folder.name[5:])
+        folder = _choose_checkpoint(run.config, run.state, announce=run.rank == 0, below=step)
+    return None
 
 
 def _train(run: Run) -> None:
@@ -210,9 +242,10 @@ def _train(run: Run) -> None:
         run.state,
         stop_requests,
     )
-    if run.resume_from is not None:
-        with user_errors(CheckpointError):
-            trainer.step = elastic.load(engine, run.resume_from, run.state, run.folder)
+    with user_errors(ValueError):
+        resume_from = _verified(run, engine)
+        if resume_from is not None:
+            trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
     if rank() == 0:
         with user_errors(OSError):
             _write_run_folder(run)

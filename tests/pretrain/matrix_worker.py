@@ -85,14 +85,19 @@ def plain(run: RunConfig, config: ModelConfig) -> list[dict[str, Any]]:
             layer.update_bias(layer.load)
             layer.load.zero_()
         history.append({"loss": output.loss.item(), "norm": norm.item(), "gradients": gradients})
+    history[-1]["weights"] = model.state_dict()
     return history
 
 
-def distributed(run: RunConfig, config: ModelConfig, stage: int) -> tuple[list[dict[str, Any]], float]:
+def distributed(
+    run: RunConfig, config: ModelConfig, case: dict[str, Any]
+) -> tuple[list[dict[str, Any]], float]:
     """What each step gave, and by how much the routers' biases differ between ranks at the end."""
     micro, accumulation = check_layout(run, config, world_size())
-    engine = Engine(run, config, load_ds_config(DS_CONFIGS[stage], run, micro, accumulation))
-    history = []
+    ds_config = load_ds_config(DS_CONFIGS[case["stage"]], run, micro, accumulation)
+    ds_config["bf16"]["enabled"] = case.get("bf16", False)
+    engine = Engine(run, config, ds_config)
+    history: list[dict[str, Any]] = []
     for step in range(STEPS):
         tokens, targets = batch(step)
         counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": ROWS}
@@ -115,6 +120,7 @@ def distributed(run: RunConfig, config: ModelConfig, stage: int) -> tuple[list[d
         history.append({"loss": loss, "norm": norm, "gradients": gradients})
     biases = torch.cat([torch.zeros(1), *engine.buffers().values()])
     spread = (all_reduce_sum(biases.clone()) - world_size() * biases).abs().max().item()
+    history[-1]["weights"] = dict(engine.full_weights())
     engine.deepspeed.destroy()
     return history, spread
 
@@ -125,9 +131,30 @@ def full_gradients(engine: Engine, ep_size: int) -> dict[str, Tensor]:
     for name, parameter in engine.model.named_parameters():
         gradient = safe_get_full_grad(parameter)
         if gradient is not None:
-            gradient = gradient.view(getattr(parameter, "ds_shape", parameter.shape)).clone()
+            gradient = gradient.view(getattr(parameter, "ds_shape", parameter.shape)).float()
             gradients[name] = gather_experts(gradient, ep_size) if is_expert(parameter) else gradient
     return gradients
+
+
+def compare(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest differences over the steps."""
+    report: dict[str, Any] = dict.fromkeys(("loss", "norm", "gradient", "gradient_relative"), 0.0)
+    report["missing"], report["smallest_norm"] = [], float("inf")
+    for a, b in zip(ours, expected, strict=True):
+        report["loss"] = max(report["loss"], abs(a["loss"] - b["loss"]))
+        report["norm"] = max(report["norm"], abs(a["norm"] - b["norm"]))
+        report["smallest_norm"] = min(report["smallest_norm"], b["norm"])
+        report["missing"] += sorted(b["gradients"].keys() - a["gradients"].keys())
+        names = b["gradients"].keys() & a["gradients"].keys()
+        apart = {name: a["gradients"][name] - b["gradients"][name] for name in names}
+        report["gradient"] = max(report["gradient"], *(d.abs().max().item() for d in apart.values()))
+        share = sum(d.square().sum().item() for d in apart.values()) ** 0.5 / b["norm"]
+        report["gradient_relative"] = max(report["gradient_relative"], share)
+    weights, others = ours[-1]["weights"], expected[-1]["weights"]
+    report["weights"] = max((weights[n] - others[n]).abs().max().item() for n in others)
+    rounded = {name: value.bfloat16().float() for name, value in weights.items()}
+    report["beyond_bf16"] = sum(not torch.equal(rounded[n], value) for n, value in weights.items())
+    return report
 
 
 def main() -> None:
@@ -135,18 +162,9 @@ def main() -> None:
     init_process_group()
     for case in cases:
         run, config = configs(case)
-        ours, spread = distributed(run, config, case["stage"])
+        ours, spread = distributed(run, config, case)
         if rank() == 0:
-            report = {"case": case, "bias_spread": spread, "loss": 0.0, "norm": 0.0, "gradient": 0.0}
-            report["missing"], report["smallest_norm"] = [], float("inf")
-            for a, b in zip(ours, plain(run, config), strict=True):
-                report["loss"] = max(report["loss"], abs(a["loss"] - b["loss"]))
-                report["norm"] = max(report["norm"], abs(a["norm"] - b["norm"]))
-                report["smallest_norm"] = min(report["smallest_norm"], b["norm"])
-                report["missing"] += sorted(b["gradients"].keys() - a["gradients"].keys())
-                for name in b["gradients"].keys() & a["gradients"].keys():
-                    apart = (a["gradients"][name] - b["gradients"][name]).abs().max().item()
-                    report["gradient"] = max(report["gradient"], apart)
+            report = compare(ours, plain(run, config)) | {"case": case, "bias_spread": spread}
             print("REPORT " + json.dumps(report), flush=True)
 
 

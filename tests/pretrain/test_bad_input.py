@@ -152,6 +152,13 @@ def test_a_checkpoint_of_another_run(start, tmp_path):
         start("resume=none")
     write(replace(state, ep_size=1, world_size=4, zero_stage=1))
     assert start(f"resume={folder}").resume_from == folder
+    later = folder.with_name("step-6")
+    later.mkdir()
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints of later steps \(6\) than .*step-4, from which"
+    ):
+        start(f"resume={folder}")
+    later.rmdir()
     (folder / checkpoint.MANIFEST).write_text("{")
     assert start().resume_from is None
     with pytest.raises(ValueError, match="not a whole checkpoint: manifest.json is not valid JSON"):

@@ -127,6 +127,22 @@ def test_a_lost_or_changed_file_makes_a_checkpoint_worthless(saved, tmp_path):
                 assert f"step-4 is not whole ({file.name} " in skipped[0]
 
 
+def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(saved, train, tmp_path):
+    """Found though every rank reads a part of the files only; a checkpoint that was named is not replaced."""
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    victim = max((run / "checkpoints/step-4").glob("*_optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[-len(content) // 3] ^= 4
+    victim.write_bytes(content)
+    named = train(run, "max_steps=4", f"resume={run}/checkpoints/step-4", check=False)
+    assert f"step-4 is not a whole checkpoint: {victim.name} does not have its checksum" in named.stderr
+    done = train(run, "max_steps=4", "save_every=2")
+    assert f"step-4 is not whole ({victim.name} does not have its checksum); trying an older" in done.stdout
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, saved))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_a_malicious_checkpoint_is_not_executed(saved, train, tmp_path):
     """Even one whose manifest fits: under its own layout, under another, and in the export."""
     mark = tmp_path / "executed"

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 WORKER = Path(__file__).with_name("equality_worker.py")
 
 
@@ -21,3 +23,14 @@ def test_two_ranks_equal_one_plain_process(launch):
         assert report["bias_spread"] == 0, report
         assert report["skipped"], report  # a step with gradients that are not finite changes nothing
     assert reports[3]["idle_experts"] == 2 * 2, reports[3]
+
+
+def test_auto_ep_by_config_is_a_second_witness(launch):
+    """DeepSpeed's own MoE layer in transformers' DeepseekV3: six clipped steps of AdamW."""
+    output = launch(2, WORKER.with_name("autoep_worker.py"), "ds_configs/zero3_ep.json").stdout
+    (line,) = (line for line in output.splitlines() if line.startswith("REPORT "))
+    histories = json.loads(line[7:])
+    assert len(histories["ours"]) == 6
+    for ours, theirs in zip(histories["ours"], histories["AutoEP"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert min(norm for _, norm in histories["ours"]) > 0.3  # clipping was at work
