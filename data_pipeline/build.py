@@ -1,252 +1,295 @@
 """Text -> tokenizer, shards, manifest.
 
-    python data_pipeline/build.py --recipe RECIPE.yaml --out DIR [a.b=c ...]
+    python data_pipeline/build.py --recipe RECIPE.yaml --out DIR [--workers N] [a.b=c ...]
 
-The same recipe and input files give the same bytes. The manifest is written last: a folder without one is an
-interrupted build and is built anew.
+The same recipe and input files give the same bytes, whatever the workers. Killed and started again, a build
+goes on: units of text and shards are whole or absent, and the manifest is written last.
+
+On several machines that share DIR the same command is run in four turns (slurm/build.sbatch does it):
+every task reads its share of the input files, one process plans, every task writes its share of the shards,
+and one process without further options finishes, doing also what a task may have left.
+
+    build.py ... --task I --of N;  build.py ... --plan_only;  build.py ... --task I --of N;  build.py ...
 """
 
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from functools import partial
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.encode import encoder
 from data_pipeline.errors import DataError, user_errors
-from data_pipeline.files import require_file
-from data_pipeline.order import key_of, mixture_table, permute
-from data_pipeline.recipe import Recipe, load_recipe
+from data_pipeline.kinds import read_unit, unit_files
+from data_pipeline.order import mixture_table
+from data_pipeline.plan import PLAN, Plan, PlannedShard, Units, make_plan, order_file, tokenizer_model
+from data_pipeline.recipe import Recipe, load_recipe, source_options
 from data_pipeline.shards import (
     FORMAT,
-    IGNORE_INDEX,
     MANIFEST,
     SPLITS,
     TOKENIZER,
-    EncodedDocument,
     Manifest,
+    Shard,
     Source,
     Split,
     open_manifest,
     token_dtype,
     write_file,
     write_manifest,
-    write_shards,
+    write_shard,
 )
-from data_pipeline.sources import Document, LabelledDocument, input_files, read_documents
-from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.units import write_unit
 
-OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind
+WORK = "work"  # folder of what only the build needs
 OWN_FILES = re.compile(
     r"tokenizer\.model(\.tmp)?|manifest\.json\.tmp|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx)(\.tmp)?"
 )
-AnyDocument = Document | LabelledDocument
 
 
-def build(recipe: Recipe, root: Path, out: Path) -> Manifest:
+@dataclass(frozen=True)
+class Build:
+    """One build: its recipe, its folders and its input files."""
+
+    recipe: Recipe
+    out: Path
+    files: dict[str, list[Path | None]]  # of each source, one a unit; None: a generator's
+
+    @property
+    def work(self) -> Path:
+        return self.out / WORK
+
+    def all_units(self) -> list[tuple[str, int]]:
+        """(source, number) of every unit."""
+        return [(name, n) for name, files in self.files.items() for n in range(len(files))]
+
+    def unit(self, source: str, number: int) -> Path:
+        return self.work / f"{source}-{number:05d}"
+
+    def units(self, source: str) -> Units:
+        return Units([self.unit(name, number) for name, number in self.all_units() if name == source])
+
+    def record(self, shard: PlannedShard) -> Path:
+        """Where a written shard's row of the manifest waits for the others."""
+        return self.work / f"{shard.stem}.json"
+
+
+def build(
+    recipe: Recipe,
+    root: Path,
+    out: Path,
+    workers: int = 1,
+    cache: Path | None = None,
+    task: tuple[int, int] | None = None,
+    plan_only: bool = False,
+) -> Manifest | None:
     """Build `recipe` from the data folder `root` into `out` and return its manifest.
 
-    A complete build of the same recipe and data in `out` is returned as it is. Raises DataError if `out`
-    holds anything else, for missing input, for a source without documents and for a labelled source that has
-    a character without a piece of its own or a masked prompt.
+    A complete build of the same recipe and data in `out` is returned as it is; an interrupted one goes on.
+
+    Args:
+        workers: processes.
+        cache: folder of files from URLs; default: `root`/cache.
+        task: (number, of): do this share of reading or, once there is a plan, of writing, and return None.
+        plan_only: read what is unread, plan and return None.
+
+    Raises:
+        DataError: `out` holds anything else, missing input, a source without documents, a labelled source
+            that has a character without a piece of its own or a masked prompt.
     """
-    weights = {source["name"]: float(source["weight"]) for source in recipe.sources}
-    mixture_table(weights)  # a weight too small to be drawn is found before hours of work
-    build_hash = _build_hash(recipe, root)
+    mixture_table(_weights(recipe))  # a weight too small to be drawn is found before hours of work
+    files = {
+        source["name"]: unit_files(source["kind"], source_options(source), root, cache or root / "cache")
+        for source in recipe.sources
+    }
+    this = Build(recipe, out, files)
     if (out / MANIFEST).is_file():
-        manifest = open_manifest(out)
-        if manifest.build_hash != build_hash:
-            raise DataError(
-                f"{out} holds a build of another recipe or data: choose another --out or delete it"
-            )
-        print(f"{out} already holds this build: nothing to do")
-        return manifest
-    _clear(out)
+        return _finished(this)
+    _claim(this, alone=task is None)
+    planned = (this.work / PLAN).is_file()
+    number, of = task or (0, 1)
+    if not planned:
+        units = [unit for unit in this.all_units()[number::of] if not this.unit(*unit).is_dir()]
+        _in_processes(_read, this, units, workers, "read", " files")
+    if task is None and not planned:
+        _plan(this)
+    if (task and not planned) or plan_only:
+        return None
+    shards = [s for s in Plan.load(this.work).shards[number::of] if not this.record(s).is_file()]
+    _in_processes(_write, this, shards, workers, "write", " shards")
+    return None if task else _merge(this)
 
-    texts = {source["name"]: _read(source, recipe, root) for source in recipe.sources}
-    tokenizer = _train_tokenizer(
-        recipe, weights, {name: splits["train"] for name, splits in texts.items()}, out
-    )
-    labelled = {name: _is_labelled(name, splits) for name, splits in texts.items()}
-    dtype = token_dtype(tokenizer.vocab_size + any(labelled.values()))  # one value more: no label
-    sources = {}
-    for source in recipe.sources:
-        name, splits = source["name"], texts.pop(source["name"])
-        encode = _encoder(source, labelled[name], tokenizer)
-        sources[name] = Source(
-            weights[name],
-            {
-                split: _write_split(out, name, split, splits[split], encode, recipe.seed, dtype)
-                for split in SPLITS
-            },
-            labelled[name],
+
+def _weights(recipe: Recipe) -> dict[str, float]:
+    return {source["name"]: float(source["weight"]) for source in recipe.sources}
+
+
+def _finished(build: Build) -> Manifest:
+    manifest = open_manifest(build.out)
+    bar = tqdm(build.all_units(), desc="compare input", unit=" files", disable=None)
+    hashes: dict[str, list[str | None]] = {name: [] for name in build.files}
+    for name, number in bar:
+        hashes[name].append(_sha256(build.files[name][number]))
+    if manifest.build_hash != _build_hash(build.recipe, hashes):
+        raise DataError(
+            f"{build.out} holds a build of another recipe or data: choose another --out or delete it"
         )
-    manifest = Manifest(
-        path=out,
-        sha256="",
-        build_hash=build_hash,
-        recipe=asdict(recipe),
-        tokenizer_bytes=(out / TOKENIZER).stat().st_size,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        dtype=dtype,
-        sources=sources,
-    )
-    write_manifest(manifest)
-    return open_manifest(out)
+    print(f"{build.out} already holds this build: nothing to do")
+    return manifest
 
 
-def _options(source: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key not in OWN_KEYS}
-
-
-def _build_hash(recipe: Recipe, root: Path) -> str:
-    """Hash of all that decides the bytes of a build. Finds unknown kinds, options and missing files."""
-    files = sorted({f for source in recipe.sources for f in input_files(source["kind"], _options(source))})
-    inputs = {}
-    for file in files:
-        with require_file(root / file).open("rb") as stream:
-            inputs[file] = hashlib.file_digest(stream, "sha256").hexdigest()
+def _build_hash(recipe: Recipe, inputs: dict[str, list[str | None]]) -> str:
+    """Hash of all that decides the bytes of a build; `inputs`: of each source, `_sha256` of its units."""
     identity = {"format": FORMAT, "recipe": asdict(recipe), "inputs": inputs}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _clear(out: Path) -> None:
-    """Make `out` an empty folder if nothing but the remains of an interrupted build would be lost."""
-    out.mkdir(parents=True, exist_ok=True)
-    names = [path.name for path in out.iterdir()]
-    foreign = sorted(name for name in names if not OWN_FILES.fullmatch(name))
+def _sha256(path: Path | None) -> str | None:
+    """Of a unit's file; None: a generator, which the recipe describes whole."""
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _claim(build: Build, alone: bool) -> None:
+    """Makes `out` this build's: empty, or holding a part of it.
+
+    What another recipe left unfinished is deleted, unless tasks share the folder; files that are no build's
+    are never touched.
+    """
+    build.work.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(p.name for p in build.out.iterdir() if p.name != WORK and not OWN_FILES.fullmatch(p.name))
     if foreign:
-        raise DataError(f"{out} holds {foreign[0]!r} and no finished build: choose another --out or empty it")
-    for name in names:
-        (out / name).unlink()
-
-
-def _read(source: dict[str, Any], recipe: Recipe, root: Path) -> dict[str, list[AnyDocument]]:
-    """The documents of a source by split; equal documents always fall into the same split."""
-    texts: dict[str, list[AnyDocument]] = {split: [] for split in SPLITS}
-    documents = read_documents(source["kind"], root, _options(source))
-    for document in tqdm(documents, desc=f"read {source['name']}", unit=" documents", disable=None):
-        digest = hashlib.sha256(f"{recipe.seed}/".encode() + document.text.encode()).digest()
-        held_out = int.from_bytes(digest[:8], "big") < recipe.validation_fraction * 2**64
-        texts["validation" if held_out else "train"].append(document)
-    if not texts["train"]:
-        raise DataError(f"source {source['name']!r} has no training documents: check its options")
-    return texts
-
-
-def _is_labelled(name: str, splits: dict[str, list[AnyDocument]]) -> bool:
-    kinds = {type(document) for documents in splits.values() for document in documents}
-    if len(kinds) > 1:
-        raise DataError(f"source {name!r} mixes documents with and without labels: make it two sources")
-    return kinds == {LabelledDocument}
-
-
-def _train_tokenizer(
-    recipe: Recipe, weights: dict[str, float], texts: dict[str, list[AnyDocument]], out: Path
-) -> Tokenizer:
-    total = sum(weights.values())
-
-    def selection() -> Iterator[str]:
-        for name, documents in texts.items():
-            left = recipe.tokenizer.train_bytes * weights[name] / total
-            # Shuffled, because files are often sorted by topic.
-            for i in permute(
-                np.arange(len(documents)), len(documents), key_of(recipe.seed, name, "tokenizer")
-            ):
-                if left <= 0:
-                    break
-                document = documents[i]
-                text = document.text
-                if isinstance(document, LabelledDocument):
-                    text += "".join(character for _, character in document.labels)
-                left -= len(text.encode())
-                yield text
-
-    bar = tqdm(selection(), desc="train tokenizer", unit=" documents", disable=None)
-    write_file(
-        out / TOKENIZER, train_tokenizer(bar, recipe.tokenizer.vocab_size, recipe.tokenizer.model_type)
-    )
-    return Tokenizer(out / TOKENIZER)
-
-
-def _write_split(
-    out: Path,
-    name: str,
-    split: str,
-    documents: list[AnyDocument],
-    encode: Callable[[Any], EncodedDocument],
-    seed: int,
-    dtype: str,
-) -> Split:
-    """Encode and write the documents in a shuffled order."""
-    order = permute(np.arange(len(documents)), max(1, len(documents)), key_of(seed, name, split))
-    bar = tqdm(order, desc=f"encode {name} {split}", unit=" documents", disable=None)
-    shards = write_shards(out, f"{name}-{split}", (encode(documents[i]) for i in bar), dtype)
-    return Split(
-        documents=sum(shard.documents for shard in shards),
-        tokens=sum(shard.tokens for shard in shards),
-        text_bytes=sum(len(document.text.encode()) for document in documents),
-        shards=shards,
-    )
-
-
-def _encoder(
-    source: dict[str, Any], labelled: bool, tokenizer: Tokenizer
-) -> Callable[[Any], EncodedDocument]:
-    """The function from a document of `source` to its tokens."""
-    mask_prompt = source.get("mask_prompt", False)
-    if not labelled:
-        return partial(_encode, tokenizer=tokenizer, mask_prompt=mask_prompt)
-    if mask_prompt:
         raise DataError(
-            f"source {source['name']!r} has mask_prompt, but its labels say what to predict: remove it"
+            f"{build.out} holds {foreign[0]!r} and no finished build: choose another --out or empty it"
         )
-    return partial(encode_labelled, ids=CharacterIds(source["name"], tokenizer))
+    stats = {str(file): file.stat() for files in build.files.values() for file in files if file}
+    inputs = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    identity = json.dumps({"format": FORMAT, "recipe": asdict(build.recipe), "inputs": inputs}, indent=1)
+    claim = build.work / "build.json"
+    if claim.is_file() and claim.read_text() == identity:
+        return
+    if any(path != claim for path in build.work.iterdir()) or len(list(build.out.iterdir())) > 1:
+        if not alone:
+            raise DataError(f"{build.out} holds a part of another build: choose another --out or empty it")
+        shutil.rmtree(build.work)
+        for path in build.out.iterdir():
+            path.unlink()
+        build.work.mkdir()
+    write_file(claim, identity.encode())
 
 
-def _encode(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> EncodedDocument:
-    """A masked prompt is encoded by itself, so that the loss begins exactly where the completion does."""
-    if not mask_prompt:
-        return EncodedDocument(tokenizer.encode(document.text, bos=True, eos=True))
-    prompt = tokenizer.encode(document.prompt, bos=True)
-    return EncodedDocument(prompt + tokenizer.encode(document.completion, eos=True), len(prompt))
+def _in_processes(
+    function: Callable[[Build, Any], None],
+    build: Build,
+    jobs: Sequence[Any],
+    workers: int,
+    what: str,
+    unit: str,
+) -> None:
+    """function(build, job) for every job, here or in processes of their own."""
+    if not jobs:
+        return
+    with tqdm(total=len(jobs), desc=what, unit=unit, disable=None) as bar:
+        if min(workers, len(jobs)) == 1:
+            for job in jobs:
+                function(build, job)
+                bar.update()
+            return
+        # Spawned: a fork would copy this process's threads' locks.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
+            running = [pool.submit(function, build, job) for job in jobs]
+            try:
+                for done in as_completed(running):
+                    done.result()
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
-class CharacterIds(dict[str, int]):
-    """Character -> its one token id, looked up in the tokenizer at first use."""
+def _read(build: Build, unit: tuple[str, int]) -> None:
+    """Reads one input file."""
+    name, number = unit
+    recipe, files = build.recipe, build.files[name]
+    source = next(source for source in recipe.sources if source["name"] == name)
+    documents = read_unit(source["kind"], source_options(source), files, number)
+    bar = tqdm(documents, desc=f"read {name} {number}", unit=" documents", disable=None, leave=False)
+    about = {"source": name, "sha256": _sha256(files[number])}
+    write_unit(build.unit(name, number), bar, about, str(recipe.seed), recipe.validation_fraction)
 
-    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self._source, self._tokenizer = source, tokenizer
 
-    def __missing__(self, character: str) -> int:
-        assert len(character) == 1, character
-        ids = self._tokenizer.encode(character)
-        if len(ids) != 1:
-            raise DataError(
-                f"source {self._source!r} has the character {character!r} in text or labels, which is "
-                f"{len(ids)} tokens, not 1: raise tokenizer.vocab_size or tokenizer.train_bytes"
+def _plan(build: Build) -> None:
+    units = {name: build.units(name) for name in build.files}
+    hashes = {name: [unit.about["sha256"] for unit in source.units] for name, source in units.items()}
+    plan = make_plan(build.recipe, units, _build_hash(build.recipe, hashes), build.work)
+    write_file(build.out / TOKENIZER, tokenizer_model(build.recipe, units, build.work))
+    plan.save(build.work)  # last: it says that tokenizer and orders are there
+
+
+def _write(build: Build, planned: PlannedShard) -> None:
+    """Encodes and writes one shard."""
+    plan, tokenizer = Plan.load(build.work), Tokenizer(build.out / TOKENIZER)
+    source = next(source for source in build.recipe.sources if source["name"] == planned.source)
+    encode = encoder(source, plan.labelled[planned.source], tokenizer)
+    units = build.units(planned.source)
+    order = np.load(order_file(build.work, planned.source, planned.split), mmap_mode="r")
+    numbers = order[planned.first : planned.last]
+    bar = tqdm(numbers, desc=f"encode {planned.stem}", unit=" documents", disable=None, leave=False)
+    documents = [encode(units[int(number)]) for number in bar]
+    shard = write_shard(build.out, planned.stem, documents, _dtype(plan, tokenizer))
+    text_bytes = int(units.column("bytes")[numbers].sum())
+    write_file(build.record(planned), json.dumps({"text_bytes": text_bytes, "shard": asdict(shard)}).encode())
+
+
+def _dtype(plan: Plan, tokenizer: Tokenizer) -> str:
+    return token_dtype(tokenizer.vocab_size + any(plan.labelled.values()))  # one value more: no label
+
+
+def _merge(build: Build) -> Manifest:
+    """The manifest of the written shards; then the folder holds the build and nothing else."""
+    plan, tokenizer = Plan.load(build.work), Tokenizer(build.out / TOKENIZER)
+    records = {shard: json.loads(build.record(shard).read_text()) for shard in plan.shards}
+    weights, sources = _weights(build.recipe), {}
+    for name in build.files:
+        splits = {}
+        for split in SPLITS:
+            own = [r for shard, r in records.items() if (shard.source, shard.split) == (name, split)]
+            shards = tuple(Shard(**record["shard"]) for record in own)
+            splits[split] = Split(
+                documents=sum(shard.documents for shard in shards),
+                tokens=sum(shard.tokens for shard in shards),
+                text_bytes=sum(record["text_bytes"] for record in own),
+                shards=shards,
             )
-        self[character] = ids[0]
-        return ids[0]
-
-
-def encode_labelled(document: LabelledDocument, ids: CharacterIds) -> EncodedDocument:
-    """One token a character, so that a label stays at its character; bos and eos have no label."""
-    tokens = [BOS_ID, *(ids[character] for character in document.text), EOS_ID]
-    labels = [IGNORE_INDEX] * len(tokens)
-    for index, character in document.labels:
-        assert 0 <= index < len(document.text), (index, document.text)
-        labels[1 + index] = ids[character]
-    return EncodedDocument(tokens, labels=labels)
+        sources[name] = Source(weights[name], splits, plan.labelled[name])
+    manifest = Manifest(
+        path=build.out,
+        sha256="",
+        build_hash=plan.build_hash,
+        recipe=asdict(build.recipe),
+        tokenizer_bytes=(build.out / TOKENIZER).stat().st_size,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        dtype=_dtype(plan, tokenizer),
+        sources=sources,
+    )
+    write_manifest(manifest)
+    shutil.rmtree(build.work)
+    return open_manifest(build.out)
 
 
 def summary(manifest: Manifest) -> str:
@@ -262,20 +305,47 @@ def summary(manifest: Manifest) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    data = Path(os.environ.get("DATA_ROOT", "data"))
     parser = argparse.ArgumentParser(description="Build tokenizer, shards and manifest from a recipe.")
     parser.add_argument("--recipe", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="data folder to write")
     parser.add_argument(
-        "--data",
-        type=Path,
-        default=Path(os.environ.get("DATA_ROOT", "data")),
-        help="folder of the published data sets (default: DATA_ROOT, else data)",
+        "--data", type=Path, default=data, help="folder of the data sets (default: DATA_ROOT, else data)"
     )
+    parser.add_argument("--cache", type=Path, help="folder of files from URLs (default: DATA/cache)")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--task", type=int, help="number of this task, from 0: do its share only; with --of")
+    parser.add_argument("--of", type=int, help="number of tasks that share DIR")
+    parser.add_argument("--plan_only", action="store_true", help="read what is unread, plan, and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tokenizer.vocab_size=512")
     arguments = parser.parse_intermixed_args(argv)
     with user_errors(DataError, OSError):
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        print(summary(build(recipe, arguments.data, arguments.out)))
+        task = _task(arguments)
+        manifest = build(
+            recipe,
+            arguments.data,
+            arguments.out,
+            arguments.workers,
+            arguments.cache,
+            task,
+            arguments.plan_only,
+        )
+        if manifest is not None:
+            print(summary(manifest))
+
+
+def _task(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    number, of = arguments.task, arguments.of
+    if arguments.workers < 1:
+        raise DataError(f"--workers {arguments.workers} is below 1: give 1 or more")
+    if number is None and of is None:
+        return None
+    if number is None or of is None or not 0 <= number < of:
+        raise DataError(f"--task {number} --of {of}: give both, the task from 0 to one below the number")
+    if arguments.plan_only:
+        raise DataError("--plan_only is for one process: leave --task and --of out")
+    return number, of
 
 
 if __name__ == "__main__":

@@ -33,6 +33,13 @@ class Recipe:
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
+OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind
+
+
+def source_options(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if key not in OWN_KEYS}
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply overrides like `tokenizer.vocab_size=512` or `sources.0.num_samples=1000`.
 

@@ -147,6 +147,11 @@ def write_shards(
     return tuple(shards)
 
 
+def write_shard(folder: Path, stem: str, documents: Iterable[EncodedDocument], dtype: str) -> Shard:
+    """Write documents as `folder/STEM.tar` + `.idx`. Either all documents have labels or none."""
+    return _write_shard(folder, stem, [_stored(document, dtype) for document in documents])
+
+
 class _Stored(NamedTuple):
     """An EncodedDocument as it lies in a member."""
 

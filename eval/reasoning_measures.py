@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.build import CharacterIds, encode_labelled
+from data_pipeline.encode import CharacterIds, encode_labelled
 from data_pipeline.sources import LabelledDocument
 from eval.core import Scorer
 from model import ModelConfig, ZeroModel

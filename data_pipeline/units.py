@@ -1,0 +1,98 @@
+"""Input files, read: what lies between the published files and the shards of a build.
+
+A unit is one input file of a source (a generator is one unit without a file). Reading it gives a folder of
+arrays under the build's `work/`, whole or absent; any document is then one access away, which the shuffle
+needs, and units can be read by any process of any machine.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.encode import AnyDocument
+from data_pipeline.errors import DataError
+from data_pipeline.sources import Document, LabelledDocument
+
+# bytes: of the text in UTF-8, of which `prompt` are the prompt's
+DOCUMENT_DTYPE = np.dtype([("prompt", "<u8"), ("bytes", "<u8"), ("held_out", "?")])
+LABEL_DTYPE = np.dtype([("document", "<u8"), ("index", "<u4"), ("character", "<u4")])
+TEXTS, DOCUMENTS, LABELS, ABOUT = "texts.bin", "documents.npy", "labels.npy", "about.json"
+
+
+def write_unit(
+    folder: Path, documents: Iterable[AnyDocument], about: dict[str, Any], salt: str, held_out: float
+) -> None:
+    """Write documents as a unit; `about` is what `Unit.about` gives back.
+
+    Equal texts of one `salt` are held out together, a share `held_out` of all.
+
+    Raises:
+        DataError: documents with and without labels.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    prompts, sizes, held, labels = array("Q"), array("Q"), array("b"), array("Q")
+    kinds = set()
+    with (temporary / TEXTS).open("wb") as file:
+        for number, document in enumerate(documents):
+            kinds.add(type(document))
+            text = document.text.encode()
+            digest = hashlib.sha256(f"{salt}/".encode() + text).digest()
+            file.write(text)
+            sizes.append(len(text))
+            prompts.append(len(document.prompt.encode()) if isinstance(document, Document) else 0)
+            held.append(int.from_bytes(digest[:8], "big") < held_out * 2**64)
+            if isinstance(document, LabelledDocument):
+                for index, character in document.labels:
+                    labels.extend((number, index, ord(character)))
+    table = np.zeros(len(sizes), DOCUMENT_DTYPE)
+    table["prompt"], table["bytes"], table["held_out"] = prompts, sizes, held
+    np.save(temporary / DOCUMENTS, table)
+    if LabelledDocument in kinds:
+        columns = np.array(labels, dtype=np.uint64).reshape(-1, 3).T
+        label_table = np.zeros(columns.shape[1], LABEL_DTYPE)
+        label_table["document"], label_table["index"], label_table["character"] = columns
+        np.save(temporary / LABELS, label_table)
+    if len(kinds) > 1:
+        raise DataError(f"{about['source']!r} mixes documents with and without labels: make it two sources")
+    (temporary / ABOUT).write_text(json.dumps(about))
+    for path in temporary.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, folder)
+
+
+class Unit:
+    """Random access to the documents of a unit folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+        self.documents = np.load(folder / DOCUMENTS)
+        self.labelled = (folder / LABELS).is_file()
+        self._starts = np.concatenate([[0], np.cumsum(self.documents["bytes"], dtype=np.int64)])
+        empty = not self._starts[-1]  # nothing to map
+        self._texts = np.zeros(0, np.uint8) if empty else np.memmap(folder / TEXTS, np.uint8, mode="r")
+        if self.labelled:
+            self._labels = np.load(folder / LABELS)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, number: int) -> AnyDocument:
+        start, stop = self._starts[number : number + 2].tolist()
+        text = self._texts[start:stop].tobytes()
+        if not self.labelled:
+            prompt = int(self.documents["prompt"][number])
+            return Document(text[:prompt].decode(), text[prompt:].decode())
+        first, last = np.searchsorted(self._labels["document"], [number, number + 1])
+        rows = self._labels[first:last]
+        labels = zip(rows["index"].tolist(), map(chr, rows["character"].tolist()), strict=True)
+        return LabelledDocument(text.decode(), tuple(labels))
