@@ -7,9 +7,10 @@ import pytest
 import webdataset
 
 from data_pipeline import build as build_module
-from data_pipeline import sources as sources_module
+from data_pipeline import kinds as kinds_module
 from data_pipeline.build import OWN_KEYS, build, main
 from data_pipeline.errors import DataError
+from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
 from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.recipe import Recipe, TokenizerRecipe
@@ -24,7 +25,7 @@ from data_pipeline.shards import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import Document, LabelledDocument, read_documents
+from data_pipeline.sources import Document, LabelledDocument
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
 
@@ -227,7 +228,7 @@ def use_documents(monkeypatch: pytest.MonkeyPatch, documents: list) -> None:
     def read(paths: list[Path], options: object) -> Iterator[object]:
         return iter(documents)
 
-    monkeypatch.setitem(sources_module.KINDS, "p_hop", sources_module.KINDS["p_hop"]._replace(read=read))
+    monkeypatch.setitem(kinds_module.KINDS, "p_hop", kinds_module.KINDS["p_hop"]._replace(read=read))
 
 
 def test_characters_only_labels_have_are_pieces(tmp_path, monkeypatch):
@@ -274,7 +275,7 @@ def test_the_mark_for_none_is_never_a_piece(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["p_hop", "addition"])
 def test_recipes_build(tmp_path, capsys, name):
-    path = Path(sources_module.__file__).parent / "recipes" / f"{name}.yaml"
+    path = Path(kinds_module.__file__).parent / "recipes" / f"{name}.yaml"
     main(["--recipe", str(path), "--out", str(tmp_path / "out"), "sources.0.num_samples=2000"])
     vocabulary = int(re.findall(r"vocabulary: (\d+) pieces", capsys.readouterr().out)[0])
     manifest = verify(tmp_path / "out")
