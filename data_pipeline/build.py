@@ -169,26 +169,27 @@ def _claim(build: Build, alone: bool) -> None:
     What another recipe left unfinished is deleted, unless tasks share the folder; files that are no build's
     are never touched.
     """
-    build.work.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(p.name for p in build.out.iterdir() if p.name != WORK and not OWN_FILES.fullmatch(p.name))
+    build.out.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in build.out.iterdir())
+    foreign = [name for name in names if name != WORK and not OWN_FILES.fullmatch(name)]
     if foreign:
         raise DataError(
             f"{build.out} holds {foreign[0]!r} and no finished build: choose another --out or empty it"
         )
     stats = {str(file): file.stat() for files in build.files.values() for file in files if file}
     inputs = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    identity = json.dumps({"format": FORMAT, "recipe": asdict(build.recipe), "inputs": inputs}, indent=1)
-    claim = build.work / "build.json"
-    if claim.is_file() and claim.read_text() == identity:
+    identity = json.dumps({"format": FORMAT, "recipe": asdict(build.recipe), "inputs": inputs})
+    # A folder, which tasks that start together may all make.
+    claim = build.work / hashlib.sha256(identity.encode()).hexdigest()
+    if claim.is_dir():
         return
-    if any(path != claim for path in build.work.iterdir()) or len(list(build.out.iterdir())) > 1:
-        if not alone:
-            raise DataError(f"{build.out} holds a part of another build: choose another --out or empty it")
-        shutil.rmtree(build.work)
+    if names and alone:
+        shutil.rmtree(build.work, ignore_errors=True)
         for path in build.out.iterdir():
             path.unlink()
-        build.work.mkdir()
-    write_file(claim, identity.encode())
+    elif names and (names != [WORK] or any(build.work.iterdir())):
+        raise DataError(f"{build.out} holds a part of another build: choose another --out or empty it")
+    claim.mkdir(parents=True, exist_ok=True)
 
 
 def _in_processes(

@@ -12,9 +12,7 @@ from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer
 AnyDocument = Document | LabelledDocument
 
 
-def encoder(
-    source: dict[str, Any], labelled: bool, tokenizer: Tokenizer
-) -> Callable[[Any], EncodedDocument]:
+def encoder(source: dict[str, Any], labelled: bool, tokenizer: Tokenizer) -> Callable[[Any], EncodedDocument]:
     """The function from a document of `source`, as the recipe describes it, to its tokens."""
     mask_prompt = source.get("mask_prompt", False)
     if not labelled:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from data_pipeline.encode import AnyDocument
 from data_pipeline.errors import DataError
-from data_pipeline.recipe import Recipe, source_options
-from data_pipeline.shards import SPLITS, write_file
 from data_pipeline.kinds import within_limits
 from data_pipeline.order import key_of, permute
+from data_pipeline.recipe import Recipe, source_options
+from data_pipeline.shards import SPLITS, write_file
 from data_pipeline.sources import LabelledDocument
 from data_pipeline.tokenizer import train_tokenizer
 from data_pipeline.units import Unit

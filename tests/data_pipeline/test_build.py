@@ -1,4 +1,6 @@
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +9,11 @@ import pytest
 import yaml
 
 from data_pipeline import build as build_module
-from data_pipeline.build import OWN_KEYS, build, main, summary
+from data_pipeline.build import build, main, summary
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
-from data_pipeline.recipe import load_recipe
+from data_pipeline.recipe import OWN_KEYS, load_recipe
 from data_pipeline.shards import TokenStream, open_manifest
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.verify import verify
@@ -127,6 +129,95 @@ def test_interrupted_build_is_built_anew(tmp_path, root, recipe_file):
     with pytest.raises(DataError, match="holds 'thesis.txt'"):
         build(recipe, root, out)
     assert set(contents(out)) == set(whole) - {"manifest.json"} | {"thesis.txt"}
+
+
+def many_files(root: Path) -> list[str]:
+    """Overrides under which the prose comes from five files."""
+    for number in range(5):
+        text = "".join(
+            f"File {number}, part {i}: " + "water under the bridge. " * 90 for i in range(9 - number)
+        )
+        (root / f"part-{number}.txt").write_text(text.replace("part 3", "\n\npart 3"))
+    return ["sources.1.files=[part-*.txt, prose.txt]", "sources.1.max_bytes=80000"]
+
+
+def test_neither_workers_nor_tasks_change_a_byte(tmp_path, root, recipe_file, monkeypatch):
+    monkeypatch.setattr("data_pipeline.plan.SHARD_TEXT_BYTES", 20_000)
+    recipe = load_recipe(recipe_file, many_files(root))
+    build(recipe, root, tmp_path / "one")
+    assert len(open_manifest(tmp_path / "one").sources["prose"].splits["train"].shards) > 2
+    out = tmp_path / "tasks"
+    for number in (2, 0, 1):
+        assert build(recipe, root, out, task=(number, 3)) is None
+    assert build(recipe, root, out, plan_only=True) is None
+    for number in (1, 0):  # task 2 is lost
+        assert build(recipe, root, out, task=(number, 3)) is None
+    build(recipe, root, out)
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_processes_do_not_change_a_byte(tmp_path, root, recipe_file):
+    recipe = load_recipe(recipe_file, many_files(root))
+    build(recipe, root, tmp_path / "one")
+    build(recipe, root, tmp_path / "three", workers=3)
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def count_files(folder: Path) -> int:
+    """Of a folder that changes meanwhile."""
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def test_killed_at_any_instant_it_goes_on(tmp_path, root, recipe_file):
+    """SIGKILL after one more file has appeared, again and again."""
+    command = [
+        sys.executable,
+        build_module.__file__,
+        "--recipe",
+        recipe_file,
+        "--data",
+        root,
+        *many_files(root),
+    ]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    subprocess.run([*command, "--out", whole], check=True, capture_output=True)
+    kills, seen = 0, 0
+    while not (out / "manifest.json").is_file():
+        process = subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while process.poll() is None and count_files(out) <= seen + 4:
+            pass
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        seen = count_files(out)
+        assert kills < 40
+    assert kills > 2
+    subprocess.run([*command, "--out", out], check=True, capture_output=True)
+    assert contents(out) == contents(whole)
+
+
+def test_what_another_build_left_is_cleared_but_not_by_a_task(tmp_path, root, recipe_file):
+    out, recipe = tmp_path / "out", load_recipe(recipe_file)
+    build(load_recipe(recipe_file, ["seed=5"]), root, out, plan_only=True)
+    with pytest.raises(DataError, match="holds a part of another build"):
+        build(recipe, root, out, task=(0, 2))
+    build(recipe, root, out)
+    build(recipe, root, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "0"], "--task 0 --of None: give both"),
+        (["--task", "2", "--of", "2"], "--task 2 --of 2"),
+        (["--task", "0", "--of", "2", "--plan_only"], "--plan_only is for one process"),
+        (["--workers", "0"], "--workers 0 is below 1"),
+    ],
+)
+def test_options_that_do_not_fit(root, recipe_file, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit):
+        main([str(a) for a in ["--recipe", recipe_file, "--out", tmp_path / "out", "--data", root, *options]])
+    assert message in capsys.readouterr().err
 
 
 def test_killed_while_writing_leaves_no_manifest(tmp_path, root, recipe_file, monkeypatch):

@@ -8,12 +8,12 @@ import webdataset
 
 from data_pipeline import build as build_module
 from data_pipeline import kinds as kinds_module
-from data_pipeline.build import OWN_KEYS, build, main
+from data_pipeline.build import build, main
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
 from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
-from data_pipeline.recipe import Recipe, TokenizerRecipe
+from data_pipeline.recipe import OWN_KEYS, Recipe, TokenizerRecipe
 from data_pipeline.shards import (
     EncodedDocument,
     Manifest,
