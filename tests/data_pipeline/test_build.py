@@ -184,13 +184,13 @@ def test_killed_at_any_instant_it_goes_on(tmp_path, root, recipe_file):
     kills, seen = 0, 0
     while not (out / "manifest.json").is_file():
         process = subprocess.Popen([*command, "--out", out], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while process.poll() is None and count_files(out) <= seen + 4:
+        while process.poll() is None and count_files(out) <= seen + 12:
             pass
         process.kill()
         kills += process.wait() == -signal.SIGKILL
         seen = count_files(out)
-        assert kills < 40
-    assert kills > 2
+        assert kills < 20
+    assert kills > 1
     subprocess.run([*command, "--out", out], check=True, capture_output=True)
     assert contents(out) == contents(whole)
 
