@@ -28,11 +28,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.cleaning import Cleaner
+from data_pipeline.decontaminate import EVALUATION_FILES
 from data_pipeline.encode import encoder
 from data_pipeline.errors import DataError, user_errors
 from data_pipeline.kinds import read_unit, unit_files
 from data_pipeline.order import mixture_table
-from data_pipeline.plan import PLAN, Plan, PlannedShard, Units, make_plan, order_file, tokenizer_model
+from data_pipeline.plan import PLAN, Plan, PlannedShard, make_plan, order_file, tokenizer_model
 from data_pipeline.recipe import Recipe, load_recipe, source_options
 from data_pipeline.shards import (
     FORMAT,
@@ -50,11 +52,11 @@ from data_pipeline.shards import (
     write_shard,
 )
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.units import write_unit
+from data_pipeline.units import Units, write_unit
 
 WORK = "work"  # folder of what only the build needs
 OWN_FILES = re.compile(
-    r"tokenizer\.model(\.tmp)?|manifest\.json\.tmp|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx)(\.tmp)?"
+    r"(tokenizer\.model|cleaning\.(json|txt)|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx))(\.tmp)?|manifest\.json\.tmp"
 )
 
 
@@ -64,6 +66,7 @@ class Build:
 
     recipe: Recipe
     out: Path
+    root: Path  # folder of the data sets
     files: dict[str, list[Path | None]]  # of each source, one a unit; None: a generator's
 
     @property
@@ -113,7 +116,7 @@ def build(
         source["name"]: unit_files(source["kind"], source_options(source), root, cache or root / "cache")
         for source in recipe.sources
     }
-    this = Build(recipe, out, files)
+    this = Build(recipe, out, root, files)
     if (out / MANIFEST).is_file():
         return _finished(this)
     _claim(this, alone=task is None)
@@ -141,7 +144,7 @@ def _finished(build: Build) -> Manifest:
     hashes: dict[str, list[str | None]] = {name: [] for name in build.files}
     for name, number in bar:
         hashes[name].append(_sha256(build.files[name][number]))
-    if manifest.build_hash != _build_hash(build.recipe, hashes):
+    if manifest.build_hash != _build_hash(build, hashes):
         raise DataError(
             f"{build.out} holds a build of another recipe or data: choose another --out or delete it"
         )
@@ -149,9 +152,16 @@ def _finished(build: Build) -> Manifest:
     return manifest
 
 
-def _build_hash(recipe: Recipe, inputs: dict[str, list[str | None]]) -> str:
+def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
     """Hash of all that decides the bytes of a build; `inputs`: of each source, `_sha256` of its units."""
-    identity = {"format": FORMAT, "recipe": asdict(recipe), "inputs": inputs}
+    steps = {step for source in build.recipe.sources for step in source.get("cleaning", ())}
+    held_out = [build.root / file for file in EVALUATION_FILES] if "decontaminate" in steps else []
+    identity = {
+        "format": FORMAT,
+        "recipe": asdict(build.recipe),
+        "inputs": inputs,
+        "evaluation": [_sha256(file) for file in held_out],
+    }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -230,13 +240,16 @@ def _read(build: Build, unit: tuple[str, int]) -> None:
     documents = read_unit(source["kind"], source_options(source), files, number)
     bar = tqdm(documents, desc=f"read {name} {number}", unit=" documents", disable=None, leave=False)
     about = {"source": name, "sha256": _sha256(files[number])}
-    write_unit(build.unit(name, number), bar, about, str(recipe.seed), recipe.validation_fraction)
+    cleaner = Cleaner(source.get("cleaning", ()), recipe.cleaning, build.root)
+    write_unit(build.unit(name, number), bar, about, str(recipe.seed), recipe.validation_fraction, cleaner)
 
 
 def _plan(build: Build) -> None:
     units = {name: build.units(name) for name in build.files}
     hashes = {name: [unit.about["sha256"] for unit in source.units] for name, source in units.items()}
-    plan = make_plan(build.recipe, units, _build_hash(build.recipe, hashes), build.work)
+    plan, report = make_plan(build.recipe, units, _build_hash(build, hashes), build.work)
+    if any(source.get("cleaning") for source in build.recipe.sources):
+        report.write(build.out)
     write_file(build.out / TOKENIZER, tokenizer_model(build.recipe, units, build.work))
     plan.save(build.work)  # last: it says that tokenizer and orders are there
 

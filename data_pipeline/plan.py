@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline.encode import AnyDocument
+from data_pipeline.cleaning import choose
+from data_pipeline.cleaning_report import CleaningReport
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import within_limits
 from data_pipeline.order import key_of, permute
@@ -19,7 +20,7 @@ from data_pipeline.recipe import Recipe, source_options
 from data_pipeline.shards import SPLITS, write_file
 from data_pipeline.sources import LabelledDocument
 from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.units import Unit
+from data_pipeline.units import Units
 
 PLAN = "plan.json"
 SHARD_TEXT_BYTES = 128 * 2**20  # UTF-8; tokens of two bytes, three characters each, make shards of 85 MB
@@ -56,29 +57,9 @@ class Plan:
         write_file(work / PLAN, json.dumps(asdict(self)).encode())
 
 
-class Units:
-    """The documents of a source, its units end to end."""
-
-    def __init__(self, folders: list[Path]) -> None:
-        self.units = [Unit(folder) for folder in folders]
-        self.starts = np.concatenate([[0], np.cumsum([len(unit) for unit in self.units])]).astype(np.int64)
-
-    def __getitem__(self, number: int) -> AnyDocument:
-        unit = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.units[unit][number - int(self.starts[unit])]
-
-    def column(self, name: str) -> np.ndarray:
-        """(documents,) of units.DOCUMENT_DTYPE."""
-        return np.concatenate([unit.documents[name] for unit in self.units])
-
-    def is_labelled(self, source: str) -> bool:
-        kinds = {unit.labelled for unit in self.units if len(unit)}
-        if len(kinds) > 1:
-            raise DataError(f"source {source!r} mixes documents with and without labels: make it two sources")
-        return kinds == {True}
-
-
-def make_plan(recipe: Recipe, units: dict[str, Units], build_hash: str, work: Path) -> Plan:
+def make_plan(
+    recipe: Recipe, units: dict[str, Units], build_hash: str, work: Path
+) -> tuple[Plan, CleaningReport]:
     """Chooses, splits and shuffles the documents of every source; the orders go to `work`.
 
     Raises:
@@ -86,21 +67,25 @@ def make_plan(recipe: Recipe, units: dict[str, Units], build_hash: str, work: Pa
     """
     shards: list[PlannedShard] = []
     labelled = {name: source.is_labelled(name) for name, source in units.items()}
-    for source in recipe.sources:
-        name = source["name"]
-        sizes, held_out = units[name].column("bytes"), units[name].column("held_out")
-        admitted = within_limits(source["kind"], source_options(source), sizes.tolist())
+    sizes = {name: source.column("bytes") for name, source in units.items()}
+    admitted = {
+        source["name"]: within_limits(source["kind"], source_options(source), sizes[source["name"]].tolist())
+        for source in recipe.sources
+    }
+    kept, report = choose(units, admitted, recipe.cleaning)
+    for name, source in units.items():
+        held_out = source.column("held_out")[: admitted[name]]
         for split in SPLITS:
-            documents = np.flatnonzero(held_out[:admitted] == (split == "validation"))
+            documents = np.flatnonzero(kept[name] & (held_out == (split == "validation")))
             if split == "train" and not len(documents):
-                raise DataError(f"source {name!r} has no training documents: check its options")
+                raise DataError(f"source {name!r} has no training documents: check its options and cleaning")
             key = key_of(recipe.seed, name, split)
             order = documents[permute(np.arange(len(documents)), max(1, len(documents)), key)]
             np.save(order_file(work, name, split), order)
             limit = SHARD_TEXT_BYTES // (LABELLED_FACTOR if labelled[name] else 1)
-            bounds = cut(sizes[order], limit)
+            bounds = cut(sizes[name][order], limit)
             shards += [PlannedShard(name, split, n, *bound) for n, bound in enumerate(bounds)]
-    return Plan(build_hash, labelled, tuple(shards))
+    return Plan(build_hash, labelled, tuple(shards)), report
 
 
 def order_file(work: Path, source: str, split: str) -> Path:

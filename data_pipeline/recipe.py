@@ -11,6 +11,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_pipeline.clean import STEPS, CleaningRecipe
 from data_pipeline.errors import DataError
 
 T = TypeVar("T")
@@ -29,11 +30,13 @@ class Recipe:
     seed: int = 0  # of the shuffle and of the choice of validation documents
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    # Each {name, kind, weight, mask_prompt, + the kind's options}.
+    cleaning: CleaningRecipe = field(default_factory=CleaningRecipe)  # of the sources that ask for it
+    # Each {name, kind, weight, mask_prompt, cleaning, + the kind's options}.
     sources: list[dict[str, Any]] = field(default_factory=list)
 
 
-OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind
+# Of a source; the others are options of its kind.
+OWN_KEYS = ("name", "kind", "weight", "mask_prompt", "cleaning")
 
 
 def source_options(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +114,13 @@ def _check(recipe: Recipe, path: Path) -> None:
         mask = source.get("mask_prompt", False)
         if not isinstance(mask, bool):
             raise DataError(f"recipe {path}: source {name!r} has mask_prompt {mask!r}: give true or false")
+        steps = source.get("cleaning", [])
+        if not isinstance(steps, list):
+            raise DataError(f"recipe {path}: source {name!r} has cleaning {steps!r}: give a list of steps")
+        for step in steps:
+            if step not in STEPS:
+                guess = nearest(str(step), STEPS)
+                raise DataError(f"recipe {path}: source {name!r} has the cleaning step {step!r}; {guess}")
 
 
 def _one_line(error: Exception) -> str:

@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,10 +26,22 @@ LABEL_DTYPE = np.dtype([("document", "<u8"), ("index", "<u4"), ("character", "<u
 TEXTS, DOCUMENTS, LABELS, ABOUT = "texts.bin", "documents.npy", "labels.npy", "about.json"
 
 
+class Judge(Protocol):
+    """What is asked about each document while it is read, see cleaning.Cleaner."""
+
+    def judge(self, number: int, text: str) -> Any: ...
+    def fingerprints(self, text: str) -> dict[str, np.ndarray]: ...
+
+
 def write_unit(
-    folder: Path, documents: Iterable[AnyDocument], about: dict[str, Any], salt: str, held_out: float
+    folder: Path,
+    documents: Iterable[AnyDocument],
+    about: dict[str, Any],
+    salt: str,
+    held_out: float,
+    cleaner: Judge,
 ) -> None:
-    """Write documents as a unit; `about` is what `Unit.about` gives back.
+    """Write documents as a unit; `about` is what `Unit.about` gives back, with the removals under their name.
 
     Equal texts of one `salt` are held out together, a share `held_out` of all.
 
@@ -40,7 +52,9 @@ def write_unit(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     prompts, sizes, held, labels = array("Q"), array("Q"), array("b"), array("Q")
-    kinds = set()
+    kinds: set[type] = set()
+    removals: list[Any] = []
+    fingerprints: dict[str, list[np.ndarray]] = {}
     with (temporary / TEXTS).open("wb") as file:
         for number, document in enumerate(documents):
             kinds.add(type(document))
@@ -50,6 +64,10 @@ def write_unit(
             sizes.append(len(text))
             prompts.append(len(document.prompt.encode()) if isinstance(document, Document) else 0)
             held.append(int.from_bytes(digest[:8], "big") < held_out * 2**64)
+            if removal := cleaner.judge(number, document.text):
+                removals.append(removal)
+            for step, value in cleaner.fingerprints(document.text).items():
+                fingerprints.setdefault(step, []).append(value)
             if isinstance(document, LabelledDocument):
                 for index, character in document.labels:
                     labels.extend((number, index, ord(character)))
@@ -61,9 +79,13 @@ def write_unit(
         label_table = np.zeros(columns.shape[1], LABEL_DTYPE)
         label_table["document"], label_table["index"], label_table["character"] = columns
         np.save(temporary / LABELS, label_table)
+    for step, values in fingerprints.items():
+        np.save(temporary / f"{step}.npy", np.stack(values))
     if len(kinds) > 1:
-        raise DataError(f"{about['source']!r} mixes documents with and without labels: make it two sources")
-    (temporary / ABOUT).write_text(json.dumps(about))
+        raise DataError(
+            f"source {about['source']!r} mixes documents with and without labels: make it two sources"
+        )
+    (temporary / ABOUT).write_text(json.dumps({**about, "removals": removals}))
     for path in temporary.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -74,6 +96,7 @@ class Unit:
     """Random access to the documents of a unit folder."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
         self.documents = np.load(folder / DOCUMENTS)
         self.labelled = (folder / LABELS).is_file()
@@ -96,3 +119,39 @@ class Unit:
         rows = self._labels[first:last]
         labels = zip(rows["index"].tolist(), map(chr, rows["character"].tolist()), strict=True)
         return LabelledDocument(text.decode(), tuple(labels))
+
+
+class Units:
+    """The documents of a source, its units end to end."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.units = [Unit(folder) for folder in folders]
+        self.starts = np.concatenate([[0], np.cumsum([len(unit) for unit in self.units])]).astype(np.int64)
+
+    def __getitem__(self, number: int) -> AnyDocument:
+        unit = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.units[unit][number - int(self.starts[unit])]
+
+    def column(self, name: str) -> np.ndarray:
+        """(documents,) of DOCUMENT_DTYPE."""
+        return np.concatenate([unit.documents[name] for unit in self.units])
+
+    def has(self, step: str) -> bool:
+        """Whether there are fingerprints of that cleaning step."""
+        return any((unit.folder / f"{step}.npy").is_file() for unit in self.units)
+
+    def fingerprints(self, step: str) -> np.ndarray:
+        """(documents, ...) of a cleaning step."""
+        return np.concatenate([np.load(unit.folder / f"{step}.npy") for unit in self.units if len(unit)])
+
+    def removals(self) -> Iterator[tuple[int, str, str, str]]:
+        """(document, step, reason, matched words) of what was found wrong while reading."""
+        for unit, start in zip(self.units, self.starts.tolist(), strict=False):
+            for number, *why in unit.about["removals"]:
+                yield start + number, *why
+
+    def is_labelled(self, source: str) -> bool:
+        kinds = {unit.labelled for unit in self.units if len(unit)}
+        if len(kinds) > 1:
+            raise DataError(f"source {source!r} mixes documents with and without labels: make it two sources")
+        return kinds == {True}

@@ -64,7 +64,7 @@ def test_eval_scores_without_the_training_stack():
         "causal_loop_v2_audit",
         "p_hop",
         "addition",
-        "build",
+        "encode",
         "errors",
     }
     for path in files("eval"):

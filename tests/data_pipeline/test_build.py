@@ -1,3 +1,5 @@
+import itertools
+import json
 import os
 import re
 import signal
@@ -15,6 +17,7 @@ from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
 from data_pipeline.recipe import OWN_KEYS, load_recipe
 from data_pipeline.shards import TokenStream, open_manifest
+from data_pipeline.sources import read_wiki
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.verify import verify
 
@@ -230,6 +233,48 @@ def test_killed_while_writing_leaves_no_manifest(tmp_path, root, recipe_file, mo
         build(load_recipe(recipe_file), root, out)
     with pytest.raises(DataError, match="its build never finished"):
         open_manifest(out)
+
+
+def test_cleaning_removes_what_is_planted_and_says_so(tmp_path, data_root):
+    """Duplicates, near duplicates, junk and a test question inside a page, among real articles."""
+    articles = list(itertools.islice(read_wiki(data_root / "text/enwiki2015-AA.tar.xz"), 300))
+    pages = [text for text in articles if len(text) > 1500][:30]
+    question = json.loads((data_root / "gsm8k/test.jsonl").read_text().splitlines()[7])["question"]
+    leak = pages[3][:700] + "\n" + "  ".join(question.upper().split(" ")) + "\n" + pages[3][700:]
+    near = pages[1].replace(pages[1].split()[40], "otherwise", 1)
+    junk = "click here!!! " * 300
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for name in ("gsm8k", "arc", "logiqa", "babi"):
+        (raw / name).symlink_to(data_root / name)
+    first, second = [*pages[:3], leak, *pages[4:20]], [pages[0], near, junk, *pages[20:]]
+    for name, texts in (("first", first), ("second", second)):
+        lines = (json.dumps({"text": text}) for text in texts)
+        (raw / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    steps = ["exact", "near", "quality", "decontaminate"]
+    source = {"kind": "jsonl", "weight": 1, "cleaning": steps}
+    sources = [source | {"name": name, "files": [f"{name}.jsonl"]} for name in ("first", "second")]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE | {"sources": sources}))
+    recipe = load_recipe(tmp_path / "r.yaml", ["tokenizer.vocab_size=600", "validation_fraction=0"])
+    manifest = build(recipe, raw, tmp_path / "out")
+    tokenizer, kept = Tokenizer(manifest.tokenizer_path), {}
+    for name in ("first", "second"):
+        stream = TokenStream(manifest, name, "train")
+        bounds = itertools.pairwise(stream.document_starts.tolist())
+        kept[name] = sorted(tokenizer.decode(stream.read(a, b).tolist()) for a, b in bounds)
+    assert kept == {"first": sorted([*first[:3], *first[4:]]), "second": sorted(second[3:])}
+    report = json.loads((tmp_path / "out/cleaning.json").read_text())
+    removed = {
+        (name, entry["step"], entry["reason"].split()[0]): entry["documents"]
+        for name, values in report.items()
+        for entry in values["removed"]
+    }
+    assert removed.pop(("first", "decontaminate", "gsm8k")) == 1
+    assert removed.pop(("second", "exact", "duplicate")) == 1
+    assert removed.pop(("second", "near", "duplicate")) == 1
+    assert list(removed.values()) == [1]
+    assert next(iter(removed))[:2] == ("second", "quality")
+    assert question.split()[0].lower() in (tmp_path / "out/cleaning.txt").read_text()
 
 
 def test_no_validation_documents(tmp_path, root, recipe_file):
