@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.build import build
+from data_pipeline.recipe import load_recipe
 from pretrain.launch import first_host
 
 from ..conftest import ROOT, Training
@@ -117,6 +119,7 @@ def test_sbatch_accepts_the_commands_of_the_readme(cluster):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"^sbatch (.*)$", text, flags=re.M)
     assert {Path(name).name for name in re.findall(r"slurm/\S+", " ".join(commands))} == {
+        "build.sbatch",
         "pretrain.sbatch",
         "eval.sbatch",
     }
@@ -134,6 +137,25 @@ def test_an_array_runs_the_four_evaluations(cluster, undisturbed, data_root, tmp
     assert len(reports) == 4
     for task in ("gsm8k", "logiqa", "babi", "arc_easy", "arc_challenge"):
         assert sum(task in report for report in reports) == 1, task
+
+
+def test_an_array_builds_the_shards_of_one_process(cluster, tmp_path):
+    text = "".join(f"Part {i}. " + "Water under the bridge. " * 80 + "\n\n" for i in range(60))
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(text.replace("Part", f"Text {number}, part"))
+    source = {"name": "text", "kind": "text", "weight": 1, "files": ["*.txt"], "cleaning": ["exact"]}
+    recipe = {"name": "r", "tokenizer": {"vocab_size": 400}, "sources": [source]}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    arguments = ("--recipe", tmp_path / "r.yaml", "--data", tmp_path)
+    build(load_recipe(tmp_path / "r.yaml"), tmp_path, tmp_path / "one")
+    for options in (("--array=0-1",), ("--plan_only",), ("--array=0-1",), ()):
+        before = [option for option in options if option.startswith("--array")]
+        after = [option for option in options if option not in before]
+        script = (*before, "--cpus-per-task=1", "slurm/build.sbatch", *arguments, "--out", tmp_path / "out")
+        cluster.ends(cluster.submit(*script, *after), "COMPLETED")
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "out")]
+    assert files[0] == files[1]
+    assert "manifest.json" in files[0]
 
 
 @pytest.mark.parametrize(
