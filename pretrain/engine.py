@@ -31,6 +31,8 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.muon import original_muon
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -64,6 +66,10 @@ T = TypeVar("T")
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+# DeepSpeed compiles Muon anew for shape after shape: minutes on a CPU, and a resumed run would meet the
+# shapes in another order than the run it continues, so that it need not repeat its rounding.
+for _name in ("zeropower_via_newtonschulz5", "muon_update"):
+    setattr(original_muon, _name, inspect.unwrap(getattr(original_muon, _name)))
 
 
 def init_process_group() -> None:
@@ -435,22 +441,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
         return torch.optim.AdamW(groups)
-    return _muon_class()(groups, adam_optimizer=torch.optim.AdamW)
-
-
-def _muon_class() -> Any:
-    """DeepSpeed's Muon, not compiled.
-
-    It would be compiled anew for shape after shape: minutes on a CPU, and a resumed run would meet the shapes
-    in another order than the run it continues, so that it need not repeat its rounding. Imported here,
-    because it brings torch's compiler along, which takes a rank longer than all the rest.
-    """
-    from deepspeed.runtime.zero.muon import original_muon
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    for name in ("zeropower_via_newtonschulz5", "muon_update"):
-        setattr(original_muon, name, inspect.unwrap(getattr(original_muon, name)))
-    return MuonWithAuxAdam
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
 
 
 def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:

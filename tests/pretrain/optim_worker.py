@@ -4,7 +4,6 @@ For every case it prints one JSON line.
 """
 
 import copy
-import inspect
 import json
 import re
 import sys
@@ -24,7 +23,7 @@ from pretrain.checkpoint import EMA, Saver, TrainingState
 from pretrain.config import OptimizerConfig, RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, init_process_group, rank, world_size
 
-MUON_UPDATE = inspect.unwrap(original_muon.muon_update)
+MUON_UPDATE = original_muon.muon_update
 STEPS, LR, MUON_LR, DECAY, AVERAGE = 3, 1e-3, 0.02, 0.1, 0.7
 CASES: dict[str, dict[str, Any]] = {
     "ZeRO-3, expert parallel, accumulation": {"ds": "zero3_ep", "ep_size": 2, "micro": 2},
@@ -126,10 +125,10 @@ def distributed(
         does one more step alike; whether it takes over the average of the first case, of another layout.
     """
     calls: list[int] = []
+    original_muon.muon_update = counted(MUON_UPDATE, calls)
     micro, accumulation = check_layout(config, model_config, world_size())
     resolved = load_ds_config(ds_config, config, micro, accumulation)
     engine = Engine(config, model_config, copy.deepcopy(resolved))
-    original_muon.muon_update = counted(MUON_UPDATE, calls)
     train(engine, config, model_config, range(STEPS))
     total, result = all_reduce_sum(torch.tensor([len(calls), calls.count(3)])), snapshot(engine)
     state = TrainingState(
