@@ -57,16 +57,17 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     config = ModelConfig.from_dict(state.model)
     with torch.device("meta"):
         expected = ZeroModel(config).state_dict()
-    weights |= {
-        name: buffer for name, buffer in buffers.items() if name in expected
-    }  # some are the trainer's
-    assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
-    weights = {name: weights[name].view(expected[name].shape) for name in expected}
-    write_export(out, config, weights, run / "tokenizer.model")
+    exports = {out: weights}
     if (folder / checkpoint.EMA).is_dir():
         averaged = [load_file(path) for path in (folder / checkpoint.EMA).iterdir()]
-        weights = buffers | {name: value for tensors in averaged for name, value in tensors.items()}
-        write_export(out.with_name(f"{out.name}_ema"), config, weights, run / "tokenizer.model")
+        average = {name: value for tensors in averaged for name, value in tensors.items()}
+        exports[out.with_name(f"{out.name}_ema")] = average
+    own_buffers = {name: b for name, b in buffers.items() if name in expected}  # others are the trainer's
+    for target, parameters in exports.items():
+        values = parameters | own_buffers
+        assert values.keys() == expected.keys(), values.keys() ^ expected.keys()
+        values = {name: values[name].view(expected[name].shape) for name in expected}
+        write_export(target, config, values, run / "tokenizer.model")
     return folder
 
 

@@ -26,7 +26,7 @@ SHORT = [
     ("real_cpu.yaml max_steps=380", TINY_RUN.replace("max_steps=2", "max_steps=4")),
     ("pretrain/main.py", TINY_RUN),
     ("pretrain/export.py", "--step 4"),
-    ("looped_vs_dense/run.py", "--seeds 0 --num_samples 20 max_steps=2"),
+    ("looped_vs_dense/run.py", "--seeds 0 --num_samples 20 --model '1 layer x 4' max_steps=2"),
     ("eval/reasoning.py", "--num_samples 20"),
     ("causal_loop_v2.py", "--num_samples 80"),
     ("eval/run.py", "--limit 1"),

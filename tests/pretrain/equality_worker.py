@@ -1,6 +1,8 @@
 """Run by test_equality under the deepspeed launcher: two ranks train, and so does plain torch.
 
-For every case it prints one JSON line with the largest differences over the steps.
+    equality_worker.py DS_CONFIG eager|compiled
+
+For every case of that kind it prints one JSON line with the largest differences over the steps.
 """
 
 import copy
@@ -18,7 +20,7 @@ from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
-CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 10, 21
+CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 5, 21
 LOOP = RecurrenceConfig(placement="block", ranges=[[1, 1]], num_steps=2)
 NONE = RecurrenceConfig()
 HALTING = HaltingConfig(
@@ -26,11 +28,7 @@ HALTING = HaltingConfig(
 )
 CASES = {
     "expert parallel": {"ep_size": 2, "micro": 4},
-    "expert parallel, accumulation 4": {"ep_size": 2, "micro": 1},
-    "data parallel": {"ep_size": 1, "micro": 2},
     "experts that no token chooses": {"ep_size": 2, "micro": 4, "starve": True},
-    "a block recomputed": {"ep_size": 2, "micro": 2, "execution": {"checkpointing": "block"}},
-    "products kept": {"ep_size": 2, "micro": 2, "execution": {"checkpointing": "selective"}},
     "compiled": {"ep_size": 2, "micro": 4, "execution": {"compile": True}},
     "multi-token prediction and z-loss": {
         "ep_size": 2,
@@ -136,7 +134,7 @@ def reference(config: RunConfig, model_config: ModelConfig, starved: bool) -> li
 
 def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> list[dict]:
     micro, accumulation = check_layout(config, model_config, world_size())
-    ds_config = load_ds_config(sys.argv[-1], config, micro, accumulation)
+    ds_config = load_ds_config(sys.argv[-2], config, micro, accumulation)
     engine = Engine(config, model_config, ds_config)
     if starved:
         starve(engine.model)
@@ -186,6 +184,8 @@ def skipped_step(engine: Engine, tokens: torch.Tensor, targets: torch.Tensor) ->
 def main() -> None:
     init_process_group()
     for name, case in CASES.items():
+        if (name == "compiled") != (sys.argv[-1] == "compiled"):
+            continue
         config = RunConfig(
             ep_size=case["ep_size"],
             global_batch_size=ROWS,

@@ -23,7 +23,7 @@ from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_proces
 from pretrain.expert_parallel import gather_experts, is_expert
 from pretrain.trainer import update_router_biases
 
-LR, ROWS, STEPS, T = 1e-3, 16, 3, 13
+LR, ROWS, STEPS, T = 1e-3, 16, 2, 13
 DS_CONFIGS = {1: "ds_configs/zero1.json", 2: "ds_configs/zero2.json", 3: "ds_configs/zero3_ep.json"}
 LOOPS = {
     "none": RecurrenceConfig(),

@@ -101,49 +101,41 @@ def test_a_folder_that_cannot_be_written(train, tmp_path):
     assert not (run / "DONE").exists()
 
 
-@pytest.fixture(scope="module")
-def saved(train, tmp_path_factory) -> Path:
-    """A run of four steps with the checkpoints of steps 2 and 4."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    train(run, "max_steps=4", "save_every=2")
-    return run
-
-
-def test_a_lost_or_changed_file_makes_a_checkpoint_worthless(saved, tmp_path):
-    files = sorted((saved / "checkpoints/step-4").iterdir())
+def test_a_lost_or_changed_file_makes_a_checkpoint_worthless(six_steps, tmp_path):
+    files = sorted((six_steps / "checkpoints/step-6").iterdir())
     assert len(files) == 7  # two of each rank, biases, state, manifest
     for number, file in enumerate(files):
         run = tmp_path / str(number)
-        shutil.copytree(saved / "checkpoints", run / "checkpoints")
-        victim = run / "checkpoints/step-4" / file.name
+        shutil.copytree(six_steps / "checkpoints", run / "checkpoints")
+        victim = run / "checkpoints/step-6" / file.name
         content = bytearray(victim.read_bytes())
         content[len(content) // 2] ^= 1
         for changed in (bytes(content), content[:-1], None):
             victim.unlink() if changed is None else victim.write_bytes(changed)
             folder, skipped = checkpoint.newest(run)
-            assert folder == run / "checkpoints/step-2", (file, skipped)
+            assert folder == run / "checkpoints/step-4", (file, skipped)
             assert len(skipped) == 1
             if file.name != checkpoint.MANIFEST:
-                assert f"step-4 is not whole ({file.name} " in skipped[0]
+                assert f"step-6 is not whole ({file.name} " in skipped[0]
 
 
-def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(saved, train, tmp_path):
+def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(six_steps, train, tmp_path):
     """Found though every rank reads a part of the files only; a checkpoint that was named is not replaced."""
     run = tmp_path / "run"
-    shutil.copytree(saved, run)
-    victim = max((run / "checkpoints/step-4").glob("*_optim_states.pt"))
+    shutil.copytree(six_steps, run)
+    victim = max((run / "checkpoints/step-6").glob("*_optim_states.pt"))
     content = bytearray(victim.read_bytes())
     content[-len(content) // 3] ^= 4
     victim.write_bytes(content)
-    named = train(run, "max_steps=4", f"resume={run}/checkpoints/step-4", check=False)
-    assert f"step-4 is not a whole checkpoint: {victim.name} does not have its checksum" in named.stderr
-    done = train(run, "max_steps=4", "save_every=2")
-    assert f"step-4 is not whole ({victim.name} does not have its checksum); trying an older" in done.stdout
-    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, saved))
+    named = train(run, "max_steps=6", f"resume={run}/checkpoints/step-6", check=False)
+    assert f"step-6 is not a whole checkpoint: {victim.name} does not have its checksum" in named.stderr
+    done = train(run, "max_steps=6", "save_every=2")
+    assert f"step-6 is not whole ({victim.name} does not have its checksum); trying an older" in done.stdout
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, six_steps))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_malicious_checkpoint_is_not_executed(saved, train, tmp_path):
+def test_a_malicious_checkpoint_is_not_executed(six_steps, train, tmp_path):
     """Even one whose manifest fits: under its own layout, under another, and in the export."""
     mark = tmp_path / "executed"
 
@@ -153,17 +145,17 @@ def test_a_malicious_checkpoint_is_not_executed(saved, train, tmp_path):
 
     for pattern in ("*_model_states.pt", "*_optim_states.pt"):
         run = tmp_path / pattern[2:]
-        shutil.copytree(saved, run)
-        folder = run / "checkpoints/step-4"
+        shutil.copytree(six_steps, run)
+        folder = run / "checkpoints/step-6"
         torch.save(Malice(), max(folder.glob(pattern)))
         checkpoint.seal(folder, checkpoint.manifest_of(folder))
         layout = {"ranks": 2} if "model" in pattern else {"ranks": 1}
-        done = train(run, "max_steps=4", f"ep_size={layout['ranks']}", **layout, check=False)
+        done = train(run, "max_steps=6", f"ep_size={layout['ranks']}", **layout, check=False)
         assert done.returncode
         assert "holds pickled code, which is never run; delete" in done.stderr
         assert "Traceback" not in done.stderr
         with pytest.raises(ValueError, match="holds pickled code"):
-            export_run(run, 4, tmp_path / "export")
+            export_run(run, 6, tmp_path / "export")
     assert not mark.exists()
 
 

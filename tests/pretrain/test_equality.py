@@ -5,24 +5,37 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import Launch
+
 WORKER = Path(__file__).with_name("equality_worker.py")
 
 
-def test_two_ranks_equal_one_plain_process(launch):
-    """One launch for all cases: 10 steps, clipping, a depth that changes, targets unevenly spread."""
-    output = launch(2, WORKER, "ds_configs/zero3_ep.json").stdout
+def check(launch: Launch, which: str, cases: int) -> list[dict]:
+    """Runs some of the worker's cases, 5 clipped steps each, and checks what it reports."""
+    output = launch(2, WORKER, "ds_configs/zero3_ep.json", which).stdout
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
-    assert len(reports) == 15
+    assert len(reports) == cases
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-5, report
         assert report["smallest_norm"] > 0.3, report  # clipping was at work
-        assert report["moved"] > 5e-3, report  # training was at work: 10 steps of 1e-3
+        assert report["moved"] > 3e-3, report  # training was at work: 5 steps of 1e-3
         assert report["weights"] < 1e-4, report  # AdamW turns rounding of tiny gradients into steps
         assert report["loads_equal"], report
         assert report["bias_spread"] == 0, report
         assert report["skipped"], report  # a step with gradients that are not finite changes nothing
-    assert reports[3]["idle_experts"] == 2 * 2, reports[3]
+    return reports
+
+
+def test_two_ranks_equal_one_plain_process(launch):
+    """What test_matrix has no axis for, in one launch; targets are unevenly spread."""
+    reports = check(launch, "eager", 10)
+    assert reports[1]["idle_experts"] == 2 * 2, reports[1]
+
+
+@pytest.mark.slow
+def test_two_compiled_ranks_equal_one_plain_process(launch):
+    check(launch, "compiled", 1)
 
 
 def test_auto_ep_by_config_is_a_second_witness(launch):

@@ -76,7 +76,7 @@ def test_bf16_with_fp32_master_weights_follows_fp32(launch, tmp_path):
         {"stage": 3, "ep_size": 2, "accumulation": 4, "checkpointing": "block", "clip": 0.3, "loop": "fixed"},
     ]
     for report in run(launch, 2, [case | {"bf16": True} for case in cases], tmp_path):
-        assert 1e-5 < report["loss"] < 2e-3, report  # of about 4.2, over 3 steps
+        assert 1e-5 < report["loss"] < 2e-3, report  # of about 4.2, over 2 steps
         assert report["norm"] < 6e-3, report
         assert report["gradient_relative"] < 0.03, report
         assert report["missing"] == [], report

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, finish, start
+from .conftest import ROOT, finish, start_quickly
 
 SAME = ("lr", "recurrence_depth", "target_tokens", "tokens", "expert_load")
 
@@ -50,7 +50,7 @@ def test_every_checkpoint_of_one_and_four_ranks_is_loaded_by_two(launch, tmp_pat
 def continued(training, run: Path, ranks: int, stage: str, max_steps: int, *overrides: str) -> str:
     command = training(run, f"max_steps={max_steps}", "optimizer.decay_steps=6", *overrides)
     command[command.index("ds_configs/zero3_ep.json")] = f"ds_configs/{stage}.json"
-    return finish(start(ranks, *command)).stdout
+    return finish(start_quickly(ranks, *command)).stdout
 
 
 def equal_to_rounding(run: Path, whole: Path) -> None:
@@ -61,33 +61,25 @@ def equal_to_rounding(run: Path, whole: Path) -> None:
         assert [ours[key] for key in SAME] == [theirs[key] for key in SAME]
 
 
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory) -> Path:
-    """Six steps on two ranks, undisturbed, with the checkpoints of steps 2, 4 and 6."""
-    run = tmp_path_factory.mktemp("whole") / "run"
-    train(run, "max_steps=6", "save_every=2", "keep_last=3")
-    return run
-
-
-def test_the_same_command_continues_on_one_rank(training, whole, tmp_path):
+def test_the_same_command_continues_on_one_rank(training, six_steps, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(six_steps, run)
     for step in (4, 6):
         shutil.rmtree(run / f"checkpoints/step-{step}")
     (run / "checkpoints/converting").mkdir()  # of a conversion that was killed
     said = continued(training, run, 1, "zero1", 6, "ep_size=1", "save_every=2")
     changes = "world_size 2 -> 1, ep_size 2 -> 1, zero_stage 3 -> 1"
     assert f"resuming from {run}/checkpoints/step-2, converted: {changes}" in said
-    equal_to_rounding(run, whole)
+    equal_to_rounding(run, six_steps)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-4", "step-6"]
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_two_ranks_to_four_to_one_and_back(training, whole, tmp_path):
+def test_a_run_moves_from_two_ranks_to_four_to_one_and_back(training, six_steps, tmp_path):
     run = tmp_path / "run"
     continued(training, run, 2, "zero3_ep", 2)
     continued(training, run, 4, "zero2", 3, "ep_size=4")
     continued(training, run, 1, "zero1", 4, "ep_size=1")
     continued(training, run, 4, "zero3_ep", 5, "ep_size=2")
     continued(training, run, 2, "zero1", 6, "ep_size=2")
-    equal_to_rounding(run, whole)
+    equal_to_rounding(run, six_steps)

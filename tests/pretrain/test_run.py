@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +46,7 @@ def runs(train, tmp_path_factory) -> tuple[Path, Path]:
         log.write(json.dumps({**metrics(parts)[-1], "step": 4}) + '\n{"step": 5, "lo')
     resumed = train(parts, "max_steps=6", "optimizer.decay_steps=6", *DEPTH, "wandb.mode=offline")
     assert f"resuming from {parts}/checkpoints/step-3" in resumed.stdout
+    assert "done: 6 steps" in resumed.stdout
     return whole, parts
 
 
@@ -142,12 +142,6 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
     assert list((runs[1] / "wandb").glob("offline-run-*"))
 
 
-def test_the_step_line_says_what_a_person_looks_at(runs, train):
-    done = train(runs[0], "max_steps=6", "eval_every=3", "eval_batches=1", *DEPTH)  # finished: only exports
-    assert "resuming from" in done.stdout
-    assert "done: 6 steps" in done.stdout
-
-
 def test_the_exported_model_has_the_loss_that_training_reported(runs, data_folder):
     model = load_pretrained(runs[0] / "export")
     batch = Loader(data_folder, 64, 8, seed=0, split="validation").batch(0)
@@ -169,17 +163,3 @@ def test_offline_export_equals_the_live_one(runs, tmp_path):
     assert load_pretrained(tmp_path / "last").config == load_pretrained(runs[0] / "export").config
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; it has 6, 3"):
         export_run(runs[0], 5, tmp_path / "none")
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_line(runs, train, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs[0], run)
-    victim = next((run / "checkpoints/step-6").glob("*_optim_states.pt"))
-    victim.write_bytes(victim.read_bytes()[:-1])
-    done = train(run, "max_steps=6", "eval_every=3", "eval_batches=1", *DEPTH)
-    assert f"warning: {run}/checkpoints/step-6 is not whole ({victim.name} has" in done.stdout
-    assert f"resuming from {run}/checkpoints/step-3" in done.stdout
-    same = ("step", "loss", "grad_norm", "val_loss")
-    assert [[r.get(k) for k in same] for r in metrics(run)] == [
-        [r.get(k) for k in same] for r in metrics(runs[0])
-    ]
