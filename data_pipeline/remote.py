@@ -11,6 +11,7 @@ import http.client
 import io
 import os
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,7 +170,7 @@ def _transfer(url: str, file: io.FileIO, headers: dict[str, str], bar: Any) -> s
         raise DataError(f"{url}: {error.code} {error.reason}: mend the URL, or give a mirror") from error
     except URLError as error:
         return str(error.reason)
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         return str(error) or type(error).__name__
 
 

@@ -1,5 +1,6 @@
 """A web server on loopback whose answers go wrong in the ways real ones do, by the first part of the path."""
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """MODE/PATH below the root. Modes: range; plain, which ignores Range; cut, with ranges, and cutplain,
-    which break off after CUT bytes; hold, which stops half-way; wrong, another content of the same length;
-    silent, without a length; error.
+    which break off after CUT bytes; changed, which does so once and then has another file; hold, which stops
+    half-way; wrong, another content of the same length; silent, without a length; error.
     """
 
     server: Server
@@ -40,8 +41,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(503 if mode == "error" else 404)
             return
         data = path.read_bytes()
-        if mode == "wrong":
+        if mode == "wrong" or (mode == "changed" and len(self.server.requests) > 1):
             data = data[::-1]
+        tag = f'"{hashlib.sha256(data).hexdigest()}"'
+        if self.headers.get("If-Range", tag) != tag:
+            asked = None
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and "plain" not in mode else 0
         if start >= len(data) > 0:
             self.send_response(416)
@@ -52,6 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.send_header("ETag", tag)
         if mode != "silent":
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
@@ -61,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.server.go_on.wait(60)
             rest = rest[len(rest) // 2 :]
-        self.wfile.write(rest[:CUT] if mode.startswith("cut") else rest)
+        cut = mode.startswith("cut") or (mode == "changed" and len(self.server.requests) == 1)
+        self.wfile.write(rest[:CUT] if cut else rest)
 
     def log_message(self, *_: object) -> None:
         pass

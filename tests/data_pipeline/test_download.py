@@ -20,7 +20,7 @@ from data_pipeline import download as download_module
 from data_pipeline.download import DATA_SETS, DataSet, File, download
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import local_files, read_documents
-from data_pipeline.remote import expand, fetch, is_url
+from data_pipeline.remote import download_http, expand, fetch, is_url
 from tests.data_pipeline.http_server import CUT, Server, serving
 
 SCRIPT = Path(download_module.__file__)
@@ -106,6 +106,16 @@ def test_a_part_is_taken_up_where_it_stopped(tmp_path, server, mode, have):
     assert server.requests[0][1] == f"bytes={have}-"
     if mode == "range":
         assert len(server.requests) == (1 if have <= len(DATA) else 2)
+
+
+@pytest.mark.parametrize("have", [len(DATA), len(DATA) + 7])
+def test_a_range_behind_the_end_means_complete_or_another_file(tmp_path, server, have):
+    """Without a checksum to tell them apart."""
+    part = tmp_path / "part"
+    part.write_bytes((DATA + b"too long")[:have])
+    with part.open("a+b", buffering=0) as file:
+        download_http(server.url("range", "x.bin"), file)
+    assert part.read_bytes() == DATA
 
 
 def test_a_part_of_another_version_costs_one_more_download(tmp_path, server):
@@ -280,6 +290,11 @@ def test_what_an_earlier_process_left_of_a_url_is_not_trusted(tmp_path, server):
     (tmp_path / f"{name}.part").write_bytes(b"older")
     assert fetch(url, tmp_path).read_bytes() == DATA
     assert server.requests == [("/range/x.bin", None)]
+
+
+def test_a_file_that_changes_while_it_is_fetched_is_not_a_mixture(tmp_path, server):
+    assert fetch(server.url("changed", "x.bin"), tmp_path).read_bytes() == DATA[::-1]
+    assert [asked for _, asked in server.requests] == [None, f"bytes={CUT}-"]
 
 
 def test_of_several_readers_one_fetches(tmp_path, server):
