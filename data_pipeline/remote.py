@@ -11,6 +11,7 @@ import http.client
 import io
 import os
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 16  # bytes; a download that is killed loses no more
 TIMEOUT = 60.0  # seconds without a byte
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -153,11 +154,13 @@ def _transfer(url: str, file: io.FileIO, headers: dict[str, str], bar: Any) -> s
             if answer.headers.get("ETag", "").startswith('"'):  # a changed file is sent from the start
                 headers["If-Range"] = answer.headers["ETag"]
             length = answer.headers.get("Content-Length")
-            bar.total, bar.n = start + int(length) if length else None, start
+            total = start + int(length) if length else None
+            bar.total, bar.n = total, start
             while data := answer.read(CHUNK):
                 _write(file, data)
                 bar.update(len(data))
-        return "" if bar.total in (None, bar.n) else f"{bar.total} bytes were announced"
+        size = file.seek(0, os.SEEK_END)
+        return "" if total in (None, size) else f"{total} bytes were announced"
     except HTTPError as error:
         if error.code == 416 and start:  # nothing is left to send, or the file has become shorter
             if error.headers.get("Content-Range") == f"bytes */{start}":
@@ -167,7 +170,7 @@ def _transfer(url: str, file: io.FileIO, headers: dict[str, str], bar: Any) -> s
         raise DataError(f"{url}: {error.code} {error.reason}: mend the URL, or give a mirror") from error
     except URLError as error:
         return str(error.reason)
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
+    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
         return str(error) or type(error).__name__
 
 
