@@ -60,8 +60,10 @@ class StabilityConfig:
     """Steps that are skipped; see stability.py. A loss or gradient that is not finite always is."""
 
     max_zscore: float | None = 10.0  # robust z-score of loss or gradient norm above which it is a spike
-    window: int = 128  # steps that it is compared with
-    max_skipped: int = 10  # steps skipped one after another, after which the run ends
+    window: int = 64  # steps that it is compared with
+    # Steps skipped one after another, after which the run ends. More than half the window: what lasts longer
+    # than that is no spike.
+    max_skipped: int = 50
 
 
 @dataclass
@@ -218,6 +220,11 @@ def _check(config: RunConfig) -> None:
         number = getattr(stability, key)
         if number is not None and number < least:
             raise ValueError(f"stability.{key}={number} must be at least {least}")
+    if stability.max_zscore is not None and stability.max_skipped <= stability.window // 2 + 1:
+        raise ValueError(
+            f"stability.max_skipped={stability.max_skipped} must be above half of stability.window="
+            f"{stability.window} and 1, or a change of level that lasts ends the run; raise it"
+        )
     limit = config.time_limit_minutes
     if limit is not None and limit <= 0:
         raise ValueError(f"time_limit_minutes={limit} must be above 0")

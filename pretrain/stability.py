@@ -13,9 +13,11 @@ MAD_TO_STD = 1.4826  # a normal distribution's standard deviation over its media
 class SpikeGuard:
     """Judges a step by its loss and gradient norm, which are equal on all ranks, without reading the device.
 
-    A spike is a value whose robust z-score, (x - median) / (1.4826 MAD) over the last `window` steps that
-    were taken, exceeds `max_zscore`. The norm is compared by its logarithm. Only values that are too high
-    count, and none while the MAD is 0. Until `window` / 2 steps were taken, everything finite passes.
+    A spike is a value whose robust z-score, (x - median) / (1.4826 MAD) over the last `window` finite steps,
+    exceeds `max_zscore`. The norm is compared by its logarithm. Only values that are too high count, and none
+    while the MAD is 0. Until `window` / 2 steps were seen, everything finite passes. Spikes are remembered
+    too: what lasts longer than half a window is a new level, to which the weights brought the run, and no
+    batch to be left out.
 
     `history` (2, window) fp32, oldest first, NaN where there is nothing yet: part of a checkpoint.
     """
@@ -27,9 +29,10 @@ class SpikeGuard:
 
     @torch.no_grad()
     def refuses(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Scalars -> a boolean scalar, True: do not take this step. Else the step enters the history."""
+        """Scalars -> a boolean scalar, True: do not take this step. A finite one enters the history."""
         values = torch.stack((loss.to(self.history), grad_norm.to(self.history).log()))
-        refused = ~(values[0].isfinite() & grad_norm.isfinite())
+        finite = values[0].isfinite() & grad_norm.isfinite()
+        refused = ~finite
         if self.config.max_zscore is not None:
             median = self.history.nanmedian(1).values
             spread = MAD_TO_STD * (self.history - median[:, None]).abs().nanmedian(1).values
@@ -38,5 +41,5 @@ class SpikeGuard:
             spikes = (self.zscores > self.config.max_zscore) & (spread > 0)
             refused = refused | (known & spikes.any())
         longer = torch.cat((self.history[:, 1:], values[:, None]), 1)
-        self.history.copy_(torch.where(refused, self.history, longer))
+        self.history.copy_(torch.where(finite, longer, self.history))
         return refused
