@@ -6,6 +6,7 @@ equal positions in their signatures. The decisions depend on the documents and t
 the work was split.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -91,8 +92,8 @@ def keep_near(signatures: np.ndarray, threshold: float = THRESHOLD) -> Duplicate
     documents, groups = _shared_bands(signatures, *bands(threshold, signatures.shape[1]))
     minimum = threshold * signatures.shape[1] - 1e-9  # equal positions
     kept_in: dict[int, list[int]] = {}  # group -> its kept documents, ascending
-    starts = np.flatnonzero(np.diff(documents, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(documents)], strict=True):
+    edges = np.append(np.flatnonzero(np.diff(documents, prepend=-1)), len(documents))
+    for start, stop in pairwise(edges.tolist()):
         document = int(documents[start])
         mine = groups[start:stop].tolist()
         candidates = np.unique([other for group in mine for other in kept_in.get(group, ())]).astype(np.int64)
