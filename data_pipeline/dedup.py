@@ -131,7 +131,7 @@ def _shared_bands(signatures: np.ndarray, number: int, rows: int) -> tuple[np.nd
         shared = ~(new & np.append(new[1:], True))
         documents.append(order[shared])
         groups.append(total + np.cumsum(new & shared)[shared] - 1)
-        total += np.count_nonzero(new & shared)
+        total += int(np.count_nonzero(new & shared))
     members, labels = np.concatenate(documents), np.concatenate(groups)
     order = np.argsort(members, kind="stable")
     return members[order], labels[order]
