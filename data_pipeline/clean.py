@@ -167,8 +167,9 @@ def _repetition(n: int, kind: str) -> Rule:
     return Rule(f"max_duplicate_{n}grams", formula, "Gopher", lambda t: t.repeats[n][1])
 
 
-# In the order they are tried, cheap ones first. Characters do not count white space. C4's rule against curly
-# brackets and FineWeb's against lines without final punctuation are left out: they remove code and formulas.
+# In the order they are tried, cheap ones first. Characters do not count white space, but inside lines and
+# paragraphs. Left out: C4's rule on curly brackets and FineWeb's on lines without final punctuation, for they
+# remove code and formulas.
 RULES = (
     Rule("min_words", "words", "Gopher", lambda t: len(t.words)),
     Rule("max_words", "words", "Gopher", lambda t: len(t.words)),

@@ -6,6 +6,7 @@ equal positions in their signatures. The decisions depend on the documents and t
 the work was split.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -83,31 +84,41 @@ def keep_near(signatures: np.ndarray, threshold: float = THRESHOLD) -> Duplicate
     similarity is at least `threshold`; `duplicate_of` is the first such document. So whatever goes has its
     near duplicate among what stays, which chains of similar documents under union-find do not ensure.
 
-    Memory on top of the signatures (512 bytes a document at P = 128): about 40 bytes a document, and 16 bytes
-    for each band in which a document meets another.
+    10^6 documents, of which 300,000 nearly repeat another, take 20 CPU-seconds and 0.4 GB on top of the
+    signatures' 0.5 GB. The time grows with the pairs that share a band: at worst with the square of the
+    number of documents of one template that differ enough to stay (20,000 at similarity 0.5: 22 seconds).
     """
     count = len(signatures)
     duplicate_of = np.full(count, -1, np.int64)
     documents, groups = _shared_bands(signatures, *bands(threshold, signatures.shape[1]))
     minimum = threshold * signatures.shape[1] - 1e-9  # equal positions
-    kept_in: dict[int, list[int]] = {}  # group -> its kept documents, ascending
-    starts = np.flatnonzero(np.diff(documents, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(documents)], strict=True):
-        document = int(documents[start])
-        mine = groups[start:stop].tolist()
-        candidates = np.unique([other for group in mine for other in kept_in.get(group, ())]).astype(np.int64)
-        equal = np.count_nonzero(signatures[candidates] == signatures[document], axis=1)
-        similar = candidates[equal >= minimum]
-        if len(similar):
-            duplicate_of[document] = similar[0]
-        else:
-            for group in mine:
-                kept_in.setdefault(group, []).append(document)
+    # The kept documents of each group, ascending: kept[first[group] : last[group]].
+    sizes = np.bincount(groups)
+    first = np.cumsum(sizes) - sizes
+    last, kept = first.copy(), np.empty(len(groups), np.int64)
+    edges = np.append(np.flatnonzero(np.diff(documents, prepend=-1)), len(documents))
+    for start, stop in pairwise(edges.tolist()):
+        document, mine = documents[start], groups[start:stop]
+        begin, end = first[mine], last[mine]
+        met = np.flatnonzero(end > begin)
+        if len(met):
+            spans = zip(begin[met].tolist(), end[met].tolist(), strict=True)
+            candidates = np.unique(np.concatenate([kept[a:b] for a, b in spans]))
+            equal = np.count_nonzero(signatures[candidates] == signatures[document], axis=1)
+            similar = candidates[equal >= minimum]
+            if len(similar):
+                duplicate_of[document] = similar[0]
+                continue
+        kept[end] = document
+        last[mine] += 1
     return Duplicates(duplicate_of < 0, duplicate_of)
 
 
 def _shared_bands(signatures: np.ndarray, number: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """(documents (m,) ascending, groups (m,)): the documents that share a band's content, and which one."""
+    """(documents (m,) ascending, groups (m,)): the documents that share a band's content, and which one.
+
+    Groups are numbered from 0; a document is at most once in a group.
+    """
     documents: list[np.ndarray] = []
     groups: list[np.ndarray] = []
     total = 0
@@ -117,10 +128,10 @@ def _shared_bands(signatures: np.ndarray, number: int, rows: int) -> tuple[np.nd
         ordered = keys[order]
         new = np.ones(len(keys), bool)
         new[1:] = ordered[1:] != ordered[:-1]
-        alone = new & np.append(new[1:], True)
-        documents.append(order[~alone])
-        groups.append(total + np.cumsum(new)[~alone])
-        total += len(keys)
+        shared = ~(new & np.append(new[1:], True))
+        documents.append(order[shared])
+        groups.append(total + np.cumsum(new & shared)[shared] - 1)
+        total += int(np.count_nonzero(new & shared))
     members, labels = np.concatenate(documents), np.concatenate(groups)
     order = np.argsort(members, kind="stable")
     return members[order], labels[order]
