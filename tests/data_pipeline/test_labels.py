@@ -18,13 +18,13 @@ from data_pipeline.shards import (
     Manifest,
     Source,
     Split,
-    TokenStream,
     open_manifest,
     write_file,
     write_manifest,
     write_shards,
 )
 from data_pipeline.sources import Document, LabelledDocument, read_documents
+from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
 

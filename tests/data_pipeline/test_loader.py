@@ -6,7 +6,8 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader
 from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
-from data_pipeline.shards import TokenStream, open_manifest
+from data_pipeline.shards import open_manifest
+from data_pipeline.token_stream import TokenStream
 
 from .conftest import prompt_length
 
