@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import DataError, user_errors
 from data_pipeline.files import require_file
+from data_pipeline.kinds import input_files, read_documents
 from data_pipeline.order import key_of, mixture_table, permute
 from data_pipeline.recipe import Recipe, load_recipe
 from data_pipeline.shards import (
@@ -40,7 +41,7 @@ from data_pipeline.shards import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import Document, LabelledDocument, input_files, read_documents
+from data_pipeline.sources import Document, LabelledDocument
 from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_tokenizer
 
 OWN_KEYS = ("name", "kind", "weight", "mask_prompt")  # of a source; the others are options of its kind

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, Stage, stage_starts
-from data_pipeline.packing import Packing, Rows, packing_of, read_rows
+from data_pipeline.packing import Packing, Rows, packing_of
 from data_pipeline.recipe import nearest
 from data_pipeline.shards import SPLITS, Manifest, Shard
 from data_pipeline.streaming import ShardCache, open_data
@@ -92,7 +92,7 @@ class Loader:
         weights = {name: source.weight for name, source in manifest.sources.items()}
         batch_tokens = global_batch_size * sequence_length
         starts = stage_starts(stages, list(weights), batch_tokens, global_batch_size) or [(0, weights)]
-        self._streams: dict[str, TokenStream] = {}
+        self._shards: dict[str, tuple[Shard, ...]] = {}
         self._packings: dict[str, Packing] = {}
         for name in weights:
             if any(stage.get(name, 0) for _, stage in starts):
@@ -148,11 +148,11 @@ class Loader:
                 f"source {name!r} has {stream.tokens} {split} tokens, less than one row of sequence_length "
                 f"{self.sequence_length}: lower it or build with more {split} documents"
             )
-        self._streams[name], self._packings[name] = stream, packing
+        self._shards[name], self._packings[name] = stream.shards, packing
 
     def _block_shards(self, name: str, block: int) -> tuple[Shard, ...]:
-        size = self._shuffle_shards or len(self._streams[name].shards)
-        return self._streams[name].shards[block * size : (block + 1) * size]
+        size = self._shuffle_shards or len(self._shards[name])
+        return self._shards[name][block * size : (block + 1) * size]
 
     def _check_cache(self) -> None:
         """Each source has a block in use and the next one on its way; without blocks, all shards in use."""
@@ -197,16 +197,16 @@ class Loader:
 
     def _read(self, name: str, rows: np.ndarray, step: int) -> Rows:
         """Rows of one source, those with damage left out as far as that is allowed."""
-        stream, packing = self._streams[name], self._packings[name]
+        packing = self._packings[name]
         try:
-            return read_rows(stream, packing, rows, self.sequence_length, self._cu_size)
+            return packing.read(rows, self._cu_size)
         except DamagedError:
             if self.max_damaged_rows == 0:
                 raise
         out = Rows.empty(len(rows), self.sequence_length, self._cu_size)
         for place, row in enumerate(rows.tolist()):
             try:
-                one = read_rows(stream, packing, rows[[place]], self.sequence_length, self._cu_size)
+                one = packing.read(rows[[place]], self._cu_size)
             except DamagedError as error:
                 self._leave_out(name, row, step, error)
                 continue

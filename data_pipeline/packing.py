@@ -4,8 +4,8 @@ A packing is planned over blocks of consecutive documents, which share no row: a
 or, where the order of the rows is shuffled shard block by shard block, each block of shards is one.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,19 +26,98 @@ class Layout(NamedTuple):
     document: np.ndarray
 
 
-class Packing(Protocol):
-    block_rows: np.ndarray  # (blocks,) rows of each block, which are numbered one block after another
+class Rows(NamedTuple):
+    """b rows of T tokens; S - 1 segments at most in each."""
+
+    tokens: np.ndarray  # (b, T) int32, PAD_ID behind the last document of a row
+    targets: np.ndarray  # (b, T) int32
+    cu_seqlens: np.ndarray  # (b, S) int32
+    lengths: np.ndarray  # (b,) int32, tokens before the padding
+
+    @classmethod
+    def empty(cls, count: int, sequence_length: int, cu_size: int) -> "Rows":
+        """Rows of padding alone: one segment, nothing to predict."""
+        shape = (count, sequence_length)
+        cu = np.full((count, cu_size), sequence_length, dtype=np.int32)
+        cu[:, 0] = 0
+        return cls(
+            np.full(shape, PAD_ID, dtype=np.int32),
+            np.full(shape, IGNORE_INDEX, dtype=np.int32),
+            cu,
+            np.zeros(count, dtype=np.int32),
+        )
+
+
+class Packing(ABC):
+    """The documents of one source as rows of T tokens, which are numbered one block after another."""
+
+    block_rows: np.ndarray  # (blocks,) rows of each block
     rows: int
     max_segments: int  # of any row, padding at its end counted as one
     dropped_tokens: int  # in no row
     padded_tokens: int  # places of an epoch that hold no token
 
+    def __init__(self, stream: TokenStream, sequence_length: int, blocks: np.ndarray | None = None) -> None:
+        """`blocks`: (blocks + 1,) the first document of each, then the number of documents; None: one."""
+        self._stream, self._T = stream, sequence_length
+        self._documents = stream.document_starts
+        self._plan(np.array([0, len(self._documents) - 1]) if blocks is None else blocks)
+
+    @abstractmethod
+    def _plan(self, blocks: np.ndarray) -> None:
+        """Sets what is declared above."""
+
+    @abstractmethod
     def layout(self, rows: np.ndarray) -> Layout:
         """The pieces of `rows` (n,)."""
-        ...
+
+    def read(self, rows: np.ndarray, cu_size: int) -> Rows:
+        """The rows numbered `rows` (n,); cu_seqlens of width `cu_size`, above max_segments.
+
+        In a labelled source a target is the label at its place. Else it is the next token of the same
+        document, IGNORE_INDEX at a document's last token and where the next token belongs to a masked prompt.
+        Padding is a segment of its own without targets. Raises DamagedError where a member that the rows
+        touch is damaged.
+        """
+        stream, T = self._stream, self._T
+        n, pieces = len(rows), self.layout(rows)
+        row, column, start, length, document = pieces
+        stop = column + length
+        # Pieces that follow each other in the stream as well are read at once.
+        new = np.flatnonzero((row[1:] != row[:-1]) | (start[1:] != start[:-1] + length[:-1])) + 1
+        first = np.concatenate([[0], new])
+        last = np.concatenate([new, [len(row)]]) - 1
+        span_start, span_stop = start[first], start[last] + length[last]
+        buffer = np.full((n, T + 1), PAD_ID, dtype=np.int32)
+        # One token past the row, since the target at its edge lies there.
+        further = (stop[last] == T) & (span_stop < stream.tokens)
+        stream.gather(
+            buffer, row[first] * (T + 1) + column[first], span_start, span_stop - span_start + further
+        )
+        final = np.flatnonzero(np.diff(row, append=n))
+        lengths = stop[final].astype(np.int32)
+        if stream.labelled:
+            targets = np.full((n, T), IGNORE_INDEX, dtype=np.int32)
+            places = row[first] * T + column[first]
+            stream.gather(targets, places, span_start, span_stop - span_start, labels=True)
+        else:
+            targets = buffer[:, 1:].copy()
+            flat = targets.reshape(-1)
+            ends = start + length == stream.document_starts[document + 1]
+            flat[(row * T + stop - 1)[ends]] = IGNORE_INDEX
+            if stream.has_prompts:
+                masked = np.clip(stream.prompt_ends[document] - 1 - start, 0, length)
+                flat[ragged(row * T + column, masked)[1]] = IGNORE_INDEX
+            if (lengths < T).any():
+                targets[np.arange(T) >= lengths[:, None]] = IGNORE_INDEX
+        cu = np.full((n, cu_size), T, dtype=np.int32)
+        counts = np.diff(final, prepend=-1)
+        cu[row, np.arange(len(row)) - (final + 1 - counts)[row]] = column
+        cu[np.arange(n), counts] = lengths  # the padding, or T again
+        return Rows(buffer[:, :T], targets, cu, lengths)
 
 
-class ConcatPacking:
+class ConcatPacking(Packing):
     """Row r is T tokens of the stream of documents, r rows from its block's start; a block's last incomplete
     row is dropped and counted.
 
@@ -46,16 +125,13 @@ class ConcatPacking:
     see what came before. Where labels depend on the whole document, let T be a multiple of its length.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, blocks: np.ndarray | None = None) -> None:
-        """`blocks`: (blocks + 1,) the first document of each, then the number of documents; None: one."""
-        T = self._T = sequence_length
-        blocks = np.array([0, len(stream.document_starts) - 1]) if blocks is None else blocks
-        self._documents = stream.document_starts
-        self._block_starts = stream.document_starts[blocks]
+    def _plan(self, blocks: np.ndarray) -> None:
+        T = self._T
+        self._block_starts = self._documents[blocks]
         self.block_rows = np.diff(self._block_starts) // T
         self._first_rows = np.cumsum(self.block_rows) - self.block_rows
         self.rows = int(self.block_rows.sum())
-        self.dropped_tokens = stream.tokens - self.rows * T
+        self.dropped_tokens = self._stream.tokens - self.rows * T
         self.padded_tokens = 0
         # A row begins a segment at its first token and one more at every document start inside it.
         block_of = np.repeat(np.arange(len(self.block_rows)), np.diff(blocks))
@@ -77,7 +153,7 @@ class ConcatPacking:
         return Layout(row, start - begin, start, stop - start, document)
 
 
-class BestFitPacking:
+class BestFitPacking(Packing):
     """Documents of at most T tokens whole, longer ones in pieces of T and a rest; nothing is dropped.
 
     Each block is packed by best-fit decreasing: the pieces from the longest to the shortest, each into the
@@ -87,11 +163,9 @@ class BestFitPacking:
     takes 24 bytes a piece.
     """
 
-    def __init__(self, stream: TokenStream, sequence_length: int, blocks: np.ndarray | None = None) -> None:
-        """`blocks` as for ConcatPacking."""
-        T = sequence_length
-        blocks = np.array([0, len(stream.document_starts) - 1]) if blocks is None else blocks
-        lengths = np.diff(stream.document_starts)
+    def _plan(self, blocks: np.ndarray) -> None:
+        T = self._T
+        lengths = np.diff(self._documents)
         pieces = -(-lengths // T)
         document, part = ragged(np.zeros(len(lengths), dtype=np.int64), pieces)
         size = np.minimum(lengths[document] - part * T, T)
@@ -106,7 +180,7 @@ class BestFitPacking:
             self.rows += count
         self.block_rows = np.array(block_rows)
         order = np.argsort(row, kind="stable")  # within a row as in the stream
-        self._start = (stream.document_starts[document] + part * T)[order]
+        self._start = (self._documents[document] + part * T)[order]
         self._length = size[order].astype(np.int64)
         self._document = document[order]
         counts = np.bincount(row, minlength=self.rows)
@@ -124,6 +198,16 @@ class BestFitPacking:
         before = np.cumsum(length) - length
         column = before - before[np.searchsorted(row, row)]
         return Layout(row, column, self._start[piece], length, self._document[piece])
+
+
+PACKINGS: dict[str, type[Packing]] = {"concat": ConcatPacking, "best_fit": BestFitPacking}
+
+
+def packing_of(name: str) -> type[Packing]:
+    """Raises DataError, with the nearest name, for one that does not exist."""
+    if name not in PACKINGS:
+        raise DataError(f"unknown data.packing {name!r}; {nearest(name, list(PACKINGS))}")
+    return PACKINGS[name]
 
 
 def ragged(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -173,81 +257,3 @@ def best_fit(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, int
             done += used * each
             count -= used * each
     return rows, taken
-
-
-class Rows(NamedTuple):
-    """b rows of T tokens; S - 1 segments at most in each."""
-
-    tokens: np.ndarray  # (b, T) int32, PAD_ID behind the last document of a row
-    targets: np.ndarray  # (b, T) int32
-    cu_seqlens: np.ndarray  # (b, S) int32
-    lengths: np.ndarray  # (b,) int32, tokens before the padding
-
-    @classmethod
-    def empty(cls, count: int, sequence_length: int, cu_size: int) -> "Rows":
-        """Rows of padding alone: one segment, nothing to predict."""
-        shape = (count, sequence_length)
-        cu = np.full((count, cu_size), sequence_length, dtype=np.int32)
-        cu[:, 0] = 0
-        return cls(
-            np.full(shape, PAD_ID, dtype=np.int32),
-            np.full(shape, IGNORE_INDEX, dtype=np.int32),
-            cu,
-            np.zeros(count, dtype=np.int32),
-        )
-
-
-def read_rows(stream: TokenStream, packing: Packing, rows: np.ndarray, T: int, cu_size: int) -> Rows:
-    """The rows numbered `rows` (n,) of a source.
-
-    In a labelled source a target is the label at its place. Else it is the next token of the same document,
-    IGNORE_INDEX at a document's last token and where the next token belongs to a masked prompt. Padding is a
-    segment of its own without targets. cu_seqlens are the starts of the segments, 0 first, padded with T.
-    Raises DataError where a member that the rows touch is damaged.
-    """
-    n, pieces = len(rows), packing.layout(rows)
-    row, column, start, length, document = pieces
-    stop = column + length
-    # Pieces that follow each other in the stream as well are read at once.
-    new = np.flatnonzero((row[1:] != row[:-1]) | (start[1:] != start[:-1] + length[:-1])) + 1
-    first = np.concatenate([[0], new])
-    last = np.concatenate([new, [len(row)]]) - 1
-    span_start, span_stop = start[first], start[last] + length[last]
-    buffer = np.full((n, T + 1), PAD_ID, dtype=np.int32)
-    # One token past the row, since the target at its edge lies there.
-    further = (stop[last] == T) & (span_stop < stream.tokens)
-    stream.gather(buffer, row[first] * (T + 1) + column[first], span_start, span_stop - span_start + further)
-    final = np.flatnonzero(np.diff(row, append=n))
-    lengths = stop[final].astype(np.int32)
-    if stream.labelled:
-        targets = np.full((n, T), IGNORE_INDEX, dtype=np.int32)
-        places = row[first] * T + column[first]
-        stream.gather(targets, places, span_start, span_stop - span_start, labels=True)
-    else:
-        targets = buffer[:, 1:].copy()
-        flat = targets.reshape(-1)
-        ends = start + length == stream.document_starts[document + 1]
-        flat[(row * T + stop - 1)[ends]] = IGNORE_INDEX
-        if stream.has_prompts:
-            masked = np.clip(stream.prompt_ends[document] - 1 - start, 0, length)
-            flat[ragged(row * T + column, masked)[1]] = IGNORE_INDEX
-        if (lengths < T).any():
-            targets[np.arange(T) >= lengths[:, None]] = IGNORE_INDEX
-    cu = np.full((n, cu_size), T, dtype=np.int32)
-    counts = np.diff(final, prepend=-1)
-    cu[row, np.arange(len(row)) - (final + 1 - counts)[row]] = column
-    cu[np.arange(n), counts] = lengths  # the padding, or T again
-    return Rows(buffer[:, :T], targets, cu, lengths)
-
-
-PACKINGS: dict[str, Callable[[TokenStream, int, np.ndarray | None], Packing]] = {
-    "concat": ConcatPacking,
-    "best_fit": BestFitPacking,
-}
-
-
-def packing_of(name: str) -> Callable[[TokenStream, int, np.ndarray | None], Packing]:
-    """Raises DataError, with the nearest name, for one that does not exist."""
-    if name not in PACKINGS:
-        raise DataError(f"unknown data.packing {name!r}; {nearest(name, list(PACKINGS))}")
-    return PACKINGS[name]

@@ -1,4 +1,4 @@
-"""Readers of the published files as they are, and the one place of prompt formats.
+"""Readers of real files as they are, and the one place of prompt formats.
 
 Prompts and targets are those of lm-evaluation-harness. Every reader streams; archives are read member by
 member and never extracted, so a member's name cannot reach the disk. Errors name the file and the line.
@@ -6,17 +6,13 @@ member and never extracted, so a member's name cannot reach the disk. Errors nam
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import MISSING
-
-from data_pipeline import addition, causal_loop, causal_loop_v2, p_hop
 from data_pipeline.errors import DataError
-from data_pipeline.files import decode, json_lines, open_text, tar_members
-from data_pipeline.recipe import nearest, structured
+from data_pipeline.files import decode, json_lines, parquet_rows, tar_members, text_fields, text_lines
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +54,13 @@ class Problem:
 
 def read_gsm8k(path: Path) -> Iterator[Problem]:
     """GSM8K jsonl, `{"question", "answer"}` a line."""
-    for number, row in json_lines(path, ("question", "answer")):
+    keys = ("question", "answer")
+    for number, row in json_lines(path, keys):
+        question, answer = text_fields(row, keys, f"{path} line {number}")
         yield Problem(
             id=f"gsm8k-{Path(path).stem}-{number - 1}",
-            prompt=f"Question: {row['question']}\nAnswer:",
-            target=f" {row['answer']}",
+            prompt=f"Question: {question}\nAnswer:",
+            target=f" {answer}",
             group="gsm8k",
         )
 
@@ -75,7 +73,7 @@ def read_arc(path: Path) -> Iterator[Problem]:
     group = next((f"arc_{name}" for name in ("easy", "challenge") if name in stem), stem)
     for number, row in json_lines(path, ("id", "question", "answerKey")):
         try:
-            choices = tuple(f" {choice['text']}" for choice in row["question"]["choices"])
+            texts = [choice["text"] for choice in row["question"]["choices"]]
             labels = [choice["label"] for choice in row["question"]["choices"]]
             stem_text = row["question"]["stem"]
         except (KeyError, TypeError) as error:
@@ -84,6 +82,9 @@ def read_arc(path: Path) -> Iterator[Problem]:
             ) from error
         if row["answerKey"] not in labels:
             raise DataError(f"{path} line {number}: answerKey {row['answerKey']!r} is none of {labels}")
+        if not all(isinstance(x, str) for x in (row["id"], stem_text, *labels, *texts)):
+            raise DataError(f"{path} line {number}: a field of this ARC problem is not text: mend the file")
+        choices = tuple(f" {text}" for text in texts)
         gold = labels.index(row["answerKey"])
         yield Problem(row["id"], f"Question: {stem_text}\nAnswer:", choices[gold], choices, gold, group)
 
@@ -95,8 +96,7 @@ def read_logiqa(path: Path) -> Iterator[Problem]:
     so the options are sorted by it. An option whose letter stands elsewhere ("City B.S has") takes the letter
     of its place.
     """
-    with open_text(path) as file:
-        lines = file.read().split("\n")
+    lines = [line.rstrip("\n") for line in text_lines(path)]
     while lines and not lines[-1].strip():
         lines.pop()
     for start in range(0, len(lines), 8):
@@ -147,10 +147,11 @@ def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]
     logged.
     """
     members: dict[str, bytes] = {}
-    for name, data in tar_members(path):
-        match = re.search(rf"(?:^|/)({re.escape(size)}|en)/qa(\d+)_[^/]*_{re.escape(split)}\.txt$", name)
-        if match:
-            members[f"{match[1]}/{match[2]}"] = data
+    wanted = re.compile(rf"(?:^|/)({re.escape(size)}|en)/qa(\d+)_[^/]*_{re.escape(split)}\.txt$").search
+    for name, data in tar_members(path, wanted):
+        match = wanted(name)
+        assert match
+        members[f"{match[1]}/{match[2]}"] = data
     for task in range(1, 21):
         folder = size
         if f"{size}/{task}" not in members and f"en/{task}" in members:
@@ -208,7 +209,7 @@ def read_wiki(path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Documents of a text file, or of a tar of text files (one document a file).
+    """Documents of a text file, or of a tar of text files (one document a file), compressed or not.
 
     A single file is cut at blank lines into documents of at least MIN_TEXT_DOCUMENT characters (the last may
     be shorter). White space at the ends of a document is dropped, empty documents are skipped.
@@ -220,157 +221,30 @@ def read_text(path: Path) -> Iterator[str]:
         return
     document: list[str] = []
     size = 0
-    with open_text(path) as file:
-        for line in file:
-            if not line.strip() and size >= MIN_TEXT_DOCUMENT:
-                yield "".join(document).strip()
-                document, size = [], 0
-            document.append(line)
-            size += len(line)
+    for line in text_lines(path):
+        if not line.strip() and size >= MIN_TEXT_DOCUMENT:
+            yield "".join(document).strip()
+            document, size = [], 0
+        document.append(line)
+        size += len(line)
     if text := "".join(document).strip():
         yield text
 
 
-# ---- training text by kind
+def read_jsonl(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
+    """One document a line of a JSON lines file, compressed or not.
 
-
-@dataclass(frozen=True)
-class FixedOptions:
-    """Options of a kind whose training files are fixed, so that a test file cannot get into a corpus."""
-
-    max_documents: int | None = None
-    max_bytes: int | None = None  # UTF-8 bytes; reading stops before the document that would exceed it
-
-
-@dataclass(frozen=True)
-class BabiOptions(FixedOptions):
-    size: str = "en-10k"  # or en
-
-
-@dataclass(frozen=True)
-class FileOptions(FixedOptions):
-    files: list[str] = MISSING  # relative to the data folder
-
-
-@dataclass(frozen=True)
-class CausalLoopOptions:
-    num_samples: int = MISSING
-    levels: list[int] = field(default_factory=lambda: list(causal_loop.LEVELS))
-    seed: int = 0
-    trace_fraction: float = 0.75  # share of documents with the worked trace
-
-
-@dataclass(frozen=True)
-class PHopOptions:
-    num_samples: int = MISSING
-    hops: int = 3
-    length: int = 24  # characters
-    alphabet: int = 4  # letters
-    seed: int = 0
-    split: str = "train"
-
-
-@dataclass(frozen=True)
-class CausalLoopV2Options:
-    num_samples: int = MISSING
-    depths: list[int] = field(default_factory=lambda: list(range(1, 9)))
-    families: list[str] = field(default_factory=lambda: list(causal_loop_v2.FAMILIES))
-    modulus: int = 7
-    variables: int = 5
-    statements: int = 12
-    names: int = 26
-    seed: int = 0
-    split: str = "train"
-
-
-@dataclass(frozen=True)
-class AdditionOptions:
-    num_samples: int = MISSING
-    operands: int = 8
-    modulus: int = 10
-    seed: int = 0
-    split: str = "train"
-
-
-def input_files(kind: str, options: Mapping[str, Any]) -> list[str]:
-    """The files `read_documents` would read, relative to the data folder. Raises DataError as it does."""
-    entry, parsed = _parse(kind, options)
-    return list(entry.files(parsed))
-
-
-def read_documents(
-    kind: str, root: Path, options: Mapping[str, Any]
-) -> Iterator[Document | LabelledDocument]:
-    """Training text of a source kind, one document at a time; training files only.
-
-    Raises DataError for an unknown kind or option (naming the nearest), a wrong type and a missing file.
+    `fields` are the names of one text, or of a prompt and its completion, all of them strings.
     """
-    entry, parsed = _parse(kind, options)
-    size = 0
-    for count, document in enumerate(entry.read([Path(root) / file for file in entry.files(parsed)], parsed)):
-        size += len(document.text.encode())
-        if isinstance(parsed, FixedOptions) and (
-            (parsed.max_documents is not None and count >= parsed.max_documents)
-            or (parsed.max_bytes is not None and size > parsed.max_bytes)
-        ):
-            return
-        yield document
+    return _rows(json_lines, path, fields, "line")
 
 
-class _Kind(NamedTuple):
-    options: type
-    files: Callable[[Any], Sequence[str]]
-    read: Callable[[list[Path], Any], Iterator[Document | LabelledDocument]]
+def read_parquet(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
+    """One document a row of a parquet file; `fields` as in `read_jsonl`."""
+    return _rows(parquet_rows, path, fields, "row")
 
 
-def _parse(kind: str, options: Mapping[str, Any]) -> tuple[_Kind, Any]:
-    if kind not in KINDS:
-        raise DataError(f"unknown source kind {kind!r}; {nearest(kind, list(KINDS))}")
-    return KINDS[kind], structured(KINDS[kind].options, options, f"options of source kind {kind!r}")
-
-
-def _problems(read: Callable[[Path], Iterator[Problem]]) -> Callable[[list[Path], Any], Iterator[Document]]:
-    return lambda paths, _: (Document(p.prompt, p.target) for path in paths for p in read(path))
-
-
-def _texts(read: Callable[[Path], Iterator[str]]) -> Callable[[list[Path], Any], Iterator[Document]]:
-    return lambda paths, _: (Document("", text) for path in paths for text in read(path))
-
-
-def _read_babi_documents(paths: list[Path], options: BabiOptions) -> Iterator[Document]:
-    return (Document(p.prompt, p.target) for p in read_babi(paths[0], "train", options.size))
-
-
-def _read_causal_loop(_: list[Path], options: CausalLoopOptions) -> Iterator[Document]:
-    for sample in causal_loop.generate(options.num_samples, options.levels, options.seed, "train"):
-        yield Document(*causal_loop.training_document(sample, options.trace_fraction))
-
-
-def _read_p_hop(_: list[Path], o: PHopOptions) -> Iterator[LabelledDocument]:
-    for sample in p_hop.generate(o.num_samples, o.hops, o.length, o.alphabet, o.seed, o.split):
-        yield LabelledDocument(sample.text, sample.labels)
-
-
-def _read_addition(_: list[Path], o: AdditionOptions) -> Iterator[LabelledDocument]:
-    for sample in addition.generate(o.num_samples, o.operands, o.modulus, o.seed, o.split):
-        yield LabelledDocument(sample.text, sample.labels)
-
-
-def _read_causal_loop_v2(_: list[Path], o: CausalLoopV2Options) -> Iterator[LabelledDocument]:
-    size = (o.modulus, o.variables, o.statements, o.names)
-    for sample in causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split):
-        yield LabelledDocument(*sample.labelled())
-
-
-_ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")
-KINDS = {
-    "gsm8k": _Kind(FixedOptions, lambda _: ("gsm8k/train.jsonl",), _problems(read_gsm8k)),
-    "arc": _Kind(FixedOptions, lambda _: _ARC_TRAIN, _problems(read_arc)),
-    "babi": _Kind(BabiOptions, lambda _: ("babi/tasks_1-20_v1-2.tar.gz",), _read_babi_documents),
-    "wiki": _Kind(FileOptions, lambda options: options.files, _texts(read_wiki)),
-    "text": _Kind(FileOptions, lambda options: options.files, _texts(read_text)),
-    "causal_loop": _Kind(CausalLoopOptions, lambda _: (), _read_causal_loop),
-    "p_hop": _Kind(PHopOptions, lambda _: (), _read_p_hop),
-    "causal_loop_v2": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2),
-    "addition": _Kind(AdditionOptions, lambda _: (), _read_addition),
-}
+def _rows(read: Callable[..., Any], path: Path, fields: Sequence[str], unit: str) -> Iterator[Document]:
+    for number, row in read(path, fields):
+        *prompt, completion = text_fields(row, fields, f"{path} {unit} {number}")
+        yield Document(prompt[0] if prompt else "", completion)

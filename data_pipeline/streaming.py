@@ -1,81 +1,52 @@
-"""Data folders on object stores: any fsspec URL, with a cache on the local disk.
+"""Data folders on object stores: any URL that remote.py reads, with a cache on the local disk.
 
 Manifest, tokenizer and indices are fetched at start, shards when they are needed: whole, compared with the
-manifest's sha256, and renamed into place, so that a file in the cache is always a good one. The ranks of a
-node share the cache; a shard that several want is fetched by one of them, while the others wait for its lock
-(flock, which the kernel takes from a process that dies). http and https need nothing; the package of any
-other protocol, such as s3fs for s3, has to be installed.
+manifest's sha256, and renamed into place, so that a file of the cache is a good one. The ranks of a node
+share the cache; a shard that several want is fetched by one of them, while the others wait for its lock.
 """
 
-import fcntl
 import hashlib
+import io
 import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
-from urllib.request import urlopen
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import (
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    Shard,
-    open_manifest,
-    parse_manifest,
-    write_file,
-)
+from data_pipeline.remote import download, is_url, unfinished
+from data_pipeline.shards import MANIFEST, TOKENIZER, Manifest, Shard, open_manifest, parse_manifest
 from data_pipeline.token_stream import DamagedError, ShardFiles
 
-ATTEMPTS = 3  # of a transfer that breaks off or arrives damaged
-TIMEOUT = 60  # seconds without a byte
-NETWORK_ERRORS = (OSError, HTTPException)
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether `path` is an URL, good or not, and no local folder."""
-    return "::" in str(path) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", str(path)) is not None
+ATTEMPTS = 2  # at a file that arrives damaged
 
 
 def open_data(
     path: str | Path, cache: str | Path | None = None, cache_bytes: int | None = None
 ) -> tuple[Manifest, ShardFiles]:
-    """The checked manifest of a data folder or URL and its shards.
+    """The checked manifest of a data folder or URL, and its shards.
 
-    A URL's files come into `cache`/HASH OF THE MANIFEST; past `cache_bytes` of shards there (None: no limit)
-    those fetched first are deleted. Raises DataError as `open_manifest` does, for a URL whose files cannot be
-    read or that is refused (`pipe:` runs a shell, `::` chains protocols), and for a URL without a cache.
+    A URL's files come into `cache`/HASH OF THE MANIFEST; beyond `cache_bytes` of shards there (None: no
+    limit) the oldest are deleted. Raises DataError as `open_manifest` does, for a URL that cannot be read or
+    is refused (see remote.is_url) and for one without a cache.
     """
-    if not is_url(path):
+    if not is_url(str(path)):
         manifest = open_manifest(path)
         return manifest, ShardFiles(manifest.path, manifest.dtype)
     url = str(path).rstrip("/")
-    if "::" in url or not re.fullmatch(r"[a-z][a-z0-9+.-]+://.+", url):
-        raise DataError(
-            f"data.path={url} is refused: give a folder or one PROTOCOL://PLACE, no pipe: and no chain (::)"
-        )
     if cache is None:
         raise DataError(f"data.path={url} is remote: set data.cache to a local folder for its shards")
-    try:
-        with _open(f"{url}/{MANIFEST}") as file:
-            data = file.read()
-    except FileNotFoundError as error:
-        raise DataError(f"{url} has no {MANIFEST}: mend data.path or finish its build") from error
-    except (*NETWORK_ERRORS, ImportError, ValueError) as error:
-        raise DataError(f"{url}/{MANIFEST} cannot be read: {_one_line(error)}") from error
+    with tempfile.TemporaryDirectory() as folder_name:
+        copy = Path(folder_name) / MANIFEST
+        with copy.open("a+b", buffering=0) as file:
+            download(f"{url}/{MANIFEST}", file)
+        data = copy.read_bytes()
     folder = Path(cache) / hashlib.sha256(data).hexdigest()[:16]
     manifest = parse_manifest(folder, data)
-    (folder / "locks").mkdir(parents=True, exist_ok=True)
     files = ShardCache(url, manifest, cache_bytes)
-    with files.locked(MANIFEST):
-        write_file(folder / MANIFEST, data)
+    files.fetch(MANIFEST, len(data), manifest.sha256)
     files.fetch(TOKENIZER, manifest.tokenizer_bytes, manifest.tokenizer_sha256)
     for shard in manifest.shards():
         files.fetch(shard.index_file, shard.index_bytes, shard.index_sha256)
@@ -94,26 +65,28 @@ class ShardCache(ShardFiles):
         self._prefetching: Thread | None = None
 
     def array(self, shard: Shard) -> np.ndarray:
-        """As of ShardFiles. Of the mapped shards those last used are let go past `cache_bytes`: a deleted
-        file takes its place on the disk until then. Raises DamagedError also for a shard that cannot be
-        fetched whole.
+        """As of ShardFiles. Of the mapped shards those not used for longest are let go beyond `cache_bytes`,
+        for a deleted file keeps its place on the disk while it is mapped. Raises DamagedError also for a
+        shard that does not arrive whole.
         """
         array = self._arrays.pop(shard.file, None)
         if array is None:
             path = self.fetch(shard.file, shard.bytes, shard.sha256)
             os.utime(path)
             array = self._map(path, shard)
-            self._evict(path)
+            self._delete_oldest(keep=path)
         self._arrays[shard.file] = array  # the last one is the newest
         if self.cache_bytes is not None:
-            while len(self._arrays) > 1 and sum(a.nbytes for a in self._arrays.values()) > self.cache_bytes:
+            while sum(a.nbytes for a in self._arrays.values()) > self.cache_bytes:
                 del self._arrays[next(iter(self._arrays))]
         return array
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         """Fetch in a thread what is not here yet, unless the last such thread is still at it."""
+        if self._prefetching is not None and self._prefetching.is_alive():
+            return
         missing = [shard for shard in shards if not (self.folder / shard.file).exists()]
-        if missing and (self._prefetching is None or not self._prefetching.is_alive()):
+        if missing:
             # A daemon: a process that ends does not wait for shards it will not read.
             self._prefetching = Thread(target=self._prefetch, args=(missing,), daemon=True)
             self._prefetching.start()
@@ -121,71 +94,45 @@ class ShardCache(ShardFiles):
     def _prefetch(self, shards: list[Shard]) -> None:
         for shard in shards:
             try:
-                self._evict(self.fetch(shard.file, shard.bytes, shard.sha256))
+                self._delete_oldest(keep=self.fetch(shard.file, shard.bytes, shard.sha256))
             except (DataError, OSError):
                 return  # whoever reads the shard tries again, and reports it
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """The file of that name in the cache, from the URL if it is not there. Raises DamagedError."""
+        """The file of that name in the cache, from the URL if it is not there. Raises DamagedError for one
+        that is not what the manifest says, DataError for one that cannot be read.
+        """
         path = self.folder / name
-        if path.exists():
-            return path
-        with self.locked(name):
-            if path.exists():
-                return path
-            for _ in range(ATTEMPTS):
-                problem = self._transfer(name, size, sha256)
-                if problem is None:
-                    return path
-        raise DamagedError(f"{self._url}/{name}: {problem}, in {ATTEMPTS} attempts: mend it or the network")
+        with unfinished(path) as file:
+            if file:
+                self._transfer(f"{self._url}/{name}", file, size, sha256)
+        return path
 
-    def _transfer(self, name: str, size: int, sha256: str) -> str | None:
-        """Fetch, check, rename; what went wrong, or None."""
-        part = self.folder / f"{name}.part"
-        try:
-            with _open(f"{self._url}/{name}") as source, part.open("w+b") as copy:
-                shutil.copyfileobj(source, copy, 2**20)
-                copy.flush()
-                os.fsync(copy.fileno())
-                copy.seek(0)
-                found, length = hashlib.file_digest(copy, "sha256").hexdigest(), copy.tell()
-        except NETWORK_ERRORS as error:
-            return f"cannot be fetched ({_one_line(error)})"
-        if length != size:
-            return f"has {length} bytes, the manifest says {size}"
-        if found != sha256:
-            return f"has sha256 {found[:16]}..., the manifest says {sha256[:16]}..."
-        os.replace(part, self.folder / name)
-        return None
+    def _transfer(self, url: str, file: io.FileIO, size: int, sha256: str) -> None:
+        for _ in range(ATTEMPTS):
+            download(url, file)
+            file.seek(0)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found == sha256:
+                return
+        raise DamagedError(
+            f"{url} has {file.tell()} bytes and sha256 {found[:16]}..., the manifest says {size} and "
+            f"{sha256[:16]}...: put the built file there again"
+        )
 
-    def _evict(self, keep: Path) -> None:
-        """Delete the shards used first until the rest fits, `keep` not among them."""
+    def _delete_oldest(self, keep: Path) -> None:
+        """Delete shards until the rest fits, those first that were first put to use."""
         if self.cache_bytes is None:
             return
-        with self.locked("evict"):
-            found = [(path.stat(), path) for path in self.folder.glob("*.tar")]
-            total = sum(status.st_size for status, _ in found)
-            for status, path in sorted(found, key=lambda item: (item[0].st_mtime_ns, item[1])):
-                if total > self.cache_bytes and path != keep:
-                    path.unlink()
-                    total -= status.st_size
-
-    @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Alone among the threads and processes that use this cache."""
-        with (self.folder / "locks" / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-
-
-def _open(url: str) -> IO[bytes] | Any:
-    """A readable file. http is read without fsspec, whose http needs aiohttp."""
-    if url.startswith(("http://", "https://")):
-        return urlopen(url, timeout=TIMEOUT)
-    import fsspec  # here, because local folders do without
-
-    return fsspec.open(url, "rb").open()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        found = []
+        for path in self.folder.glob("*.tar"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another rank was faster
+                continue
+            found.append((status.st_mtime_ns, status.st_size, path))
+        total = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if total > self.cache_bytes and path != keep:
+                path.unlink(missing_ok=True)
+                total -= size

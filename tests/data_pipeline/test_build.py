@@ -9,10 +9,10 @@ import yaml
 from data_pipeline import build as build_module
 from data_pipeline.build import OWN_KEYS, build, main, summary
 from data_pipeline.errors import DataError
+from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
 from data_pipeline.recipe import load_recipe
 from data_pipeline.shards import open_manifest
-from data_pipeline.sources import read_documents
 from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.verify import verify

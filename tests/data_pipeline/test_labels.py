@@ -7,9 +7,10 @@ import pytest
 import webdataset
 
 from data_pipeline import build as build_module
-from data_pipeline import sources as sources_module
+from data_pipeline import kinds as kinds_module
 from data_pipeline.build import OWN_KEYS, build, main
 from data_pipeline.errors import DataError
+from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
 from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.recipe import Recipe, TokenizerRecipe
@@ -23,7 +24,7 @@ from data_pipeline.shards import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import Document, LabelledDocument, read_documents
+from data_pipeline.sources import Document, LabelledDocument
 from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
@@ -135,7 +136,8 @@ def test_packing_equals_brute_force_on_every_row(tmp_path, length):
     for r in range(packing.rows):
         part = places[r * length : (r + 1) * length]
         starts = [0] + [k for k in range(1, length) if part[k][2] != part[k - 1][2]]
-        tokens, targets, found = packing.row(r)
+        tokens, targets, cu, _ = (part[0] for part in packing.read(np.array([r]), packing.max_segments + 1))
+        found = cu[cu < length]
         assert tokens.tolist() == [token for token, _, _ in part]
         assert targets.tolist() == [label for _, label, _ in part]
         assert found.tolist() == starts
@@ -227,7 +229,7 @@ def use_documents(monkeypatch: pytest.MonkeyPatch, documents: list) -> None:
     def read(paths: list[Path], options: object) -> Iterator[object]:
         return iter(documents)
 
-    monkeypatch.setitem(sources_module.KINDS, "p_hop", sources_module.KINDS["p_hop"]._replace(read=read))
+    monkeypatch.setitem(kinds_module.KINDS, "p_hop", kinds_module.KINDS["p_hop"]._replace(read=read))
 
 
 def test_characters_only_labels_have_are_pieces(tmp_path, monkeypatch):
@@ -274,7 +276,7 @@ def test_the_mark_for_none_is_never_a_piece(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["p_hop", "addition"])
 def test_recipes_build(tmp_path, capsys, name):
-    path = Path(sources_module.__file__).parent / "recipes" / f"{name}.yaml"
+    path = Path(kinds_module.__file__).parent / "recipes" / f"{name}.yaml"
     main(["--recipe", str(path), "--out", str(tmp_path / "out"), "sources.0.num_samples=2000"])
     vocabulary = int(re.findall(r"vocabulary: (\d+) pieces", capsys.readouterr().out)[0])
     manifest = verify(tmp_path / "out")
