@@ -15,13 +15,24 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.order import Order, Stage, stage_starts
-from data_pipeline.packing import Packing, Rows, packing_of
+from data_pipeline.packing import Packing, Plan, Rows, packing_of
 from data_pipeline.recipe import nearest
 from data_pipeline.shards import SPLITS, Manifest, Shard
 from data_pipeline.streaming import ShardCache, open_data
 from data_pipeline.token_stream import DamagedError, TokenStream
 
-LOCATED_ROWS = 4096  # rows of this rank that are located at once, which costs little more than one
+PLANNED_ROWS = 512  # rows of this rank that are planned at once, which costs little more than one
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """Which rows of which sources make up some steps of this rank, and how to read them."""
+
+    first: int  # the first step
+    sources: np.ndarray  # (steps, b) source numbers
+    epochs: np.ndarray  # (steps, b)
+    rows: np.ndarray  # (steps, b)
+    by_source: dict[int, tuple[np.ndarray, Plan]]  # (steps + 1,) rows of the source before each step; of all
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ class Loader:
         self._check_cache()
         blocks = {name: packing.block_rows for name, packing in self._packings.items()}
         self._order = Order(starts, blocks, seed)
-        self._located: tuple[int, tuple[np.ndarray, ...]] = (-1, ())
+        self._plans: _Plans | None = None
         identity: list[object] = [manifest.sha256, sequence_length, seed, packing, split]
         if stages or shuffle_shards:  # without them as it always was, for the checkpoints there are
             identity += [[asdict(stage) for stage in stages], stages and global_batch_size, shuffle_shards]
@@ -178,43 +189,39 @@ class Loader:
         """
         if step < 0:
             raise DataError(f"step {step} is negative: steps count from 0")
-        sources, epochs, rows = self._locate(step)
-        out = None
-        for number in np.unique(sources).tolist():
-            name, here = self._order.names[number], np.flatnonzero(sources == number)
-            found = self._read(name, rows[here], step)
-            if len(here) == len(rows):
-                out = found
-                continue
-            if out is None:
-                out = Rows.empty(len(rows), self.sequence_length, self._cu_size)
-            for whole, part in zip(out, found, strict=True):
-                whole[here] = part
-        assert out is not None
-        self._prefetch(step)
+        plans = self._plan(step)
+        place = step - plans.first
+        sources, rows = plans.sources[place], plans.rows[place]
+        out = Rows(len(rows), self.sequence_length, self._cu_size)
+        for source in set(sources.tolist()):
+            self._read(step, source, out)
         names = [self._order.names[source] for source in sources.tolist()]
-        return Batch(*out, list(zip(names, rows.tolist(), strict=True)), epochs.tolist())
+        ids = list(zip(names, rows.tolist(), strict=True))
+        self._prefetch(step)
+        epochs = plans.epochs[place].tolist()
+        return Batch(out.tokens, out.targets, out.cu_seqlens, out.lengths, ids, epochs)
 
-    def _read(self, name: str, rows: np.ndarray, step: int) -> Rows:
-        """Rows of one source, those with damage left out as far as that is allowed."""
-        packing = self._packings[name]
+    def _read(self, step: int, source: int, out: Rows) -> None:
+        """The rows of one source; those with damage are left out as far as that is allowed."""
+        plans, packing = self._plan(step), self._packings[self._order.names[source]]
+        before, plan = plans.by_source[source]
+        first, stop = before[step - plans.first :][:2].tolist()
+        places = np.flatnonzero(plans.sources[step - plans.first] == source)
         try:
-            return packing.read(rows, self._cu_size)
+            packing.read(plan, first, stop, out, places)
+            return
         except DamagedError:
             if self.max_damaged_rows == 0:
                 raise
-        out = Rows.empty(len(rows), self.sequence_length, self._cu_size)
-        for place, row in enumerate(rows.tolist()):
+        for number, place in enumerate(places.tolist(), start=first):
             try:
-                one = packing.read(rows[[place]], self._cu_size)
+                packing.read(plan, number, number + 1, out, np.array([place]))
             except DamagedError as error:
-                self._leave_out(name, row, step, error)
-                continue
-            for whole, part in zip(out, one, strict=True):
-                whole[place] = part[0]
-        return out
+                row = int(plans.rows[step - plans.first, place])
+                self._leave_out(step, self._order.names[source], row, error)
+                out.clear(place)
 
-    def _leave_out(self, name: str, row: int, step: int, error: DamagedError) -> None:
+    def _leave_out(self, step: int, name: str, row: int, error: DamagedError) -> None:
         if (name, row) in self.damaged:
             return
         if len(self.damaged) == self.max_damaged_rows:
@@ -237,18 +244,24 @@ class Loader:
             shard for name, block in following.items() for shard in self._block_shards(name, block)
         )
 
-    def _locate(self, step: int) -> list[np.ndarray]:
-        """(source numbers, epochs, rows), each (b,), of this rank in a step; of many steps at once, kept."""
-        steps = max(1, LOCATED_ROWS // self._rank_batch)
-        first, place = step - step % steps, step % steps
-        kept, located = self._located
-        if kept != first:
+    def _plan(self, step: int) -> _Plans:
+        """The plans of some steps, `step` among them; kept, since the next step will be, too."""
+        steps = max(1, PLANNED_ROWS // self._rank_batch)
+        plans = self._plans
+        if plans is None or plans.first != step - step % steps:
+            first = step - step % steps
             batches = np.arange(first, first + steps)[:, None] * self.global_batch_size
             counters = batches + np.arange(self._rank_batch) + self._rank * self._rank_batch
-            found = self._order.locate(counters.reshape(-1))
-            located = tuple(part.reshape(counters.shape) for part in found)
-            self._located = (first, located)
-        return [part[place] for part in located]
+            located = self._order.locate(counters.reshape(-1))
+            sources, epochs, rows = (part.reshape(counters.shape) for part in located)
+            by_source = {}
+            for source in np.unique(sources).tolist():
+                here = sources == source
+                before = np.append(0, np.cumsum(here.sum(axis=1)))
+                packing = self._packings[self._order.names[source]]
+                by_source[source] = (before, packing.plan(rows[here], self._cu_size))
+            plans = self._plans = _Plans(first, sources, epochs, rows, by_source)
+        return plans
 
     def sample_ids(self, step: int) -> list[tuple[str, int]]:
         """(source, row) of each row of the global batch of a step, over all ranks."""

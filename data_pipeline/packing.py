@@ -12,7 +12,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import nearest
 from data_pipeline.shards import IGNORE_INDEX
-from data_pipeline.token_stream import TokenStream
+from data_pipeline.token_stream import Spans, TokenStream
 from data_pipeline.tokenizer import PAD_ID
 
 
@@ -26,26 +26,34 @@ class Layout(NamedTuple):
     document: np.ndarray
 
 
-class Rows(NamedTuple):
-    """b rows of T tokens; S - 1 segments at most in each."""
+class Plan(NamedTuple):
+    """What reading n rows takes, all of it worked out at once."""
 
-    tokens: np.ndarray  # (b, T) int32, PAD_ID behind the last document of a row
-    targets: np.ndarray  # (b, T) int32
-    cu_seqlens: np.ndarray  # (b, S) int32
-    lengths: np.ndarray  # (b,) int32, tokens before the padding
+    lengths: np.ndarray  # (n,) int32, tokens before the padding
+    cu_seqlens: np.ndarray  # (n, S) int32
+    spans: Spans  # to places row * (T + 1) + column: the target at a row's edge lies one token past it
+    first_spans: np.ndarray  # (n + 1,)
+    ignored: np.ndarray  # (i,) ascending row * T + column without target, the padding's not among them
+    first_ignored: np.ndarray  # (n + 1,)
 
-    @classmethod
-    def empty(cls, count: int, sequence_length: int, cu_size: int) -> "Rows":
-        """Rows of padding alone: one segment, nothing to predict."""
-        shape = (count, sequence_length)
-        cu = np.full((count, cu_size), sequence_length, dtype=np.int32)
-        cu[:, 0] = 0
-        return cls(
-            np.full(shape, PAD_ID, dtype=np.int32),
-            np.full(shape, IGNORE_INDEX, dtype=np.int32),
-            cu,
-            np.zeros(count, dtype=np.int32),
-        )
+
+class Rows:
+    """b rows of T tokens, to be filled in."""
+
+    def __init__(self, count: int, sequence_length: int, cu_size: int) -> None:
+        self._buffer = np.empty((count, sequence_length + 1), dtype=np.int32)
+        self.tokens = self._buffer[:, :-1]  # (b, T) int32, PAD_ID behind the last document of a row
+        self.following = self._buffer[:, 1:]  # (b, T)
+        self.flat_tokens = self._buffer.reshape(-1)
+        self.targets = np.empty((count, sequence_length), dtype=np.int32)
+        self.cu_seqlens = np.empty((count, cu_size), dtype=np.int32)
+        self.lengths = np.empty(count, dtype=np.int32)
+
+    def clear(self, row: int) -> None:
+        """Padding alone: one segment, nothing to predict."""
+        self.tokens[row], self.targets[row], self.lengths[row] = PAD_ID, IGNORE_INDEX, 0
+        self.cu_seqlens[row] = self.targets.shape[1]
+        self.cu_seqlens[row, 0] = 0
 
 
 class Packing(ABC):
@@ -61,60 +69,79 @@ class Packing(ABC):
         """`blocks`: (blocks + 1,) the first document of each, then the number of documents; None: one."""
         self._stream, self._T = stream, sequence_length
         self._documents = stream.document_starts
-        self._plan(np.array([0, len(self._documents) - 1]) if blocks is None else blocks)
+        self._pack(np.array([0, len(self._documents) - 1]) if blocks is None else blocks)
 
     @abstractmethod
-    def _plan(self, blocks: np.ndarray) -> None:
+    def _pack(self, blocks: np.ndarray) -> None:
         """Sets what is declared above."""
 
     @abstractmethod
     def layout(self, rows: np.ndarray) -> Layout:
         """The pieces of `rows` (n,)."""
 
-    def read(self, rows: np.ndarray, cu_size: int) -> Rows:
-        """The rows numbered `rows` (n,); cu_seqlens of width `cu_size`, above max_segments.
+    def plan(self, rows: np.ndarray, cu_size: int) -> Plan:
+        """How to read `rows` (n,); cu_size above max_segments. Reads no shard.
 
-        In a labelled source a target is the label at its place. Else it is the next token of the same
-        document, IGNORE_INDEX at a document's last token and where the next token belongs to a masked prompt.
-        Padding is a segment of its own without targets. Raises DamagedError where a member that the rows
-        touch is damaged.
+        No target has a document's last token, nor one before a token of a masked prompt; in a labelled source
+        the labels say so themselves. cu_seqlens are the starts of the segments, 0 first, padded with T.
         """
-        stream, T = self._stream, self._T
-        n, pieces = len(rows), self.layout(rows)
-        row, column, start, length, document = pieces
+        n, T, stream = len(rows), self._T, self._stream
+        row, column, start, length, document = self.layout(rows)
         stop = column + length
-        # Pieces that follow each other in the stream as well are read at once.
-        new = np.flatnonzero((row[1:] != row[:-1]) | (start[1:] != start[:-1] + length[:-1])) + 1
-        first = np.concatenate([[0], new])
-        last = np.concatenate([new, [len(row)]]) - 1
-        span_start, span_stop = start[first], start[last] + length[last]
-        buffer = np.full((n, T + 1), PAD_ID, dtype=np.int32)
-        # One token past the row, since the target at its edge lies there.
-        further = (stop[last] == T) & (span_stop < stream.tokens)
-        stream.gather(
-            buffer, row[first] * (T + 1) + column[first], span_start, span_stop - span_start + further
-        )
-        final = np.flatnonzero(np.diff(row, append=n))
-        lengths = stop[final].astype(np.int32)
-        if stream.labelled:
-            targets = np.full((n, T), IGNORE_INDEX, dtype=np.int32)
-            places = row[first] * T + column[first]
-            stream.gather(targets, places, span_start, span_stop - span_start, labels=True)
-        else:
-            targets = buffer[:, 1:].copy()
-            flat = targets.reshape(-1)
-            ends = start + length == stream.document_starts[document + 1]
-            flat[(row * T + stop - 1)[ends]] = IGNORE_INDEX
-            if stream.has_prompts:
-                masked = np.clip(stream.prompt_ends[document] - 1 - start, 0, length)
-                flat[ragged(row * T + column, masked)[1]] = IGNORE_INDEX
-            if (lengths < T).any():
-                targets[np.arange(T) >= lengths[:, None]] = IGNORE_INDEX
-        cu = np.full((n, cu_size), T, dtype=np.int32)
+        final = np.append(np.flatnonzero(row[1:] != row[:-1]), len(row) - 1)  # each row's last piece
         counts = np.diff(final, prepend=-1)
+        lengths = stop[final]
+        cu = np.full((n, cu_size), T, dtype=np.int32)
         cu[row, np.arange(len(row)) - (final + 1 - counts)[row]] = column
         cu[np.arange(n), counts] = lengths  # the padding, or T again
-        return Rows(buffer[:, :T], targets, cu, lengths)
+        # Pieces that follow each other in the stream as well are read at once.
+        new = np.flatnonzero((row[1:] != row[:-1]) | (start[1:] != start[:-1] + length[:-1])) + 1
+        first, last = np.insert(new, 0, 0), np.append(new, len(row)) - 1
+        ends = (start + length)[last]
+        if not stream.labelled:
+            ends += (stop[last] == T) & (ends < stream.tokens)
+        spans = stream.spans(row[first] * (T + 1) + column[first], start[first], ends)
+        ignored = np.zeros(0, dtype=np.int64)
+        if not stream.labelled:
+            ignored = (row * T + stop - 1)[start + length == self._documents[document + 1]]
+            if stream.has_prompts:
+                masked = np.clip(stream.prompt_ends[document] - 1 - start, 0, length)
+                ignored = np.union1d(ignored, ragged(row * T + column, masked)[1])
+        return Plan(
+            lengths.astype(np.int32),
+            cu,
+            spans,
+            np.searchsorted(spans.place, np.arange(n + 1) * (T + 1)),
+            ignored,
+            np.searchsorted(ignored, np.arange(n + 1) * T),
+        )
+
+    def read(self, plan: Plan, first: int, stop: int, out: Rows, places: np.ndarray) -> None:
+        """Fill rows `places` (stop - first,) of `out` with the rows first..stop-1 of `plan`.
+
+        A target is the label at its place in a labelled source, else the next token. Padding is a segment of
+        its own without targets. Raises DamagedError where a member that the rows touch is damaged; what was
+        filled in by then is undefined.
+        """
+        T, stream = self._T, self._stream
+        spans = plan.spans.part(slice(plan.first_spans[first], plan.first_spans[stop]))
+        row, column = np.divmod(spans.place, T + 1)
+        at = places[row - first]
+        stream.copy(spans, out.flat_tokens, at * (T + 1) + column)
+        if stream.labelled:
+            stream.copy(spans, out.targets.reshape(-1), at * T + column, labels=True)
+        for place, length in zip(places.tolist(), plan.lengths[first:stop].tolist(), strict=True):
+            if not stream.labelled:
+                out.targets[place] = out.following[place]
+            if length < T:
+                out.tokens[place, length:] = PAD_ID
+                out.targets[place, length:] = IGNORE_INDEX
+        ignored = plan.ignored[plan.first_ignored[first] : plan.first_ignored[stop]]
+        if len(ignored):
+            row, column = np.divmod(ignored, T)
+            out.targets[places[row - first], column] = IGNORE_INDEX
+        out.cu_seqlens[places] = plan.cu_seqlens[first:stop]
+        out.lengths[places] = plan.lengths[first:stop]
 
 
 class ConcatPacking(Packing):
@@ -125,7 +152,7 @@ class ConcatPacking(Packing):
     see what came before. Where labels depend on the whole document, let T be a multiple of its length.
     """
 
-    def _plan(self, blocks: np.ndarray) -> None:
+    def _pack(self, blocks: np.ndarray) -> None:
         T = self._T
         self._block_starts = self._documents[blocks]
         self.block_rows = np.diff(self._block_starts) // T
@@ -163,7 +190,7 @@ class BestFitPacking(Packing):
     takes 24 bytes a piece.
     """
 
-    def _plan(self, blocks: np.ndarray) -> None:
+    def _pack(self, blocks: np.ndarray) -> None:
         T = self._T
         lengths = np.diff(self._documents)
         pieces = -(-lengths // T)

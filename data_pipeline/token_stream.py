@@ -1,8 +1,8 @@
 """The tokens of a data folder's shards, by random access; every member is checked when it is first read."""
 
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,18 @@ class ShardFiles:
         return np.asarray(np.memmap(path, self._dtype, mode="r"))
 
 
+class Spans(NamedTuple):
+    """Runs of tokens, none across two members, for places of an output. All (n,) int64."""
+
+    place: np.ndarray
+    length: np.ndarray
+    member: np.ndarray
+    begin: np.ndarray  # in the array of the member's shard
+
+    def part(self, rows: np.ndarray | slice) -> "Spans":
+        return Spans(self.place[rows], self.length[rows], self.member[rows], self.begin[rows])
+
+
 class TokenStream:
     """The documents of one source and split, end to end, with random access by token.
 
@@ -80,62 +92,56 @@ class TokenStream:
         header = 4 * (1 + 2 * self._members["documents"].astype(np.int64))
         offset = (self._members["offset"].astype(np.int64) + header) // self._dtype.itemsize
         self._shifts = offset - self._member_starts[:-1]
+        self._no_label = np.iinfo(self._dtype).max
         self._verified = np.zeros(len(self._members), dtype=bool)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32. Raises DamagedError if a member they lie in fails its checksum."""
-        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
-        out = np.empty(stop - start, dtype=np.int32)
-        self.gather(out, np.array([0]), np.array([start]), np.array([stop - start]))
-        return out
+        return self._read(start, stop, labels=False)
 
     def read_labels(self, start: int, stop: int) -> np.ndarray:
         """Labels of the tokens [start, stop) as int32, IGNORE_INDEX where there is none; of a labelled source
         only. Raises DamagedError as `read` does.
         """
+        return self._read(start, stop, labels=True)
+
+    def _read(self, start: int, stop: int, labels: bool) -> np.ndarray:
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
         out = np.empty(stop - start, dtype=np.int32)
-        self.gather(out, np.array([0]), np.array([start]), np.array([stop - start]), labels=True)
+        spans = self.spans(np.array([0]), np.array([start]), np.array([stop]))
+        self.copy(spans, out, spans.place, labels=labels)
         return out
 
-    def gather(
-        self,
-        out: np.ndarray,
-        places: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        labels: bool = False,
-    ) -> None:
-        """Copy the tokens, or labels, [starts[i], starts[i] + lengths[i]) to flat place places[i] of `out`,
-        int32 and contiguous. Raises DamagedError if a member they lie in fails its checksum; what was written
-        by then is undefined.
+    def spans(self, places: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Spans:
+        """Where the tokens [starts[i], stops[i]) lie that belong at places[i], ascending, of an output."""
+        parts = []
+        while len(starts):
+            member = np.searchsorted(self._member_starts, starts, side="right") - 1
+            ends = np.minimum(stops, self._member_starts[member + 1])
+            parts.append(Spans(places, ends - starts, member, starts + self._shifts[member]))
+            over = ends < stops  # the rest lies in the next member
+            places, starts, stops = (places + ends - starts)[over], ends[over], stops[over]
+        spans = Spans(*map(np.concatenate, zip(*parts, strict=True)))
+        return spans if len(parts) == 1 else spans.part(np.argsort(spans.place, kind="stable"))
+
+    def copy(self, spans: Spans, out: np.ndarray, places: np.ndarray, labels: bool = False) -> None:
+        """Copy the spans' tokens, or labels, to `places` of the flat int32 `out`.
+
+        Raises DamagedError if a member that they lie in fails its checksum; what was copied by then is
+        undefined.
         """
         assert self.labelled or not labels
-        flat, shards, array = out.reshape(-1), self.shards, self._files.array
-        for place, begin, end, shard in self._spans(places, starts, lengths, labels):
-            stored = array(shards[shard])[begin:end]
-            target = flat[place : place + end - begin]
-            target[:] = stored
+        self._verify(spans.member)
+        begin = spans.begin
+        if labels:  # they stand behind the member's tokens
+            begin = begin + self._member_starts[spans.member + 1] - self._member_starts[spans.member]
+        columns = (places, begin, begin + spans.length, self._shard_of[spans.member])
+        array, shards = self._files.array, self.shards
+        for place, first, stop, shard in zip(*(column.tolist() for column in columns), strict=True):
+            stored = array(shards[shard])[first:stop]
+            out[place : place + stop - first] = stored
             if labels:
-                target[stored == np.iinfo(self._dtype).max] = IGNORE_INDEX
-
-    def _spans(
-        self, places: np.ndarray, starts: np.ndarray, lengths: np.ndarray, labels: bool
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """(place in the output, begin and end in the shard's array, shard number), none across two members,
-        all of which are verified.
-        """
-        while len(starts):
-            members = np.searchsorted(self._member_starts, starts, side="right") - 1
-            here = np.minimum(lengths, self._member_starts[members + 1] - starts)
-            self._verify(members[here > 0])
-            begin = starts + self._shifts[members]
-            if labels:  # they stand behind the member's tokens
-                begin += self._member_starts[members + 1] - self._member_starts[members]
-            columns = (places, begin, begin + here, self._shard_of[members])
-            yield from zip(*(column.tolist() for column in columns), strict=True)
-            rest = lengths > here
-            places, starts, lengths = (places + here)[rest], (starts + here)[rest], (lengths - here)[rest]
+                out[place : place + stop - first][stored == self._no_label] = IGNORE_INDEX
 
     def _verify(self, members: np.ndarray) -> None:
         """Compares checksums, each once a process: afterwards the page cache is trusted."""

@@ -5,11 +5,11 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader
-from data_pipeline.packing import IGNORE_INDEX, ConcatPacking, Packing
+from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.shards import open_manifest
 from data_pipeline.token_stream import TokenStream
 
-from .conftest import prompt_length
+from .conftest import prompt_length, read_row
 
 
 def brute_force_rows(
@@ -27,13 +27,6 @@ def brute_force_rows(
         starts = [0] + [k for k in range(1, length) if part[k][1] != part[k - 1][1]]
         rows.append(([token for token, _, _ in part], targets, starts))
     return rows
-
-
-def read_row(packing: Packing, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, targets, segment starts), padding's included."""
-    tokens, targets, cu, _ = (part[0] for part in packing.read(np.array([row]), packing.max_segments + 1))
-    assert cu[-1] == len(tokens)
-    return tokens, targets, cu[cu < len(tokens)]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 257])
