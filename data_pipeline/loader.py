@@ -53,8 +53,8 @@ class Loader:
     settings below alone.
 
     `rows`, `dropped_tokens`, `padded_tokens`: per source, rows in an epoch, tokens in no row, and places of
-    an epoch without token; a source that is in no stage is in none of them. `damaged`: (source, row) left
-    out, with the reason.
+    an epoch without token; a source that is in no stage is in none of them. `labelled`: the sources that have
+    labels. `damaged`: (source, row) left out, with the reason.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Loader:
             if any(stage.get(name, 0) for _, stage in starts):
                 self._add_source(manifest, name, split, packing)
         self.rows = {name: packing.rows for name, packing in self._packings.items()}
+        self.labelled = {name for name in self._packings if manifest.sources[name].labelled}
         self.dropped_tokens = {name: packing.dropped_tokens for name, packing in self._packings.items()}
         self.padded_tokens = {name: packing.padded_tokens for name, packing in self._packings.items()}
         self._cu_size = 1 + max(packing.max_segments for packing in self._packings.values())
@@ -119,7 +120,7 @@ class Loader:
         identity: list[object] = [manifest.sha256, sequence_length, seed, packing, split]
         if stages or shuffle_shards:  # without them as it always was, for the checkpoints there are
             identity += [[asdict(stage) for stage in stages], stages and global_batch_size, shuffle_shards]
-        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def _check(
