@@ -187,17 +187,17 @@ def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[st
 
     number = 0
     try:
-        # buffer_size: a column chunk is read in pieces, not as a whole
-        with parquet.ParquetFile(
-            require_file(path), buffer_size=PLAIN_CHUNK, page_checksum_verification=True
-        ) as file:
+        # pre_buffer or no buffer_size would hold a whole column of a row group at once.
+        options = {"pre_buffer": False, "buffer_size": PLAIN_CHUNK, "page_checksum_verification": True}
+        with parquet.ParquetFile(require_file(path), **options) as file:
             names = file.schema_arrow.names
             for key in keys:
                 if names.count(key) != 1:
                     raise DataError(f"{path}: no column {key!r}, or several: it has {', '.join(names)}")
                 _check_text_column(path, key, file.schema_arrow.field(key).type)
             for batch in file.iter_batches(batch_size=256, columns=list(keys), use_threads=False):
-                for row in batch.to_pylist():
+                for values in zip(*(batch.column(key) for key in keys), strict=True):
+                    row = {key: value.as_py() for key, value in zip(keys, values, strict=True)}
                     number += 1
                     yield number, row
             if number != file.metadata.num_rows:

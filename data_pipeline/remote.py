@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 
-CHUNK = 1 << 20  # bytes
+CHUNK = 1 << 16  # bytes; a download that is killed loses no more
 TIMEOUT = 60.0  # seconds without a byte
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -158,11 +158,13 @@ def _transfer(url: str, file: io.FileIO, headers: dict[str, str], bar: Any) -> s
             if answer.headers.get("ETag", "").startswith('"'):  # a changed file is sent from the start
                 headers["If-Range"] = answer.headers["ETag"]
             length = answer.headers.get("Content-Length")
-            bar.total, bar.n = start + int(length) if length else None, start
+            total = start + int(length) if length else None
+            bar.total, bar.n = total, start
             while data := answer.read(CHUNK):
                 _write(file, data)
                 bar.update(len(data))
-        return "" if bar.total in (None, bar.n) else f"{bar.total} bytes were announced"
+        size = file.seek(0, os.SEEK_END)
+        return "" if total in (None, size) else f"{total} bytes were announced"
     except HTTPError as error:
         if error.code == 416 and start:  # nothing is left to send, or the file has become shorter
             if error.headers.get("Content-Range") == f"bytes */{start}":

@@ -297,20 +297,3 @@ def test_text_is_cut_at_blank_lines(tmp_path):
     assert list(read_text(path)) == ["one", "two"]
     path = tar(tmp_path / "t.tar.xz", {"a": b"\xff"}, lzma.compress)
     assert "t.tar.xz:a is not UTF-8" in error_of(lambda: list(read_text(path)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("gsm9k", {}, "did you mean 'gsm8k'"),
-        ("gsm8k", {"max_document": 3}, "did you mean 'max_documents'"),
-        ("gsm8k", {"files": ["gsm8k/test.jsonl"]}, "unknown key 'files'"),
-        ("gsm8k", {"max_documents": "many"}, "many"),
-        ("text", {}, "no value for files"),
-        ("text", {"files": ["absent.txt"]}, "absent.txt does not exist"),
-        ("causal_loop", {}, "no value for num_samples"),
-        ("causal_loop", {"num_samples": 1, "levels": [7]}, "[7]"),
-    ],
-)
-def test_wrong_options_are_one_line(tmp_path, kind, options, message):
-    assert message in error_of(lambda: list(read_documents(kind, tmp_path, options)))
