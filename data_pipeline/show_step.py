@@ -32,21 +32,17 @@ def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
         config: dict[str, Any] = yaml.safe_load(path.read_text())
         data = dict(config["data"])
         stages = [Stage(**stage) for stage in data.pop("stages", [])]
-        arguments = (
-            data.pop("path"),
-            data.pop("sequence_length"),
-            config["global_batch_size"],
-            config["seed"],
-        )
+        path_and_length = data.pop("path"), data.pop("sequence_length")
+        batch_and_seed = config["global_batch_size"], config["seed"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not the config of a run ({reason}): mend --run") from error
     data.pop("tokenizer", None)  # only compared with the one of the data
-    loader = Loader(*arguments, rank, world_size, stages=stages, **data)
+    loader = Loader(*path_and_length, *batch_and_seed, rank, world_size, stages=stages, **data)
     saved = run / "tokenizer.model"
     if saved.is_file() and saved.read_bytes() != loader.tokenizer_path.read_bytes():
         raise DataError(
-            f"{arguments[0]} was built again after {run}, with another tokenizer: show another run"
+            f"{path_and_length[0]} was built again after {run} with another tokenizer: build it as it was"
         )
     return loader
 

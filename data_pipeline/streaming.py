@@ -71,8 +71,7 @@ class ShardCache(ShardFiles):
         """
         array = self._arrays.pop(shard.file, None)
         if array is None:
-            path = self.fetch(shard.file, shard.bytes, shard.sha256)
-            os.utime(path)
+            path = self._newest(shard)
             array = self._map(path, shard)
             self._delete_oldest(keep=path)
         self._arrays[shard.file] = array  # the last one is the newest
@@ -80,6 +79,16 @@ class ShardCache(ShardFiles):
             while sum(a.nbytes for a in self._arrays.values()) > self.cache_bytes:
                 del self._arrays[next(iter(self._arrays))]
         return array
+
+    def _newest(self, shard: Shard) -> Path:
+        """The shard's file, marked as put to use now."""
+        while True:
+            path = self.fetch(shard.file, shard.bytes, shard.sha256)
+            try:
+                os.utime(path)
+            except FileNotFoundError:  # another rank made room in between
+                continue
+            return path
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         """Fetch in a thread what is not here yet, unless the last such thread is still at it."""

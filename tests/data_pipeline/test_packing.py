@@ -135,9 +135,8 @@ def test_loader_with_best_fit_drops_nothing(folder, documents):
     while min(loader.epoch(step).values()) < 1:
         batch = loader.batch(step)
         for i, (name, _) in enumerate(batch.sample_ids):
-            edges = [e for e in batch.cu_seqlens[i].tolist() if e < batch.lengths[i]] + [
-                int(batch.lengths[i])
-            ]
+            stop = int(batch.lengths[i])
+            edges = [e for e in batch.cu_seqlens[i].tolist() if e < stop] + [stop]
             if batch.epochs[i] == 0:
                 found[name] += [batch.tokens[i, a:b].tolist() for a, b in zip(edges, edges[1:], strict=False)]
         step += 1
@@ -167,7 +166,7 @@ def test_padding_does_not_reach_the_models_loss(folder):
         filled = torch.from_numpy(np.where(padded, filling, tokens)).long()[None]
         cu = torch.from_numpy(np.append(starts, 32).astype(np.int32))[None]
         sums = model(filled, cu_seqlens=cu, targets=torch.from_numpy(targets).long()[None]).loss_sums
-        losses.append(float(sums["cross_entropy"]))
+        losses.append(sums["cross_entropy"].item())
         model.zero_grad()
         sums["cross_entropy"].backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])

@@ -1,10 +1,10 @@
-import functools
+import hashlib
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import fsspec
@@ -16,50 +16,24 @@ from data_pipeline.loader import Batch, Loader
 from data_pipeline.shards import open_manifest
 
 from ..conftest import ROOT
+from .http_server import Server, serving
 
 FIELDS = ("tokens", "targets", "cu_seqlens", "lengths", "sample_ids", "epochs")
 
 
-class Server:
-    """A folder over http, which notes what it was asked for and can stop to serve."""
-
-    def __init__(self, folder: Path) -> None:
-        server = self
-
-        class Handler(SimpleHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802
-                server.asked.append(self.path.lstrip("/"))
-                super().do_GET()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.asked: list[str] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-        self._thread = threading.Thread(target=self._http.serve_forever)
-        self._thread.start()
-
-    def shards(self) -> list[str]:
-        return [name for name in self.asked if name.endswith(".tar")]
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-
 @pytest.fixture
-def serve() -> Iterator[object]:
-    servers: list[Server] = []
+def serve() -> Iterator[Callable[[Path], Server]]:
+    """Serves folders over http."""
+    with ExitStack() as servers:
+        yield lambda folder: servers.enter_context(serving(folder))
 
-    def start(folder: Path) -> Server:
-        servers.append(Server(folder))
-        return servers[-1]
 
-    yield start
-    for server in servers:
-        server.close()
+def url_of(server: Server) -> str:
+    return server.url("range")
+
+
+def shards_asked(server: Server) -> list[str]:
+    return [path.rsplit("/", 1)[-1] for path, _ in server.requests if path.endswith(".tar")]
 
 
 def finish_prefetch(loader: Loader) -> None:
@@ -76,7 +50,7 @@ def same(a: Batch, b: Batch) -> bool:
 @pytest.mark.parametrize("protocol", ["http", "file", "memory"])
 @pytest.mark.parametrize("shuffle_shards", [0, 2])
 def test_the_same_batches_as_from_the_folder(tmp_path, folder, serve, protocol, shuffle_shards):
-    url = {"http": lambda: serve(folder).url, "file": folder.as_uri, "memory": lambda: "memory://built"}[
+    url = {"http": lambda: url_of(serve(folder)), "file": folder.as_uri, "memory": lambda: "memory://built"}[
         protocol
     ]()
     if protocol == "memory":
@@ -94,24 +68,21 @@ def test_the_same_batches_as_from_the_folder(tmp_path, folder, serve, protocol, 
 
 def test_shards_come_when_needed_and_once(tmp_path, folder, serve):
     server = serve(folder)
-    first = Loader(server.url, 32, 2, 1, cache=tmp_path, shuffle_shards=1)
-    assert server.shards() == []
+    first = Loader(url_of(server), 32, 2, 1, cache=tmp_path, shuffle_shards=1)
+    assert shards_asked(server) == []
     first.batch(0)
     finish_prefetch(first)
     # of each of two sources at most: the first row's shard, one more, and the blocks to come
-    assert 1 <= len(server.shards()) <= 4
+    assert 1 <= len(shards_asked(server)) <= 4
     for step in range(2000):
         first.batch(step)
     finish_prefetch(first)
-    every = {
-        shard.file
-        for source in open_manifest(folder).sources.values()
-        for shard in source.splits["train"].shards
-    }
-    assert sorted(server.shards()) == sorted(every)
-    again = Loader(server.url, 32, 2, 1, cache=tmp_path, shuffle_shards=1)
+    sources = open_manifest(folder).sources.values()
+    every = {shard.file for source in sources for shard in source.splits["train"].shards}
+    assert sorted(shards_asked(server)) == sorted(every)
+    again = Loader(url_of(server), 32, 2, 1, cache=tmp_path, shuffle_shards=1)
     assert same(again.batch(7), first.batch(7))
-    assert len(server.shards()) == len(every)
+    assert len(shards_asked(server)) == len(every)
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -129,10 +100,8 @@ print(digest.hexdigest())
 
 def test_ranks_share_a_cache(tmp_path, folder, serve):
     """Two processes at once: each shard is transferred once, and the global batches are the local ones."""
-    import hashlib
-
     server = serve(folder)
-    command = [sys.executable, "-c", RANK, server.url, str(tmp_path)]
+    command = [sys.executable, "-c", RANK, url_of(server), str(tmp_path)]
     ranks = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         for rank in range(2)
@@ -143,25 +112,29 @@ def test_ranks_share_a_cache(tmp_path, folder, serve):
         for step in range(60):
             expected.update(loader.batch(step).tokens.tobytes())
         assert digest == expected.hexdigest()
-    assert len(server.shards()) == len(set(server.shards()))
+    assert len(shards_asked(server)) == len(set(shards_asked(server)))
 
 
-def test_cache_stays_below_its_limit(tmp_path, folder, serve):
-    server = serve(folder)
-    sizes = [s.bytes for s in open_manifest(folder).sources["long"].splits["train"].shards]
-    limit = 4 * max(sizes) + 40_000
-    options = {"shuffle_shards": 1, "cache": tmp_path, "cache_bytes": limit}
-    remote, local = Loader(server.url, 16, 4, 1, **options), Loader(folder, 16, 4, 1, shuffle_shards=1)
-    for step in range(600):
+def test_cache_stays_below_its_limit(tmp_path, make_folder, documents, serve):
+    """At the smallest limit that is not refused, which the refusal of a smaller one names."""
+    folder = make_folder(tmp_path / "data", documents, shard_bytes=1500)
+    server, cache = serve(folder), tmp_path / "cache"
+    with pytest.raises(DataError, match="cache_bytes=1 is less") as error:
+        Loader(url_of(server), 16, 4, 1, shuffle_shards=1, cache=cache, cache_bytes=1)
+    limit = int(str(error.value).split("less than the ")[1].split()[0])
+    remote = Loader(url_of(server), 16, 4, 1, shuffle_shards=1, cache=cache, cache_bytes=limit)
+    local = Loader(folder, 16, 4, 1, shuffle_shards=1)
+    for step in range(400):
         assert same(remote.batch(step), local.batch(step))
         if step % 20 == 0:
             finish_prefetch(remote)
-            assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= limit
-    assert len(server.shards()) > len(set(server.shards()))  # deleted and fetched again
+            assert sum(path.stat().st_size for path in cache.rglob("*.tar")) <= limit
+    asked = shards_asked(server)
+    assert len(asked) > len(set(asked))  # deleted and fetched again
 
 
 def test_a_cache_too_small_is_refused(tmp_path, folder, serve):
-    url = serve(folder).url
+    url = url_of(serve(folder))
     for shards in (0, 1):
         with pytest.raises(DataError, match=rf"cache_bytes=5000 is less than .*shuffle_shards={shards}"):
             Loader(url, 32, 8, 1, cache=tmp_path, cache_bytes=5000, shuffle_shards=shards)
@@ -172,31 +145,28 @@ def test_a_damaged_remote_shard_is_never_used(tmp_path, copy, serve):
     data = bytearray((copy / shard.file).read_bytes())
     data[-1] ^= 1  # in the tar's own padding, which no member's checksum covers
     (copy / shard.file).write_bytes(data)
-    loader = Loader(serve(copy).url, 32, 8, 1, cache=tmp_path)
-    with pytest.raises(
-        DataError, match=f"{shard.file} has .* the manifest says.*put the built file"
-    ) as error:
-        for step in range(100):
-            loader.batch(step)
+    loader = Loader(url_of(serve(copy)), 32, 8, 1, cache=tmp_path / "cache")
+    with pytest.raises(DataError, match=f"{shard.file} has .* says.*put the built file") as error:
+        deque((loader.batch(step) for step in range(100)), maxlen=0)
     assert "\n" not in str(error.value)
-    assert not list(tmp_path.rglob(shard.file))
+    assert not list((tmp_path / "cache").rglob(shard.file))
 
 
 def test_a_damaged_file_in_the_cache_is_found(tmp_path, folder, serve):
-    url = serve(folder).url
+    url = url_of(serve(folder))
     Loader(url, 32, 8, 1, cache=tmp_path).batch(0)
     for path in tmp_path.rglob("*.tar"):
         data = bytearray(path.read_bytes())
         data[2000] ^= 1
         path.write_bytes(data)
+    loader = Loader(url, 32, 8, 1, cache=tmp_path)
     with pytest.raises(DataError, match="its checksum differs.*delete it from the cache"):
-        for step in range(100):
-            Loader(url, 32, 8, 1, cache=tmp_path).batch(step)
+        deque((loader.batch(step) for step in range(100)), maxlen=0)
 
 
 def test_a_store_that_goes_away_is_one_line(tmp_path, copy, serve):
     server = serve(copy)
-    loader = Loader(server.url, 32, 8, 1, cache=tmp_path)
+    loader = Loader(url_of(server), 32, 8, 1, cache=tmp_path)
     for path in copy.glob("*.tar"):
         path.unlink()
     with pytest.raises(DataError, match=r"\.tar: 404") as error:
