@@ -67,9 +67,14 @@ def fetch(url: str, cache: Path) -> Path:
     path = Path(cache) / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name[-100:]}"
     with unfinished(path) as file:
         if file:
-            file.truncate(0)  # what an earlier process left may be of another version
-            download_http(url, file) if _is_http(url) else _fetch_fsspec(url, file)
+            download(url, file)
     return path
+
+
+def download(url: str, file: io.FileIO) -> None:
+    """All of `url` into `file`, open for appending, from its start. Raises DataError if it cannot be read."""
+    file.truncate(0)  # what an earlier process left may be of another version
+    download_http(url, file) if _is_http(url) else _fetch_fsspec(url, file)
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def open_manifest(path: str | Path) -> Manifest:
         raise DataError(f"data folder {folder} does not exist: mend the path or {REBUILD}")
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} has no {MANIFEST}, so its build never finished: {REBUILD}")
-    manifest = _parse_manifest(folder, (folder / MANIFEST).read_bytes())
+    manifest = parse_manifest(folder, (folder / MANIFEST).read_bytes())
     check_size(manifest.tokenizer_path, manifest.tokenizer_bytes)
     check_sha256(manifest.tokenizer_path, manifest.tokenizer_sha256)
     for shard in manifest.shards():
@@ -275,7 +275,8 @@ def read_index(folder: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
         return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
 
 
-def _parse_manifest(folder: Path, data: bytes) -> Manifest:
+def parse_manifest(folder: Path, data: bytes) -> Manifest:
+    """The manifest that these bytes are; of the files in `folder` none is looked at. Raises DataError."""
     try:
         fields = json.loads(data)
         version = fields.pop("format")
@@ -299,74 +300,3 @@ def _parse_manifest(folder: Path, data: bytes) -> Manifest:
         if shard.file != f"{Path(shard.stem).name}.tar":  # nothing outside the folder is ever opened
             raise DataError(f"{folder / MANIFEST} names a shard outside its folder: {shard.file!r}")
     return manifest
-
-
-# ---- reading
-
-
-class TokenStream:
-    """The documents of one source and split, end to end, with random access by token.
-
-    `document_starts` (documents + 1,) int64: the first token of each document, then the number of tokens.
-    `prompt_ends` (documents,) int64: the first token of each document that is to be predicted.
-    `labelled`: whether there are labels to read.
-    """
-
-    def __init__(self, manifest: Manifest, source: str, split: str) -> None:
-        self._folder = manifest.path
-        self._dtype = np.dtype(manifest.dtype)
-        self.labelled = manifest.sources[source].labelled
-        self._shards = manifest.sources[source].splits[split].shards
-        indices = [read_index(self._folder, shard) for shard in self._shards]
-        documents = np.concatenate([np.zeros(0, DOCUMENT_DTYPE), *(documents for _, documents in indices)])
-        self.document_starts = np.concatenate([[0], np.cumsum(documents["length"], dtype=np.int64)])
-        self.prompt_ends = self.document_starts[:-1] + documents["prompt"]
-        self.tokens = int(self.document_starts[-1])
-        self._members = np.concatenate([np.zeros(0, INDEX_DTYPE), *(members for members, _ in indices)])
-        self._shard_of = np.repeat(np.arange(len(indices)), [len(members) for members, _ in indices])
-        first_document = np.concatenate([[0], np.cumsum(self._members["documents"], dtype=np.int64)])
-        self._member_starts = self.document_starts[first_document]  # (members + 1,) in tokens
-        self._verified = np.zeros(len(self._members), dtype=bool)
-        self._maps: dict[int, np.memmap] = {}
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int32. Raises DataError if a member they lie in fails its checksum."""
-        return self._read(start, stop, labels=False).astype(np.int32)
-
-    def read_labels(self, start: int, stop: int) -> np.ndarray:
-        """Labels of the tokens [start, stop) as int32, IGNORE_INDEX where there is none; of a labelled source
-        only. Raises DataError as `read` does.
-        """
-        assert self.labelled
-        stored = self._read(start, stop, labels=True)
-        labels = stored.astype(np.int32)
-        labels[stored == np.iinfo(self._dtype).max] = IGNORE_INDEX
-        return labels
-
-    def _read(self, start: int, stop: int, labels: bool) -> np.ndarray:
-        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
-        pieces = [np.zeros(0, dtype=self._dtype)]
-        member = int(np.searchsorted(self._member_starts, start, side="right")) - 1
-        while start < stop:
-            first, last = self._member_starts[member : member + 2].tolist()
-            end = min(stop, last)
-            skipped = last - first if labels else 0  # a member's labels stand behind its tokens
-            body = self._member_body(member)
-            pieces.append(body[skipped + start - first : skipped + end - first])
-            start, member = end, member + 1
-        return np.concatenate(pieces)
-
-    def _member_body(self, member: int) -> np.ndarray:
-        """A member's tokens, then its labels if it has any."""
-        entry = self._members[member]
-        number = int(self._shard_of[member])
-        if number not in self._maps:
-            self._maps[number] = np.memmap(self._folder / self._shards[number].file, np.uint8, mode="r")
-        payload = self._maps[number][int(entry["offset"]) : int(entry["offset"] + entry["size"])]
-        if not self._verified[member]:  # once a process: afterwards the page cache is trusted
-            if zlib.crc32(payload.data) != entry["crc32"]:
-                name = member - int(np.searchsorted(self._shard_of, number))
-                path = self._folder / self._shards[number].file
-                raise DataError(f"{path} member {name:06d}: its checksum differs, it is damaged: {REBUILD}")
-            self._verified[member] = True
-        return payload[4 * (1 + 2 * int(entry["documents"])) :].view(self._dtype)

@@ -16,14 +16,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data_pipeline.order import Stage
 from model.config import ModelConfig, nearest
 from model.execution import ExecutionConfig
 
 
 @dataclass
 class DataConfig:
-    path: str = "???"  # folder that data_pipeline/build.py wrote
+    path: str = "???"  # folder that data_pipeline/build.py wrote, or its URL
     sequence_length: int = 512  # tokens per row
+    packing: str = "concat"  # concat: cut every sequence_length tokens | best_fit: documents whole, padded
+    # Weights of the sources from so many tokens of the run on: [{tokens: 0, weights: {SOURCE: WEIGHT}}, ...];
+    # default: the recipe's. The validation loss always has the recipe's.
+    stages: list[Stage] = field(default_factory=list)
+    shuffle_shards: int = 0  # shards shuffled together, which suits a data.path of a URL; 0: all
+    max_damaged_rows: int = 0  # rows a rank may leave out because their shard is damaged; one more: an error
+    cache: str | None = None  # local folder for the shards of a URL
+    cache_bytes: int | None = None  # of shards in it, beyond which the oldest are deleted; default: no limit
     tokenizer: str | None = None  # sentencepiece model; default: the one in `path`
 
 

@@ -123,13 +123,19 @@ def prepare(config_paths: str | Sequence[str], ds_config_path: str, overrides: l
 
 def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader:
     loader = Loader(
-        Path(config.data.path),
+        config.data.path,
         config.data.sequence_length,
         config.global_batch_size,
         config.seed,
         rank,
         world_size,
         split,
+        packing=config.data.packing,
+        stages=config.data.stages if split == "train" else (),
+        shuffle_shards=config.data.shuffle_shards,
+        max_damaged_rows=config.data.max_damaged_rows,
+        cache=config.data.cache,
+        cache_bytes=config.data.cache_bytes,
     )
     if config.data.tokenizer is not None:
         ours, theirs = Tokenizer(Path(config.data.tokenizer)), Tokenizer(loader.tokenizer_path)

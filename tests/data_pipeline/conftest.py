@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.packing import Packing, Rows
 from data_pipeline.shards import (
     EncodedDocument,
     Manifest,
@@ -28,6 +29,16 @@ def random_documents(seed: int, count: int, longest: int) -> list[list[int]]:
 def prompt_length(source: str, text: list[int]) -> int:
     """Documents of "long" have masked prompts of every kind: none, a part, nearly all."""
     return sum(text) % len(text) if source == "long" else 0
+
+
+def read_row(packing: Packing, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, targets, segment starts) of one row, the padding's start included."""
+    plan = packing.plan(np.array([row]), packing.max_segments + 1)
+    tokens_per_row = int(plan.cu_seqlens[0, -1])
+    rows = Rows(1, tokens_per_row, packing.max_segments + 1)
+    packing.read(plan, 0, 1, rows, np.array([0]))
+    cu = rows.cu_seqlens[0]
+    return rows.tokens[0], rows.targets[0], cu[cu < tokens_per_row]
 
 
 @pytest.fixture(scope="session")

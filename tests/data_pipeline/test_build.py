@@ -16,8 +16,9 @@ from data_pipeline.errors import DataError
 from data_pipeline.kinds import read_documents
 from data_pipeline.loader import Loader
 from data_pipeline.recipe import OWN_KEYS, load_recipe
-from data_pipeline.shards import TokenStream, open_manifest
+from data_pipeline.shards import open_manifest
 from data_pipeline.sources import read_wiki
+from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.verify import verify
 

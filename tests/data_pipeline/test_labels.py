@@ -19,15 +19,17 @@ from data_pipeline.shards import (
     Manifest,
     Source,
     Split,
-    TokenStream,
     open_manifest,
     write_file,
     write_manifest,
     write_shards,
 )
 from data_pipeline.sources import Document, LabelledDocument
+from data_pipeline.token_stream import TokenStream
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
+
+from .conftest import read_row
 
 P_HOP = {"name": "hops", "kind": "p_hop", "weight": 1.0, "num_samples": 700, "length": 9, "hops": 2}
 ADDITION = {"name": "sums", "kind": "addition", "weight": 3.0, "num_samples": 400, "operands": 3}
@@ -136,7 +138,7 @@ def test_packing_equals_brute_force_on_every_row(tmp_path, length):
     for r in range(packing.rows):
         part = places[r * length : (r + 1) * length]
         starts = [0] + [k for k in range(1, length) if part[k][2] != part[k - 1][2]]
-        tokens, targets, found = packing.row(r)
+        tokens, targets, found = read_row(packing, r)
         assert tokens.tolist() == [token for token, _, _ in part]
         assert targets.tolist() == [label for _, label, _ in part]
         assert found.tolist() == starts

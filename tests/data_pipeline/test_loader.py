@@ -1,14 +1,22 @@
 import itertools
+import time
+import tracemalloc
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
+from data_pipeline.loader import Batch, Loader
+from data_pipeline.order import Stage
 from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
-from data_pipeline.shards import TokenStream, open_manifest
+from data_pipeline.shards import open_manifest
+from data_pipeline.token_stream import TokenStream
 
-from .conftest import prompt_length
+from .conftest import prompt_length, read_row
 
 
 def brute_force_rows(
@@ -38,7 +46,7 @@ def test_packing_equals_brute_force_on_every_row(folder, documents, source, leng
     assert packing.rows * length + packing.dropped_tokens == total
     assert packing.max_segments == max(len(starts) for _, _, starts in expected)
     for r, (tokens, targets, starts) in enumerate(expected):
-        row = packing.row(r)
+        row = read_row(packing, r)
         assert [part.tolist() for part in row] == [tokens, targets, starts], r
         assert {part.dtype for part in row} == {np.dtype(np.int32)}
 
@@ -48,7 +56,7 @@ def test_row_that_ends_with_the_corpus(tmp_path, make_folder):
     texts = [[2, 9, 9, 3], [2, 8, 8, 3], [2, 7, 7, 7, 7, 7, 7, 3]]
     folder = make_folder(tmp_path / "data", {"short": {"train": texts, "validation": texts}})
     packing = ConcatPacking(TokenStream(open_manifest(folder), "short", "train"), 4)
-    rows = [[part.tolist() for part in packing.row(r)] for r in range(packing.rows)]
+    rows = [[part.tolist() for part in read_row(packing, r)] for r in range(packing.rows)]
     assert packing.dropped_tokens == 0
     assert rows == [
         [[2, 9, 9, 3], [9, 9, 3, -100], [0]],
@@ -157,3 +165,192 @@ def test_user_mistakes_are_one_line(folder, arguments, message):
 def test_negative_step_is_refused(folder):
     with pytest.raises(DataError, match="-1"):
         Loader(folder, 32, 8, 0).batch(-1)
+
+
+STAGES = [Stage(0, {"short": 1.0}), Stage(2000, {"short": 0.4, "long": 0.6}), Stage(9000, {"long": 1.0})]
+VARIANTS = [
+    {},
+    {"packing": "best_fit", "stages": STAGES},
+    {"shuffle_shards": 1},
+    {"packing": "best_fit", "shuffle_shards": 2},
+]
+
+
+def stream(loader: Loader, first: int, stop: int, prefetch: int) -> list[Batch]:
+    """As the trainer reads: `prefetch` batches ahead in a thread; 0: without one."""
+    if not prefetch:
+        return [loader.batch(step) for step in range(first, stop)]
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(loader.batch, step) for step in range(first, min(stop, first + prefetch))]
+        batches = []
+        for step in range(first, stop):
+            if step + prefetch < stop:
+                ahead.append(reader.submit(loader.batch, step + prefetch))
+            batches.append(ahead.pop(0).result())
+        return batches
+
+
+def joined(parts: list[Batch]) -> list[object]:
+    """The global batch of the ranks' shares, as bytes and lists."""
+    values = []
+    for field in fields(Batch):
+        pieces = [getattr(part, field.name) for part in parts]
+        is_array = isinstance(pieces[0], np.ndarray)
+        values.append(np.concatenate(pieces).tobytes() if is_array else [*itertools.chain(*pieces)])
+    return values
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_the_same_stream_on_every_layout_and_from_every_resume(folder, options):
+    """Ranks x batches ahead, each in one go and resumed from several steps."""
+    steps = 90
+    whole = [joined([batch]) for batch in stream(Loader(folder, 32, 8, 1, **options), 0, steps, 0)]
+    for world_size, prefetch in [(1, 2), (2, 0), (2, 1), (4, 2), (8, 4)]:
+        for first in (0, 1, 63, 64, 89):
+            ranks = [
+                stream(Loader(folder, 32, 8, 1, rank, world_size, **options), first, steps, prefetch)
+                for rank in range(world_size)
+            ]
+            found = [joined(list(parts)) for parts in zip(*ranks, strict=True)]
+            assert found == whole[first:]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_every_document_once_per_epoch(folder, documents, options):
+    """The tokens of every document, by the rows that hold them, for three epochs of each source."""
+    loaders = [Loader(folder, 16, 8, 1, rank, 4, **options) for rank in range(4)]
+    tokens: dict[tuple[str, int], list[list[int]]] = {}
+    step = 0
+    while min(loaders[0].epoch(step).values()) < 3:
+        for loader in loaders:
+            batch = loader.batch(step)
+            for (name, _), epoch, row, n in zip(
+                batch.sample_ids, batch.epochs, batch.tokens, batch.lengths, strict=True
+            ):
+                tokens.setdefault((name, epoch), []).append(row[:n].tolist())
+        step += 1
+    for name, splits in documents.items():
+        whole = Counter(itertools.chain(*splits["train"]))
+        for epoch in range(3):
+            found = Counter(itertools.chain(*itertools.chain(tokens[name, epoch])))
+            assert found <= whole
+            assert (whole - found).total() == loaders[0].dropped_tokens[name]
+    assert bool(loaders[0].dropped_tokens["short"]) == ("packing" not in options)
+
+
+def test_stages_take_effect_at_their_tokens(folder):
+    loader = Loader(folder, 32, 8, 1, stages=STAGES)
+    drawn = [Counter(name for name, _ in loader.batch(step).sample_ids) for step in range(60)]
+    # 256 tokens a step: 2000 tokens are reached with step 8, 9000 with step 36
+    assert all(counts == {"short": 8} for counts in drawn[:8])
+    assert sum(drawn[8:36], Counter())["long"] == pytest.approx(0.6 * 28 * 8, abs=1)
+    assert all(counts == {"long": 8} for counts in drawn[36:])
+    assert loader.epoch(60)["short"] == sum(drawn, Counter())["short"] / loader.rows["short"]
+    assert loader.sample_ids(20) == loader.batch(20).sample_ids
+
+
+def test_a_source_in_no_stage_is_left_out(folder):
+    loader = Loader(folder, 32, 8, 1, stages=[Stage(0, {"short": 2.0, "long": 0.0})])
+    assert set(loader.rows) == {"short"}
+
+
+def test_fingerprint_covers_stages_and_blocks_and_nothing_else(folder):
+    first, other = [Stage(0, {"short": 1.0, "long": 2.0})], [Stage(0, {"short": 1.0, "long": 3.0})]
+    swapped = [Stage(0, {"long": 2.0, "short": 1.0})]
+    settings = [{}, {"stages": first}, {"stages": other}, {"shuffle_shards": 1}, {"shuffle_shards": 2}]
+    assert len({Loader(folder, 32, 8, 0, **s).fingerprint for s in settings}) == len(settings)
+    assert (
+        Loader(folder, 32, 8, 0, stages=first).fingerprint
+        == Loader(folder, 32, 8, 0, stages=swapped, max_damaged_rows=3).fingerprint
+    )
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_first_batch_far_away_takes_under_a_second(folder, options):
+    started = time.perf_counter()
+    batch = Loader(folder, 32, 8, 1, 3, 4, **options).batch(10**9)
+    assert time.perf_counter() - started < 1
+    assert batch.tokens.shape == (2, 32)
+
+
+def peak_growth(loader: Loader, steps: int) -> int:
+    """Bytes that the peak of Python's and numpy's memory grows by after the first tenth of the steps."""
+    tracemalloc.start()
+    for step in range(steps // 10):
+        loader.batch(step)
+    before = tracemalloc.get_traced_memory()[1]
+    for step in range(steps // 10, steps):
+        loader.batch(step)
+    growth = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    return growth
+
+
+@pytest.mark.parametrize("options", VARIANTS[1:3])
+def test_memory_stays_flat(folder, options):
+    assert peak_growth(Loader(folder, 32, 2, 1, **options), 10_000) < 200_000
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_a_million_batches(folder):
+    assert peak_growth(Loader(folder, 32, 2, 1, **VARIANTS[3]), 10**6) < 200_000
+
+
+def damage(folder: Path, source: str) -> tuple[int, int]:
+    """Flips a bit in the last member of a source; (first, stop) of its tokens in the stream."""
+    manifest = open_manifest(folder)
+    shard = manifest.sources[source].splits["train"].shards[-1]
+    members = np.load(folder / shard.index_file)
+    data = bytearray((folder / shard.file).read_bytes())
+    data[int(members["offset"][-1] + members["size"][-1]) - 2] ^= 1
+    (folder / shard.file).write_bytes(data)
+    starts = TokenStream(manifest, source, "train").document_starts
+    return int(starts[-1 - members["documents"][-1]]), int(starts[-1])
+
+
+def test_damaged_rows_are_left_out_within_the_budget(folder, copy, capsys):
+    """On every layout the same rows become padding, and no other row changes."""
+    first, stop = damage(copy, "long")
+    # the target at a row's edge is the first token of the next row
+    rows = {row for row in range(stop // 32) if row * 32 + 33 > first}
+    whole = Loader(folder, 32, 8, 1)
+    ranks = [Loader(copy, 32, 8, 1, rank, 4, max_damaged_rows=len(rows)) for rank in range(4)]
+    met = set()
+    for step in range(400):
+        expected = whole.batch(step)
+        parts = [loader.batch(step) for loader in ranks]
+        found = [np.concatenate([getattr(p, f) for p in parts]) for f in ("tokens", "targets", "lengths")]
+        for i, (name, row) in enumerate(expected.sample_ids):
+            if name == "long" and row in rows:
+                met.add(row)
+                assert not found[0][i].any()
+                assert (found[1][i] == IGNORE_INDEX).all()
+                assert found[2][i] == 0
+            else:
+                assert np.array_equal(found[0][i], expected.tokens[i])
+                assert np.array_equal(found[1][i], expected.targets[i])
+    assert met == rows
+    assert {key for loader in ranks for key in loader.damaged} == {("long", row) for row in rows}
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == sum(len(loader.damaged) for loader in ranks) >= len(rows)
+    assert all("is left out" in line and "its checksum differs" in line for line in warnings)
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_one_damaged_row_too_many(copy, budget):
+    damage(copy, "long")
+    loader = Loader(copy, 32, 8, 1, max_damaged_rows=budget)
+    with pytest.raises(DataError, match="its checksum differs") as error:
+        [loader.batch(step) for step in range(400)]
+    assert len(loader.damaged) == budget
+    assert "\n" not in str(error.value)
+    assert ("max_damaged_rows=1 allowed" in str(error.value)) == bool(budget)
+
+
+def test_negative_settings_and_empty_sources(folder, tmp_path, make_folder):
+    with pytest.raises(DataError, match="max_damaged_rows=-1 must be 0 or above"):
+        Loader(folder, 32, 8, 0, max_damaged_rows=-1)
+    empty = make_folder(tmp_path / "data", {"short": {"train": [], "validation": []}})
+    for options in VARIANTS[::2] + [{"packing": "best_fit"}]:
+        with pytest.raises(DataError, match="has 0 train tokens, less than one row"):
+            Loader(empty, 1, 1, 0, **options)

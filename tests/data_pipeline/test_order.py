@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.order import MIXTURE_PERIOD, Order, key_of, mixture_table, permute
+from data_pipeline.order import MIXTURE_PERIOD, Order, Stage, key_of, mixture_table, permute, stage_starts
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 63, 64, 65, 1000, 4097])
@@ -82,9 +82,14 @@ def test_mixture_refuses_a_weight_that_is_never_drawn():
         mixture_table({"big": 1.0, "tiny": 1e-6})
 
 
+def order_of(weights: dict[str, float], rows: dict[str, int], seed: int) -> Order:
+    """One stage, one block a source."""
+    return Order([(0, weights)], {name: np.array([n]) for name, n in rows.items()}, seed)
+
+
 def test_locate_against_counting_one_by_one():
     weights, rows = {"a": 0.6, "b": 0.3, "c": 0.1}, {"a": 70, "b": 1, "c": 13}
-    order = Order.of(weights, rows, seed=3)
+    order = order_of(weights, rows, seed=3)
     sources, epochs, places = order.locate(np.arange(10_000))
     table = mixture_table(weights)
     drawn = dict.fromkeys(weights, 0)
@@ -100,7 +105,7 @@ def test_locate_against_counting_one_by_one():
 
 
 def test_every_row_once_per_epoch_and_another_order_each_time():
-    order = Order.of({"a": 0.7, "b": 0.3}, {"a": 70, "b": 11}, seed=0)
+    order = order_of({"a": 0.7, "b": 0.3}, {"a": 70, "b": 11}, seed=0)
     sources, epochs, rows = order.locate(np.arange(3000))
     orders = []
     for number, size in ((0, 70), (1, 11)):
@@ -112,10 +117,101 @@ def test_every_row_once_per_epoch_and_another_order_each_time():
 
 
 def test_locate_far_away_costs_the_same():
-    order = Order.of({"a": 0.7, "b": 0.3}, {"a": 70, "b": 11}, seed=0)
+    order = order_of({"a": 0.7, "b": 0.3}, {"a": 70, "b": 11}, seed=0)
     far = 10**12 + np.arange(5)
     sources, epochs, rows = order.locate(far)
     assert order.names == ("a", "b")
     for counter, source, epoch in zip(far.tolist(), sources.tolist(), epochs.tolist(), strict=True):
         assert epoch == order.drawn(counter)["ab"[source]] // (70, 11)[source]
     assert np.all((rows >= 0) & (rows < np.array([70, 11])[sources]))
+
+
+def test_permute_with_a_size_and_a_key_for_each():
+    sizes = np.repeat([1, 5, 64, 1000], 25)
+    keys = np.tile(np.array([0, 7, 2**64 - 1, 3, 9], dtype=np.uint64), 20)
+    index = np.arange(100) % sizes
+    expected = [
+        int(permute(i, n, k)) for i, n, k in zip(index.tolist(), sizes.tolist(), keys.tolist(), strict=True)
+    ]
+    assert permute(index, sizes, keys).tolist() == expected
+
+
+def test_stages_against_counting_one_by_one():
+    """Weights that change, a source that comes late, one that goes: epochs go on where they were."""
+    stages = [(0, {"a": 0.5, "b": 0.5}), (1000, {"a": 0.2, "c": 0.8}), (6007, {"b": 1.0, "a": 0.0})]
+    blocks = {"a": np.array([70]), "b": np.array([11]), "c": np.array([5, 0, 8])}
+    order = Order(stages, blocks, seed=3)
+    sources, epochs, rows = order.locate(np.arange(9000))
+    drawn = dict.fromkeys("abc", 0)
+    tables = [mixture_table({name: w for name, w in weights.items() if w}) for _, weights in stages]
+    for counter in range(9000):
+        stage = sum(counter >= start for start, _ in stages) - 1
+        start, weights = stages[stage]
+        names = [name for name in "abc" if weights.get(name)]
+        table = mixture_table({name: weights[name] for name in names}) if counter == start else tables[stage]
+        tables[stage] = table
+        name = names[table[(counter - start) % len(table)]]
+        if counter % 501 == 0:
+            assert order.drawn(counter) == drawn
+        assert order.names[sources[counter]] == name
+        assert epochs[counter] == drawn[name] // int(blocks[name].sum())
+        drawn[name] += 1
+    for number, name in enumerate("abc"):
+        size = int(blocks[name].sum())
+        seen = rows[sources == number]
+        assert len(seen) == drawn[name] > 2 * size
+        for epoch in range(len(seen) // size):
+            assert sorted(seen[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+    shuffled = np.random.default_rng(0).permutation(9000)[:500]
+    assert np.array_equal(order.locate(shuffled)[2], rows[shuffled])
+
+
+@pytest.mark.parametrize("sizes", [[3], [1, 1, 1, 1], [4, 0, 7, 2, 9], [0, 5]])
+def test_blocks_one_after_another_in_another_order_each_epoch(sizes):
+    order = Order([(0, {"a": 1.0})], {"a": np.array(sizes)}, seed=1)
+    total, edges = sum(sizes), np.cumsum([0, *sizes])
+    epochs = order.locate(np.arange(20 * total))[2].reshape(20, total)
+    block_orders, row_orders = set(), set()
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch.tolist()) == list(range(total))
+        blocks = np.searchsorted(edges, epoch, side="right") - 1
+        changes = np.flatnonzero(np.diff(blocks, prepend=-1))
+        assert len(changes) == sum(size > 0 for size in sizes)  # each block in one go
+        block_orders.add(tuple(blocks[changes].tolist()))
+        row_orders.add(tuple(epoch.tolist()))
+        following = [*blocks[changes].tolist(), None]
+        for i, change in enumerate(changes.tolist()):
+            found = order.following_blocks(number * total + change)["a"]
+            after = order.locate(np.array([(number + 1) * total]))[2][0]
+            expected = (
+                following[i + 1] if i + 1 < len(changes) else np.searchsorted(edges, after, "right") - 1
+            )
+            assert found == expected
+    assert len(row_orders) > 1
+    assert len(block_orders) > 1 or len(changes) == 1
+
+
+def test_stage_starts_are_whole_batches():
+    stages = [Stage(0, {"a": 1}), Stage(1, {"b": 1}), Stage(641, {"a": 1}), Stage(1280, {"b": 2})]
+    starts = stage_starts(stages, ["a", "b"], batch_tokens=320, batch_rows=5)
+    assert [first for first, _ in starts] == [0, 5, 15, 20]
+    assert stage_starts([], ["a"], 320, 5) == []
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([Stage(5, {"a": 1})], r"stages\[0\] starts at tokens=5: the first stage starts at 0"),
+        ([Stage(0, {"a": 1}), Stage(0, {"a": 1})], r"stages\[1\] with tokens=0 .* raise tokens"),
+        ([Stage(0, {"a": 1}), Stage(5, {"a": 1}), Stage(9, {"a": 1})], r"stages\[2\] with tokens=9"),
+        ([Stage(0, {"alpha": 1})], "unknown source 'alpha'"),
+        ([Stage(0, {"a": -1.0})], "a=-1.0 must be"),
+        ([Stage(0, {"a": float("nan")})], "a=nan must be"),
+        ([Stage(0, {"a": 0.0})], "no source has a weight above 0"),
+        ([Stage(0, {})], "no source has a weight above 0"),
+    ],
+)
+def test_wrong_stages_are_one_line(stages, message):
+    with pytest.raises(DataError, match=message) as error:
+        stage_starts(stages, ["a", "b"], batch_tokens=320, batch_rows=5)
+    assert "\n" not in str(error.value)
