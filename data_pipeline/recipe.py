@@ -30,9 +30,9 @@ class Recipe:
     seed: int = 0  # of the shuffle and of the choice of validation documents
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
-    cleaning: CleaningRecipe = field(default_factory=CleaningRecipe)  # of the sources that ask for it
     # Each {name, kind, weight, mask_prompt, cleaning, + the kind's options}.
     sources: list[dict[str, Any]] = field(default_factory=list)
+    cleaning: CleaningRecipe = field(default_factory=CleaningRecipe)  # of the sources that ask for it
 
 
 # Of a source; the others are options of its kind.
