@@ -94,6 +94,8 @@ loader = Loader(url, 32, 8, 1, int(rank), 2, cache=cache, shuffle_shards=2)
 digest = hashlib.sha256()
 for step in range(60):
     digest.update(loader.batch(step).tokens.tobytes())
+if loader._files._prefetching:
+    loader._files._prefetching.join()  # cut off by the end of the process, it would be asked for again
 print(digest.hexdigest())
 """
 
