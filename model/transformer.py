@@ -108,7 +108,8 @@ class ZeroModel(nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            attention_mask: (B, S), 1 or True where a token is real; S counts cached tokens too.
+            attention_mask: (B, S), 1 or True where a token is real; S counts cached tokens too. Beside
+                cu_seqlens padding must be a segment of its own, as the loader gives it.
             position_ids: (B, T); default: counted from the start of each document, padding left out.
             cu_seqlens: (B, n) int32, starts of the documents packed into each row, 0 first, padded with T.
             targets: (B, T) int64, the token to predict at each place or losses.IGNORE_INDEX.
@@ -289,7 +290,8 @@ class ZeroModel(nn.Module):
     ) -> None:
         """Fills in what the attention backend needs.
 
-        flex takes whole rows, varlen and flash_attn whole rows without padding; all else goes through sdpa.
+        flex takes whole rows, varlen and flash_attn whole rows whose padding, if any, is its own segment; all
+        else goes through sdpa.
         """
         (B, T), dtype = tokens.shape, self.model.embed_tokens.weight.dtype
         backend = attention_backend(self.execution.attention, tokens.device.type, dtype)
@@ -304,7 +306,11 @@ class ZeroModel(nn.Module):
         if backend == "flex" and not past:
             segment = tokens.new_zeros(B, T) if segment is None else segment
             context.backend, context.block_mask = backend, flex_mask(segment)
-        elif backend in ("varlen", "flash_attn") and not past and context.token_mask is None:
+        elif (
+            backend in ("varlen", "flash_attn")
+            and not past
+            and (context.token_mask is None or cu_seqlens is not None)
+        ):
             context.backend, context.boundaries = backend, row_boundaries(B, T, cu_seqlens, tokens.device)
         elif backend == "blockwise" and not past:
             context.backend = backend

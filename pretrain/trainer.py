@@ -43,7 +43,7 @@ class _Figures:
     seconds: float
     waited: float  # seconds for data
     stop: Tensor  # (1,) ranks that ask to stop
-    targets: Tensor  # scalar, of all ranks
+    counts: Tensor  # (3,) of all ranks: targets, tokens that are not padding, rows left out so far as damaged
     terms: Tensor  # (terms,) sums over all ranks
     loops: Tensor  # (3, depth), see latent_terms.loop_sums
     loads: Tensor | None  # (MoE layers, E) tokens
@@ -128,7 +128,8 @@ class Trainer:
         waited = time.perf_counter() - started
         depth = sample_depth(self.model_config, self.config.seed, self.step)
         lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
-        counts = self._global_counts(batch)
+        totals = self._global_counts(batch)
+        counts = {"targets": totals[0], "rows": totals.new_tensor(self.config.global_batch_size)}
         self.engine.train()
         sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
         loops = torch.zeros(3, depth, dtype=torch.float64, device=device())
@@ -142,8 +143,8 @@ class Trainer:
             if number < len(micro_batches):
                 self.engine.step(lr)
         stop = sums.new_tensor([self.stop_requests.reason() is not None])
-        totals = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # one exchange a step
-        stop, sums, loops = totals.split([1, len(sums), loops.numel()])
+        summed = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # one exchange a step
+        stop, sums, loops = summed.split([1, len(sums), loops.numel()])
         self.engine.step(lr, total_loss(self.model_config, self._named(sums), counts))
         self.step += 1
         return _Figures(
@@ -154,7 +155,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             waited=waited,
             stop=stop,
-            targets=counts["targets"],
+            counts=totals,
             terms=sums,
             loops=loops.view(3, depth),
             loads=update_router_biases(self.engine),
@@ -182,7 +183,8 @@ class Trainer:
 
     def _record(self, f: "_Figures") -> dict[str, Any]:
         """A step's line of metrics.jsonl."""
-        counts = {"targets": int(f.targets), "rows": self.config.global_batch_size}
+        targets, real_tokens, damaged_rows = f.counts.tolist()
+        counts = {"targets": targets, "rows": self.config.global_batch_size}
         terms = {
             term.name: float(value) / max(counts[term.counted_in], 1)
             for term, value in zip(self.terms, f.terms, strict=True)
@@ -199,7 +201,9 @@ class Trainer:
             **{name: value if math.isfinite(value) else None for name, value in measured.items()},
             "lr": f.lr,
             "tokens": f.step * tokens,
-            "target_tokens": counts["targets"],
+            "target_tokens": targets,
+            "padded_tokens": tokens - real_tokens,
+            "damaged_rows": damaged_rows,
             "tokens_per_second": tokens / f.seconds,
             **self._utilisation(tokens / f.seconds, f.depth),
             "recurrence_depth": f.depth,
@@ -209,7 +213,7 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(),
             "expert_load_max": max((max(x) * len(x) for x in shares), default=None),
             "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
-            "dropped_tokens": self._routed_tokens(f.depth) - sum(map(sum, loads)),
+            "dropped_tokens": self._routed_tokens(real_tokens, f.depth) - sum(map(sum, loads)),
             "expert_load": shares,
             **({} if f.val_loss is None else {"val_loss": f.val_loss}),
             **({} if f.applied else self._skipped(f, measured)),
@@ -225,28 +229,31 @@ class Trainer:
             "sample_ids": self.loader.sample_ids(f.step - 1),
         }
 
-    def _global_counts(self, batch: Batch) -> dict[str, Tensor]:
-        """What the loss terms are divided by: targets and rows of all ranks and micro-batches."""
-        targets = torch.tensor(int((batch.targets != IGNORE_INDEX).sum()), device=device())
-        rows = torch.tensor(self.config.global_batch_size, device=device())
-        return {"targets": all_reduce_sum(targets), "rows": rows}
+    def _global_counts(self, batch: Batch) -> Tensor:
+        """(3,) of all ranks and micro-batches, see _Figures.counts."""
+        own = [(batch.targets != IGNORE_INDEX).sum(), batch.lengths.sum(), len(self.loader.damaged)]
+        return all_reduce_sum(torch.tensor([int(n) for n in own], device=device()))
 
     def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        T = batch.tokens.shape[1]
         for start in range(0, len(batch.tokens), self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
-            yield {
+            inputs = {
                 "tokens": torch.from_numpy(batch.tokens[rows]).to(device()).long(),
                 "targets": torch.from_numpy(batch.targets[rows]).to(device()).long(),
                 "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
             }
+            if (batch.lengths[rows] < T).any():  # padding counts in no statistic of the experts or the loop
+                lengths = torch.from_numpy(batch.lengths[rows]).to(device())
+                inputs["attention_mask"] = torch.arange(T, device=device()) < lengths[:, None]
+            yield inputs
 
-    def _routed_tokens(self, depth: int) -> int:
+    def _routed_tokens(self, real_tokens: int, depth: int) -> int:
         """Choices of an expert that a step makes, over all MoE layers: what the loads must add up to."""
         c = self.model_config
         layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
         runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
-        tokens = self.config.global_batch_size * self.config.data.sequence_length
-        return tokens * c.places_per_token * c.num_experts_per_tok * runs
+        return real_tokens * c.places_per_token * c.num_experts_per_tok * runs
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ DEPTH = [
     "model.recurrence.halting.threshold=0.3",
     "model.recurrence.halting.sparsity_weight=0.01",
     "save_every=3",
+    "data.packing=best_fit",
 ]
 
 
@@ -120,6 +122,7 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
     assert checkpoint.damage(run / "checkpoints/step-6") is None
     for record in records:
         assert set(record) >= FIELDS
+        assert record["damaged_rows"] == 0
         assert record["dropped_tokens"] == 0  # the loads add up to every choice of every token and loop step
         assert 0 <= record["expert_load_entropy"] <= 1
         depth = record["recurrence_depth"]
@@ -133,6 +136,7 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
         for shares in record["expert_load"]:
             assert abs(sum(shares) - 1) < 1e-9
     assert len({r["recurrence_depth"] for r in records}) > 1
+    assert 0 < sum(r["padded_tokens"] for r in records) < 8 * 64
     assert any(0 < share < 1 for r in records for share in r["steps_histogram"])  # tokens halted apart
     assert [r["step"] for r in records if "val_loss" in r] == [3, 6]
     assert records[-1]["tokens"] == 6 * 8 * 64
@@ -144,7 +148,7 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
 
 def test_the_exported_model_has_the_loss_that_training_reported(runs, data_folder):
     model = load_pretrained(runs[0] / "export")
-    batch = Loader(data_folder, 64, 8, seed=0, split="validation").batch(0)
+    batch = Loader(data_folder, 64, 8, seed=0, split="validation", packing="best_fit").batch(0)
     tokens, targets = (torch.from_numpy(x).long() for x in (batch.tokens, batch.targets))
     with torch.no_grad():
         out = model(tokens, targets=targets, cu_seqlens=torch.from_numpy(batch.cu_seqlens))
@@ -163,3 +167,21 @@ def test_offline_export_equals_the_live_one(runs, tmp_path):
     assert load_pretrained(tmp_path / "last").config == load_pretrained(runs[0] / "export").config
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 5; it has 6, 3"):
         export_run(runs[0], 5, tmp_path / "none")
+
+
+def test_a_damaged_row_within_the_budget_is_counted_and_not_trained_on(data_folder, train, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(data_folder, data)
+    shard = max(data.glob("*-train-*.tar"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    options = ("max_steps=3", "eval_every=0", "ep_size=1", f"data.path={data}")
+    refused = train(run, *options, ranks=1, check=False)
+    assert refused.returncode
+    assert f"{shard.name} member" in refused.stderr
+    train(run, *options, "data.max_damaged_rows=1000", ranks=1)
+    last = metrics(run)[-1]
+    assert last["damaged_rows"] > 0
+    assert last["padded_tokens"] > 0
+    assert last["dropped_tokens"] == 0
