@@ -105,6 +105,8 @@ class Unit:
         self._texts = np.zeros(0, np.uint8) if empty else np.memmap(folder / TEXTS, np.uint8, mode="r")
         if self.labelled:
             self._labels = np.load(folder / LABELS)
+            every = np.arange(len(self.documents) + 1, dtype=np.uint64)
+            self._label_starts = np.searchsorted(np.ascontiguousarray(self._labels["document"]), every)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -115,7 +117,7 @@ class Unit:
         if not self.labelled:
             prompt = int(self.documents["prompt"][number])
             return Document(text[:prompt].decode(), text[prompt:].decode())
-        first, last = np.searchsorted(self._labels["document"], [number, number + 1])
+        first, last = self._label_starts[number : number + 2].tolist()
         rows = self._labels[first:last]
         labels = zip(rows["index"].tolist(), map(chr, rows["character"].tolist()), strict=True)
         return LabelledDocument(text.decode(), tuple(labels))

@@ -22,6 +22,11 @@ SHORT = [
         "BUILD='sources.0.num_samples=400 sources.0.levels=[1,3]' "
         f"TRAIN='{TINY_RUN}' EVAL='--num_samples 4 --levels 1,3'",
     ),
+    (
+        "recipes/text.yaml",
+        "sources.0.max_documents=60 sources.1.max_documents=1 sources.2.max_documents=3 "
+        "sources.3.max_documents=30 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000",
+    ),
     ("build.py", "sources.0.max_bytes=300000 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000"),
     ("real_cpu.yaml max_steps=380", TINY_RUN.replace("max_steps=2", "max_steps=4")),
     ("pretrain/main.py", TINY_RUN),
