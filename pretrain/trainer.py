@@ -73,10 +73,13 @@ class Trainer:
         self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank())
         self.log: MetricsLog | None = None
         self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
+        self.save_seconds: float | None = None  # that training stood still for the last checkpoint
 
     def save(self) -> None:
         """Copies the state; the checkpoint is written while training goes on."""
+        started = time.perf_counter()
         self.saver.save(dataclasses.replace(self.initial_state, step=self.step))
+        self.save_seconds = time.perf_counter() - started
 
     def train(self) -> None:
         """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step.
@@ -170,6 +173,8 @@ class Trainer:
     def _report(self, figures: "_Figures") -> None:
         """Reads a step's figures from the device, writes its line of metrics.jsonl and draws conclusions."""
         record = self._record(figures)
+        if self.save_seconds is not None:  # in the line of the step after it
+            record["save_seconds"], self.save_seconds = self.save_seconds, None
         if self.log is not None:
             self.log.write(record)
         self.stopped = bool(figures.stop)

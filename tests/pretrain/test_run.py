@@ -136,6 +136,7 @@ def test_the_run_folder_holds_what_it_promises(runs, data_folder):
         for shares in record["expert_load"]:
             assert abs(sum(shares) - 1) < 1e-9
     assert len({r["recurrence_depth"] for r in records}) > 1
+    assert [r["step"] for r in records if "save_seconds" in r] == [4]
     assert 0 < sum(r["padded_tokens"] for r in records) < 8 * 64
     assert any(0 < share < 1 for r in records for share in r["steps_histogram"])  # tokens halted apart
     assert [r["step"] for r in records if "val_loss" in r] == [3, 6]
