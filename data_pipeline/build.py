@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline.cleaning import Cleaner
+from data_pipeline.clean import Cleaner
 from data_pipeline.decontaminate import EVALUATION_FILES
 from data_pipeline.encode import encoder
 from data_pipeline.errors import DataError, user_errors

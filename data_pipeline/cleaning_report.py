@@ -17,7 +17,7 @@ class Removed(NamedTuple):
     """One document, or some, as the report names them."""
 
     source: str
-    step: str  # one of clean.STEPS
+    step: str  # one of recipe.CLEANING_STEPS
     reason: str  # the rule, "duplicate", or the evaluation set
 
 

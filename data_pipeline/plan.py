@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline.cleaning import choose
+from data_pipeline.clean import choose
 from data_pipeline.cleaning_report import CleaningReport
 from data_pipeline.errors import DataError
 from data_pipeline.kinds import within_limits

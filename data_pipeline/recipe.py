@@ -11,8 +11,8 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_pipeline.clean import STEPS, CleaningRecipe
 from data_pipeline.errors import DataError
+from data_pipeline.quality import QualityLimits
 
 T = TypeVar("T")
 
@@ -22,6 +22,21 @@ class TokenizerRecipe:
     vocab_size: int = MISSING  # upper limit on pieces
     model_type: str = "unigram"  # unigram | bpe
     train_bytes: int = 10_000_000  # UTF-8 bytes of text to train on, shared among the sources by weight
+
+
+@dataclass(frozen=True)
+class CleaningRecipe:
+    """The `cleaning` section of a recipe; a source lists the steps it takes in its own `cleaning`."""
+
+    near_threshold: float = 0.8  # Jaccard similarity from which a document is a near duplicate
+    ngram_words: int = 13  # a run of this many words of a test problem contaminates a document
+    quality: QualityLimits = field(default_factory=QualityLimits)
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.near_threshold <= 1:  # below, LSH proposes nearly every pair
+            raise DataError(f"cleaning.near_threshold {self.near_threshold} is not in [0.5, 1]: mend it")
+        if self.ngram_words < 8:
+            raise DataError(f"cleaning.ngram_words {self.ngram_words} is below 8: raise it (13 is usual)")
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,7 @@ class Recipe:
 
 # Of a source; the others are options of its kind.
 OWN_KEYS = ("name", "kind", "weight", "mask_prompt", "cleaning")
+CLEANING_STEPS = ("exact", "near", "quality", "decontaminate")
 
 
 def source_options(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,8 +134,8 @@ def _check(recipe: Recipe, path: Path) -> None:
         if not isinstance(steps, list):
             raise DataError(f"recipe {path}: source {name!r} has cleaning {steps!r}: give a list of steps")
         for step in steps:
-            if step not in STEPS:
-                guess = nearest(str(step), STEPS)
+            if step not in CLEANING_STEPS:
+                guess = nearest(str(step), CLEANING_STEPS)
                 raise DataError(f"recipe {path}: source {name!r} has the cleaning step {step!r}; {guess}")
 
 

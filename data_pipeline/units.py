@@ -27,7 +27,7 @@ TEXTS, DOCUMENTS, LABELS, ABOUT = "texts.bin", "documents.npy", "labels.npy", "a
 
 
 class Judge(Protocol):
-    """What is asked about each document while it is read, see cleaning.Cleaner."""
+    """What is asked about each document while it is read, see clean.Cleaner."""
 
     def judge(self, number: int, text: str) -> Any: ...
     def fingerprints(self, text: str) -> dict[str, np.ndarray]: ...
