@@ -7,6 +7,7 @@ import argparse
 import atexit
 import copy
 import fcntl
+import hashlib
 import inspect
 import io
 import logging
@@ -93,13 +94,17 @@ def _remove_shared_memory() -> None:
 
 
 def prepare_extensions() -> None:
-    """Builds DeepSpeed's CPU communication extension once, one process at a time.
+    """Builds DeepSpeed's CPU communication extension once an environment, one process at a time.
+
+    Environments have folders of their own, since each names its own torch in the build and would build anew
+    after another, under processes that have the library open.
 
     A process killed while building leaves torch's `lock` file behind, on which every later run would wait
     for ever. The operating system drops our own lock with its holder, so whoever has it may clear the other.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zeromodel" / "torch_extensions"
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache)))
+    own = cache / hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if get_accelerator().device_name() != "cpu" or builder is None:
         return
