@@ -129,6 +129,10 @@ def _run(arguments: argparse.Namespace) -> None:
     lowest = {"runs": 1, "rows": 1, "length": 2, "batches": 1, "memory_batches": 10}
     lowest |= {"characters": 1000, "prepared": 1000, "vocab_size": 300}
     check_at_least({flag: (getattr(arguments, flag), limit) for flag, limit in lowest.items()})
+    if arguments.vocab_size > 65_536:
+        raise ValueError(
+            f"--vocab_size={arguments.vocab_size} must be at most 65536, for tokens of two bytes"
+        )
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

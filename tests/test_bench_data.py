@@ -155,6 +155,7 @@ def test_verdicts(bench):
     ("flags", "message"),
     [
         (["--tasks", "read,write"], "--tasks=write is unknown"),
+        (["--vocab_size", "65537"], "--vocab_size=65537 must be at most 65536"),
         (["--length", "1"], "--length=1 must be at least 2"),
         (["--tasks", "read", "--characters", "1000", "--vocab_size", "300"], "raise it"),
     ],
