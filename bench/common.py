@@ -174,12 +174,12 @@ def memory_growth(model: nn.Module, tokens: Tensor) -> int:
     # What building the model freed must not pass for memory that the step did not need.
     ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # the peak VmHWM starts again from here
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     step()
-    return _status("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def status_bytes(key: str) -> int:
     """Bytes of a line `KEY: N kB` in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
