@@ -19,6 +19,10 @@ MODEL_TYPES = ("unigram", "bpe")
 NUM_THREADS = 2  # fixed: the model file's bytes depend on it
 SLICE_LENGTH = 1000  # characters; longer "sentences" would be dropped without a word
 META_SPACE = "\u2581"  # sentencepiece's own mark for a space: the one character it cannot carry itself
+# No piece goes on from another character to a space, so BPE merges every such run by itself. Most are met
+# again: encoded one by one and kept they are faster. In unigram the best path depends on the neighbours.
+_RUNS = re.compile(" *[^ ]+| +")
+KEPT_CHARACTERS = 2**22  # of the runs kept; then they are forgotten
 
 
 def train_tokenizer(
@@ -91,6 +95,10 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id, self.bos_id, self.eos_id = PAD_ID, BOS_ID, EOS_ID
+        scores = [self._processor.get_score(i) for i in range(EOS_ID + 1, self.vocab_size)]
+        self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
+        self._kept: dict[str, list[int]] = {}
+        self._kept_characters = 0
         self._meta_space_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
         ]
@@ -107,8 +115,17 @@ class Tokenizer:
         for i, part in enumerate(text.split(META_SPACE)):
             if i:
                 ids += self._meta_space_ids
-            ids += self._processor.encode(part)
+            ids += self._encode_runs(part) if self._is_bpe else self._processor.encode(part)
         return ids + [EOS_ID] if eos else ids
+
+    def _encode_runs(self, text: str) -> list[int]:
+        if self._kept_characters > KEPT_CHARACTERS:
+            self._kept, self._kept_characters = {}, 0
+        runs = _RUNS.findall(text)
+        new = [run for run in set(runs) if run not in self._kept]
+        self._kept.update(zip(new, self._processor.encode(new, num_threads=1), strict=True))
+        self._kept_characters += sum(map(len, new))
+        return [token for run in runs for token in self._kept[run]]
 
     def encode_batch(self, texts: Iterable[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
         return [self.encode(text, bos, eos) for text in texts]

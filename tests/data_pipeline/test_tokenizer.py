@@ -45,6 +45,14 @@ def test_round_trip_is_lossless(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.sampled_from(" " * 6 + "abcThe\n\t12.,-é東\u00a0\u3000"), max_size=80))
+@example("the  the   the " * 30 + "x" * 100 + "   ")
+def test_any_spacing_is_encoded_as_by_stock_sentencepiece(tokenizer, text):
+    """Also where BPE takes the text apart into runs that it keeps."""
+    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+
+
 def test_encode_equals_stock_sentencepiece(tokenizer, tmp_path):
     """Where the text has no U+2581 nothing of ours is between it and sentencepiece."""
     stock = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._processor.serialized_model_proto())
