@@ -43,7 +43,7 @@ real: setup
 	$(ONE_THREAD) deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \
 		--config pretrain/configs/real_cpu.yaml output_dir=$(REAL_RUN) data.path=$(REAL_RUN)/data $(TRAIN)
 	test -f $(REAL_RUN)/DONE
-	python eval/run.py --checkpoint $(REAL_RUN)/export --tasks gsm8k,logiqa,babi,arc --limit $(LIMIT) \
+	python eval/run.py --checkpoint $(REAL_RUN)/export --tasks gsm8k,logiqa,babi,arc --limit $(LIMIT) --num_fewshot 0 \
 		--output_path $(REAL_RUN)/eval
 	python eval/report.py --run $(REAL_RUN) --out $(REAL_RUN)/report.html
 

@@ -65,6 +65,19 @@ def read_gsm8k(path: Path) -> Iterator[Problem]:
         )
 
 
+def read_gsm8k_cot(path: Path) -> Iterator[Problem]:
+    """GSM8K jsonl in the prompts of lm-evaluation-harness's gsm8k_cot; the target is the final number."""
+    keys = ("question", "answer")
+    for number, row in json_lines(path, keys):
+        question, answer = text_fields(row, keys, f"{path} line {number}")
+        yield Problem(
+            id=f"gsm8k_cot-{Path(path).stem}-{number - 1}",
+            prompt=f"Q: {question}\nA:",
+            target=f" {answer.split('####')[-1].strip()}",
+            group="gsm8k_cot",
+        )
+
+
 def read_arc(path: Path) -> Iterator[Problem]:
     """ARC jsonl; 3 to 5 choices with labels A.. or 1...  `group` is "arc_easy" or "arc_challenge" by file
     name.
@@ -92,30 +105,28 @@ def read_arc(path: Path) -> Iterator[Problem]:
 def read_logiqa(path: Path) -> Iterator[Problem]:
     """LogiQA 1.0 text: 8 lines a problem (blank, letter of the answer, context, question, four options).
 
-    The answer's letter means the letter printed before an option: some problems print theirs as A, C, B, D,
-    so the options are sorted by it. An option whose letter stands elsewhere ("City B.S has") takes the letter
-    of its place.
+    Read as the loading script behind lm-evaluation-harness's logiqa reads it, quirks included, so that scores
+    compare: an option is its line without the first two characters, whatever they are ("Mr.A.P wrote" becomes
+    ". A. P wrote"); the answer's letter counts the lines, although some problems print their options as A, C,
+    B, D (19 of Test.txt; 12 of these have the answer B or C, for which the printed letter would mean the
+    other option); and a space follows every full stop ("3.5" becomes "3. 5").
     """
     lines = [line.rstrip("\n") for line in text_lines(path)]
     while lines and not lines[-1].strip():
         lines.pop()
     for start in range(0, len(lines), 8):
         block = lines[start : start + 8]
-        letter = block[1].strip().lower() if len(block) == 8 else ""
-        if (
-            len(letter) != 1
-            or letter not in "abcd"
-            or block[0].strip()
-            or not all(x.strip() for x in block[2:])
-        ):
+        letter = block[1].strip() if len(block) == 8 else ""
+        texts = [_spaced(text) for text in (*block[2:4], *(option[2:] for option in block[4:]))]
+        if len(letter) != 1 or letter not in "abcd" or block[0].strip() or not all(texts):
             raise DataError(f"{path} line {start + 1}: not a LogiQA problem of 8 lines: download it again")
-        options = _logiqa_options(block[4:])
-        gold = "abcd".index(letter)
+        context, question, *options = texts
         listed = "".join(f"{name}. {option}\n" for name, option in zip("ABCD", options, strict=True))
         choices = tuple(f" {option}" for option in options)
+        gold = "abcd".index(letter)
         yield Problem(
             id=f"logiqa-{Path(path).stem}-{start // 8}",
-            prompt=f"Passage: {block[2].strip()}\nQuestion: {block[3].strip()}\nChoices:\n{listed}Answer:",
+            prompt=f"Passage: {context}\nQuestion: {question}\nChoices:\n{listed}Answer:",
             target=choices[gold],
             choices=choices,
             gold=gold,
@@ -123,19 +134,8 @@ def read_logiqa(path: Path) -> Iterator[Problem]:
         )
 
 
-def _logiqa_options(lines: list[str]) -> list[str]:
-    """The four option texts in the order of their letters, without the letters."""
-    printed = [match.group(1).upper() if (match := re.match(r"([A-Da-d])[.?]", x)) else "" for x in lines]
-    letters = [mark or place for mark, place in zip(printed, "ABCD", strict=True)]
-    if sorted(letters) != list("ABCD"):
-        letters = list("ABCD")
-    options = {}
-    for letter, line in zip(letters, lines, strict=True):
-        text = re.sub(rf"^{letter}[.?]\s*|^{letter} ", "", line, count=1, flags=re.IGNORECASE)
-        if text == line:  # the letter went into the sentence: "Researcher C.Wang is a doctor."
-            text = re.sub(rf"\b{letter}\.", "", line, count=1)
-        options[letter] = text.strip()
-    return [options[letter] for letter in "ABCD"]
+def _spaced(text: str) -> str:
+    return text.replace(".", ". ").strip()
 
 
 def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]:

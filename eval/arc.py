@@ -2,9 +2,11 @@
 
 python eval/arc.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-`--data FILE` evaluates that file alone. Exemplars come from the train file beside the test file.
+`--data FILE` evaluates that file alone. Exemplars come from the train file beside the test file; leaderboards
+report acc_norm of arc_challenge with 25.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.sources import Problem, read_arc
@@ -15,16 +17,14 @@ from eval.results import TaskResult
 SETS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 
 
-def load(options: Options) -> Evaluation:
-    """Reads the test files. Raises ValueError if one is missing, bad, or not named after its set."""
+def load(options: Options, names: Sequence[str] = tuple(SETS)) -> Evaluation:
+    """Reads the test files of these sets. Raises ValueError if one is missing, bad, or not named after it."""
     if options.data.is_file():
-        names = [name for name, stem in SETS.items() if options.data.name.startswith(stem)]
+        names = [name for name in names if options.data.name.startswith(SETS[name])]
         if not names:
             raise ValueError(
                 f"which set is {options.data.name}? its name must start with ARC-Easy or ARC-Challenge"
             )
-    else:
-        names = list(SETS)
     paths = {name: find_data(options.data, f"arc/{SETS[name]}-Test.jsonl") for name in names}
     documents = {name: list(read_arc(path)) for name, path in paths.items()}
     problems = {name: _prompts(name, documents[name], paths[name], options) for name in names}
@@ -39,9 +39,9 @@ def load(options: Options) -> Evaluation:
 
 def _prompts(name: str, documents: list[Problem], path: Path, options: Options) -> list[Problem]:
     problems = first(documents, options.limit, path)
-    if options.num_fewshot:
+    if options.shots():
         exemplars = list(read_arc(path.with_name(f"{SETS[name]}-Train.jsonl")))
-        problems = add_fewshot(problems, exemplars, options.num_fewshot, options.seed)
+        problems = add_fewshot(problems, exemplars, options.shots(), options.seed)
     return problems
 
 
@@ -56,7 +56,7 @@ def _evaluate(
         num_documents=len(documents),
         baselines={"chance": Score(chance)},
         samples=scores.samples,
-        num_fewshot=options.num_fewshot,
+        num_fewshot=options.shots(),
         num_truncated=scorer.take_truncated(),
         data_files=[path],
     )

@@ -20,9 +20,13 @@ class Options:
 
     data: Path = Path("data")
     limit: int | None = None
-    num_fewshot: int = 0
+    num_fewshot: int | None = None
     seed: int = 1234
     max_new_tokens: int | None = None
+
+    def shots(self, default: int = 0) -> int:
+        """How many exemplars; `default` is the task's number in lm-eval."""
+        return default if self.num_fewshot is None else self.num_fewshot
 
 
 USER_ERRORS = (ValueError, OSError)
@@ -72,7 +76,12 @@ def add_data_flags(parser: Parser) -> None:
         help="the folder that holds all sets, or this task's file (default: $DATA_ROOT, else data)",
     )
     add("--limit", type=positive_integer, metavar="N", help="only the first N problems of each data file")
-    add("--num_fewshot", type=int, default=0, metavar="K", help="solved examples in each prompt (default: 0)")
+    add(
+        "--num_fewshot",
+        type=int,
+        metavar="K",
+        help="solved examples in each prompt (default: lm-eval's: gsm8k 5, gsm8k_cot 8, others none)",
+    )
     add(
         "--max_new_tokens",
         type=positive_integer,

@@ -64,7 +64,21 @@ class Scorer:
         """Per (context, continuation): the sum of the continuation's log-probabilities (nats), and whether
         greedy decoding would produce it. Raises ValueError for an empty or overlong continuation.
         """
-        encoded = [self.encode_pair(context, continuation) for context, continuation in requests]
+        return self.loglikelihood_tokens([self.encode_pair(*request) for request in requests])
+
+    def loglikelihood_tokens(
+        self, encoded: Sequence[tuple[list[int], list[int]]]
+    ) -> list[tuple[float, bool]]:
+        """`loglikelihood` of token ids: per (context with `bos`, continuation).
+
+        Raises ValueError if a continuation is longer than the model's positions.
+        """
+        longest = max((len(target) for _, target in encoded), default=0)
+        if longest > self.max_length:
+            raise ValueError(
+                f"a continuation of {longest} tokens exceeds the model's max_position_embeddings"
+                f" {self.max_length}: shorten it"
+            )
         results: dict[int, tuple[float, bool]] = {}
         for batch in self.batches([len(context) + len(target) for context, target in encoded], "scoring"):
             rows = []
@@ -99,7 +113,7 @@ class Scorer:
         """Token ids of context (with `bos`) and continuation, by lm-eval's rule: white space that ends the
         context belongs to the continuation, and the continuation is what the whole has beyond the context.
 
-        Raises ValueError if the continuation is left without a token, or longer than the model's positions.
+        Raises ValueError if the continuation is left without a token.
         """
         stripped = context.rstrip()
         whole = self.tokenizer.encode(context + continuation, bos=True)
@@ -109,11 +123,6 @@ class Scorer:
             raise ValueError(
                 f"the continuation {continuation!r} after {context[-20:]!r} has no token of its own:"
                 " it is empty, or the tokenizer merges it into the context"
-            )
-        if len(target_ids) > self.max_length:
-            raise ValueError(
-                f"a continuation of {len(target_ids)} tokens exceeds the model's max_position_embeddings"
-                f" {self.max_length}: {continuation[:40]!r}"
             )
         return context_ids, target_ids
 
@@ -192,18 +201,20 @@ def add_fewshot(
 ) -> list[Problem]:
     """The problems with `num_fewshot` solved exemplars before each prompt, drawn anew for each problem.
 
-    One random stream serves all problems in order, as in lm-eval. Raises ValueError if there are too few.
+    One random stream serves all problems in order, as in lm-eval run by one process: give all problems of the
+    file, and cut afterwards. Raises ValueError if there are too few exemplars.
     """
     if not 0 <= num_fewshot <= len(exemplars):
         raise ValueError(
             f"num_fewshot is {num_fewshot}: it must be 0 to {len(exemplars)}, the exemplars there"
         )
     rng = random.Random(seed)
-    prompts = []
-    for problem in problems:
-        shots = rng.sample(list(exemplars), num_fewshot)
-        prompts.append("".join(f"{shot.prompt}{shot.target}\n\n" for shot in shots) + problem.prompt)
-    return [replace(problem, prompt=prompt) for problem, prompt in zip(problems, prompts, strict=True)]
+    return [with_shots(problem, rng.sample(exemplars, num_fewshot)) for problem in problems]
+
+
+def with_shots(problem: Problem, shots: Sequence[Problem]) -> Problem:
+    """The problem with these solved exemplars before its prompt."""
+    return replace(problem, prompt="".join(f"{s.prompt}{s.target}\n\n" for s in shots) + problem.prompt)
 
 
 class ChoiceScores(NamedTuple):

@@ -2,8 +2,7 @@
 
 python eval/gsm8k.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-Exemplars come from the train file beside the test file; the default is none, since small models gain nothing
-from them (lm-eval's default is 5).
+Five exemplars before each problem, as in lm-eval, drawn from the train file beside the test file.
 """
 
 import re
@@ -14,8 +13,9 @@ from eval.cli import Evaluation, Options, find_data, first, main
 from eval.core import Score, Scorer, add_fewshot, sample_record
 from eval.results import TaskResult
 
+NUM_FEWSHOT = 5
 MAX_NEW_TOKENS = 256
-STOP = ("Question:", "</s>")
+STOP = ("Question:", "</s>", "<|im_end|>")
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 IGNORED = [re.compile(pattern) for pattern in (r",", r"\$", r"(?s).*#### ", r"\.$")]
@@ -27,56 +27,56 @@ def load(options: Options) -> Evaluation:
     path = find_data(options.data, "gsm8k/test.jsonl")
     documents = list(read_gsm8k(path))
     problems = first(documents, options.limit, path)
-    if options.num_fewshot:
-        exemplars = list(read_gsm8k(path.with_name("train.jsonl")))
-        problems = add_fewshot(problems, exemplars, options.num_fewshot, options.seed)
+    data_files = [path]
+    if options.shots(NUM_FEWSHOT):
+        data_files.append(path.with_name("train.jsonl"))
+        exemplars = list(read_gsm8k(data_files[-1]))
+        problems = add_fewshot(problems, exemplars, options.shots(NUM_FEWSHOT), options.seed)
     max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
-        """Answers every problem greedily and grades it by both of lm-eval's gsm8k filters.
-
-        Raises ValueError if max_new_tokens leaves no room for a prompt.
-        """
         responses = scorer.generate([problem.prompt for problem in problems], max_new_tokens, STOP)
         samples = [grade(problem, response) for problem, response in zip(problems, responses, strict=True)]
         return [
-            TaskResult(
+            summarize(
+                samples,
                 task="gsm8k",
-                values={
-                    f"exact_match,{name}": [sample[f"exact_match,{name}"] for sample in samples]
-                    for name in ("strict-match", "flexible-extract")
-                },
                 num_documents=len(documents),
-                baselines={"chance": Score(0.0)},
-                samples=samples,
-                num_fewshot=options.num_fewshot,
+                num_fewshot=options.shots(NUM_FEWSHOT),
                 num_truncated=scorer.take_truncated(),
                 config={"max_new_tokens": max_new_tokens, "until": STOP},
-                data_files=[path],
-                version=3,
+                data_files=data_files,
             )
         ]
 
     return evaluation
 
 
-def grade(problem: Problem, response: str) -> dict[str, Any]:
+def summarize(samples: list[dict[str, Any]], **fields: Any) -> TaskResult:
+    """The result of graded samples; `fields` are the other fields of TaskResult."""
+    keys = [f"exact_match,{name}" for name in ("strict-match", "flexible-extract")]
+    values = {key: [sample[key] for sample in samples] for key in keys}
+    return TaskResult(values=values, samples=samples, baselines={"chance": Score(0.0)}, version=3, **fields)
+
+
+def grade(problem: Problem, response: str, strict: re.Pattern[str] = STRICT) -> dict[str, Any]:
     """A sample line: the response, what the two filters find in it, whether that is the target's number."""
-    answers = {"strict-match": extract_strict(response), "flexible-extract": extract_flexible(response)}
+    answers = {
+        "strict-match": extract_strict(response, strict),
+        "flexible-extract": extract_flexible(response),
+    }
+    gold = normalize(problem.target.removeprefix(" "))  # the space divides prompt and answer
     return {
         **sample_record(problem),
         "resps": response,
         "filtered_resps": answers,
-        **{
-            f"exact_match,{name}": float(normalize(answer) == normalize(problem.target))
-            for name, answer in answers.items()
-        },
+        **{f"exact_match,{name}": float(normalize(answer) == gold) for name, answer in answers.items()},
     }
 
 
-def extract_strict(response: str) -> str:
-    """The first number after `#### `."""
-    match = STRICT.search(response)
+def extract_strict(response: str, strict: re.Pattern[str] = STRICT) -> str:
+    """The first number after the words that announce it, by default `#### `."""
+    match = strict.search(response)
     return match.group(1) if match else NO_MATCH
 
 

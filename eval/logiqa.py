@@ -2,7 +2,8 @@
 
 python eval/logiqa.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-Exemplars come from Eval.txt beside Test.txt, as in lm-eval where a train split is absent.
+Exemplars come from Train.txt beside Test.txt as in lm-eval, or from Eval.txt where there is none; which of
+them is in the results file.
 """
 
 from data_pipeline.sources import read_logiqa
@@ -16,9 +17,12 @@ def load(options: Options) -> Evaluation:
     path = find_data(options.data, "logiqa/Test.txt")
     documents = list(read_logiqa(path))
     problems = first(documents, options.limit, path)
-    if options.num_fewshot:
-        exemplars = list(read_logiqa(path.with_name("Eval.txt")))
-        problems = add_fewshot(problems, exemplars, options.num_fewshot, options.seed)
+    data_files = [path]
+    if options.shots():
+        train = path.with_name("Train.txt")
+        data_files.append(train if train.is_file() else path.with_name("Eval.txt"))
+        exemplars = list(read_logiqa(data_files[-1]))
+        problems = add_fewshot(problems, exemplars, options.shots(), options.seed)
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
         scores = score_choices(scorer, problems)
@@ -29,9 +33,9 @@ def load(options: Options) -> Evaluation:
                 num_documents=len(documents),
                 baselines={"chance": Score(0.25)},
                 samples=scores.samples,
-                num_fewshot=options.num_fewshot,
+                num_fewshot=options.shots(),
                 num_truncated=scorer.take_truncated(),
-                data_files=[path],
+                data_files=data_files,
             )
         ]
 

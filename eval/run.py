@@ -4,16 +4,19 @@ python eval/run.py --checkpoint runs/NAME/export --tasks gsm8k,logiqa,babi,arc -
 """
 
 import difflib
+from functools import partial
 
 from data_pipeline.errors import user_errors
-from eval import arc, babi, causal_loop, gsm8k, logiqa
+from eval import arc, babi, causal_loop, gsm8k, gsm8k_cot, logiqa
 from eval.cli import USER_ERRORS, Task, add_data_flags, evaluate, make_parser
 
 TASKS: dict[str, Task] = {
     "gsm8k": gsm8k.load,
+    "gsm8k_cot": gsm8k_cot.load,
     "logiqa": logiqa.load,
     "babi": babi.load,
     "arc": arc.load,
+    **{name: partial(arc.load, names=[name]) for name in arc.SETS},
     "causal_loop": causal_loop.load,
 }
 

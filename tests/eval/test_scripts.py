@@ -45,7 +45,8 @@ def test_script_in_its_own_process(checkpoint, data_root, tmp_path):
     assert results["n-shot"]["gsm8k"] == 1
     assert set(results["results"]["gsm8k"]) >= {"exact_match,strict-match", "exact_match_stderr,strict-match"}
     digest = file_sha256(data_root / "gsm8k" / "test.jsonl")
-    assert results["configs"]["gsm8k"]["data_sha256"] == {"test.jsonl": digest}
+    exemplars = file_sha256(data_root / "gsm8k" / "train.jsonl")
+    assert results["configs"]["gsm8k"]["data_sha256"] == {"test.jsonl": digest, "train.jsonl": exemplars}
     first, second = samples_of(tmp_path, "gsm8k")
     assert first["prompt"].count("Question: ") == 2
     assert first["prompt"].endswith("does she make every day at the farmers' market?\nAnswer:")
@@ -64,7 +65,7 @@ def test_user_mistake_in_its_own_process(tmp_path):
 
 def test_all_tasks_in_one_run(checkpoint, data_root, tmp_path, run_script, capsys):
     run_script(
-        "run.py", "--checkpoint", checkpoint, "--tasks", "arc,logiqa,babi,gsm8k,causal_loop",
+        "run.py", "--checkpoint", checkpoint, "--tasks", "arc,logiqa,babi,gsm8k,gsm8k_cot,causal_loop",
         "--data", data_root, "--limit", 2, "--output_path", tmp_path, "--log_samples", "--max_new_tokens", 4,
     )  # fmt: skip
     results = results_of(tmp_path)
@@ -80,6 +81,8 @@ def test_all_tasks_in_one_run(checkpoint, data_root, tmp_path, run_script, capsy
     assert results["n-samples"]["babi"]["effective"] == 40
     for name, original in {"arc_easy": 2376, "arc_challenge": 1172, "logiqa": 651}.items():
         assert results["n-samples"][name]["original"] == original
+    shots = {"arc_easy": 0, "arc_challenge": 0, "logiqa": 0, "babi": 0, "gsm8k": 5, "gsm8k_cot": 8}
+    assert {name: results["n-shot"][name] for name in shots} == shots  # lm-eval's own
     assert results["baselines"]["logiqa"]["chance"]["value"] == 0.25
     assert results["config"]["num_steps"] == 2
     assert len(samples_of(tmp_path, "babi")) == 40
@@ -109,7 +112,7 @@ def test_data_may_be_the_file_itself(checkpoint, data_root, tmp_path, run_script
     results = results_of(tmp_path / "new" / "folder")
     assert next(iter(results["results"])) == task
     assert results["config"]["batch_size"] == 3
-    assert results["configs"][task]["data_sha256"] == {Path(file).name: file_sha256(data_root / file)}
+    assert results["configs"][task]["data_sha256"][Path(file).name] == file_sha256(data_root / file)
 
 
 def test_causal_loop_without_data(checkpoint, tmp_path, run_script, monkeypatch):
@@ -188,6 +191,7 @@ def test_wrong_flags_are_one_line(checkpoint, tmp_path, run_script, capsys, argu
         line = json.dumps({"question": "1 + 1?", "answer": "2\n#### 2"}) + "\n"
         (tmp_path / "gsm8k" / f"{name}.jsonl").write_text(line * count)
     common = ["--checkpoint", checkpoint, "--data", tmp_path, "--limit", 1, "--max_new_tokens", 2]
+    common += ["--num_fewshot", 0]
     with pytest.raises(SystemExit) as exit_:
         run_script("gsm8k.py", *common, *arguments)
     assert_error_line(exit_.value, capsys, message)

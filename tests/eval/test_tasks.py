@@ -4,7 +4,8 @@ import pytest
 
 from data_pipeline.causal_loop import Sample, generate, majority_answer, one_step_answer
 from data_pipeline.sources import Problem
-from eval import babi, causal_loop, gsm8k
+from eval import babi, causal_loop, gsm8k, gsm8k_cot
+from eval.cli import Options
 from eval.results import TABLE_HEADER, TaskResult, build_report, format_table, table_rows
 from eval.run import select_tasks
 
@@ -30,6 +31,31 @@ from eval.run import select_tasks
 def test_gsm8k_filters(response, strict, flexible):
     assert gsm8k.normalize(gsm8k.extract_strict(response)) == strict
     assert gsm8k.normalize(gsm8k.extract_flexible(response)) == flexible
+
+
+@pytest.mark.parametrize(
+    ("response", "strict", "flexible"),
+    [
+        (" 2 + 2 = 4. The answer is 4.\n\n", "4", "4."),
+        (" The answer is 1,234. The answer is 5.", "1,234.", "5."),
+        (" The answer is 7", gsm8k.NO_MATCH, "7"),  # one more character must follow
+        (" The answer is 12", "1", "12"),  # the pattern gives up a digit for it
+        (" The answer is $9.", gsm8k.NO_MATCH, "$9."),
+        (" the answer is 9.", gsm8k.NO_MATCH, "9."),
+    ],
+)
+def test_gsm8k_cot_filters(response, strict, flexible):
+    problem = Problem(id="0", prompt="Q: q\nA:", target=" 4")
+    graded = gsm8k.grade(problem, response, gsm8k_cot.STRICT)
+    assert graded["filtered_resps"] == {"strict-match": strict, "flexible-extract": flexible}
+    assert graded["exact_match,strict-match"] == float(strict == "4")
+
+
+def test_gsm8k_cot_takes_at_most_its_exemplars(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2\\n#### 2"}\n')
+    for bad in (9, -1):
+        with pytest.raises(ValueError, match=f"num_fewshot is {bad}: it must be 0 to 8"):
+            gsm8k_cot.load(Options(data=tmp_path / "test.jsonl", num_fewshot=bad))
 
 
 def test_gsm8k_grade_compares_with_the_number_of_the_target():
@@ -58,8 +84,9 @@ def test_babi_counts_failed_tasks_and_majority():
     ]
     pooled, qa2, qa10 = babi.summarize(samples, documents, {})
     assert pooled.totals == {"failed_tasks,none": 1}
-    assert sum(pooled.values["exact_match,none"]) == 38
-    assert (sum(qa2.values["exact_match,none"]), sum(qa10.values["exact_match,none"])) == (19, 19)
+    assert sum(pooled.values["exact_match,stripped"]) == 38
+    assert (sum(qa2.values["exact_match,stripped"]), sum(qa10.values["exact_match,stripped"])) == (19, 19)
+    assert sum(pooled.values["exact_match,none"]) == 0  # as in lm-eval, the space after each answer counts
     assert (qa2.baselines["majority"].value, qa10.baselines["majority"].value) == (
         1.0,
         pytest.approx(14 / 21),
@@ -131,8 +158,8 @@ def test_report_and_table(make_scorer):
 
 
 def test_unknown_task_names_the_nearest():
-    assert list(select_tasks("arc,gsm8k")) == ["arc", "gsm8k"]
+    assert list(select_tasks("arc,gsm8k,arc_easy")) == ["arc", "gsm8k", "arc_easy"]
     with pytest.raises(ValueError, match="no task 'gsm8': did you mean gsm8k?"):
         select_tasks("arc,gsm8")
-    with pytest.raises(ValueError, match="no task '': known are gsm8k, logiqa"):
+    with pytest.raises(ValueError, match="no task '': known are gsm8k, gsm8k_cot"):
         select_tasks("arc,")

@@ -1,0 +1,69 @@
+"""GSM8K with chain-of-thought prompts (lm-eval's gsm8k_cot, version 3).
+
+python eval/gsm8k_cot.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
+
+The same eight worked exemplars stand before every problem: those of Wei et al. 2022 (arXiv:2201.11903,
+appendix), in gsm8k_cot.json as lm-eval words them. `--num_fewshot K` takes the first K.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from data_pipeline.sources import Problem, read_gsm8k_cot
+from eval.cli import Evaluation, Options, find_data, first, main
+from eval.core import Scorer, with_shots
+from eval.gsm8k import MAX_NEW_TOKENS, grade, summarize
+from eval.results import TaskResult
+
+EXEMPLARS = Path(__file__).with_suffix(".json")
+STOP = ("Q:", "</s>", "<|im_end|>")
+STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
+
+
+def load(options: Options) -> Evaluation:
+    """Reads the test file. Raises ValueError if it is missing or bad, or for more than the exemplars."""
+    path = find_data(options.data, "gsm8k/test.jsonl")
+    documents = list(read_gsm8k_cot(path))
+    exemplars = read_exemplars()
+    num_fewshot = options.shots(len(exemplars))
+    if not 0 <= num_fewshot <= len(exemplars):
+        raise ValueError(
+            f"num_fewshot is {num_fewshot}: it must be 0 to {len(exemplars)}, the exemplars there"
+        )
+    problems = [
+        with_shots(problem, exemplars[:num_fewshot]) for problem in first(documents, options.limit, path)
+    ]
+    max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS
+
+    def evaluation(scorer: Scorer) -> list[TaskResult]:
+        responses = scorer.generate([problem.prompt for problem in problems], max_new_tokens, STOP)
+        pairs = zip(problems, responses, strict=True)
+        return [
+            summarize(
+                [grade(problem, response, STRICT) for problem, response in pairs],
+                task="gsm8k_cot",
+                num_documents=len(documents),
+                num_fewshot=num_fewshot,
+                num_truncated=scorer.take_truncated(),
+                config={"max_new_tokens": max_new_tokens, "until": STOP},
+                data_files=[path],
+            )
+        ]
+
+    return evaluation
+
+
+def read_exemplars() -> list[Problem]:
+    """The eight exemplars, in their published order."""
+    rows = json.loads(EXEMPLARS.read_text(encoding="utf-8"))["exemplars"]
+    return [
+        Problem(
+            f"gsm8k_cot-exemplar-{i}", f"Q: {row['question']}\nA:", f" {row['target']}", group="gsm8k_cot"
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+if __name__ == "__main__":
+    main(load, __doc__)
