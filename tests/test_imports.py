@@ -95,7 +95,7 @@ def test_every_import_outside_is_pinned(package):
     pinned = (ROOT / "requirements.txt").read_text().lower()
     if package == "bench":  # its peers are development requirements
         pinned += (ROOT / "requirements-dev.txt").read_text().lower()
-    if package == "eval":  # an optional extra
+    if package in ("eval", "bench"):  # an optional extra
         pinned += (ROOT / "requirements-lmeval.txt").read_text().lower()
     pinned += (ROOT / "requirements-gpu.txt").read_text().lower().replace("-", "_")
     names = {"yaml": "pyyaml"}
