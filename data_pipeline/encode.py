@@ -8,9 +8,9 @@ and KaVa train on, has one equation after another), and it is a token of its own
 tells the steps apart for the methods that leave some out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards import IGNORE_INDEX, EncodedDocument
@@ -99,29 +99,3 @@ def encode_traced(document: TracedDocument, tokenizer: Tokenizer) -> EncodedDocu
         chain += [STEP_SEPARATOR_ID] * (i > 0) + tokenizer.encode(step)
     answer = tokenizer.encode(ANSWER_PREFIX) + tokenizer.encode(f" {document.answer}", eos=True)
     return EncodedDocument([*question, *chain, EOT_ID, *answer], len(question))
-
-
-class TracedPlaces(NamedTuple):
-    """Where the parts of an encoded traced document are, as indices of its tokens."""
-
-    bot: int
-    steps: tuple[tuple[int, int], ...]  # (first token, one past the last) of each, separators left out
-    eot: int
-
-
-def split_traced(tokens: Sequence[int]) -> TracedPlaces:
-    """The places of `<bot>`, the steps and `<eot>` in the tokens of one traced document.
-
-    Raises DataError unless there is one `<bot>` and, behind it, one `<eot>`.
-    """
-    ids = list(tokens)
-    marks = [(token, place) for place, token in enumerate(ids) if token in (BOT_ID, EOT_ID)]
-    if [token for token, _ in marks] != [BOT_ID, EOT_ID]:
-        raise DataError(
-            f"{len(ids)} tokens with {ids.count(BOT_ID)} <bot> and {ids.count(EOT_ID)} <eot> are no traced "
-            "document, which has one of each, in this order: build the data from a traced source"
-        )
-    (_, bot), (_, eot) = marks
-    cuts = [bot, *(i for i in range(bot, eot) if ids[i] == STEP_SEPARATOR_ID), eot]
-    steps = [(start + 1, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
-    return TracedPlaces(bot, tuple(steps) if eot > bot + 1 else (), eot)
