@@ -268,19 +268,14 @@ class CacheCompressor:
 
     def _importance(self, slot: Slot, candidates: Tensor, real: Tensor) -> Tensor:
         """(B, G, S) of candidates (B, S, G, K) in the eyes of the last tokens' queries."""
-        asked = [
-            (q, real[:, i - len(self.window)]) for i, p in enumerate(self.window) for q in p.get(slot, [])
-        ]
+        asked = [query for queries in self.window for query in queries.get(slot, [])]
         if not asked:  # a loop step that none of the last tokens reached
             return candidates.new_zeros(len(candidates), candidates.shape[2], candidates.shape[1])
         attention: Any = self.model.model.layers[int(slot[0])].self_attn
-        return importance(
-            torch.cat([query for query, _ in asked], 1),
-            candidates,
-            real[:, :-OBSERVATION_WINDOW],
-            torch.stack([is_real for _, is_real in asked], 1),
-            attention.scale,
-        )
+        query = torch.cat(asked, 1)
+        # A row whose last tokens are padding has ended: nobody reads what it keeps.
+        every = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+        return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
 
 
 def _check(config: "ModelConfig", budget: int, buffer: int) -> None:
