@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S cached tokens, W numbers per token.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +29,8 @@ class LatentCache:
         self.limited = limited  # false: the caller sees to max_position_embeddings himself
         self.length = 0  # tokens held, the same for every slot between two forward passes
         self.memory: MemoryState | None = None  # of a Recurrent Memory Transformer, which needs nothing else
+        # Rotated queries (B, T, H, width) of the passes so far, by the slot they read; None: not collected
+        self.queries: dict[Slot, list[Tensor]] | None = None
         self._slots: dict[Slot, Tensor] = {}
 
     def append(self, slot: Slot, values: Tensor) -> Tensor:
@@ -64,6 +67,27 @@ class LatentCache:
         """Forgets the last num_tokens tokens."""
         assert 0 <= num_tokens <= self.length
         self.length -= num_tokens
+
+    def keep(self, first: int, choose: Callable[[Slot, Tensor], Tensor]) -> None:
+        """Forgets places from `first` on, in every slot others but equally many; in place.
+
+        Keys keep the rotation by the position they were read at, which is no longer their place.
+
+        Args:
+            first: places before it stay.
+            choose: given a slot and what it holds from `first` on, (B, S, W), returns the places to keep,
+                (B, P, n) int64 counted from `first`: each of the P equal parts of the W numbers has its own.
+        """
+        assert 0 <= first <= self.length
+        kept = 0
+        for slot, held in self._slots.items():
+            later = held[:, first : self.length]
+            places = choose(slot, later).transpose(1, 2)
+            parts = later.unflatten(-1, (places.shape[2], -1))
+            kept = places.shape[1]
+            index = places[..., None].expand(-1, -1, -1, parts.shape[-1])
+            held[:, first : first + kept] = parts.gather(1, index).flatten(2)
+        self.length = first + kept
 
     def gathered(self, rows: Tensor, ends: Tensor, lengths: Tensor, room: int = 0) -> "LatentCache":
         """A cache of some of the rows, in any order and number, each moved to the right end.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import LatentCache
+from .rkv import CacheCompressor
 
 if TYPE_CHECKING:
     from .transformer import ZeroModel
@@ -29,6 +30,8 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    kv_budget: int | None = None,
+    kv_buffer: int = 128,
 ) -> Tensor:
     """Continues every row until all rows have ended.
 
@@ -43,6 +46,9 @@ def generate(
         top_p: sample among the most likely tokens that together reach this probability (nucleus sampling,
             Holtzman et al. 2020), taken after top_k.
         seed: of the samples.
+        kv_budget: generated tokens that the cache keeps beside the prompt, chosen by R-KV (see rkv.py); None:
+            all.
+        kv_buffer: it keeps so many more before it is cut to the budget.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
@@ -53,12 +59,23 @@ def generate(
     check_length(model, tokens, max_new_tokens)
     choose = _chooser(temperature, top_k, top_p, seed, tokens.device)
     attention_mask = without_padding(attention_mask)
-    prompt_length, cache, step_input = tokens.shape[1], LatentCache(), tokens
+    prompt_length, cache, step_input, position_ids = tokens.shape[1], LatentCache(), tokens, None
+    compressor = None
+    if kv_budget is not None:
+        compressor = CacheCompressor(model, tokens, attention_mask, cache, kv_budget, kv_buffer)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         output = model(
-            step_input, attention_mask=attention_mask, num_steps=num_steps, cache=cache, logits_to_keep=1
+            step_input,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            num_steps=num_steps,
+            cache=cache,
+            logits_to_keep=1,
         )
+        if compressor is not None:
+            attention_mask = compressor.after_pass(attention_mask)
+            position_ids = compressor.next_position()
         step_input = choose(output.logits[:, -1]).masked_fill(ended[:, None], PAD_TOKEN_ID)
         tokens = torch.cat((tokens, step_input), 1)
         if attention_mask is not None:
