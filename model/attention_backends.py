@@ -36,6 +36,7 @@ class AttentionContext:
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document without padding a row
     num_steps: int = 1  # of every loop
     loop: "LoopStep | None" = None  # inside a looped layer
+    states: list[Tensor] | None = None  # gets the output (B, T, D) of every run of a decoder layer, in order
 
     def remember(self, layer: int, new: Tensor) -> "Remembered":
         """new (B, T, W), keys and values of a layer's tokens -> all that they may attend to."""

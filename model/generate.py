@@ -29,6 +29,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    cache: LatentCache | None = None,
 ) -> Tensor:
     """Continues every row until all rows have ended.
 
@@ -43,6 +44,7 @@ def generate(
         top_p: sample among the most likely tokens that together reach this probability (nucleus sampling,
             Holtzman et al. 2020), taken after top_k.
         seed: of the samples.
+        cache: of what comes before `tokens`, extended in place; attention_mask covers that too.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
@@ -50,10 +52,11 @@ def generate(
     Raises:
         ValueError: prompt and continuation exceed max_position_embeddings, or an impossible option.
     """
-    check_length(model, tokens, max_new_tokens)
+    cache = LatentCache() if cache is None else cache
+    check_length(model, tokens, max_new_tokens, cache.length // model.config.places_per_token)
     choose = _chooser(temperature, top_k, top_p, seed, tokens.device)
     attention_mask = without_padding(attention_mask)
-    prompt_length, cache, step_input = tokens.shape[1], LatentCache(), tokens
+    prompt_length, step_input = tokens.shape[1], tokens
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         output = model(
@@ -72,16 +75,17 @@ def generate(
     return tokens
 
 
-def check_length(model: "ZeroModel", tokens: Tensor, max_new_tokens: int) -> None:
+def check_length(model: "ZeroModel", tokens: Tensor, max_new_tokens: int, held: int = 0) -> None:
+    """Refuses a prompt (B, T) after `held` cached tokens whose continuation would be too long."""
     limit = model.config.max_position_embeddings
     if tokens.shape[1] < 1 or max_new_tokens < 0:
         raise ValueError(
             f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens}: the prompt needs at "
             "least 1 token and max_new_tokens may not be negative"
         )
-    if tokens.shape[1] + max_new_tokens > limit:
+    if held + tokens.shape[1] + max_new_tokens > limit:
         raise ValueError(
-            f"prompt of {tokens.shape[1]} and max_new_tokens={max_new_tokens} exceed "
+            f"prompt of {held + tokens.shape[1]} and max_new_tokens={max_new_tokens} exceed "
             f"max_position_embeddings={limit}; shorten one of them"
         )
 
