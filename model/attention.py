@@ -89,7 +89,7 @@ class MultiHeadLatentAttention(nn.Module):
         if context.cache is not None or context.loop is not None:
             held, context, kept = context.remember(self.layer, torch.cat((latent, k_rope), -1))
             latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        # Where gradients flow, ZeRO-3 shows the expansion's weight to its own module only.
+        # Absorbed, backward would hold views of the whole weight, which ZeRO-3 could not free.
         decodes = context.cache is not None and not context.cache.differentiable
         if decodes and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
             attended = self._attend_absorbed(q_nope, q_rope, held, context.mask)

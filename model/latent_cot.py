@@ -89,7 +89,7 @@ def think(
             shuffled: by those of another row | zeroed: by 0.
         seed: of the permutation of `shuffled`.
         differentiable: whether the cache only ever grows by copies, as gradients need it; default: whether
-            gradients are on. Under ZeRO-3 set it, whatever gradients are.
+            gradients are on.
 
     Raises:
         ValueError: the model has no latent thoughts, an option does not go with its kind, or the row would

@@ -135,6 +135,28 @@ def test_padding_batch_order_and_batch_size_change_nothing(kind, tolerance):
     assert batch.iterations == max(taken)
 
 
+@pytest.mark.parametrize("kind", ["latent_moe", "block"])
+@pytest.mark.parametrize("feedback", ["jacobi", "sequential", "lotus"])
+def test_a_padded_batch_learns_what_its_rows_learn(kind, feedback):
+    model, tokens, lengths = make(kind, feedback), questions(), (7, 3, 5)
+    mask = torch.arange(7) >= 7 - torch.tensor(lengths)[:, None]
+
+    def learned(rows: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        thoughts = think(model, rows, mask)
+        answer = ANSWER[: len(rows)]
+        seen = None if mask is None else torch.cat((thoughts.attention_mask, answer > 0), 1)
+        logits = model(answer, attention_mask=seen, cache=thoughts.cache).logits
+        loss = logits.square().sum() + thoughts.hidden.pow(3).sum()
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return {n: g for (n, _), g in zip(model.named_parameters(), found, strict=True) if g is not None}
+
+    alone = [learned(tokens[i : i + 1, 7 - n :], None) for i, n in enumerate(lengths)]
+    for name, gradient in learned(tokens, mask).items():
+        expected = torch.stack([g[name] for g in alone if name in g]).sum(0)
+        scale = max(float(expected.abs().max()), 1.0)
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-7 * scale)
+
+
 @pytest.mark.parametrize("kind", ["latent_moe", "plain", "block", "kv"])
 def test_gradients_equal_finite_differences(kind):
     model, tokens, step = make(kind), questions(), 1e-6
