@@ -90,7 +90,9 @@ class MultiHeadLatentAttention(nn.Module):
             context.observe(self.layer, q_nope, q_rope)
             held, context, kept = context.remember(self.layer, torch.cat((latent, k_rope), -1))
             latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        if context.cache is not None and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
+        # Absorbed, backward would hold views of the whole weight, which ZeRO-3 could not free.
+        decodes = context.cache is not None and not context.cache.differentiable
+        if decodes and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
             attended = self._attend_absorbed(q_nope, q_rope, held, context.mask)
         else:
             attended = self._attend_expanded(q_nope, q_rope, latent, k_rope, context)

@@ -36,6 +36,7 @@ class AttentionContext:
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document without padding a row
     num_steps: int = 1  # of every loop
     loop: "LoopStep | None" = None  # inside a looped layer
+    states: list[Tensor] | None = None  # gets the output (B, T, D) of every run of a decoder layer, in order
 
     def observe(self, layer: int, *query: Tensor) -> None:
         """Hands a layer's rotated query, in parts (B, T, H, width), to a cache that collects them."""

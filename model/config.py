@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import counts
+from .cache import decodes_exactly
+from .latent_cot_config import LatentCoTConfig, check_latent_cot
 from .recurrence_config import HaltingConfig, RecurrenceConfig, check_recurrence
 
 
@@ -76,6 +78,7 @@ class ModelConfig:
     num_nextn_predict_layers: int = 0  # modules, each of which predicts one token further ahead
     mtp_loss_weight: float = 0.3
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
+    latent_cot: LatentCoTConfig = field(default_factory=LatentCoTConfig)
     # Baselines of the recurrence
     num_pause_tokens: int = 0  # learned tokens after every token; the last one predicts (arXiv 2310.02226)
     num_memory_tokens: int = 0  # Recurrent Memory Transformer, see model/memory.py; needs segment_length
@@ -95,6 +98,7 @@ class ModelConfig:
             self._check_experts()
         check_recurrence(self.recurrence, self.num_hidden_layers, self.use_mla)
         self._check_baselines()
+        self._check_latent_cot()
 
     def _check_attention(self) -> None:
         name = "qk_rope_head_dim" if self.use_mla else "head_dim"
@@ -164,6 +168,23 @@ class ModelConfig:
                         f"model.{name}={getattr(self, name)} is a baseline of its own and does not go with "
                         f"{other}; switch one of them off"
                     )
+
+    def _check_latent_cot(self) -> None:
+        check_latent_cot(self.latent_cot)
+        if not self.latent_cot.num_latents:
+            return
+        refused = f"model.latent_cot.num_latents={self.latent_cot.num_latents} does not go with"
+        if self.num_pause_tokens or self.num_memory_tokens:
+            raise ValueError(
+                f"{refused} num_pause_tokens={self.num_pause_tokens} and num_memory_tokens="
+                f"{self.num_memory_tokens}, baselines of their own; set both to 0"
+            )
+        if not decodes_exactly(self, self.recurrence.num_steps):
+            raise ValueError(
+                f"{refused} recurrence.cache={self.recurrence.cache} and virtual_layers="
+                f"{self.recurrence.virtual_layers}: thoughts are read over the question's cache, which only "
+                "first, or per_step or parallel with all steps kept, make exact"
+            )
 
     @property
     def qk_head_dim(self) -> int:
@@ -273,6 +294,7 @@ _SECTIONS: dict[str, type] = {
     "recurrence": RecurrenceConfig,
     "rope_scaling": YarnConfig,
     "halting": HaltingConfig,
+    "latent_cot": LatentCoTConfig,
 }
 
 
