@@ -27,7 +27,7 @@ from .latent_cot_modules import LatentThoughts
 from .latent_terms import LATENT_TERMS
 from .layer_stack import Transformer, TransformerOutput, no_aux
 from .layers import linear, rotations
-from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
+from .losses import IGNORE_INDEX, chunked_cross_entropy, plain_loss_terms, total_loss
 from .moe import MoE
 from .mtp import shifted
 from .recurrence import stacked_traces
@@ -78,6 +78,8 @@ class ZeroModel(nn.Module):
             they are the same however the model is spread over ranks.
         execution: how to compute; changes no result.
     """
+
+    training_step = 0  # the optimizer step, from 0, as the trainer tells; for subclasses with a curriculum
 
     def __init__(
         self,
@@ -146,7 +148,7 @@ class ZeroModel(nn.Module):
         sums |= dict(zip(AUX_TERMS, aux.unbind(), strict=True))
         if loops is not None:
             sums |= dict(zip(LATENT_TERMS, loops.terms.mean(0).unbind(), strict=True))
-        sums = {term.name: sums[term.name] for term in loss_terms(self.config)}
+        sums = {term.name: sums[term.name] for term in plain_loss_terms(self.config)}
         counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(targets)}
         return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums, **report)
 
