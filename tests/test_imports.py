@@ -13,7 +13,7 @@ WHERE_USED = {
     "moe.py": {"megablocks"},
     "match.py": {"omegaconf", "yaml"},
 }
-PACKAGES = {"model", "data_pipeline", "pretrain", "eval", "bench"}
+PACKAGES = {"model", "data_pipeline", "pretrain", "distill", "eval", "bench"}
 
 
 def imported(path: Path) -> set[str]:
