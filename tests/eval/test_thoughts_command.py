@@ -16,10 +16,7 @@ from data_pipeline.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, Tokenizer
 from eval import thoughts
 from eval.report_data import read_results
 from eval.thoughts_answers import SPARE_TOKENS
-from eval.thoughts_tasks import (
-    generated_questions,
-    published_questions,
-)
+from eval.thoughts_tasks import generated_questions, published_questions
 from model import ModelConfig, ZeroModel
 
 from .thinkers import KINDS, SIZE, SMALL, C, T, encoded, write_random_model, write_tokenizer
@@ -121,7 +118,7 @@ def test_command(constant, mode, tmp_path, monkeypatch, capsys):
         assert (config["mode"], config["serial_depth"]) == (mode, None if task == name else depths[0])
         of_thoughts = (C, T, "jacobi") if mode == "thoughts" else (None, None, None)
         assert tuple(config[key] for key in ("num_latents", "num_iterations", "feedback")) == of_thoughts
-        assert config["replace"] is config["kv_budget"] is None
+        assert config["replace"] is config["kv_budget"] is config["kv_buffer"] is None
     written = {"cot": 4 + 1, "thoughts": 0, "none": 0}[mode] + len("\nAnswer: 3") + 1
     thinking = 1 + 1 + T + 1 if mode == "thoughts" else 1  # question, iteration 0, T more, <eot>
     assert {line["generated_tokens"] for line in lines} == {written}
