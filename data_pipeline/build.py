@@ -158,7 +158,7 @@ def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
     held_out = [build.root / file for file in EVALUATION_FILES] if "decontaminate" in steps else []
     identity = {
         "format": FORMAT,
-        "recipe": asdict(build.recipe),
+        "recipe": build.recipe.as_dict(),
         "inputs": inputs,
         "evaluation": [_sha256(file) for file in held_out],
     }
@@ -188,7 +188,7 @@ def _claim(build: Build, alone: bool) -> None:
         )
     stats = {str(file): file.stat() for files in build.files.values() for file in files if file}
     inputs = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    identity = json.dumps({"format": FORMAT, "recipe": asdict(build.recipe), "inputs": inputs})
+    identity = json.dumps({"format": FORMAT, "recipe": build.recipe.as_dict(), "inputs": inputs})
     # A folder, which tasks that start together may all make.
     claim = build.work / hashlib.sha256(identity.encode()).hexdigest()
     if claim.is_dir():
@@ -294,7 +294,7 @@ def _merge(build: Build) -> Manifest:
         path=build.out,
         sha256="",
         build_hash=plan.build_hash,
-        recipe=asdict(build.recipe),
+        recipe=build.recipe.as_dict(),
         tokenizer_bytes=(build.out / TOKENIZER).stat().st_size,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,

@@ -1,4 +1,12 @@
-"""Documents -> tokens."""
+"""Documents -> tokens.
+
+A traced document is `[bos] Q <bot> C <eot> A [eos]`: question, chain of thought, answer. The question, each
+step, ANSWER_PREFIX and " value" are encoded one by one, so that the tokens of each part are the same whatever
+stands beside it: a question as evaluation asks it, an answer behind latent thoughts instead of the chain.
+The steps are joined by one space, as in the published data (GSM8K-AUG of Deng et al. 2023, which CODI, PCCoT
+and KaVa train on, has one equation after another), and it is a token of its own (see tokenizer.py), which
+tells the steps apart for the methods that leave some out.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,17 +14,15 @@ from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards import IGNORE_INDEX, EncodedDocument
-from data_pipeline.sources import Document, LabelledDocument
-from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer
-
-AnyDocument = Document | LabelledDocument
+from data_pipeline.sources import ANSWER_PREFIX, Document, LabelledDocument, TracedDocument
+from data_pipeline.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, STEP_SEPARATOR_ID, Tokenizer
 
 
 def encoder(source: dict[str, Any], labelled: bool, tokenizer: Tokenizer) -> Callable[[Any], EncodedDocument]:
     """The function from a document of `source`, as the recipe describes it, to its tokens."""
     mask_prompt = source.get("mask_prompt", False)
     if not labelled:
-        return partial(_encode, tokenizer=tokenizer, mask_prompt=mask_prompt)
+        return partial(_encode, source=source["name"], tokenizer=tokenizer, mask_prompt=mask_prompt)
     if mask_prompt:
         raise DataError(
             f"source {source['name']!r} has mask_prompt, but its labels say what to predict: remove it"
@@ -24,8 +30,16 @@ def encoder(source: dict[str, Any], labelled: bool, tokenizer: Tokenizer) -> Cal
     return partial(encode_labelled, ids=CharacterIds(source["name"], tokenizer))
 
 
-def _encode(document: Document, tokenizer: Tokenizer, mask_prompt: bool) -> EncodedDocument:
+def _encode(
+    document: Document | TracedDocument, source: str, tokenizer: Tokenizer, mask_prompt: bool
+) -> EncodedDocument:
     """A masked prompt is encoded by itself, so that the loss begins exactly where the completion does."""
+    if isinstance(document, TracedDocument):
+        if mask_prompt:
+            raise DataError(
+                f"source {source!r} has mask_prompt, but its questions are masked in any case: remove it"
+            )
+        return encode_traced(document, tokenizer)
     if not mask_prompt:
         return EncodedDocument(tokenizer.encode(document.text, bos=True, eos=True))
     prompt = tokenizer.encode(document.prompt, bos=True)
@@ -59,3 +73,29 @@ def encode_labelled(document: LabelledDocument, ids: CharacterIds) -> EncodedDoc
         assert 0 <= index < len(document.text), (index, document.text)
         labels[1 + index] = ids[character]
     return EncodedDocument(tokens, labels=labels)
+
+
+# ---- chains of thought
+
+
+def encode_question(question: str, tokenizer: Tokenizer) -> list[int]:
+    """`[bos] Q <bot>`. Raises DataError for a tokenizer without thought pieces."""
+    if tokenizer.bot_id is None:
+        raise DataError(
+            "the tokenizer has no <bot> and <eot>, which a chain of thought needs: build the data with "
+            "tokenizer.thought_pieces: true in the recipe"
+        )
+    return [*tokenizer.encode(question, bos=True), BOT_ID]
+
+
+def encode_traced(document: TracedDocument, tokenizer: Tokenizer) -> EncodedDocument:
+    """`[bos] Q <bot> C <eot> "\\nAnswer:" " value" [eos]`; nothing up to `<bot>` is to be predicted.
+
+    Raises DataError for a tokenizer without thought pieces.
+    """
+    question = encode_question(document.question, tokenizer)
+    chain: list[int] = []
+    for i, step in enumerate(document.steps):
+        chain += [STEP_SEPARATOR_ID] * (i > 0) + tokenizer.encode(step)
+    answer = tokenizer.encode(ANSWER_PREFIX) + tokenizer.encode(f" {document.answer}", eos=True)
+    return EncodedDocument([*question, *chain, EOT_ID, *answer], len(question))

@@ -176,6 +176,16 @@ def json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
         yield number, row
 
 
+def json_value(path: Path) -> Any:
+    """The value of a JSON file. Raises DataError, with the line, for what is no JSON."""
+    try:
+        return json.loads(decode(require_file(path).read_bytes(), str(path)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}): download it again") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not JSON of problems ({error}): download it again") from error
+
+
 def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, {key: value}) of a parquet file; only the columns `keys` are read.
 

@@ -20,9 +20,11 @@ from data_pipeline.files import require_file
 from data_pipeline.recipe import nearest, structured
 from data_pipeline.remote import expand, fetch, is_url
 from data_pipeline.sources import (
+    AnyDocument,
     Document,
     LabelledDocument,
     Problem,
+    TracedDocument,
     read_arc,
     read_babi,
     read_gsm8k,
@@ -32,8 +34,8 @@ from data_pipeline.sources import (
     read_text,
     read_wiki,
 )
+from data_pipeline.traced_sources import traced_causal_loop_v2, traced_gsm8k, traced_icot, traced_prosqa
 
-AnyDocument = Document | LabelledDocument
 CACHE = "cache"  # below the data folder: local copies of URLs
 
 
@@ -274,10 +276,21 @@ def _read_addition(_: None, o: AdditionOptions) -> Iterator[LabelledDocument]:
         yield LabelledDocument(sample.text, sample.labels)
 
 
-def _read_causal_loop_v2(_: None, o: CausalLoopV2Options) -> Iterator[LabelledDocument]:
+def _causal_loop_v2_samples(o: CausalLoopV2Options) -> Iterator[causal_loop_v2.Sample]:
     size = (o.modulus, o.variables, o.statements, o.names)
-    for sample in causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split):
-        yield LabelledDocument(*sample.labelled())
+    return causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split)
+
+
+def _read_causal_loop_v2(_: None, options: CausalLoopV2Options) -> Iterator[LabelledDocument]:
+    return (LabelledDocument(*sample.labelled()) for sample in _causal_loop_v2_samples(options))
+
+
+def _read_causal_loop_v2_traced(_: None, options: CausalLoopV2Options) -> Iterator[TracedDocument]:
+    return map(traced_causal_loop_v2, _causal_loop_v2_samples(options))
+
+
+def _traced(read: Callable[[Path], Iterator[TracedDocument]]) -> Callable[[Path, Any], Iterator[Any]]:
+    return lambda path, _: read(path)
 
 
 _ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")
@@ -293,5 +306,9 @@ KINDS = {
     "causal_loop": _Kind(CausalLoopOptions, lambda _: (), _read_causal_loop),
     "p_hop": _Kind(PHopOptions, lambda _: (), _read_p_hop),
     "causal_loop_v2": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2),
+    "gsm8k_equations": _Kind(FixedOptions, lambda _: ("gsm8k/train.jsonl",), _traced(traced_gsm8k)),
+    "icot": _Kind(FileOptions, lambda options: options.files, _traced(traced_icot)),
+    "prosqa": _Kind(FileOptions, lambda options: options.files, _traced(traced_prosqa)),
+    "causal_loop_v2_traced": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2_traced),
     "addition": _Kind(AdditionOptions, lambda _: (), _read_addition),
 }

@@ -54,7 +54,7 @@ class Loader:
 
     `rows`, `dropped_tokens`, `padded_tokens`: per source, rows in an epoch, tokens in no row, and places of
     an epoch without token; a source that is in no stage is in none of them. `labelled`: the sources that have
-    labels. `damaged`: (source, row) left out, with the reason.
+    labels. `longest_document`: its tokens, by source. `damaged`: (source, row) left out, with the reason.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Loader:
         self.rows = {name: packing.rows for name, packing in self._packings.items()}
         self.labelled = {name for name in self._packings if manifest.sources[name].labelled}
         self.dropped_tokens = {name: packing.dropped_tokens for name, packing in self._packings.items()}
+        self.longest_document = {name: p.longest_document for name, p in self._packings.items()}
         self.padded_tokens = {name: packing.padded_tokens for name, packing in self._packings.items()}
         self._cu_size = 1 + max(packing.max_segments for packing in self._packings.values())
         self._check_cache()

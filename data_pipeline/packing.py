@@ -64,11 +64,13 @@ class Packing(ABC):
     max_segments: int  # of any row, padding at its end counted as one
     dropped_tokens: int  # in no row
     padded_tokens: int  # places of an epoch that hold no token
+    longest_document: int  # tokens
 
     def __init__(self, stream: TokenStream, sequence_length: int, blocks: np.ndarray | None = None) -> None:
         """`blocks`: (blocks + 1,) the first document of each, then the number of documents; None: one."""
         self._stream, self._T = stream, sequence_length
         self._documents = stream.document_starts
+        self.longest_document = int(np.diff(self._documents).max(initial=0))
         self._pack(np.array([0, len(self._documents) - 1]) if blocks is None else blocks)
 
     @abstractmethod

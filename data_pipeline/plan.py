@@ -125,4 +125,5 @@ def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> byte
                 yield text
 
     bar = tqdm(selection(), desc="train tokenizer", unit=" documents", disable=None)
-    return train_tokenizer(bar, recipe.tokenizer.vocab_size, recipe.tokenizer.model_type)
+    wanted = recipe.tokenizer
+    return train_tokenizer(bar, wanted.vocab_size, wanted.model_type, thought_pieces=wanted.thought_pieces)

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ class TokenizerRecipe:
     vocab_size: int = MISSING  # upper limit on pieces
     model_type: str = "unigram"  # unigram | bpe
     train_bytes: int = 10_000_000  # UTF-8 bytes of text to train on, shared among the sources by weight
+    thought_pieces: bool = False  # <bot> and <eot>, which traced documents need
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class Recipe:
     # Each {name, kind, weight, mask_prompt, cleaning, + the kind's options}.
     sources: list[dict[str, Any]] = field(default_factory=list)
     cleaning: CleaningRecipe = field(default_factory=CleaningRecipe)  # of the sources that ask for it
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as hashes and the manifest have them."""
+        result = asdict(self)
+        if not self.tokenizer.thought_pieces:  # builds from before there was the switch keep their hash
+            del result["tokenizer"]["thought_pieces"]
+        return result
 
 
 # Of a source; the others are options of its kind.

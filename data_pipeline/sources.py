@@ -4,7 +4,6 @@ Prompts and targets are those of lm-evaluation-harness. Every reader streams; ar
 member and never extracted, so a member's name cannot reach the disk. Errors name the file and the line.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import (
     decode,
     json_lines,
+    json_value,
     parquet_rows,
-    require_file,
     tar_members,
     text_fields,
     text_lines,
@@ -27,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Characters; a plain text file is cut at blank lines into documents of at least this.
 MIN_TEXT_DOCUMENT = 2000
+ANSWER_PREFIX = "\nAnswer:"  # between a chain of thought and " value"
 
 
 class Document(NamedTuple):
@@ -45,6 +45,22 @@ class LabelledDocument(NamedTuple):
 
     text: str  # every character is one token
     labels: tuple[tuple[int, str], ...]  # (index of a character in text, the one character to predict there)
+
+
+class TracedDocument(NamedTuple):
+    """A question, its chain of thought in steps, and the answer's value; encode.py says how it is encoded."""
+
+    question: str
+    steps: tuple[str, ...]  # none of them empty
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """What its tokens decode to."""
+        return f"{self.question}{' '.join(self.steps)}{ANSWER_PREFIX} {self.answer}"
+
+
+AnyDocument = Document | LabelledDocument | TracedDocument
 
 
 @dataclass(frozen=True)
@@ -149,7 +165,7 @@ def _spaced(text: str) -> str:
 def read_reclor(path: Path) -> Iterator[Problem]:
     """ReClor, a JSON list of `{"context", "question", "answers", "label", "id_string"}`, as LogiQA asks."""
     keys = ("context", "question", "id_string")
-    entries = _json(path)
+    entries = json_value(path)
     if not isinstance(entries, list):
         raise DataError(f"{path} holds {type(entries).__name__}, not a list of problems: download it again")
     for number, row in enumerate(entries, start=1):
@@ -202,7 +218,7 @@ def read_math(folder: Path, subject: str) -> Iterator[MathProblem]:
         found = strange[0].name if strange else "no such file"
         raise DataError(f"{folder / subject} holds {found}, expected MATH's NUMBER.json: download it again")
     for path in sorted(paths, key=lambda path: int(path.stem)):
-        row = _json(path)
+        row = json_value(path)
         keys = ("problem", "level", "solution")
         if not isinstance(row, dict) or any(key not in row for key in keys):
             raise DataError(f"{path} lacks one of the fields {', '.join(keys)}: download it again")
@@ -240,16 +256,6 @@ def boxed_answer(solution: str) -> str | None:
         if depth == 0:
             return rest[1:i]
     return None
-
-
-def _json(path: Path) -> Any:
-    """The value of a JSON file. Raises DataError, with the line, for what is no JSON."""
-    try:
-        return json.loads(decode(require_file(path).read_bytes(), str(path)))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}): download it again") from error
-    except RecursionError as error:
-        raise DataError(f"{path}: not JSON of problems ({error}): download it again") from error
 
 
 def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]:

@@ -2,6 +2,11 @@
 
 Ids: 0 `<pad>`, 1 `<unk>` (never produced: unknown characters become bytes), 2 `<s>`, 3 `</s>`. A training
 document is [bos] + encode(text) + [eos]. No user-defined symbols: text that looks like `</s>` stays text.
+
+A tokenizer with thought pieces has two more control pieces, 4 `<bot>` and 5 `<eot>`, around a chain of
+thought. Between two steps of the chain stands the space as its byte, `<0x20>`: encode() never gives that
+piece, since a space in a text is sentencepiece's mark for it, so that steps are found in the tokens without
+fail, whatever is written in them.
 """
 
 import hashlib
@@ -15,6 +20,9 @@ import sentencepiece
 from data_pipeline.errors import DataError
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+BOT_ID, EOT_ID = 4, 5  # begin and end of thought; with thought pieces only
+THOUGHT_PIECES = ["<bot>", "<eot>"]
+STEP_SEPARATOR_ID = EOT_ID + 1 + ord(" ")  # the 256 bytes follow the control pieces
 MODEL_TYPES = ("unigram", "bpe")
 NUM_THREADS = 2  # fixed: the model file's bytes depend on it
 SLICE_LENGTH = 1000  # characters; longer "sentences" would be dropped without a word
@@ -26,13 +34,17 @@ KEPT_CHARACTERS = 2**22  # of the runs kept; then they are forgotten
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, model_type: str = "unigram", num_threads: int = NUM_THREADS
+    texts: Iterable[str],
+    vocab_size: int,
+    model_type: str = "unigram",
+    num_threads: int = NUM_THREADS,
+    thought_pieces: bool = False,
 ) -> bytes:
     """Train on `texts` and return the bytes of a `tokenizer.model`; equal input gives equal bytes.
 
     `vocab_size` is an upper limit: a small corpus gives fewer pieces. Raises DataError for an unknown model
-    type, for no text at all and for a vocabulary too small for the 256 bytes, 4 control pieces and the
-    characters.
+    type, for no text at all and for a vocabulary too small for the 256 bytes, 4 control pieces (6 with
+    `thought_pieces`) and the characters.
     """
     if model_type not in MODEL_TYPES:
         raise DataError(
@@ -62,6 +74,7 @@ def train_tokenizer(
             unk_id=UNK_ID,
             bos_id=BOS_ID,
             eos_id=EOS_ID,
+            control_symbols=THOUGHT_PIECES if thought_pieces else [],
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -75,6 +88,8 @@ def train_tokenizer(
 class Tokenizer:
     """A trained `tokenizer.model`. Raises DataError if the file is missing or is not one of
     `train_tokenizer`.
+
+    `bot_id`, `eot_id` and `step_separator_id` are None where it was trained without thought pieces.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -95,7 +110,13 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self.pad_id, self.bos_id, self.eos_id = PAD_ID, BOS_ID, EOS_ID
-        scores = [self._processor.get_score(i) for i in range(EOS_ID + 1, self.vocab_size)]
+        # A text with "<bot>" in it may have taught a piece of that name, so the id and its type are asked.
+        thought = self._processor.is_control(BOT_ID)
+        self.bot_id: int | None = BOT_ID if thought else None
+        self.eot_id: int | None = EOT_ID if thought else None
+        self.step_separator_id: int | None = STEP_SEPARATOR_ID if thought else None
+        self._last_control_id = EOT_ID if thought else EOS_ID
+        scores = [self._processor.get_score(i) for i in range(self._last_control_id + 1, self.vocab_size)]
         self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
         self._kept: dict[str, list[int]] = {}
         self._kept_characters = 0
@@ -131,13 +152,13 @@ class Tokenizer:
         return [self.encode(text, bos, eos) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; pad, unk, bos and eos are skipped. Raises DataError for an id outside the
-        vocabulary.
+        """Text of `ids`; pad, unk, bos, eos, bot and eot are skipped. Raises DataError for an id outside
+        the vocabulary.
         """
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise DataError(f"token id {token} is not in 0..{self.vocab_size - 1}: wrong tokenizer?")
-        return self._processor.decode([int(token) for token in ids if token > EOS_ID])
+        return self._processor.decode([int(token) for token in ids if token > self._last_control_id])
 
 
 def _slices(texts: Iterable[str]) -> Iterator[str]:

@@ -16,14 +16,22 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipeline.encode import AnyDocument
 from data_pipeline.errors import DataError
-from data_pipeline.sources import Document, LabelledDocument
+from data_pipeline.sources import (
+    ANSWER_PREFIX,
+    AnyDocument,
+    Document,
+    LabelledDocument,
+    TracedDocument,
+)
 
-# bytes: of the text in UTF-8, of which `prompt` are the prompt's
+# bytes: of the text in UTF-8, of which `prompt` are the prompt's (a traced document's question)
 DOCUMENT_DTYPE = np.dtype([("prompt", "<u8"), ("bytes", "<u8"), ("held_out", "?")])
 LABEL_DTYPE = np.dtype([("document", "<u8"), ("index", "<u4"), ("character", "<u4")])
-TEXTS, DOCUMENTS, LABELS, ABOUT = "texts.bin", "documents.npy", "labels.npy", "about.json"
+# One row a step of a traced document; bytes: of the step in UTF-8
+STEP_DTYPE = np.dtype([("document", "<u8"), ("bytes", "<u8")])
+TEXTS, DOCUMENTS, ABOUT = "texts.bin", "documents.npy", "about.json"
+LABELS, STEPS = "labels.npy", "steps.npy"  # where the documents have them
 
 
 class Judge(Protocol):
@@ -51,7 +59,8 @@ def write_unit(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    prompts, sizes, held, labels = array("Q"), array("Q"), array("b"), array("Q")
+    prompts, sizes, held = array("Q"), array("Q"), array("b")
+    labels, steps = array("Q"), array("Q")
     kinds: set[type] = set()
     removals: list[Any] = []
     fingerprints: dict[str, list[np.ndarray]] = {}
@@ -62,7 +71,7 @@ def write_unit(
             digest = hashlib.sha256(f"{salt}/".encode() + text).digest()
             file.write(text)
             sizes.append(len(text))
-            prompts.append(len(document.prompt.encode()) if isinstance(document, Document) else 0)
+            prompts.append(len(_prompt(document).encode()))
             held.append(int.from_bytes(digest[:8], "big") < held_out * 2**64)
             if removal := cleaner.judge(number, document.text):
                 removals.append(removal)
@@ -71,14 +80,16 @@ def write_unit(
             if isinstance(document, LabelledDocument):
                 for index, character in document.labels:
                     labels.extend((number, index, ord(character)))
+            if isinstance(document, TracedDocument):
+                for step in document.steps:
+                    steps.extend((number, len(step.encode())))
     table = np.zeros(len(sizes), DOCUMENT_DTYPE)
     table["prompt"], table["bytes"], table["held_out"] = prompts, sizes, held
     np.save(temporary / DOCUMENTS, table)
     if LabelledDocument in kinds:
-        columns = np.array(labels, dtype=np.uint64).reshape(-1, 3).T
-        label_table = np.zeros(columns.shape[1], LABEL_DTYPE)
-        label_table["document"], label_table["index"], label_table["character"] = columns
-        np.save(temporary / LABELS, label_table)
+        np.save(temporary / LABELS, _table(labels, LABEL_DTYPE))
+    if TracedDocument in kinds:
+        np.save(temporary / STEPS, _table(steps, STEP_DTYPE))
     for step, values in fingerprints.items():
         np.save(temporary / f"{step}.npy", np.stack(values))
     if len(kinds) > 1:
@@ -92,6 +103,22 @@ def write_unit(
     os.replace(temporary, folder)
 
 
+def _prompt(document: AnyDocument) -> str:
+    if isinstance(document, TracedDocument):
+        return document.question
+    return document.prompt if isinstance(document, Document) else ""
+
+
+def _table(values: array, dtype: np.dtype) -> np.ndarray:
+    """The rows of a structured array, from their values in a row."""
+    names = dtype.names or ()
+    columns = np.array(values, dtype=np.uint64).reshape(-1, len(names))
+    table = np.zeros(len(columns), dtype)
+    for name, column in zip(names, columns.T, strict=True):
+        table[name] = column
+    return table
+
+
 class Unit:
     """Random access to the documents of a unit folder."""
 
@@ -100,13 +127,14 @@ class Unit:
         self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
         self.documents = np.load(folder / DOCUMENTS)
         self.labelled = (folder / LABELS).is_file()
+        self.traced = (folder / STEPS).is_file()
         self._starts = np.concatenate([[0], np.cumsum(self.documents["bytes"], dtype=np.int64)])
         empty = not self._starts[-1]  # nothing to map
         self._texts = np.zeros(0, np.uint8) if empty else np.memmap(folder / TEXTS, np.uint8, mode="r")
-        if self.labelled:
-            self._labels = np.load(folder / LABELS)
+        if self.labelled or self.traced:
+            self._rows = np.load(folder / (LABELS if self.labelled else STEPS))
             every = np.arange(len(self.documents) + 1, dtype=np.uint64)
-            self._label_starts = np.searchsorted(np.ascontiguousarray(self._labels["document"]), every)
+            self._row_starts = np.searchsorted(np.ascontiguousarray(self._rows["document"]), every)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -114,13 +142,27 @@ class Unit:
     def __getitem__(self, number: int) -> AnyDocument:
         start, stop = self._starts[number : number + 2].tolist()
         text = self._texts[start:stop].tobytes()
-        if not self.labelled:
-            prompt = int(self.documents["prompt"][number])
+        prompt = int(self.documents["prompt"][number])
+        if not self.labelled and not self.traced:
             return Document(text[:prompt].decode(), text[prompt:].decode())
-        first, last = self._label_starts[number : number + 2].tolist()
-        rows = self._labels[first:last]
+        first, last = self._row_starts[number : number + 2].tolist()
+        rows = self._rows[first:last]
+        if self.traced:
+            return _traced(text, prompt, rows["bytes"].tolist())
         labels = zip(rows["index"].tolist(), map(chr, rows["character"].tolist()), strict=True)
         return LabelledDocument(text.decode(), tuple(labels))
+
+
+def _traced(text: bytes, start: int, sizes: list[int]) -> TracedDocument:
+    """The document with this `text`, whose steps, of `sizes` bytes, begin at `start`."""
+    steps, place = [], start
+    for size in sizes:
+        steps.append(text[place : place + size].decode())
+        place += size + 1
+    place = max(start, place - 1)  # no space after the last step
+    return TracedDocument(
+        text[:start].decode(), tuple(steps), text[place:].decode().removeprefix(f"{ANSWER_PREFIX} ")
+    )
 
 
 class Units:

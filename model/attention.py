@@ -87,9 +87,12 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = rotate(k_rope, context.rotation)
         kept = None
         if context.cache is not None or context.loop is not None:
+            context.observe(self.layer, q_nope, q_rope)
             held, context, kept = context.remember(self.layer, torch.cat((latent, k_rope), -1))
             latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        if context.cache is not None and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
+        # Absorbed, backward would hold views of the whole weight, which ZeRO-3 could not free.
+        decodes = context.cache is not None and not context.cache.differentiable
+        if decodes and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
             attended = self._attend_absorbed(q_nope, q_rope, held, context.mask)
         else:
             attended = self._attend_expanded(q_nope, q_rope, latent, k_rope, context)
@@ -198,6 +201,7 @@ class GroupedQueryAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, context.rotation), rotate(key, context.rotation)
         if context.cache is not None or context.loop is not None:
+            context.observe(self.layer, query)
             both = torch.cat((key, value), 2).flatten(2)
             held, context, kept = context.remember(self.layer, both)
             key, value = held.unflatten(-1, (-1, width)).chunk(2, 2)

@@ -36,6 +36,18 @@ class AttentionContext:
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document without padding a row
     num_steps: int = 1  # of every loop
     loop: "LoopStep | None" = None  # inside a looped layer
+    states: list[Tensor] | None = None  # gets the output (B, T, D) of every run of a decoder layer, in order
+
+    def observe(self, layer: int, *query: Tensor) -> None:
+        """Hands a layer's rotated query, in parts (B, T, H, width), to a cache that collects them."""
+        if self.cache is None or self.cache.queries is None:
+            return
+        first = last = 0
+        if self.loop is not None:
+            config, last = self.loop.config, slot_of(self.loop.config, self.loop.step)
+            first = 0 if config.cache == "parallel" else last
+        for slot in range(first, last + 1):  # those that `remember` shows
+            self.cache.queries.setdefault((layer, slot), []).append(torch.cat(query, -1))
 
     def remember(self, layer: int, new: Tensor) -> "Remembered":
         """new (B, T, W), keys and values of a layer's tokens -> all that they may attend to."""

@@ -3,6 +3,8 @@
 Shapes: B batch, T new tokens, S cached tokens, W numbers per token.
 """
 
+import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,13 +24,20 @@ class LatentCache:
 
     Plain attention keeps its rotated keys and its values instead. Loops keep what else they need of earlier
     tokens (states for position mixing, halting signals) in slots of their own.
+
+    Args:
+        limited: false: the caller sees to max_position_embeddings himself.
+        differentiable: nothing is ever written in place, so that gradients flow back through the cache.
     """
 
-    def __init__(self, limited: bool = True) -> None:
-        self.limited = limited  # false: the caller sees to max_position_embeddings himself
+    def __init__(self, limited: bool = True, differentiable: bool = False) -> None:
+        self.limited, self.differentiable = limited, differentiable
         self.length = 0  # tokens held, the same for every slot between two forward passes
         self.memory: MemoryState | None = None  # of a Recurrent Memory Transformer, which needs nothing else
+        # Rotated queries (B, T, H, width) of the passes so far, by the slot they read; None: not collected
+        self.queries: dict[Slot, list[Tensor]] | None = None
         self._slots: dict[Slot, Tensor] = {}
+        self._shared = 0  # first places, whose tensors a branch has too: not to be written over
 
     def append(self, slot: Slot, values: Tensor) -> Tensor:
         """Adds values (B, T, W) after the tokens held and returns all of them, (B, S, W).
@@ -37,6 +46,10 @@ class LatentCache:
         """
         total = self.length + values.shape[1]
         held = self._slots.get(slot)
+        if self.differentiable and (held is not None or not self.length):
+            parts = (values,) if held is None else (_first(held, self.length), values)
+            self._slots[slot] = joined = torch.cat(parts, 1)
+            return joined
         if held is None or held.shape[1] < total:
             grown = values.new_empty(values.shape[0], max(total, 2 * self.length), values.shape[2])
             if held is not None:
@@ -64,6 +77,49 @@ class LatentCache:
         """Forgets the last num_tokens tokens."""
         assert 0 <= num_tokens <= self.length
         self.length -= num_tokens
+        if self.length < self._shared:
+            self._trim()
+
+    def held(self, slot: Slot) -> Tensor:
+        """(B, S, W), what a slot holds of all tokens seen."""
+        return _first(self._slots[slot], self.length)
+
+    def branch(self) -> "LatentCache":
+        """A cache of the same tokens that goes on apart from this one; copies nothing."""
+        self._trim()
+        twin = copy.copy(self)
+        twin._slots = dict(self._slots)
+        return twin
+
+    def adopt(self, branch: "LatentCache") -> None:
+        """Takes over what was appended to a branch since the last `advance`."""
+        self._slots = dict(branch._slots)
+
+    def _trim(self) -> None:
+        """Drops spare places, so that the next append copies instead of writing into shared tensors."""
+        self._slots = {slot: _first(held, self.length) for slot, held in self._slots.items()}
+        self._shared = self.length
+
+    def keep(self, first: int, choose: Callable[[Slot, Tensor], Tensor]) -> None:
+        """Forgets places from `first` on, in every slot others but equally many; in place.
+
+        Keys keep the rotation by the position they were read at, which is no longer their place.
+
+        Args:
+            first: places before it stay.
+            choose: given a slot and what it holds from `first` on, (B, S, W), returns the places to keep,
+                (B, P, n) int64 counted from `first`: each of the P equal parts of the W numbers has its own.
+        """
+        assert 0 <= first <= self.length
+        kept = 0
+        for slot, held in self._slots.items():
+            later = held[:, first : self.length]
+            places = choose(slot, later).transpose(1, 2)
+            parts = later.unflatten(-1, (places.shape[2], -1))
+            kept = places.shape[1]
+            index = places[..., None].expand(-1, -1, -1, parts.shape[-1])
+            held[:, first : first + kept] = parts.gather(1, index).flatten(2)
+        self.length = first + kept
 
     def gathered(self, rows: Tensor, ends: Tensor, lengths: Tensor, room: int = 0) -> "LatentCache":
         """A cache of some of the rows, in any order and number, each moved to the right end.
@@ -90,6 +146,11 @@ class LatentCache:
     def numel(self) -> int:
         """Numbers held for the tokens seen (spare capacity not counted)."""
         return sum(s[:, : self.length].numel() for s in self._slots.values())
+
+
+def _first(held: Tensor, places: int) -> Tensor:
+    """The first places of (B, S, W); a slice of all of them would cost a copy in backward."""
+    return held if held.shape[1] == places else held[:, :places]
 
 
 def full_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import counts
+from .cache import decodes_exactly
+from .distillation_config import DistillationConfig
+from .latent_cot_config import LatentCoTConfig, check_latent_cot
 from .recurrence_config import HaltingConfig, RecurrenceConfig, check_recurrence
 
 
@@ -76,6 +79,8 @@ class ModelConfig:
     num_nextn_predict_layers: int = 0  # modules, each of which predicts one token further ahead
     mtp_loss_weight: float = 0.3
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
+    latent_cot: LatentCoTConfig = field(default_factory=LatentCoTConfig)
+    distillation: DistillationConfig | None = None  # learning to think in latents: distill/main.py
     # Baselines of the recurrence
     num_pause_tokens: int = 0  # learned tokens after every token; the last one predicts (arXiv 2310.02226)
     num_memory_tokens: int = 0  # Recurrent Memory Transformer, see model/memory.py; needs segment_length
@@ -95,6 +100,8 @@ class ModelConfig:
             self._check_experts()
         check_recurrence(self.recurrence, self.num_hidden_layers, self.use_mla)
         self._check_baselines()
+        self._check_latent_cot()
+        self._check_distillation()
 
     def _check_attention(self) -> None:
         name = "qk_rope_head_dim" if self.use_mla else "head_dim"
@@ -164,6 +171,38 @@ class ModelConfig:
                         f"model.{name}={getattr(self, name)} is a baseline of its own and does not go with "
                         f"{other}; switch one of them off"
                     )
+
+    def _check_latent_cot(self) -> None:
+        check_latent_cot(self.latent_cot)
+        if not self.latent_cot.num_latents:
+            return
+        refused = f"model.latent_cot.num_latents={self.latent_cot.num_latents} does not go with"
+        if self.num_pause_tokens or self.num_memory_tokens:
+            raise ValueError(
+                f"{refused} num_pause_tokens={self.num_pause_tokens} and num_memory_tokens="
+                f"{self.num_memory_tokens}, baselines of their own; set both to 0"
+            )
+        if not decodes_exactly(self, self.recurrence.num_steps):
+            raise ValueError(
+                f"{refused} recurrence.cache={self.recurrence.cache} and virtual_layers="
+                f"{self.recurrence.virtual_layers}: thoughts are read over the question's cache, which only "
+                "first, or per_step or parallel with all steps kept, make exact"
+            )
+
+    def _check_distillation(self) -> None:
+        """A student's pass forms no statistics of experts, halts nowhere and predicts no further."""
+        distillation = self.distillation
+        if distillation is None or not distillation.student_pass:
+            return
+        halts = self.recurrence.placement != "none" and self.recurrence.halting.kind != "fixed"
+        others = {
+            f"num_nextn_predict_layers={self.num_nextn_predict_layers}": self.num_nextn_predict_layers > 0,
+            f"num_pause_tokens={self.num_pause_tokens}": self.num_pause_tokens > 0,
+            f"num_memory_tokens={self.num_memory_tokens}": self.num_memory_tokens > 0,
+            f"recurrence.halting.kind={self.recurrence.halting.kind}": halts,
+            "use_moe=true without a teacher's pass": self.has_experts and not distillation.needs_teacher,
+        }
+        distillation.check(self.latent_cot.num_latents, others)
 
     @property
     def qk_head_dim(self) -> int:
@@ -273,6 +312,8 @@ _SECTIONS: dict[str, type] = {
     "recurrence": RecurrenceConfig,
     "rope_scaling": YarnConfig,
     "halting": HaltingConfig,
+    "latent_cot": LatentCoTConfig,
+    "distillation": DistillationConfig,
 }
 
 

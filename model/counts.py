@@ -7,11 +7,11 @@ if TYPE_CHECKING:
 
 
 def num_parameters(config: "ModelConfig", active: bool = False) -> int:
-    """Distinct parameters, those of multi-token prediction included.
+    """Distinct parameters, those of multi-token prediction and latent thoughts included.
 
     Args:
         active: those one token uses when the next one is predicted: of the experts only its own, no
-            multi-token prediction; loops counted once.
+            multi-token prediction or latent thoughts; loops counted once.
     """
     d = config.hidden_size
     experts = config.num_experts_per_tok if active else config.n_routed_experts
@@ -24,6 +24,7 @@ def num_parameters(config: "ModelConfig", active: bool = False) -> int:
             _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _norm(config, d) + 2 * d * d
         )
         total += config.num_nextn_predict_layers * module
+        total += _thought_parameters(config)
     return total
 
 
@@ -144,6 +145,11 @@ def _feed_forward_weights(config: "ModelConfig", layer: int, experts: int) -> in
         return (3 if config.hidden_act == "silu" else 2) * d * config.intermediate_size
     expert = 3 * d * config.moe_intermediate_size
     return (experts + config.n_shared_experts) * expert + d * config.n_routed_experts
+
+
+def _thought_parameters(config: "ModelConfig") -> int:
+    d, thoughts = config.hidden_size, config.latent_cot
+    return d * thoughts.has_embedding + (2 * d * d + 4 * d) * thoughts.projects
 
 
 def _units(config: "ModelConfig") -> tuple[int, int]:

@@ -56,7 +56,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        attention = call(self.self_attn, self.compile_dense, self.input_layernorm(x), context)
+        compiled = self.compile_dense and context.cache is None  # over a cache lengths grow
+        attention = call(self.self_attn, compiled, self.input_layernorm(x), context)
         x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
         normed, statistics = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):

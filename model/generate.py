@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .cache import LatentCache
+from .rkv import CacheCompressor
 
 if TYPE_CHECKING:
     from .transformer import ZeroModel
@@ -29,6 +30,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    kv_budget: int | None = None,
+    kv_buffer: int = 128,
+    cache: LatentCache | None = None,
 ) -> Tensor:
     """Continues every row until all rows have ended.
 
@@ -43,6 +47,10 @@ def generate(
         top_p: sample among the most likely tokens that together reach this probability (nucleus sampling,
             Holtzman et al. 2020), taken after top_k.
         seed: of the samples.
+        kv_budget: generated tokens that the cache keeps beside the prompt, chosen by R-KV (see rkv.py); None:
+            all.
+        kv_buffer: it keeps so many more before it is cut to the budget.
+        cache: of what comes before `tokens`, extended in place; attention_mask covers that too.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
@@ -50,15 +58,32 @@ def generate(
     Raises:
         ValueError: prompt and continuation exceed max_position_embeddings, or an impossible option.
     """
-    check_length(model, tokens, max_new_tokens)
+    cache = LatentCache() if cache is None else cache
+    check_length(model, tokens, max_new_tokens, cache.length // model.config.places_per_token)
     choose = _chooser(temperature, top_k, top_p, seed, tokens.device)
     attention_mask = without_padding(attention_mask)
-    prompt_length, cache, step_input = tokens.shape[1], LatentCache(), tokens
+    prompt_length, step_input, position_ids = tokens.shape[1], tokens, None
+    compressor = None
+    if kv_budget is not None:
+        if cache.length:
+            raise ValueError(
+                f"kv_budget={kv_budget} is for generating from a prompt, but a cache of {cache.length} "
+                "tokens is given too; leave one of them out"
+            )
+        compressor = CacheCompressor(model, tokens, attention_mask, cache, kv_budget, kv_buffer)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         output = model(
-            step_input, attention_mask=attention_mask, num_steps=num_steps, cache=cache, logits_to_keep=1
+            step_input,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            num_steps=num_steps,
+            cache=cache,
+            logits_to_keep=1,
         )
+        if compressor is not None:
+            attention_mask = compressor.after_pass(attention_mask)
+            position_ids = compressor.next_position()
         step_input = choose(output.logits[:, -1]).masked_fill(ended[:, None], PAD_TOKEN_ID)
         tokens = torch.cat((tokens, step_input), 1)
         if attention_mask is not None:
@@ -72,16 +97,17 @@ def generate(
     return tokens
 
 
-def check_length(model: "ZeroModel", tokens: Tensor, max_new_tokens: int) -> None:
+def check_length(model: "ZeroModel", tokens: Tensor, max_new_tokens: int, held: int = 0) -> None:
+    """Refuses a prompt (B, T) after `held` cached tokens whose continuation would be too long."""
     limit = model.config.max_position_embeddings
     if tokens.shape[1] < 1 or max_new_tokens < 0:
         raise ValueError(
             f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens}: the prompt needs at "
             "least 1 token and max_new_tokens may not be negative"
         )
-    if tokens.shape[1] + max_new_tokens > limit:
+    if held + tokens.shape[1] + max_new_tokens > limit:
         raise ValueError(
-            f"prompt of {tokens.shape[1]} and max_new_tokens={max_new_tokens} exceed "
+            f"prompt of {held + tokens.shape[1]} and max_new_tokens={max_new_tokens} exceed "
             f"max_position_embeddings={limit}; shorten one of them"
         )
 

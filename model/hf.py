@@ -86,6 +86,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         (config.embedding_mixing > 0, f"embedding_mixing={config.embedding_mixing}"),
         (config.num_pause_tokens > 0, f"num_pause_tokens={config.num_pause_tokens}"),
         (config.num_memory_tokens > 0, f"num_memory_tokens={config.num_memory_tokens}"),
+        (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
         (not config.use_mla, "use_mla=false"),
         (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
         (

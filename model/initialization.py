@@ -4,7 +4,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .causal_mixing import CausalMixing
 from .layers import Linear, RMSNorm
@@ -26,6 +26,8 @@ def initialize(model: Any, seed: int) -> None:
                 parameter.fill_(module.initial_bias)
             elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding):
                 parameter.zero_()
+            elif isinstance(module, nn.LayerNorm):
+                parameter.fill_(float(name == "weight"))
             elif isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
             elif isinstance(module, CausalMixing):

@@ -31,6 +31,7 @@ class _LayersOutput(NamedTuple):
     kept: dict[int, tuple[Tensor, ...]]  # by layer, see cache.kept_keys
     loads: dict[int, Tensor]  # by layer, (E,) tokens given to each expert
     traces: list[LoopTrace]  # of the layers' own Latent Reasoning Units
+    states: list[Tensor]  # (B, T, D) after each layer, if the context collects them
 
 
 class TransformerOutput(NamedTuple):
@@ -93,9 +94,10 @@ class Transformer(nn.Module):
             start = None if noise_seed is None else _noise(out.hidden, noise_seed)
             unit: Any = self.recurrence[number]
             loop = unit(out.hidden, self._core(first, last, context), context, predict, start)
-            for _, loads in loop.extras:
+            for _, loads, after in loop.extras:
                 self._count(loads)
-            aux = aux + out.aux + torch.stack([core_aux for core_aux, _ in loop.extras]).mean(0)
+                _collect(context, after)
+            aux = aux + out.aux + torch.stack([core_aux for core_aux, _, _ in loop.extras]).mean(0)
             traces.append(loop.trace)
             x, done = loop.out, last + 1
             states = [x]
@@ -108,9 +110,13 @@ class Transformer(nn.Module):
         readouts = [] if probabilities is None else list(zip(hidden, probabilities, strict=True))
         return TransformerOutput(hidden[-1], aux, readouts, traces + tails[-1].traces)
 
-    def embed(self, tokens: Tensor, context: AttentionContext) -> Tensor:
-        """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D)."""
-        x = self.embed_tokens(tokens)
+    def embed(self, tokens: Tensor, context: AttentionContext, embedded: Tensor | None = None) -> Tensor:
+        """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D).
+
+        Args:
+            embedded: (B, T, D) in place of the tokens' embeddings; mixed with their neighbours as those are.
+        """
+        x = self.embed_tokens(tokens) if embedded is None else embedded
         if self.config.embedding_mixing:
             x = x + self.embedding_mixing(x, context, ("embedding", 0))
         if not self.config.num_pause_tokens:
@@ -128,7 +134,7 @@ class Transformer(nn.Module):
         ) -> CoreOutput:
             loop = LoopStep(r, step, running, kept) if remembers else None
             out = self._run(range(first, last + 1), state, dataclasses.replace(context, loop=loop))
-            return CoreOutput(out.hidden, out.kept, (out.aux, out.loads))
+            return CoreOutput(out.hidden, out.kept, (out.aux, out.loads, out.states))
 
         return core
 
@@ -151,7 +157,7 @@ class Transformer(nn.Module):
         return out.hidden, no_aux(hidden) if out.aux is None else out.aux
 
     def _run(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
-        result = _LayersOutput(x, no_aux(x), {}, {}, [])
+        result = _LayersOutput(x, no_aux(x), {}, {}, [], [])
         for i in layers:
             out = run_layer(self.layers[i], self.execution, result.hidden, context)
             result = result._replace(
@@ -163,11 +169,14 @@ class Transformer(nn.Module):
                 result.loads[i] = out.load
             if out.trace is not None:
                 result.traces.append(out.trace)
+            if context.states is not None:
+                result.states.append(out.hidden)
         return result
 
     def _run_counted(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
         out = self._run(layers, x, context)
         self._count(out.loads)
+        _collect(context, out.states)
         return out
 
     def _count(self, loads: dict[int, Tensor]) -> None:
@@ -176,6 +185,12 @@ class Transformer(nn.Module):
             for i, load in loads.items():
                 layer: Any = self.layers[i]
                 layer.count(load)
+
+
+def _collect(context: AttentionContext, states: list[Tensor]) -> None:
+    """Outside of what activation checkpointing runs a second time."""
+    if context.states is not None:
+        context.states.extend(states)
 
 
 def no_aux(x: Tensor) -> Tensor:

@@ -22,11 +22,23 @@ class LossTerm:
 
     name: str
     weight: Callable[[ModelConfig], float]
-    counted_in: str  # "targets" or "rows"
+    counted_in: str  # "targets", "rows", or of traced documents "trace_targets" and "documents"
     applies: Callable[[ModelConfig], bool] = lambda config: True
 
 
+def _distilled(name: str, counted_in: str) -> LossTerm:
+    """A term of latent chain of thought, see distillation.py: config.distillation's `{name}_weight`."""
+
+    def weight(config: ModelConfig) -> float:
+        return 0.0 if config.distillation is None else getattr(config.distillation, f"{name}_weight")
+
+    return LossTerm(
+        name, weight, counted_in, lambda config: config.distillation is not None and weight(config) > 0
+    )
+
+
 LOSS_TABLE = (
+    # Of a student of latent chain of thought (distill/student.py): of what it predicts after its thoughts.
     LossTerm("cross_entropy", lambda c: 1.0, "targets"),
     LossTerm("balance", lambda c: c.balance_loss_weight, "rows", lambda c: c.has_experts),
     LossTerm("router_z", lambda c: c.router_z_loss_weight, "rows", lambda c: c.has_experts),
@@ -52,6 +64,10 @@ LOSS_TABLE = (
         "rows",
         lambda c: c.recurrence.placement != "none" and c.recurrence.halting.information_weight > 0,
     ),
+    _distilled("teacher", "trace_targets"),
+    _distilled("hidden", "documents"),
+    _distilled("kv", "documents"),
+    _distilled("latent", "documents"),
 )
 
 
@@ -60,16 +76,23 @@ def loss_terms(config: ModelConfig) -> list[LossTerm]:
     return [term for term in LOSS_TABLE if term.applies(config)]
 
 
+def plain_loss_terms(config: ModelConfig) -> list[LossTerm]:
+    """Those that one pass over tokens forms by itself, without a teacher."""
+    return [term for term in loss_terms(config) if term.counted_in in ("targets", "rows")]
+
+
 def total_loss(config: ModelConfig, sums: dict[str, Tensor], counts: Mapping[str, int | Tensor]) -> Tensor:
-    """Weighted sum of the model's terms, each divided by its count.
+    """Weighted sum of those of the model's terms that there are, each divided by its count.
 
     Args:
         sums: the terms by name, summed over this batch.
-        counts: "targets" and "rows", numbers or scalars on the device; those of the global batch make ranks
-            and micro-batches add up to exactly the loss of one process.
+        counts: what the terms are counted_in, numbers or scalars on the device; those of the global batch
+            make ranks and micro-batches add up to exactly the loss of one process.
     """
     counts = {name: torch.as_tensor(count).clamp(min=1) for name, count in counts.items()}
-    terms = [t.weight(config) * sums[t.name] / counts[t.counted_in] for t in loss_terms(config)]
+    terms = [
+        t.weight(config) * sums[t.name] / counts[t.counted_in] for t in loss_terms(config) if t.name in sums
+    ]
     return torch.stack(terms).sum()
 
 

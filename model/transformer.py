@@ -23,10 +23,11 @@ from .decoder import AUX_TERMS
 from .execution import ExecutionConfig, attention_backend
 from .generate import generate
 from .initialization import initialize
+from .latent_cot_modules import LatentThoughts
 from .latent_terms import LATENT_TERMS
 from .layer_stack import Transformer, TransformerOutput, no_aux
 from .layers import linear, rotations
-from .losses import IGNORE_INDEX, chunked_cross_entropy, loss_terms, total_loss
+from .losses import IGNORE_INDEX, chunked_cross_entropy, plain_loss_terms, total_loss
 from .moe import MoE
 from .mtp import shifted
 from .recurrence import stacked_traces
@@ -78,6 +79,8 @@ class ZeroModel(nn.Module):
         execution: how to compute; changes no result.
     """
 
+    training_step = 0  # the optimizer step, from 0, as the trainer tells; for subclasses with a curriculum
+
     def __init__(
         self,
         config: ModelConfig,
@@ -89,12 +92,14 @@ class ZeroModel(nn.Module):
         self.config, self.execution = config, execution or ExecutionConfig()
         self.model = Transformer(config, moe_class, self.execution)
         self.lm_head = LMHead(config)
+        if config.latent_cot.num_latents:
+            self.latent_thoughts = LatentThoughts(config)
         if not self.lm_head.weight.is_meta:  # on the meta device there are shapes only
             initialize(self, seed)
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
@@ -103,11 +108,13 @@ class ZeroModel(nn.Module):
         cache: LatentCache | None = None,
         logits_to_keep: int = 0,
         noise_seed: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
         Args:
-            tokens: (B, T) int64.
+            tokens: (B, T) int64; None: inputs_embeds stand for them.
             attention_mask: (B, S), 1 or True where a token is real; S counts cached tokens too. Beside
                 cu_seqlens padding must be a segment of its own, as the loader gives it.
             position_ids: (B, T); default: counted from the start of each document, padding left out.
@@ -117,9 +124,52 @@ class ZeroModel(nn.Module):
             cache: latents of earlier tokens; extended in place.
             logits_to_keep: form the logits of the last so many places only; 0: of all.
             noise_seed: start block loops from noise, to see whether they forget where they started.
+            inputs_embeds: (B, T, D) in place of the tokens' embeddings.
+            states: gets the output (B, T, D) of every run of a decoder layer, in their order.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
+        """
+        given = (tokens, attention_mask, position_ids, cu_seqlens, num_steps, cache, noise_seed)
+        out, context = self.read(*given, inputs_embeds, states, statistics=targets is not None)
+        loops = stacked_traces(out.traces)
+        report = {} if loops is None else {name: getattr(loops, name) for name in _REPORTED}
+        if targets is None:
+            logits = self.lm_head(out.hidden[:, -logits_to_keep:])
+            return ModelOutput(logits=logits, hidden=out.hidden, **report)
+        sums = {"cross_entropy": self._cross_entropy(out, targets)}
+        aux = out.aux
+        if self.config.num_nextn_predict_layers:
+            if tokens is None:
+                raise ValueError("multi-token prediction reads tokens and cannot be trained on inputs_embeds")
+            assert context is not None
+            sums["mtp"], mtp_aux = self._predict_further(out.hidden, tokens, targets, context)
+            aux = aux + mtp_aux
+        sums |= dict(zip(AUX_TERMS, aux.unbind(), strict=True))
+        if loops is not None:
+            sums |= dict(zip(LATENT_TERMS, loops.terms.mean(0).unbind(), strict=True))
+        sums = {term.name: sums[term.name] for term in plain_loss_terms(self.config)}
+        counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(targets)}
+        return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums, **report)
+
+    def read(
+        self,
+        tokens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_steps: int | None = None,
+        cache: LatentCache | None = None,
+        noise_seed: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        states: list[Tensor] | None = None,
+        statistics: bool = False,
+    ) -> tuple[TransformerOutput, AttentionContext | None]:
+        """The part of forward below the head: final hidden states, and what the layers shared.
+
+        Args:
+            statistics: whether experts report balance and load, and all ranks take all steps; see forward for
+                the others.
         """
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
@@ -129,34 +179,32 @@ class ZeroModel(nn.Module):
                 f"noise_seed={noise_seed} is for placement=block, but the model has "
                 f"placement={self.config.recurrence.placement}; leave it out"
             )
+        if (tokens is None) == (inputs_embeds is None):
+            raise ValueError("give either tokens or inputs_embeds, the other one None")
+        if tokens is None:
+            assert inputs_embeds is not None
+            tokens = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.int64)  # for their shape
         self._check_length(tokens, cu_seqlens, cache)
+        places = self.config.places_per_token
         if self.config.num_memory_tokens:
-            out = self._read_segments(tokens, attention_mask, cu_seqlens, cache, targets is not None)
+            if inputs_embeds is not None or states is not None:
+                raise ValueError("a recurrent memory reads tokens only; leave inputs_embeds and states out")
+            out = self._read_segments(tokens, attention_mask, cu_seqlens, cache, statistics)
+            context = None
         else:
-            context = self._context(tokens, attention_mask, position_ids, cu_seqlens, cache)
-            context.statistics, context.num_steps = targets is not None, steps
+            # Backward may run layers again: they must find the cache as it was before this pass.
+            before = cache.branch() if cache is not None and cache.differentiable else cache
+            context = self._context(tokens, attention_mask, position_ids, cu_seqlens, before)
+            context.statistics, context.num_steps, context.states = statistics, steps, states
             predict = self._predict if self._compares_predictions() else None
-            out = self.model(self.model.embed(tokens, context), context, predict, noise_seed)
-            places = self.config.places_per_token  # of which the last one predicts
-            out = out._replace(hidden=out.hidden[:, places - 1 :: places])
+            embedded = self.model.embed(tokens, context, inputs_embeds)
+            out = self.model(embedded, context, predict, noise_seed)
+            out = out._replace(hidden=out.hidden[:, places - 1 :: places])  # of a token's places the last
+            if cache is not None and before is not None and before is not cache:
+                cache.adopt(before)
         if cache is not None:
-            cache.advance(tokens.shape[1] * self.config.places_per_token)
-        loops = stacked_traces(out.traces)
-        report = {} if loops is None else {name: getattr(loops, name) for name in _REPORTED}
-        if targets is None:
-            logits = self.lm_head(out.hidden[:, -logits_to_keep:])
-            return ModelOutput(logits=logits, hidden=out.hidden, **report)
-        sums = {"cross_entropy": self._cross_entropy(out, targets)}
-        aux = out.aux
-        if self.config.num_nextn_predict_layers:
-            sums["mtp"], mtp_aux = self._predict_further(out.hidden, tokens, targets, context)
-            aux = aux + mtp_aux
-        sums |= dict(zip(AUX_TERMS, aux.unbind(), strict=True))
-        if loops is not None:
-            sums |= dict(zip(LATENT_TERMS, loops.terms.mean(0).unbind(), strict=True))
-        sums = {term.name: sums[term.name] for term in loss_terms(self.config)}
-        counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(tokens)}
-        return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums, **report)
+            cache.advance(tokens.shape[1] * places)
+        return out, context
 
     def _read_segments(
         self,

@@ -186,12 +186,26 @@ def _copied(value: Any) -> Any:
 
 
 class Engine:
-    """A ZeroModel under DeepSpeed."""
+    """A ZeroModel under DeepSpeed.
 
-    def __init__(self, config: RunConfig, model_config: ModelConfig, ds_config: dict[str, Any]) -> None:
+    Args:
+        model_class: ZeroModel or a subclass with the same parameters.
+        weights: name -> whole tensor, in place of initial weights; what is not named keeps those.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model_config: ModelConfig,
+        ds_config: dict[str, Any],
+        model_class: type[ZeroModel] = ZeroModel,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
-        model = ZeroModel(model_config, expert_parallel_class(config.ep_size), config.seed, config.execution)
+        moe_class = expert_parallel_class(config.ep_size)
+        model = model_class(model_config, moe_class, config.seed, config.execution)
+        self._start_from(model, weights or {})
         # ZeRO-3 gathers a decoder layer at once instead of each of its modules: at small sizes the hooks of
         # single modules cost more than the arithmetic.
         set_z3_leaf_modules(model, [DecoderLayer])
@@ -211,6 +225,17 @@ class Engine:
         judge_grad_norm(self.deepspeed.optimizer, self._judge)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else MovingAverage(self._shards, decay)
+
+    @torch.no_grad()
+    def _start_from(self, model: ZeroModel, weights: dict[str, Tensor]) -> None:
+        """Copies whole tensors into a model that is not yet spread over ranks; of experts this rank's."""
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        for name, value in weights.items():
+            if name in buffers:
+                buffers[name].copy_(value)
+            else:
+                own = parameters[name]
+                own.copy_(local_experts(value, self.ep_size) if is_expert(own) else value)
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -256,7 +281,9 @@ class Engine:
         self._grad_norm = grad_norm
         return self.guard.refuses(self._loss, grad_norm)
 
-    def train(self) -> None:
+    def train(self, step: int = 0) -> None:
+        """To training mode, for optimizer step `step`, from 0, which a model with a curriculum asks for."""
+        self.model.training_step = step
         self.deepspeed.train()
 
     def eval(self) -> None:

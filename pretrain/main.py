@@ -10,18 +10,19 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.errors import DataError, user_errors
 from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer
-from model import ModelConfig
+from model import ModelConfig, ZeroModel
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
@@ -47,6 +48,8 @@ class Run:
     micro_batch_size: int
     state: TrainingState  # of step 0; a checkpoint must agree with it
     resume_from: Path | None  # whole by its files' sizes
+    model_class: type[ZeroModel] = ZeroModel
+    weights: Path | None = None  # safetensors in place of initial weights; a checkpoint goes before them
 
     @property
     def folder(self) -> Path:
@@ -60,9 +63,14 @@ class Run:
 
 def main() -> None:
     arguments = _parse()
+    start(arguments, lambda: prepare(arguments.config, arguments.ds_config, arguments.overrides))
+
+
+def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None:
+    """What follows the command line: prepares a run, then describes or trains it."""
     join_slurm_step()
     with user_errors(ValueError, OSError):
-        run = prepare(arguments.config, arguments.ds_config, arguments.overrides)
+        run = prepare_run()
     if arguments.dry_run:
         if run.rank == 0:
             print(describe(run))
@@ -79,7 +87,12 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a ZeroModel with DeepSpeed.")
+    return argument_parser("Train a ZeroModel with DeepSpeed.").parse_args()
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that every command which trains has."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--config",
         required=True,
@@ -90,11 +103,19 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="say what the run would be and what it takes")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to override")
-    return parser.parse_args()
+    return parser
 
 
-def prepare(config_paths: str | Sequence[str], ds_config_path: str, overrides: list[str]) -> Run:
+def prepare(
+    config_paths: str | Sequence[str],
+    ds_config_path: str,
+    overrides: list[str],
+    complete: Callable[[RunConfig, Loader], None] | None = None,
+) -> Run:
     """Reads and checks configs, data and checkpoint for this rank.
+
+    Args:
+        complete: fills in what of the config's `model` follows from the data.
 
     Raises:
         ValueError, OSError: one line for the user.
@@ -102,7 +123,11 @@ def prepare(config_paths: str | Sequence[str], ds_config_path: str, overrides: l
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     config = load_run_config(config_paths, overrides)
     loader = _loader(config, "train", rank, world_size)
+    if complete is not None:
+        complete(config, loader)
     model_config = build_model_config(config, loader.vocab_size)
+    if complete is None and model_config.distillation is not None:
+        raise ValueError("model.distillation is what distill/main.py trains; start that, or leave it out")
     micro, accumulation = check_layout(config, model_config, world_size)
     ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
     state = TrainingState(
@@ -237,7 +262,8 @@ def _train(run: Run) -> None:
     stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=run.rank == 0)
     stop_requests.install()  # before the minutes that a large model takes to start
     init_process_group()
-    engine = Engine(run.config, run.model_config, run.ds_config)
+    weights = None if run.weights is None else load_file(run.weights)
+    engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
     trainer = Trainer(
         run.config,
         run.model_config,

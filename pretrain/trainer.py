@@ -16,8 +16,9 @@ from torch import Tensor
 from data_pipeline.loader import Batch, Loader
 from model import ModelConfig
 from model.counts import recomputed_flops_per_token, training_flops_per_token
+from model.distillation import loss_counts
 from model.latent_terms import loop_figures, loop_sums
-from model.losses import IGNORE_INDEX, loss_terms, total_loss
+from model.losses import loss_terms, total_loss
 from model.recurrence import sample_depth
 from model.transformer import ModelOutput
 from pretrain.checkpoint import Saver, TrainingState
@@ -44,7 +45,7 @@ class _Figures:
     seconds: float
     waited: float  # seconds for data
     stop: Tensor  # (1,) ranks that ask to stop
-    counts: Tensor  # (3,) of all ranks: targets, tokens that are not padding, rows left out so far as damaged
+    counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
     terms: Tensor  # (terms,) sums over all ranks
     loops: Tensor  # (3, depth), see latent_terms.loop_sums
     loads: Tensor | None  # (MoE layers, E) tokens
@@ -157,9 +158,8 @@ class Trainer:
         waited = time.perf_counter() - started
         depth = sample_depth(self.model_config, self.config.seed, self.step)
         lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
-        totals = self._global_counts(batch)
-        counts = {"targets": totals[0], "rows": totals.new_tensor(self.config.global_batch_size)}
-        self.engine.train()
+        counts = self._global_counts(batch)
+        self.engine.train(self.step)
         sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
         loops = torch.zeros(3, depth, dtype=torch.float64, device=device())
         micro_batches = list(self._micro_batches(batch))
@@ -184,7 +184,7 @@ class Trainer:
             seconds=time.perf_counter() - started,
             waited=waited,
             stop=stop,
-            counts=totals,
+            counts=counts,
             terms=sums,
             loops=loops.view(3, depth),
             loads=update_router_biases(self.engine),
@@ -214,8 +214,7 @@ class Trainer:
 
     def _record(self, f: "_Figures") -> dict[str, Any]:
         """A step's line of metrics.jsonl."""
-        targets, real_tokens, damaged_rows = f.counts.tolist()
-        counts = {"targets": targets, "rows": self.config.global_batch_size}
+        counts = {name: int(count) for name, count in f.counts.items()}
         terms = {
             term.name: float(value) / max(counts[term.counted_in], 1)
             for term, value in zip(self.terms, f.terms, strict=True)
@@ -232,9 +231,9 @@ class Trainer:
             **{name: value if math.isfinite(value) else None for name, value in measured.items()},
             "lr": f.lr,
             "tokens": f.step * tokens,
-            "target_tokens": targets,
-            "padded_tokens": tokens - real_tokens,
-            "damaged_rows": damaged_rows,
+            "target_tokens": counts["targets"],
+            "padded_tokens": tokens - counts["real_tokens"],
+            "damaged_rows": counts["damaged_rows"],
             "tokens_per_second": tokens / f.seconds,
             **self._utilisation(tokens / f.seconds, f.depth),
             "recurrence_depth": f.depth,
@@ -244,7 +243,7 @@ class Trainer:
             "memory_bytes": peak_memory_bytes(),
             "expert_load_max": max((max(x) * len(x) for x in shares), default=None),
             "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
-            "dropped_tokens": self._routed_tokens(real_tokens, f.depth) - sum(map(sum, loads)),
+            "dropped_tokens": self._routed_tokens(counts["real_tokens"], f.depth) - sum(map(sum, loads)),
             "expert_load": shares,
             **({} if f.val_loss is None else {"val_loss": f.val_loss}),
             **({} if f.applied else self._skipped(f, measured)),
@@ -260,10 +259,20 @@ class Trainer:
             "sample_ids": self.loader.sample_ids(f.step - 1),
         }
 
-    def _global_counts(self, batch: Batch) -> Tensor:
-        """(3,) of all ranks and micro-batches, see _Figures.counts."""
-        own = [(batch.targets != IGNORE_INDEX).sum(), batch.lengths.sum(), len(self.loader.damaged)]
-        return all_reduce_sum(torch.tensor([int(n) for n in own], device=device()))
+    def _global_counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Over all ranks and micro-batches, scalars on the device: what the terms of the loss are counted_in,
+        `real_tokens`, which are not padding, and `damaged_rows`, left out so far.
+        """
+        own = {**self._loss_counts(batch), "real_tokens": int(batch.lengths.sum())}
+        own["damaged_rows"] = len(self.loader.damaged)
+        totals = all_reduce_sum(torch.tensor(list(own.values()), device=device()))
+        rows = totals.new_tensor(self.config.global_batch_size)
+        return {**dict(zip(own, totals.unbind(), strict=True)), "rows": rows}
+
+    def _loss_counts(self, batch: Batch) -> dict[str, int]:
+        """This rank's, see distillation.loss_counts."""
+        parts = (batch.tokens, batch.targets, batch.cu_seqlens)
+        return loss_counts(self.model_config, self.step, *(torch.from_numpy(part) for part in parts))
 
     def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         T = batch.tokens.shape[1]
@@ -293,7 +302,7 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=device())
         for step in range(self.config.eval_batches):
             batch = loader.batch(step)
-            totals[1] += int((batch.targets != IGNORE_INDEX).sum())
+            totals[1] += self._loss_counts(batch)["targets"]
             for inputs in self._micro_batches(batch):
                 output = self.engine.forward(**inputs)
                 assert output.loss_sums is not None

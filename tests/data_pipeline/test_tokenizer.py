@@ -45,6 +45,41 @@ def test_round_trip_is_lossless(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def thinking(request, tmp_path_factory) -> Tokenizer:
+    """With thought pieces; its text spells them, and so often that each would be a piece of its own."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    spelled = ["a <bot> b <eot> c<bot>d<eot>\n" * 40]
+    path.write_bytes(train_tokenizer(TEXT + spelled, 420, request.param, thought_pieces=True))
+    return Tokenizer(path)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(["<bot>", "<eot>", "<0x20>", " ", "\u2581", "a", "\0", "東"])).map("".join)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+)
+@example("<bot><eot> <bot> </s>")
+def test_no_text_gives_a_thought_piece(thinking, text):
+    """Nor the byte that stands between two steps; control pieces are left out of decoded text."""
+    ids = thinking.encode(text)
+    assert not {*range(6), thinking.step_separator_id} & set(ids)
+    assert thinking.decode(ids) == text
+    assert thinking.decode([2, 4, *ids, 5, 3]) == text
+
+
+def test_thought_pieces_are_control_pieces(thinking, tokenizer):
+    stock = sentencepiece.SentencePieceProcessor(model_proto=thinking._processor.serialized_model_proto())
+    assert [stock.id_to_piece(i) for i in range(6)] == ["<pad>", "<unk>", "<s>", "</s>", "<bot>", "<eot>"]
+    assert [stock.is_control(i) for i in range(7)] == [True, False, True, True, True, True, False]
+    assert (thinking.bot_id, thinking.eot_id) == (4, 5)
+    assert stock.id_to_piece(thinking.step_separator_id) == "<0x20>"
+    assert thinking.decode([thinking.step_separator_id]) == " "
+    for text in TEXT:
+        assert thinking.encode(text) == stock.encode(text)
+    assert (tokenizer.bot_id, tokenizer.eot_id, tokenizer.step_separator_id) == (None, None, None)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from(" " * 6 + "abcThe\n\t12.,-é東\u00a0\u3000"), max_size=80))
 @example("the  the   the " * 30 + "x" * 100 + "   ")

@@ -1,0 +1,158 @@
+"""Teaches a model latent chain of thought, from its own explicit one.
+
+    deepspeed --num_accelerators 2 distill/main.py --ds_config ds_configs/zero2.json \\
+        --config distill/configs/kava.yaml --init runs/NAME/export [a.b=c ...]
+
+The run is one of pretrain/: its configs, data, engine, checkpoints, metrics and export. `--init` gives the
+weights to start from and, for keys of `model` that the config leaves out, their values.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data_pipeline.loader import Loader
+from data_pipeline.sources import ANSWER_PREFIX
+from data_pipeline.tokenizer import Tokenizer
+from distill.methods import with_method
+from distill.student import Student
+from model import ModelConfig
+from model.pretrained import WEIGHTS_NAME, load_config
+from pretrain.config import RunConfig
+from pretrain.export import TOKENIZER
+from pretrain.main import Run, argument_parser, prepare, start
+
+NEW = "latent_thoughts."  # the parameters that a model has from here on
+
+
+def main() -> None:
+    parser = argument_parser("Teach a ZeroModel latent chain of thought.")
+    parser.add_argument(
+        "--init", type=Path, help="export/ folder of a run, whose weights this one starts from"
+    )
+    arguments = parser.parse_args()
+    start(arguments, lambda: prepare_distillation(arguments))
+
+
+def prepare_distillation(arguments: argparse.Namespace) -> Run:
+    """As pretrain.main.prepare, of a run of a Student.
+
+    Raises:
+        ValueError, OSError: one line for the user.
+    """
+    init: Path | None = arguments.init
+
+    def complete(config: RunConfig, loader: Loader) -> None:
+        check_data(config, loader)
+        if init is not None:
+            config.model = with_sizes(config.model, init, loader)
+        config.model = with_data(
+            with_method(config.model), Tokenizer(loader.tokenizer_path), config.max_steps
+        )
+
+    run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete)
+    distillation = run.model_config.distillation
+    # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
+    # layers through their keys and values, past the output; KaVa reads kv_b_proj outside its layer too.
+    if run.state.zero_stage == 3 and distillation is not None and distillation.student_pass:
+        raise ValueError(
+            f"zero_optimization.stage=3 does not go with model.distillation.method={distillation.method}, "
+            "whose gradients pass through a cache; use ds_configs/zero2.json"
+        )
+    weights = None if init is None else init / WEIGHTS_NAME
+    if weights is not None:
+        check_weights(weights, run.model_config)
+    return dataclasses.replace(run, model_class=Student, weights=weights)
+
+
+def check_data(config: RunConfig, loader: Loader) -> None:
+    """Raises ValueError unless every document is whole in its row."""
+    length = config.data.sequence_length
+    if config.data.packing != "best_fit":
+        raise ValueError(
+            f"data.packing={config.data.packing} cuts documents, but a question needs its answer; set "
+            "data.packing=best_fit"
+        )
+    for source, longest in loader.longest_document.items():
+        if longest > length:
+            raise ValueError(
+                f"data.sequence_length={length} is below the {longest} tokens of a document of source "
+                f"{source!r}, which would be cut; raise it"
+            )
+
+
+def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, Any]:
+    """The config of an export with the keys of `model` over it.
+
+    Raises:
+        ValueError: the data were written with another tokenizer, or `model` names a preset.
+    """
+    if model.get("preset") is not None:
+        raise ValueError(f"model.preset={model['preset']} and --init both give sizes; leave one of them out")
+    base = load_config(init).to_dict()
+    ours, theirs = Tokenizer(init / TOKENIZER), Tokenizer(loader.tokenizer_path)
+    if ours.sha256 != theirs.sha256:
+        raise ValueError(
+            f"--init {init} was trained with another tokenizer (sha256 {ours.sha256[:12]}) than the data's "
+            f"{theirs.sha256[:12]}; start from an export of a run on these data"
+        )
+    return _over({**base, "preset": None, "latent_cot": {}, "distillation": {}}, model)
+
+
+def _over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over `base`, section by section."""
+    merged = dict(base)
+    for key, value in given.items():
+        below = base.get(key)
+        merged[key] = _over(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
+
+
+def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> dict[str, Any]:
+    """Fills in what a distillation takes from the tokenizer, and Coconut's stages of equal length.
+
+    Raises:
+        ValueError: the tokenizer has no <bot> and <eot>.
+    """
+    if tokenizer.bot_id is None:
+        raise ValueError(
+            "the data's tokenizer has no <bot> and <eot>; build the data with tokenizer.thought_pieces: true"
+        )
+    values = {
+        **model["distillation"],
+        "bot_id": tokenizer.bot_id,
+        "eot_id": tokenizer.eot_id,
+        "prefix_length": len(tokenizer.encode(ANSWER_PREFIX)),
+        "step_id": tokenizer.step_separator_id,
+    }
+    if values["method"] == "coconut" and "stage_steps" not in values:
+        stages = model["latent_cot"]["num_latents"] // values["latents_per_step"] + 1
+        values["stage_steps"] = max(1, max_steps // stages)
+    return {**model, "distillation": values}
+
+
+def check_weights(path: Path, config: ModelConfig) -> None:
+    """Raises ValueError, or FileNotFoundError, unless the file has the model's weights, but for new ones."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; give --init the export/ folder of a run")
+    try:
+        with safe_open(path, "pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); export the checkpoint again") from None
+    with torch.device("meta"):
+        own = {name: tuple(value.shape) for name, value in Student(config).state_dict().items()}
+    for name in sorted(own | found):
+        if own.get(name) != found.get(name) and not (name.startswith(NEW) and name not in found):
+            raise ValueError(
+                f"{path} does not fit the model: {name} is {found.get(name, 'missing')}, expected "
+                f"{own.get(name, 'no such tensor')}; leave the model's sizes to --init"
+            )
+
+
+if __name__ == "__main__":
+    main()

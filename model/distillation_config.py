@@ -1,0 +1,111 @@
+"""DistillationConfig: which passes a student of latent chain of thought takes, and what each loss weighs.
+
+What the methods of the literature set here stands in distill/methods.py; the losses are in distillation.py.
+"""
+
+from dataclasses import dataclass
+
+DISTANCES = ("l1", "smooth_l1", "mse")
+POLICIES = ("rkv", "random", "uniform")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Of documents `[bos] question <bot> trace <eot> answer [eos]`; the model is its own teacher.
+
+    Raises:
+        ValueError: a value is unknown or out of range, or switches contradict each other.
+    """
+
+    method: str = "kava"  # the preset of distill/methods.py that the keys which are not given come from
+    published: str = "gpt2"  # gpt2 | llama-1b: whose published values the preset takes
+    student_pass: bool = True  # answer after the latents; false: the trace is written out, as cot does
+    teacher_weight: float = 1.0  # cross-entropy of trace and answer in a pass over the whole document
+    # CODI (arXiv 2502.21074): the states of all layers at the token before the answer's value
+    hidden_weight: float = 0.0
+    hidden_distance: str = "smooth_l1"  # l1 | smooth_l1 | mse
+    hidden_std: bool = True  # divided by the standard deviation of the teacher's state
+    # KaVa (arXiv 2510.02312): the latents' keys and values against those kept of the trace
+    kv_weight: float = 0.0
+    kv_distance: str = "smooth_l1"  # l1 | smooth_l1 | mse
+    kv_std: bool = True  # layer by layer divided by the standard deviation of the teacher's
+    kv_policy: str = "rkv"  # which tokens of the trace are kept: rkv | random | uniform
+    kv_lambda: float = 0.1  # share of importance against redundancy in R-KV's score
+    # LOTUS (arXiv 2606.31779): each latent predicts a token of the trace
+    latent_weight: float = 0.0
+    latent_block: int = 0  # latents to a step of the trace; 0: the trace's tokens one after another
+    # Coconut (arXiv 2412.06769): stage s has the first s steps of the trace replaced by latents
+    stage_steps: int = 0  # optimizer steps a stage; 0: no curriculum, latents replace the whole trace
+    latents_per_step: int = 2  # latents that replace a step in a curriculum
+    # Of the tokenizer; distill/main.py fills them in
+    bot_id: int = 4  # <bot>
+    eot_id: int = 5  # <eot>
+    prefix_length: int = 0  # tokens after <eot> before those of the answer's value
+    step_id: int = 0  # the token between two steps of the trace
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("hidden_distance", DISTANCES),
+            ("kv_distance", DISTANCES),
+            ("kv_policy", POLICIES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.distillation.{name}={getattr(self, name)!r} is unknown; choose one of "
+                    f"{', '.join(allowed)}"
+                )
+        for name in (*WEIGHTS, *_NOT_NEGATIVE):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.distillation.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.kv_lambda <= 1:
+            raise ValueError(f"model.distillation.kv_lambda={self.kv_lambda} must lie in 0..1")
+        if self.latents_per_step < 1:
+            raise ValueError(
+                f"model.distillation.latents_per_step={self.latents_per_step} must be at least 1"
+            )
+        for name in WEIGHTS:
+            if not self.student_pass and getattr(self, name) > 0:
+                raise ValueError(
+                    f"model.distillation.{name}={getattr(self, name)} needs a student, but "
+                    "student_pass=false; set it to 0"
+                )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.teacher_weight > 0 or self.hidden_weight > 0 or self.kv_weight > 0
+
+    def check(self, num_latents: int, others: dict[str, bool]) -> None:
+        """Raises ValueError where the rest of the model config does not go with this.
+
+        Args:
+            num_latents: of latent_cot.
+            others: `key=value` of the model config -> whether it is set so.
+        """
+        for key, on in others.items():
+            if on:
+                raise ValueError(f"model.{key} does not go with model.distillation; switch one of them off")
+        for name in ("kv_weight", "latent_weight", "stage_steps"):
+            if getattr(self, name) and not num_latents:
+                raise ValueError(
+                    f"model.distillation.{name}={getattr(self, name)} needs latents; set "
+                    "model.latent_cot.num_latents"
+                )
+        if self.stage_steps and (self.hidden_weight or self.kv_weight or self.latent_weight):
+            raise ValueError(
+                f"model.distillation.stage_steps={self.stage_steps} is a curriculum without "
+                "distillation; set hidden_weight, kv_weight and latent_weight to 0"
+            )
+        if self.stage_steps and num_latents % self.latents_per_step:
+            raise ValueError(
+                f"model.latent_cot.num_latents={num_latents} is not a multiple of "
+                f"model.distillation.latents_per_step={self.latents_per_step}; make it one"
+            )
+        if self.latent_block and num_latents % self.latent_block:
+            raise ValueError(
+                f"model.latent_cot.num_latents={num_latents} is not a multiple of "
+                f"model.distillation.latent_block={self.latent_block}; make it one"
+            )
+
+
+_NOT_NEGATIVE = ("latent_block", "stage_steps", "bot_id", "eot_id", "prefix_length", "step_id")
+WEIGHTS = ("teacher_weight", "hidden_weight", "kv_weight", "latent_weight")

@@ -1,0 +1,115 @@
+"""Run by test_run.py under the deepspeed launcher: two ranks teach students, and so does plain torch.
+
+For every method it prints one JSON line with the largest differences over the steps.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from traces import IDS, VOCABULARY, documents, packed
+
+from distill.methods import with_method
+from distill.student import Student
+from model import ModelConfig
+from model.distillation import loss_counts
+from model.losses import total_loss
+from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+
+CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
+METHODS: dict[str, dict[str, Any]] = {
+    "kava": {"use_mla": True},
+    "coconut": {"distillation": {"stage_steps": 1}},
+    "lotus": {"distillation": {"latent_block": 2}},
+}
+
+
+def batch(step: int) -> dict[str, Tensor]:
+    """Rows of unequally many documents; one micro-batch of the first rank has none."""
+    d = documents(6, seed=step)
+    return packed([d[:2], [], d[2:5], d[5:]], 160)
+
+
+def model_config(method: str, changes: dict[str, Any]) -> ModelConfig:
+    distillation = {"method": method, **IDS, **changes.get("distillation", {})}
+    sizes = dict(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, intermediate_size=48, use_moe=False
+    )
+    values = {**sizes, "initializer_range": 0.1, "use_mla": False, **changes}
+    return ModelConfig.from_dict(
+        with_method({**values, "latent_cot": {"num_latents": 4}, "distillation": distillation})
+    )
+
+
+def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
+    """Of another seed, all but the new parameters."""
+    state = Student(config, seed=5).state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
+
+
+def reference(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """Plain torch, in this process, on whole batches."""
+    model = Student(config, seed=0).train()
+    model.load_state_dict(weights_to_start_from(config), strict=False)
+    optimizer = build_optimizer(model, RunConfig().optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = LR
+    history = []
+    for step in range(STEPS):
+        model.training_step = step
+        loss = model(**batch(step)).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append({"loss": loss.item(), "norm": norm.item()})
+    return history, model.state_dict()
+
+
+def distributed(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1)
+    run.optimizer.clip = CLIP
+    micro, accumulation = check_layout(run, config, world_size())
+    ds_config = load_ds_config(sys.argv[-1], run, micro, accumulation)
+    engine = Engine(run, config, ds_config, Student, weights_to_start_from(config))
+    history = []
+    for step in range(STEPS):
+        inputs, total = batch(step), torch.zeros((), dtype=torch.float64)
+        parts = (inputs[name] for name in ("tokens", "targets", "cu_seqlens"))
+        counts = {**loss_counts(config, step, *parts), "rows": ROWS}
+        engine.train(step)
+        own = ROWS // world_size()
+        for row in range(rank() * own, (rank() + 1) * own):
+            output = engine.forward(**{name: value[row : row + 1] for name, value in inputs.items()})
+            loss = total_loss(config, output.loss_sums, counts)
+            total += loss.detach().double()
+            engine.backward(loss)
+            engine.step(LR)
+        history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm().item()})
+    weights = dict(engine.full_weights())
+    engine.deepspeed.destroy()
+    return history, weights
+
+
+def main() -> None:
+    init_process_group()
+    for method, changes in METHODS.items():
+        config = model_config(method, changes)
+        (ours, weights), (plain, expected) = distributed(config), reference(config)
+        if rank() == 0:
+            assert set(weights) == set(expected)
+            report = {
+                "method": method,
+                "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, plain, strict=True)),
+                "norm": max(abs(a["norm"] - b["norm"]) for a, b in zip(ours, plain, strict=True)),
+                "smallest_norm": min(b["norm"] for b in plain),
+                "weights": max((weights[n] - expected[n]).abs().max().item() for n in expected),
+            }
+            print("REPORT " + json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main()
