@@ -96,8 +96,8 @@ def check_length(run: Run) -> None:
     if latents and 2 * longest + latents > limit:
         raise ValueError(
             f"model.max_position_embeddings={limit} may be too short for a question and an answer of "
-            f"documents of up to {longest} tokens with {latents} latents; set it to {2 * longest + latents} or more, "
-            "which adds no weights"
+            f"documents of up to {longest} tokens with {latents} latents; set it to {2 * longest + latents} "
+            "or more, which adds no weights"
         )
 
 
