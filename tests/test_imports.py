@@ -67,6 +67,7 @@ def test_eval_scores_without_the_training_stack():
         "encode",
         "errors",
         "held_out",
+        "traced_sources",
     }
     for path in files("eval"):
         assert not roots(path) & {"deepspeed", "pretrain", "omegaconf", "webdataset"}, path
