@@ -213,11 +213,11 @@ def write_results(
     arms = read_arms(read_runs(folders)[0]).get(TASK, [])
     report = {"settings": settings, "failed": failed, "arms": {arm.name: arm_record(arm) for arm in arms}}
     (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    depths = f"{TRAIN_DEPTHS[0]}-{TRAIN_DEPTHS[-1]}"
     text = (
-        f"Causal-loop programs of {PROGRAM['statements']} statements, trained on serial depth "
-        f"{TRAIN_DEPTHS[0]}-{TRAIN_DEPTHS[-1]}; teachers {settings['teacher_steps']:,} steps, then every method "
-        f"{settings['student_steps']:,}. ± one standard error: of one seed over its questions, of several over "
-        "the seeds.\n"
+        f"Causal-loop programs of {PROGRAM['statements']} statements, trained on serial depth {depths}; "
+        f"teachers {settings['teacher_steps']:,} steps, then every method {settings['student_steps']:,}. "
+        "± one standard error: of one seed over its questions, of several over the seeds.\n"
     )
     for table in tables(arms):
         text += f"\n## {table.title}\n\n{format_table(table.header, table.rows)}\n"
