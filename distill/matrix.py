@@ -58,7 +58,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-FULL = Size(100_000, 3000, 800, 1200, (*REPEATED, *ONCE), (0, 1, 2))
+FULL = Size(100_000, 2000, 900, 1200, (*REPEATED, *ONCE), (0, 1, 2))
 QUICK = Size(32_000, 900, 250, 300, REPEATED, (0,))
 
 
@@ -171,6 +171,8 @@ def build_data(out: Path, size: Size) -> None:
         out / "build.log",
         *(sys.executable, "data_pipeline/build.py", "--out", (out / "data").absolute()),
         *("--recipe", "data_pipeline/recipes/distill_causal_loop.yaml"),
+        # A piece for each character: with fewer names than the recipe's 26 the rest would go to merged ones.
+        f"tokenizer.vocab_size={308 - 26 + PROGRAM['names']}",
         *(f"sources.0.{name}={str(value).replace(' ', '')}" for name, value in source.items()),
     )
 
