@@ -98,7 +98,8 @@ def mark(way: Way, config: ModelConfig) -> str:
 def facts(way: Way, config: ModelConfig) -> dict[str, Any]:
     """What stands in `configs`: the way, with the checkpoint's own numbers where none were given."""
     c = config.latent_cot
-    found: dict[str, Any] = {**way._asdict(), "feedback": None}
+    kv_buffer = None if way.kv_budget is None else way.kv_buffer
+    found: dict[str, Any] = {**way._asdict(), "kv_buffer": kv_buffer, "feedback": None}
     if way.mode == "thoughts":
         own_iterations = c.iterations or None
         found |= {

@@ -204,7 +204,7 @@ def _thinking(way: Way) -> dict[str, Any]:
 
 
 def _kept(read: int, way: Way) -> tuple[int, int]:
-    """Generated tokens in the cache once `read` of them are read, and the most so far: rkv.CacheCompressor."""
+    """Generated tokens in the cache after reading `read`, and the most so far: see rkv.CacheCompressor."""
     limit = None if way.kv_budget is None else way.kv_budget + way.kv_buffer
     if limit is None or read < limit:
         return read, read

@@ -46,7 +46,7 @@ def normalize(answer: str) -> str:
 
 
 def generated_questions(num_samples: int, seed: int, options: dict[str, int]) -> QuestionSet:
-    """Causal loops of the test split; `options` are of reasoning_tasks.TASKS. Raises DataError for bad ones."""
+    """Causal loops of the test split; `options` of reasoning_tasks. Raises DataError for impossible ones."""
     size = dict(options)
     depths = range(size.pop("min_depth"), size.pop("max_depth") + 1)
     # Those that all depths from 2 on have: an accuracy by depth must not be one by family.
