@@ -198,18 +198,19 @@ def run_matrix(size: Size, out: Path, jobs: int, overrides: Sequence[str]) -> di
 
     after = {cell.name: cell.teacher for cell in cells if cell.teacher is not None}
     failed = run_all({cell.name: partial(job, cell) for cell in cells}, jobs, after)
-    write_results(out, [out / cell.name for cell in cells if cell.name not in failed], settings, failed)
+    write_results(out, [out / cell.name for cell in cells], {**settings, "jobs": jobs}, failed)
     return failed
 
 
 def write_results(
     out: Path, folders: Sequence[Path], settings: dict[str, Any], failed: dict[str, str]
 ) -> None:
-    """results.json, table.md and pictures of what these run folders hold.
+    """results.json, table.md and pictures of what these run folders hold, those of failed cells included.
 
     Raises:
-        ValueError: there is none, or one holds no evaluation.
+        ValueError: none holds an evaluation.
     """
+    folders = [folder for folder in folders if any(folder.glob("eval/results_*.json"))]
     if not folders:
         raise ValueError(f"no cell was evaluated: {'; '.join(f'{n}: {p}' for n, p in failed.items())}")
     arms = read_arms(read_runs(folders)[0]).get(TASK, [])
@@ -219,7 +220,8 @@ def write_results(
     text = (
         f"Causal-loop programs of {PROGRAM['statements']} statements, trained on serial depth {depths}; "
         f"teachers {settings['teacher_steps']:,} steps, then every method {settings['student_steps']:,}. "
-        "± one standard error: of one seed over its questions, of several over the seeds.\n"
+        "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds are of "
+        f"one thread, with up to {settings['jobs'] - 1} other cells running.\n"
     )
     for table in tables(arms):
         text += f"\n## {table.title}\n\n{format_table(table.header, table.rows)}\n"

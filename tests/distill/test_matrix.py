@@ -181,7 +181,7 @@ def test_the_smallest_matrix_end_to_end(tmp_path, capfd):
     assert Tokenizer(out / "data" / "tokenizer.model").vocab_size == 287
     page = tmp_path / "report.html"
     command = [sys.executable, "eval/report.py", *map(str, out.glob("*-3")), "--out", str(page)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert "<h2>Latent chain of thought</h2>" in page.read_text()
     code, said = matrix(capfd, out, "--methods", "cot", "--student_steps", "9")
     assert code == 2
