@@ -220,7 +220,7 @@ def write_results(
     text = (
         f"Causal-loop programs of {PROGRAM['statements']} statements, trained on serial depth {depths}; "
         f"teachers {settings['teacher_steps']:,} steps, then every method {settings['student_steps']:,}. "
-        "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds are of "
+        "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds: "
         f"one thread, with up to {settings['jobs'] - 1} other cells running.\n"
     )
     for table in tables(arms):

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.tokenizer import Tokenizer
-from distill.matrix import FULL, QUICK, Cell, evaluations, keep_settings, plan, training
+from distill.matrix import FULL, QUICK, Cell, evaluations, keep_settings, plan, training, write_results
 from distill.methods import METHODS
 from experiments.runs import call, run_all, train
 
 from ..conftest import ROOT
+from ..eval.test_report_thoughts import OWN, run_folder
+from ..eval.test_report_thoughts import write_results as store
 
 PICTURES = ("accuracy_by_depth", "accuracy_by_passes", "cache_budget")
 
@@ -121,6 +123,30 @@ def test_a_command_that_fails_names_its_log_and_a_finished_run_is_not_trained(tm
     (tmp_path / "DONE").touch()
     train(tmp_path, "no_such_script.py")
     assert not (tmp_path / "train.log").exists()
+
+
+# ---- collecting
+
+
+def test_stored_results_are_collected_those_of_failed_cells_too(tmp_path):
+    """Two seeds of kava, of which one failed after an evaluation; a cell that failed before any."""
+    folders = [run_folder(tmp_path, name) for name in ("kava-0", "kava-1", "lotus-0")]
+    for run, accuracy in zip(folders, (0.25, 0.75), strict=False):
+        store(run, {OWN: [accuracy, 1.0, 0.5]})
+    settings = {"num_programs": 9, "teacher_steps": 70, "student_steps": 30, "jobs": 2}
+    failed = {"kava-1": "see a.log", "lotus-0": "see b.log"}
+    write_results(tmp_path, folders, settings, failed)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert (report["settings"], report["failed"]) == (settings, failed)
+    (way,) = report["arms"]["kava"]["ways"]
+    assert [run["score"][0] for run in way["runs"]] == [0.25, 0.75]
+    assert [run["by_depth"] for run in way["runs"]] == [{"1": [1.0, 0.01], "2": [0.5, 0.01]}] * 2
+    text = (tmp_path / "table.md").read_text()
+    assert "teachers 70 steps, then every method 30." in text
+    assert "0.500 ± 0.250" in text
+    assert text.endswith("\nFailed: kava-1: see a.log\n\nFailed: lotus-0: see b.log\n")
+    with pytest.raises(ValueError, match="no cell was evaluated: lotus-0: see b.log"):
+        write_results(tmp_path, folders[2:], settings, {"lotus-0": "see b.log"})
 
 
 # ---- all of it
