@@ -96,11 +96,12 @@ def read_measured(run: Run) -> dict[str, dict[Way, Measured]]:
             config = report["configs"][name]
             try:
                 task, depth = config["problem_set"], config["serial_depth"]
-                way = Way(**{field: config[field] for field in Way._fields})
+                given = {field: config[field] for field in Way._fields}
             except KeyError as error:
                 raise ValueError(
                     f"a results file of {run.name} lacks {error} of {name}: run eval/thoughts.py again"
                 ) from None
+            way = Way(**{field: value for field, value in given.items() if value is not None})
             score = result.metrics["acc,none"]
             if depth is None:  # the whole comes before its parts
                 found.setdefault(task, {})[way] = _measured(result, score)

@@ -46,7 +46,14 @@ def write_results(run: Path, found: dict[Way, list[float]], number: int = 0) -> 
             tables["results"][name] = entry
             tables["baselines"][name] = {"chance": {"value": 0.125, "stderr": None}}
             tables["group_subtasks"][name] = names[1:] if depth is None else []
-            facts = {**way._asdict(), "problem_set": TASK, "serial_depth": depth, "task": name}
+            buffer = way.kv_buffer if way.kv_budget else None
+            facts = {
+                **way._asdict(),
+                "kv_buffer": buffer,
+                "problem_set": TASK,
+                "serial_depth": depth,
+                "task": name,
+            }
             tables["configs"][name] = facts
             tables["n-shot"][name] = 0
             tables["higher_is_better"][name] = {key: key == "acc" for key in (*metrics, "latency_seconds")}
