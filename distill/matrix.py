@@ -8,7 +8,7 @@ included; writes results.json, table.md and pictures. Started again, it goes on 
 fails is reported with its log, and the rest is not lost. `python eval/report.py DIR/*-[0-9]` makes a page.
 
 Measured for a step of 32 documents on one busy core, in CPU-seconds, forward and backward alone: cot 0.22,
-no_cot 0.07, pause 0.08, coconut 0.21, codi 0.34, pccot 0.45, kava 0.54, lotus 0.62; a whole step of cot 0.24 s.
+no_cot 0.07, pause 0.08, coconut 0.21, codi 0.34, pccot 0.45, kava 0.54, lotus 0.62; a whole step of cot 0.24.
 With a fifth for the rest of a step, 20 s for a cell's starts and 60 s for its evaluation, all of it is 3.3
 CPU-hours, 1.7 hours with --jobs 2 on two quiet cores; --quick about 14 minutes.
 """
