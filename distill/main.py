@@ -63,6 +63,7 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
             f"zero_optimization.stage=3 does not go with model.distillation.method={distillation.method}, "
             "whose gradients pass through a cache; use ds_configs/zero2.json"
         )
+    check_length(run)
     weights = None if init is None else init / WEIGHTS_NAME
     if weights is not None:
         check_weights(weights, run.model_config)
@@ -83,6 +84,21 @@ def check_data(config: RunConfig, loader: Loader) -> None:
                 f"data.sequence_length={length} is below the {longest} tokens of a document of source "
                 f"{source!r}, which would be cut; raise it"
             )
+
+
+def check_length(run: Run) -> None:
+    """Raises ValueError unless the longest question, its latents and the longest answer fit into a row.
+
+    They need not be of one document. Their lengths are not known, but none is above a document's.
+    """
+    limit, latents = run.model_config.max_position_embeddings, run.model_config.latent_cot.num_latents
+    longest = max(run.loader.longest_document.values())
+    if latents and 2 * longest + latents > limit:
+        raise ValueError(
+            f"model.max_position_embeddings={limit} may be too short for a question and an answer of "
+            f"documents of up to {longest} tokens with {latents} latents; set it to {2 * longest + latents} "
+            "or more, which adds no weights"
+        )
 
 
 def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, Any]:

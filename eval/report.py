@@ -31,6 +31,7 @@ from eval.report_scores import (
     score_table,
     votes_beside_depth,
 )
+from eval.report_thoughts import thoughts_section
 from eval.results import TABLE_HEADER, format_table, table_rows
 
 LEVEL = re.compile(r"causal_loop_level(\d+)")
@@ -86,6 +87,7 @@ def score_sections(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[tuple
         ("Accuracy by examples in the prompt", by_shots(runs)),
         ("Majority vote beside depth", votes_beside_depth(runs)),
         ("Scores during training", during_training(runs)),
+        ("Latent chain of thought", thoughts_section(runs)),
         ("Beside published models", against_published(runs)),
     ]
 

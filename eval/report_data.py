@@ -21,6 +21,7 @@ MAIN_METRICS = (
     "exact_match,none",
     "exact_match,trace",
 )
+THOUGHTS = "thoughts_"  # names of the results of eval/thoughts.py, whose settings have a section of their own
 PARTS_OF_A_RUN = ("metrics.jsonl", "config.yaml", "export", "eval")
 
 
@@ -149,11 +150,12 @@ def _with_different_names(runs: list[Run]) -> list[Run]:
 
 
 def newest_results(reports: Iterable[dict[str, Any]]) -> list[Result]:
-    """All results, in the order of their first appearance; of equal settings the last one given."""
+    """All but those of thoughts, in the order of their first appearance; of equal settings the last one."""
     found: dict[tuple[Any, ...], Result] = {}
     for report in reports:
         for result in read_results(report):
-            found[result.task, result.depth, result.num_fewshot, result.num_samples] = result
+            if not result.task.startswith(THOUGHTS):
+                found[result.task, result.depth, result.num_fewshot, result.num_samples] = result
     return list(found.values())
 
 

@@ -13,7 +13,7 @@ WHERE_USED = {
     "moe.py": {"megablocks"},
     "match.py": {"omegaconf", "yaml"},
 }
-PACKAGES = {"model", "data_pipeline", "pretrain", "distill", "eval", "bench"}
+PACKAGES = {"model", "data_pipeline", "pretrain", "distill", "eval", "bench", "experiments"}
 
 
 def imported(path: Path) -> set[str]:

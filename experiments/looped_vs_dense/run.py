@@ -10,14 +10,11 @@ where it was: what is trained or evaluated already is kept.
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,10 @@ from matplotlib.figure import Figure
 
 from data_pipeline.errors import user_errors
 from eval.results import format_table
+from experiments.runs import ROOT, call, run_all, spread, train
 
 matplotlib.use("Agg")
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+HERE = Path(__file__).parent
 
 
 def loop(steps: int, random_depth: bool) -> list[str]:
@@ -82,42 +80,12 @@ TASKS = {
 }
 
 
-def call(log: Path, *command: Any) -> None:
-    """Runs a command; its output goes to `log`.
-
-    Raises:
-        ValueError: it failed.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        done = subprocess.run(
-            [str(part) for part in command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-    if done.returncode:
-        raise ValueError(f"{Path(str(command[1])).name} failed with code {done.returncode}: see {log}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def train(task: str, run: Path, data: Path, seed: int, overrides: Sequence[str]) -> None:
-    if (run / "DONE").is_file():
-        return
-    call(
-        run / "train.log",
-        Path(sys.executable).with_name("deepspeed"),
-        *("--num_accelerators", 1, "--master_port", free_port()),
+def train_model(task: str, run: Path, data: Path, seed: int, overrides: Sequence[str]) -> None:
+    train(
+        run,
         *("pretrain/main.py", "--ds_config", "ds_configs/zero1.json"),
         *("--config", HERE.relative_to(ROOT) / f"{TASKS[task].kind}.yaml"),
-        *(f"output_dir={run.absolute()}", f"data.path={data.absolute()}", f"seed={seed}"),
+        *(f"data.path={data.absolute()}", f"seed={seed}"),
         *TASKS[task].overrides,
         *overrides,
     )
@@ -158,10 +126,6 @@ def collect(task: str, run: Path) -> dict[str, Any]:
         },
         "baselines": {name: score["value"] for name, score in report["baselines"][scores].items()},
     }
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -245,10 +209,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="of all runs, e.g. max_steps=50")
     arguments = parser.parse_intermixed_args()
     with user_errors(ValueError, OSError):
-        run_all(arguments)
+        compare(arguments)
 
 
-def run_all(arguments: argparse.Namespace) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """Data, runs, evaluations, then the table and the plot.
 
     Raises:
@@ -263,14 +227,17 @@ def run_all(arguments: argparse.Namespace) -> None:
     chosen = choose(models(TASKS[task].steps), arguments.model)
     folders = {(name, seed): out / f"{name.replace(' ', '_')}-{seed}" for name in chosen for seed in seeds}
 
-    def job(key: tuple[str, int]) -> None:
-        name, seed = key
-        train(task, folders[key], data, seed, [*chosen[name], *arguments.overrides])
-        evaluate(task, folders[key], arguments.num_samples or TASKS[task].num_samples)
-        print(f"{name}, seed {seed}: done", flush=True)
+    def job(name: str, seed: int) -> None:
+        run = folders[name, seed]
+        train_model(task, run, data, seed, [*chosen[name], *arguments.overrides])
+        evaluate(task, run, arguments.num_samples or TASKS[task].num_samples)
 
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(job, sorted(folders, key=lambda key: key[1])))
+    keys = sorted(folders, key=lambda key: key[1])
+    failed = run_all(
+        {f"{name}, seed {seed}": partial(job, name, seed) for name, seed in keys}, arguments.jobs
+    )
+    if failed:
+        raise ValueError("; ".join(f"{name}: {problem}" for name, problem in failed.items()))
     results = {name: [collect(task, folders[name, seed]) for seed in seeds] for name in chosen}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "table.md").write_text(table(results) + "\n")

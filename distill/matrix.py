@@ -1,0 +1,283 @@
+"""Every method and control of latent chain of thought, from one teacher a seed, on causal-loop programs.
+
+    python distill/matrix.py --out DIR [--quick] [--jobs 2] [--methods kava,lotus] [--seeds 0,1,2] [a.b=c ...]
+
+Builds the data, trains a teacher for each seed (cot from scratch) and from its export every method by
+distill/main.py, one rank and one thread each; evaluates each with eval/thoughts.py, its test-time controls
+included; writes results.json, table.md and pictures. Started again, it goes on where it was; a cell that
+fails is reported with its log, and the rest is not lost. `python eval/report.py DIR/*-[0-9]` makes a page.
+
+Measured for a step of 32 documents on one busy core, in CPU-seconds, forward and backward alone: cot 0.22,
+no_cot 0.07, pause 0.08, coconut 0.21, codi 0.34, pccot 0.45, kava 0.54, lotus 0.62; a whole step of cot 0.24.
+With a fifth for the rest of a step, 20 s for a cell's starts and 60 s for its evaluation, all of it is 3.3
+CPU-hours, 1.7 hours with --jobs 2 on two quiet cores; --quick about 14 minutes.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import user_errors
+from distill.methods import METHODS
+from eval.report_data import read_runs
+from eval.report_thoughts import Arm, figures, read_arms, tables
+from eval.results import format_table
+from experiments.runs import call, run_all, train
+
+TASK = "causal_loop_v2"
+TEACHER = "teacher"
+REPEATED = ("cot", "no_cot", "kava", "lotus", "no_distillation")  # with every seed, the others with the first
+ONCE = ("pause", "coconut", "pccot", "codi", "random_eviction", "uniform_eviction")
+PROGRAM = {"variables": 4, "statements": 6, "names": 5}  # of training and test
+TRAIN_DEPTHS, TEST_DEPTH = [1, 2, 3, 4], 6  # serial depths 5 and 6 are beyond the training
+ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
+BUDGETS = "16,32,48,64"  # of the cache, of answers of about 75 tokens
+
+# What the published numbers of latents become where a trace has 6 steps of at most 10 tokens.
+OVERRIDES = {
+    "pause": ["latent_cot.num_latents=24"],
+    "coconut": ["latent_cot.num_latents=12"],
+    "lotus": ["latent_cot.num_latents=60", "distillation.latent_block=10"],
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and tested."""
+
+    num_programs: int
+    teacher_steps: int
+    student_steps: int
+    num_samples: int  # test programs, over all depths
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+FULL = Size(130_000, 4000, 700, 1200, (*REPEATED, *ONCE), (0, 1, 2))
+QUICK = Size(50_000, 1500, 200, 300, REPEATED, (0,))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    method: str  # of METHODS, or TEACHER
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.seed}"
+
+    @property
+    def teacher(self) -> str | None:
+        """The cell that this one starts from."""
+        return None if self.method == TEACHER else f"{TEACHER}-{self.seed}"
+
+
+def plan(methods: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """The cells in the order of their start: teachers, then their students, seed by seed.
+
+    Raises:
+        ValueError: a method is unknown, or there is none, or a seed stands twice.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"--methods: {method!r} is unknown; choose from {', '.join(METHODS)}")
+    if not methods or not seeds or len(set(seeds)) < len(seeds) or len(set(methods)) < len(methods):
+        raise ValueError(
+            f"--methods {','.join(methods)} --seeds {','.join(map(str, seeds))}: give one or more of each, "
+            "none of them twice"
+        )
+    students = [
+        Cell(method, seed) for seed in seeds for method in methods if seed == seeds[0] or method in REPEATED
+    ]
+    used = [seed for seed in seeds if any(cell.seed == seed for cell in students)]
+    return [*(Cell(TEACHER, seed) for seed in used), *students]
+
+
+def training(cell: Cell, size: Size, out: Path, overrides: Sequence[str]) -> list[str]:
+    """What distill/main.py is told, but for output_dir."""
+    method = "cot" if cell.teacher is None else cell.method
+    steps = size.teacher_steps if cell.teacher is None else size.student_steps
+    given = ["--ds_config", "ds_configs/zero1.json", "--config", "distill/configs/matrix.yaml"]
+    if cell.teacher is not None:
+        given += ["--init", str((out / cell.teacher / "export").absolute()), "optimizer.lr=1e-3"]
+    given += [f"max_steps={steps}", f"save_every={steps}", f"seed={cell.seed}"]
+    given += [f"data.path={(out / 'data').absolute()}", f"model.distillation.method={method}"]
+    return [*given, *(f"model.{override}" for override in OVERRIDES.get(method, [])), *overrides]
+
+
+def evaluations(method: str) -> dict[str, list[str]]:
+    """By name, what eval/thoughts.py is told of each call beyond the task."""
+    if method in (TEACHER, "cot"):
+        own = {"own": ["--mode", "cot"]}
+        budgets = {"budget": ["--mode", "cot", "--kv_budget", BUDGETS, "--kv_buffer", "8"]}
+        return own if method == TEACHER else own | budgets
+    if method == "no_cot":
+        return {"own": ["--mode", "none"]}
+    feedback = METHODS[method].latent_cot["feedback"]
+    own = {"own": ["--num_iterations", ITERATIONS[feedback]] if feedback in ITERATIONS else []}
+    return own | {name: ["--replace", name] for name in ("shuffled", "zeroed")}
+
+
+def evaluate(cell: Cell, size: Size, run: Path) -> None:
+    """Every evaluation that was not made with the same flags.
+
+    Raises:
+        ValueError: one failed; the line names its log.
+    """
+    options = ",".join(f"{name}={value}" for name, value in {**PROGRAM, "max_depth": TEST_DEPTH}.items())
+    for name, flags in evaluations(cell.method).items():
+        given = ["--task", TASK, "--task_options", options, "--num_samples", str(size.num_samples), *flags]
+        done = run / "eval" / f"{name}.done"
+        if done.is_file() and done.read_text() == " ".join(given):
+            continue
+        where = ("--checkpoint", run.absolute() / "export", "--output_path", run.absolute() / "eval")
+        call(run / "eval" / f"{name}.log", sys.executable, "eval/thoughts.py", *where, *given, *_BATCH)
+        done.write_text(" ".join(given))
+
+
+_BATCH = ("--batch_size", 64)
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Notes what all runs of a folder share.
+
+    Raises:
+        ValueError: those that are there were made with other settings.
+    """
+    path = out / "settings.json"
+    if path.is_file():
+        there = json.loads(path.read_text())
+        for key, value in settings.items():
+            if there.get(key) != value:
+                raise ValueError(
+                    f"--out {out} holds runs with {key}={there.get(key)}, but {key}={value} is asked for; "
+                    "give another folder"
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def build_data(out: Path, size: Size) -> None:
+    """The programs for training; what is there already stays."""
+    source = {**PROGRAM, "depths": TRAIN_DEPTHS, "num_samples": size.num_programs}
+    call(
+        out / "build.log",
+        *(sys.executable, "data_pipeline/build.py", "--out", (out / "data").absolute()),
+        *("--recipe", "data_pipeline/recipes/distill_causal_loop.yaml"),
+        # A piece for each character: with fewer names than the recipe's 26 the rest would go to merged ones.
+        f"tokenizer.vocab_size={308 - 26 + PROGRAM['names']}",
+        *(f"sources.0.{name}={str(value).replace(' ', '')}" for name, value in source.items()),
+    )
+
+
+def run_matrix(size: Size, out: Path, jobs: int, overrides: Sequence[str]) -> dict[str, str]:
+    """Data, runs, evaluations, and what is written of them.
+
+    Returns:
+        The cells that failed, and why.
+
+    Raises:
+        ValueError: the settings do not fit, the data cannot be built, or no cell was evaluated.
+    """
+    cells = plan(size.methods, size.seeds)
+    shared = ("num_programs", "teacher_steps", "student_steps")
+    settings = {**{key: getattr(size, key) for key in shared}, "overrides": list(overrides)}
+    keep_settings(out, settings)
+    build_data(out, size)
+
+    def job(cell: Cell) -> None:
+        train(out / cell.name, "distill/main.py", *training(cell, size, out, overrides))
+        evaluate(cell, size, out / cell.name)
+
+    after = {cell.name: cell.teacher for cell in cells if cell.teacher is not None}
+    failed = run_all({cell.name: partial(job, cell) for cell in cells}, jobs, after)
+    write_results(out, [out / cell.name for cell in cells], {**settings, "jobs": jobs}, failed)
+    return failed
+
+
+def write_results(
+    out: Path, folders: Sequence[Path], settings: dict[str, Any], failed: dict[str, str]
+) -> None:
+    """results.json, table.md and pictures of what these run folders hold, those of failed cells included.
+
+    Raises:
+        ValueError: none holds an evaluation.
+    """
+    folders = [folder for folder in folders if any(folder.glob("eval/results_*.json"))]
+    if not folders:
+        raise ValueError(f"no cell was evaluated: {'; '.join(f'{n}: {p}' for n, p in failed.items())}")
+    arms = read_arms(read_runs(folders)[0]).get(TASK, [])
+    report = {"settings": settings, "failed": failed, "arms": {arm.name: arm_record(arm) for arm in arms}}
+    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    depths = f"{TRAIN_DEPTHS[0]}-{TRAIN_DEPTHS[-1]}"
+    text = (
+        f"Causal-loop programs of {PROGRAM['statements']} statements, trained on serial depth {depths}; "
+        f"teachers {settings['teacher_steps']:,} steps, then every method {settings['student_steps']:,}. "
+        "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds: "
+        f"one thread, with up to {settings['jobs'] - 1} other cells running.\n"
+    )
+    for table in tables(arms):
+        text += f"\n## {table.title}\n\n{format_table(table.header, table.rows)}\n"
+    text += "".join(f"\nFailed: {name}: {problem}\n" for name, problem in failed.items())
+    (out / "table.md").write_text(text)
+    for name, figure in figures(TASK, arms).items():
+        figure.savefig(out / f"{name}.png", dpi=110)
+    print(text)
+    print(f"written: {out / 'results.json'}, table.md and pictures")
+
+
+def arm_record(arm: Arm) -> dict[str, Any]:
+    """One method as JSON: by way of answering, its seeds."""
+    ways = [{**way._asdict(), "runs": [asdict(one) for one in found]} for way, found in arm.ways.items()]
+    return {"trained": arm.trained, "own": arm.own._asdict(), "ways": ways}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare all methods of latent chain of thought.")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of data, runs and results")
+    add("--quick", action="store_true", help="a cut of minutes: one seed, fewer methods, steps and samples")
+    add("--jobs", type=int, default=1, help="cells at once, one thread each (default: 1)")
+    add("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
+    add("--seeds", metavar="0,1,..", help=f"of {', '.join(REPEATED)}; the others take the first")
+    for name in ("num_programs", "teacher_steps", "student_steps", "num_samples"):
+        add(f"--{name}", type=int, metavar="N", help=f"default: {getattr(FULL, name):,}")
+    add("overrides", nargs="*", metavar="a.b=c", help="of all trainings, e.g. model.hidden_size=128")
+    return parser.parse_intermixed_args()
+
+
+def sized(arguments: argparse.Namespace) -> Size:
+    """The size asked for. Raises ValueError for a number that is none or below 1."""
+    values = asdict(QUICK if arguments.quick else FULL)
+    for name in ("num_programs", "teacher_steps", "student_steps", "num_samples"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name} {given} must be at least 1")
+        values[name] = given or values[name]
+    if arguments.methods is not None:
+        values["methods"] = tuple(arguments.methods.split(","))
+    if arguments.seeds is not None:
+        if not all(part.isdecimal() for part in arguments.seeds.split(",")):
+            raise ValueError(f"--seeds {arguments.seeds} must be whole numbers from 0, as 0,1,2")
+        values["seeds"] = tuple(map(int, arguments.seeds.split(",")))
+    return Size(**values)
+
+
+def main() -> None:
+    arguments = parse()
+    with user_errors(ValueError, OSError):
+        if arguments.jobs < 1:
+            raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
+        failed = run_matrix(sized(arguments), arguments.out, arguments.jobs, arguments.overrides)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
