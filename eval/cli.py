@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -217,8 +218,7 @@ def evaluate(tasks: dict[str, Task], args: argparse.Namespace) -> None:
     start = time.monotonic()
     try:
         if args.output_path is not None:
-            fingerprint = checkpoint_fingerprint(args.checkpoint) | {"batch_size": args.batch_size}
-            scorer.journal = Journal.open(args.output_path, fingerprint)
+            scorer.journal = Journal.open(args.output_path, fingerprint(list(tasks), args))
         results = run_at_depths(scorer, evaluations, args.depth, several_shots=len(shots) > 1)
     finally:
         scorer.close()
@@ -228,6 +228,14 @@ def evaluate(tasks: dict[str, Task], args: argparse.Namespace) -> None:
     _report(results, build_report(results, scorer, config), args)
     if scorer.journal is not None:
         scorer.journal.close(finished=True)  # what it holds is written
+
+
+def fingerprint(tasks: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+    """Of an evaluation's journal. The tasks are in it, so that others may use the folder at the same time, as
+    those of a SLURM array do.
+    """
+    command = [Path(sys.argv[0]).stem, *tasks]
+    return checkpoint_fingerprint(args.checkpoint) | {"batch_size": args.batch_size, "command": command}
 
 
 def run_at_depths(

@@ -44,7 +44,7 @@ class Journal:
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
         """The journal of this fingerprint, made if it is not there; a torn last line is cut off.
 
-        Others in the folder, of another checkpoint or other settings, are left alone and named in one printed
+        Others in the folder, of another checkpoint or command, are left alone and named in one printed
         line each. Raises ValueError if another process writes to it.
         """
         first = json.dumps(fingerprint, sort_keys=True)
@@ -52,7 +52,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         for other in sorted(folder.glob(PATTERN)):
             if other != path:
-                print(f"{other} is of another checkpoint or other settings: not used, delete it if stale")
+                print(f"{other} is of another checkpoint or command: not used, delete it if stale")
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from eval import run as evaluation
+from eval.cli import fingerprint
 from eval.inference import Answer
 from eval.journal import Journal, checkpoint_fingerprint, request_key
 from eval.scorer import Scorer
@@ -93,12 +96,29 @@ def test_another_fingerprint_and_another_process_are_kept_out(checkpoint, tmp_pa
     assert capsys.readouterr().out == ""
     second = Journal.open(tmp_path / "new", {"model.safetensors": "b"})
     assert second.get("key") is None
-    assert capsys.readouterr().out.startswith(f"{first.path} is of another checkpoint or other settings")
+    assert capsys.readouterr().out.startswith(f"{first.path} is of another checkpoint or command")
     second.close(finished=True)
     first.close(finished=False)
     again = Journal.open(tmp_path / "new", {"model.safetensors": "a"})
     assert again.get("key") == Answer([-1.5, True], 2.0, 0.25)
     again.close(finished=False)
+
+
+@pytest.mark.parametrize(("other", "refused"), [("p_hop", False), ("causal_loop", True)])
+def test_commands_share_a_folder_unless_their_tasks_are_the_same(
+    checkpoint, tmp_path, monkeypatch, capsys, other, refused
+):
+    flags = f"--checkpoint {checkpoint} --tasks causal_loop --limit 1 --output_path {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["eval/run.py", *flags.split()])
+    held = Journal.open(tmp_path, fingerprint([other], Namespace(checkpoint=checkpoint, batch_size=16)))
+    if refused:
+        with pytest.raises(SystemExit):
+            evaluation.main()
+        assert "is in use by another evaluation" in capsys.readouterr().err
+    else:
+        evaluation.main()
+    assert len(list(tmp_path.glob("results_*.json"))) == (not refused)
+    held.close(finished=True)
 
 
 def test_a_torn_first_line_is_a_new_file(tmp_path):
