@@ -79,28 +79,23 @@ class Problem:
 
 def read_gsm8k(path: Path) -> Iterator[Problem]:
     """GSM8K jsonl, `{"question", "answer"}` a line."""
-    keys = ("question", "answer")
-    for number, row in json_lines(path, keys):
-        question, answer = text_fields(row, keys, f"{path} line {number}")
-        yield Problem(
-            id=f"gsm8k-{Path(path).stem}-{number - 1}",
-            prompt=f"Question: {question}\nAnswer:",
-            target=f" {answer}",
-            group="gsm8k",
-        )
+    for name, question, answer in _gsm8k_rows(path):
+        yield Problem(f"gsm8k-{name}", f"Question: {question}\nAnswer:", f" {answer}", group="gsm8k")
 
 
 def read_gsm8k_cot(path: Path) -> Iterator[Problem]:
     """GSM8K jsonl in the prompts of lm-evaluation-harness's gsm8k_cot; the target is the final number."""
+    for name, question, answer in _gsm8k_rows(path):
+        number = answer.split("####")[-1].strip()
+        yield Problem(f"gsm8k_cot-{name}", f"Q: {question}\nA:", f" {number}", group="gsm8k_cot")
+
+
+def _gsm8k_rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(FILE-NUMBER counted from 0, question, answer) of each line."""
     keys = ("question", "answer")
     for number, row in json_lines(path, keys):
         question, answer = text_fields(row, keys, f"{path} line {number}")
-        yield Problem(
-            id=f"gsm8k_cot-{Path(path).stem}-{number - 1}",
-            prompt=f"Q: {question}\nA:",
-            target=f" {answer.split('####')[-1].strip()}",
-            group="gsm8k_cot",
-        )
+        yield f"{Path(path).stem}-{number - 1}", question, answer
 
 
 def read_arc(path: Path) -> Iterator[Problem]:

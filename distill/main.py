@@ -21,9 +21,8 @@ from data_pipeline.tokenizer import Tokenizer
 from distill.methods import with_method
 from distill.student import Student
 from model import ModelConfig
-from model.pretrained import WEIGHTS_NAME, load_config
+from model.pretrained import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
-from pretrain.export import TOKENIZER
 from pretrain.main import Run, argument_parser, prepare, start
 
 NEW = "latent_thoughts."  # the parameters that a model has from here on
@@ -110,7 +109,7 @@ def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, A
     if model.get("preset") is not None:
         raise ValueError(f"model.preset={model['preset']} and --init both give sizes; leave one of them out")
     base = load_config(init).to_dict()
-    ours, theirs = Tokenizer(init / TOKENIZER), Tokenizer(loader.tokenizer_path)
+    ours, theirs = Tokenizer(init / TOKENIZER_NAME), Tokenizer(loader.tokenizer_path)
     if ours.sha256 != theirs.sha256:
         raise ValueError(
             f"--init {init} was trained with another tokenizer (sha256 {ours.sha256[:12]}) than the data's "

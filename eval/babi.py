@@ -70,6 +70,11 @@ def ballot(sample: dict[str, Any]) -> Ballot:
     return Ballot(sample["filtered_resps"]["stripped"] or None, sample["exact_match,stripped"])
 
 
+def is_failed(wrong: int, num_answers: int) -> bool:
+    """Whether a task counts as failed: more than 5% of its answers are wrong."""
+    return wrong > MAX_ERROR * num_answers
+
+
 def summarize(
     samples: list[dict[str, Any]],
     documents: dict[str, list[Problem]],
@@ -83,7 +88,7 @@ def summarize(
     of_task = {name: [sample for sample in samples if sample["group"] == name] for name in documents}
     guesses = {name: _baselines(group) for name, group in documents.items()}
     stripped = {name: [s["exact_match,stripped"] for s in lines] for name, lines in of_task.items()}
-    failed = sum(matches.count(0.0) > MAX_ERROR * len(matches) for matches in stripped.values())
+    failed = sum(is_failed(matches.count(0.0), len(matches)) for matches in stripped.values())
     steps = dict(zip((sample["doc_id"] for sample in samples), together.get("steps", ()), strict=False))
     pooled = TaskResult(
         task="babi",

@@ -7,14 +7,13 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from data_pipeline.sources import Problem
-from eval.scorer import Scorer, cut_at_stop
+from eval.scorer import Scorer
 
 __all__ = [
     "ChoiceScores",
     "Score",
     "Scorer",
     "add_fewshot",
-    "cut_at_stop",
     "mean_score",
     "sample_record",
     "score_choices",

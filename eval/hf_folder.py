@@ -9,7 +9,6 @@ Shapes: B rows, T tokens of the longest row, V vocabulary.
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.inference import Engine, GenerateJob, ScoreJob, choose, pad
+from eval.inference import Engine, GenerateJob, ScoreJob, choose, pad, score_value
 from model import RecurrenceConfig
 
 # lm-eval's names for the number of positions, and what it takes where a model has none of them.
@@ -125,12 +124,8 @@ class HFEngine(Engine):
                 at = first - min(starts)
                 log_probs = logits[line, at : at + len(member.target)].float().log_softmax(-1)
                 targets = torch.tensor(member.target, device=self.device)
-                total = log_probs.gather(-1, targets[:, None]).sum().item()
-                if not math.isfinite(total):
-                    raise ValueError(
-                        f"the model gives a log-probability of {total}: its weights or activations overflow"
-                    )
-                found.append(([total, bool((log_probs.argmax(-1) == targets).all())], None))
+                picked = log_probs.gather(-1, targets[:, None])[:, 0]
+                found.append((score_value(picked, log_probs.argmax(-1) == targets), None))
         return found
 
     def _generate(self, job: GenerateJob) -> list[tuple[list[int], float | None]]:

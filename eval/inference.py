@@ -142,15 +142,10 @@ class Engine:
         likeliest = (log_probs.argmax(-1) == targets).cpu().split(counts)
         steps = self._steps(out, lines, columns)
         means = [None] * len(rows) if steps is None else [s.mean().item() for s in steps.split(counts)]
-        found = []
-        for values, same, mean in zip(picked, likeliest, means, strict=True):
-            total = values.sum().item()
-            if not math.isfinite(total):
-                raise ValueError(
-                    f"the model gives a log-probability of {total}: its weights or activations overflow"
-                )
-            found.append(([total, bool(same.all())], mean))
-        return found
+        return [
+            (score_value(values, same), mean)
+            for values, same, mean in zip(picked, likeliest, means, strict=True)
+        ]
 
     # ---- generation
 
@@ -303,16 +298,9 @@ class Engine:
         return self.model, None
 
     def _halting(self, kind: str, **options: Any) -> ZeroModel:
-        """The model with another kind of halting that nothing was learned for; the weights are shared."""
+        """The model with another kind of halting, made once; of one model each kind has the same options."""
         if kind not in self._variants:
-            r = self.model.config.recurrence
-            halting = dataclasses.replace(r.halting, kind=kind, **options)
-            recurrence = dataclasses.replace(r, halting=halting)
-            config = dataclasses.replace(self.model.config, recurrence=recurrence)
-            with torch.device("meta"):
-                variant = ZeroModel(config, execution=self.model.execution)
-            variant.load_state_dict(self.model.state_dict(), assign=True)
-            self._variants[kind] = variant.eval()
+            self._variants[kind] = with_halting(self.model, kind=kind, **options)
         return self._variants[kind]
 
 
@@ -326,6 +314,32 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False)
         tokens[b, place] = torch.tensor(row, dtype=torch.int64)
         mask[b, place] = True
     return tokens.to(device), mask.to(device)
+
+
+def score_value(log_probs: Tensor, likeliest: Tensor) -> list[Any]:
+    """The value of a ScoreJob's row, from its target's tokens: log_probs (n,), and whether each (n,) is the
+    likeliest. Raises ValueError if the sum is not finite.
+    """
+    total = log_probs.sum().item()
+    if not math.isfinite(total):
+        raise ValueError(f"the model gives a log-probability of {total}: its weights or activations overflow")
+    return [total, bool(likeliest.all())]
+
+
+def with_halting(model: ZeroModel, **changes: Any) -> ZeroModel:
+    """The model with other keys of `recurrence.halting` and the same weights (shared), less those that only
+    its own kind of halting needs. The new kind must need none of its own.
+    """
+    recurrence = model.config.recurrence
+    halting = dataclasses.replace(recurrence.halting, **changes)
+    recurrence = dataclasses.replace(recurrence, halting=halting)
+    with torch.device("meta"):
+        variant = ZeroModel(
+            dataclasses.replace(model.config, recurrence=recurrence), execution=model.execution
+        )
+    missing, _ = variant.load_state_dict(model.state_dict(), strict=False, assign=True)
+    assert not missing, missing
+    return variant.eval()
 
 
 def choose(logits: Tensor, temperature: float, draws: Tensor | None) -> Tensor:

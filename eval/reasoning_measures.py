@@ -4,7 +4,6 @@ Shape legend: B batch, T tokens of the longest row, V vocabulary, D hidden, U lo
 positions of a batch.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,8 @@ from torch import Tensor
 from data_pipeline.encode import CharacterIds, encode_labelled
 from data_pipeline.sources import LabelledDocument
 from eval.core import Scorer
-from model import ModelConfig, ZeroModel
+from eval.inference import with_halting
+from model import ZeroModel
 from model.cache import LatentCache
 from model.latent_terms import loop_figures, loop_sums
 from model.losses import IGNORE_INDEX
@@ -153,16 +153,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def fixed_depth(model: ZeroModel) -> ZeroModel:
     """A model that always runs all steps, of the same weights (shared) less those that decide on halting."""
-    recurrence = model.config.recurrence
-    halting = dataclasses.replace(
-        recurrence.halting, kind="fixed", expectation=None, ponder_weight=None, stability_weight=0.0
-    )
-    config: ModelConfig = dataclasses.replace(
-        model.config, recurrence=dataclasses.replace(recurrence, halting=halting)
-    )
-    fixed = ZeroModel(config)
-    fixed.load_state_dict(model.state_dict(), strict=False, assign=True)
-    return fixed.to(next(model.parameters()).device).eval()
+    return with_halting(model, kind="fixed", expectation=None, ponder_weight=None, stability_weight=0.0)
 
 
 @torch.inference_mode()

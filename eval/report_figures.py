@@ -193,13 +193,12 @@ def losses_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     for i, (name, lines) in enumerate(runs.items()):
         tokens = {line["step"]: line.get("tokens", line["step"]) for line in lines}
         steps, values = series(lines, "loss")
-        label = name
         axis.plot(
-            [tokens[n] for n in steps], values, color=color_of(i), linewidth=0.6, alpha=0.45, label=label
+            [tokens[n] for n in steps], values, color=color_of(i), linewidth=0.6, alpha=0.45, label=name
         )
         steps, values = series(lines, "val_loss")
         if steps:
-            label = f"{label}, validation"
+            label = f"{name}, validation"
             axis.plot(
                 [tokens[n] for n in steps], values, color=color_of(i), marker="o", markersize=4, label=label
             )

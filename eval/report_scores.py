@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.babi import is_failed
 from eval.core import Score
 from eval.figures import to_html
 from eval.report_data import MAIN_METRICS, Result, Run
@@ -23,7 +24,6 @@ from eval.report_html import html_table, missing, note, show
 from model import ModelConfig
 
 PUBLISHED = Path(__file__).with_name("published.json")
-MAX_BABI_ERROR = 0.05  # a task with more is failed
 Panels = dict[str, tuple[Curves, Guesses]]
 
 
@@ -259,14 +259,15 @@ def babi_table(runs: Sequence[Run], published: Sequence[dict[str, Any]]) -> str:
     """Mean error over the 20 tasks, and tasks failed; empty unless a run has all 20."""
     rows = []
     for run in runs:
-        errors = [
-            1 - result.accuracy.value
+        tasks = [
+            (1 - result.accuracy.value, result.num_documents)
             for result in run.results
             if result.group == "babi" and result.is_own_depth and result.accuracy is not None
         ]
-        if len(errors) == 20:
-            failed = sum(error > MAX_BABI_ERROR for error in errors)
-            rows.append((run.name, f"{100 * sum(errors) / 20:.2f}", str(failed), "this report"))
+        if len(tasks) == 20:
+            failed = sum(is_failed(round(error * n), n) for error, n in tasks)
+            mean = sum(error for error, _ in tasks) / 20
+            rows.append((run.name, f"{100 * mean:.2f}", str(failed), "this report"))
     if not rows:
         return ""
     rows += [(row["model"], f"{row['mean_error']:g}", str(row["failed"]), _source(row)) for row in published]

@@ -16,7 +16,7 @@ from eval.journal import Journal, request_key
 from eval.workers import Workers, load_engine
 from model import ZeroModel
 from model.cache import decodes_exactly
-from model.pretrained import load_config
+from model.pretrained import TOKENIZER_NAME, load_config
 
 # Sharing fewer tokens than this saves less than another pass over the layers costs.
 MIN_SHARED_TOKENS = 8
@@ -93,7 +93,7 @@ class Scorer:
         else:
             with torch.device("meta"):
                 model = ZeroModel(load_config(checkpoint))
-            tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+            tokenizer = Tokenizer(checkpoint / TOKENIZER_NAME)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         scorer = cls(model, tokenizer, batch_size, device=device)
         scorer.workers = Workers(checkpoint, num_processes)

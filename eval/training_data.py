@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILE = "training_data.json"
+from model.pretrained import TRAINING_DATA_NAME
 
 
 def read_training_data(checkpoint: Path) -> dict[str, Any] | None:
     """The file's content; None for a checkpoint without one. Raises ValueError if it is damaged."""
-    path = checkpoint / FILE
+    path = checkpoint / TRAINING_DATA_NAME
     if not path.is_file():
         return None
     try:

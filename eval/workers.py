@@ -16,6 +16,7 @@ from data_pipeline.tokenizer import Tokenizer
 from eval.hf_folder import is_hf_folder, load_hf_engine
 from eval.inference import Answer, Engine, Job
 from model import load_pretrained
+from model.pretrained import TOKENIZER_NAME
 
 
 class Workers:
@@ -109,4 +110,4 @@ def load_engine(checkpoint: Path, number: int = 0) -> Engine:
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     if is_hf_folder(checkpoint):
         return load_hf_engine(checkpoint, device)
-    return Engine(load_pretrained(checkpoint).to(device), Tokenizer(checkpoint / "tokenizer.model"))
+    return Engine(load_pretrained(checkpoint).to(device), Tokenizer(checkpoint / TOKENIZER_NAME))

@@ -27,12 +27,11 @@ from torch import Tensor
 
 from .config import ModelConfig, YarnConfig
 from .hf_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
-from .pretrained import CONFIG_NAME, WEIGHTS_NAME, load_pretrained, save_weights
+from .pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_pretrained, save_weights
 from .transformer import ZeroModel
 
 MTP_NAME = "mtp.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_NAME = "tokenizer.model"
 OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for
 
 # Fields of the same name and meaning on both sides.

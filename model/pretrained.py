@@ -12,6 +12,8 @@ from .config import ModelConfig
 from .transformer import ZeroModel
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+# What lies beside them for evaluation; pretrain/export.py writes them.
+TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
 
 
 def save_weights(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:

@@ -231,8 +231,8 @@ def rotate(run: Path, step: int, keep_last: int, keep_every: int, in_use: int | 
     sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
     for folder in folders:
         number = int(folder.name[5:])
-        every = number == in_use or (keep_every > 0 and number % keep_every == 0)
-        if folder in sealed[:keep_last] or (every and folder in sealed):
+        stays = number == in_use or (keep_every > 0 and number % keep_every == 0)
+        if folder in sealed[:keep_last] or (stays and folder in sealed):
             continue
         (folder / MANIFEST).unlink(missing_ok=True)  # first: a folder half deleted is no checkpoint
         shutil.rmtree(folder)

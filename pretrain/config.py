@@ -108,6 +108,11 @@ class RunConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/execution.py
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of an optimizer step over all ranks, padding included."""
+        return self.global_batch_size * self.data.sequence_length
+
 
 def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConfig:
     """Reads YAML files and checks everything that needs no data.

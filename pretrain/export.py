@@ -19,10 +19,8 @@ from data_pipeline.decontaminate import EVALUATION_FILES
 from data_pipeline.errors import user_errors
 from data_pipeline.shards import Manifest
 from model import ModelConfig, ZeroModel
-from model.pretrained import save_weights
+from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
 from pretrain import checkpoint
-
-TOKENIZER, TRAINING_DATA = "tokenizer.model", "training_data.json"
 
 
 def describe_data(manifest: Manifest) -> dict[str, Any]:
@@ -51,8 +49,8 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
     these go first, so that weights never lack them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (TOKENIZER, TRAINING_DATA):
-        if name == TOKENIZER or (run / name).is_file():
+    for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
+        if name == TOKENIZER_NAME or (run / name).is_file():
             shutil.copyfile(run / name, folder / f"{name}.tmp")
             os.replace(folder / f"{name}.tmp", folder / name)
     save_weights(folder, config, weights)

@@ -23,11 +23,12 @@ from data_pipeline.errors import DataError, user_errors
 from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
+from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
 from pretrain.dry_run import describe
-from pretrain.export import TOKENIZER, TRAINING_DATA, describe_data, write_export
+from pretrain.export import describe_data, write_export
 from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment, peak_tflops
 from pretrain.stopping import StopRequests
@@ -327,8 +328,9 @@ def _write_run_folder(run: Run) -> None:
     OmegaConf.save(OmegaConf.create(resolved), run.folder / "config.yaml")
     (run.folder / "ds_config.json").write_text(json.dumps(run.ds_config, indent=2))
     (run.folder / "environment.json").write_text(json.dumps(environment(), indent=2))
-    shutil.copyfile(run.loader.tokenizer_path, run.folder / TOKENIZER)
-    (run.folder / TRAINING_DATA).write_text(json.dumps(describe_data(run.loader.manifest), indent=2) + "\n")
+    shutil.copyfile(run.loader.tokenizer_path, run.folder / TOKENIZER_NAME)
+    described = json.dumps(describe_data(run.loader.manifest), indent=2)
+    (run.folder / TRAINING_DATA_NAME).write_text(described + "\n")
     counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
     peak = peak_tflops(run.config)
     print(

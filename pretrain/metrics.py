@@ -77,8 +77,7 @@ class MetricsLog:
     def note(self, record: dict[str, Any]) -> None:
         """Records what an evaluation gave, or why it gave nothing; see Evaluator for the fields."""
         step, scores = record["step"], record.get("eval", {})
-        tokens = step * self.config.global_batch_size * self.config.data.sequence_length
-        self.file.write(json.dumps({**record, "tokens": tokens}) + "\n")
+        self.file.write(json.dumps({**record, "tokens": step * self.config.tokens_per_step}) + "\n")
         self.file.flush()
         firsts = [f"{task} {next(iter(values.values())):.4g}" for task, values in scores.items() if values]
         text = ", ".join(firsts) if scores else f"eval_failed, {record['eval_failed']}"

@@ -219,7 +219,7 @@ class Trainer:
             term.name: float(value) / max(counts[term.counted_in], 1)
             for term, value in zip(self.terms, f.terms, strict=True)
         }
-        tokens = self.config.global_batch_size * self.config.data.sequence_length
+        tokens = self.config.tokens_per_step
         loads = [] if f.loads is None else f.loads.tolist()
         shares = [[n / max(sum(load), 1) for n in load] for load in loads]
         losses = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.sources import Problem
-from eval.core import Scorer, add_fewshot, cut_at_stop, mean_score, score_choices
+from eval.core import Scorer, add_fewshot, mean_score, score_choices
+from eval.scorer import cut_at_stop
 from model import ZeroModel
 
 REQUESTS = [

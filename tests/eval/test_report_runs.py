@@ -10,6 +10,7 @@ import pytest
 from eval import report, report_scores
 from eval.core import Score
 from eval.report_data import Result, Run, read_results, read_runs
+from eval.report_scores import babi_table
 from model import load_pretrained
 from model.pretrained import load_config
 
@@ -241,6 +242,12 @@ def test_depths_asked_for_without_the_own_one_are_told_apart_from_it():
     results: dict[str, Result] = {result.task: result for result in read_results(report_)}
     assert (results["arc_easy"].is_own_depth, results["arc_easy"].is_plain) == (False, False)
     assert (results["babi"].is_own_depth, results["babi"].is_plain) == (True, True)
+
+
+def test_a_babi_task_with_five_percent_of_errors_is_not_failed():
+    results = read_results(results_file(babi([0.95] * 19 + [0.94])))
+    one = Run("one", None, [], {}, results, None)
+    assert "<td>1</td>" in babi_table([one], [])
 
 
 def test_equal_names_are_numbered_and_an_old_model_is_no_obstacle(run, tmp_path):
