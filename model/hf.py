@@ -104,7 +104,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_attention_heads,
         "first_k_dense_replace": dense,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _hf_rope_scaling(config.rope_scaling),
+        "rope_scaling": _hf_rope_scaling(config),
         "attention_dropout": 0.0,
         "ep_size": 1,
         "use_cache": True,
@@ -116,7 +116,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _hf_rope_scaling(yarn: YarnConfig | None) -> dict[str, Any] | None:
+def _hf_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    yarn = config.rope_scaling  # with latent attention nothing else
     return None if yarn is None else {"rope_type": "yarn", **dataclasses.asdict(yarn)}
 
 

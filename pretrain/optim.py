@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from model.causal_mixing import CausalMixing
+from model.lm_head import LMHead
 from model.moe import Router
-from model.transformer import LMHead
 from pretrain.config import OptimizerConfig
 
 # Muon is for matrices that map hidden states to hidden states; its author leaves embeddings, the head and

@@ -160,9 +160,10 @@ def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], l
         done = last + 1
     tail = [f"layers.{i}" for i in range(done, L)]
     tail *= config.runs_of_layer(L - 1, r.num_steps, training=True) if tail else 0
-    end = ["norm", "lm_head"]
+    head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    end = ["norm", head]
     for number in range(config.num_nextn_predict_layers):
-        end += ["embed_tokens", f"mtp.{number}", "lm_head"]
+        end += ["embed_tokens", f"mtp.{number}", head]
     entrance = forward[:4]
     return forward + tail + end, [*reversed(end), *reversed(tail), *backward, *reversed(entrance)]
 
