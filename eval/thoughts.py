@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import user_errors
-from data_pipeline.tokenizer import EOT_ID
 from eval.cli import USER_ERRORS, make_parser, positive_integer
 from eval.core import Score, Scorer, mean_score
 from eval.reasoning_tasks import TASKS as GENERATORS
@@ -177,7 +176,8 @@ def sample_lines(task: str, data: QuestionSet, answers: Answers, scorer: Scorer)
         has_trace = answers.mode == "cot"
         written = row.tokens
         if has_trace:  # the answer stands behind its first <eot>
-            written = written[written.index(EOT_ID) + 1 :] if EOT_ID in written else []
+            eot = scorer.tokenizer.eot_id
+            written = written[written.index(eot) + 1 :] if eot in written else []
         found = read_answer(scorer.tokenizer.decode(written))
         right = found is not None and normalize(found) == normalize(question.answer)
         lines.append(
