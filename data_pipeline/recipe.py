@@ -125,7 +125,8 @@ def _check(recipe: Recipe, path: Path) -> None:
     if (recipe.tokenizer.file is None) == (recipe.tokenizer.vocab_size is None):
         raise DataError(
             f"recipe {path}: tokenizer has file {recipe.tokenizer.file!r} and vocab_size "
-            f"{recipe.tokenizer.vocab_size}: give one of them, to use a tokenizer or to train one"
+            f"{recipe.tokenizer.vocab_size}: give one of them, the other null: to use a tokenizer or to "
+            "train one"
         )
     if recipe.tokenizer.file is not None and not Path(recipe.tokenizer.file).is_file():
         raise DataError(f"recipe {path}: tokenizer.file {recipe.tokenizer.file} does not exist: mend it")

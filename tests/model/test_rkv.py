@@ -153,6 +153,14 @@ def test_uniform_is_even_and_random_follows_its_seed():
     assert (share - 3 / 12).abs().max() < 4 * (0.25 * 0.75 / 1200) ** 0.5
 
 
+def test_learned_positions_are_not_taken_back(build, tokens):
+    model, cache = build("gpt2"), LatentCache()
+    model(tokens, cache=cache)
+    found = expanded_keys(model, 1, cache._slots[1, 0], torch.arange(17)[None])
+    for ours, theirs in zip(found, cached_keys(model, 1, cache._slots[1, 0]), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("variant", [*KINDS, "plain", "yarn"])
 def test_expanded_keys_are_those_of_position_zero(build, tokens, variant):
     model, early, late = build(variant), LatentCache(), LatentCache()
