@@ -31,7 +31,9 @@ NEW = "latent_thoughts."  # the parameters that a model has from here on
 def main() -> None:
     parser = argument_parser("Teach a ZeroModel latent chain of thought.")
     parser.add_argument(
-        "--init", type=Path, help="export/ folder of a run, whose weights this one starts from"
+        "--init",
+        type=Path,
+        help="export/ folder of a run, or of model.hf import, whose weights this one starts from",
     )
     arguments = parser.parse_args()
     start(arguments, lambda: prepare_distillation(arguments))
@@ -93,10 +95,12 @@ def check_length(run: Run) -> None:
     limit, latents = run.model_config.max_position_embeddings, run.model_config.latent_cot.num_latents
     longest = max(run.loader.longest_document.values())
     if latents and 2 * longest + latents > limit:
+        mend = f"set it to {2 * longest + latents} or more, which adds no weights"
+        if run.model_config.learned_positions:
+            mend = "leave long documents out of the data, since every place has weights of its own"
         raise ValueError(
             f"model.max_position_embeddings={limit} may be too short for a question and an answer of "
-            f"documents of up to {longest} tokens with {latents} latents; set it to {2 * longest + latents} "
-            "or more, which adds no weights"
+            f"documents of up to {longest} tokens with {latents} latents; {mend}"
         )
 
 

@@ -20,10 +20,17 @@ from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
+GPT2: dict[str, Any] = {
+    "norm": "layer_norm",
+    "hidden_act": "gelu",
+    "use_bias": True,
+    "position_embedding": "learned",
+    "tie_word_embeddings": True,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "kava": {"use_mla": True},
     "coconut": {"distillation": {"stage_steps": 1}},
-    "lotus": {"distillation": {"latent_block": 2}},
+    "lotus": {"distillation": {"latent_block": 2}, **GPT2},
 }
 
 
