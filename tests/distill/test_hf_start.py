@@ -17,6 +17,7 @@ from eval import thoughts
 from model import load_pretrained
 from model.hf import import_folder
 from model.latent_cot import generate_with_thoughts
+from pretrain.export import export_run
 
 from ..conftest import ROOT
 from ..model.hf_folders import gpt2_folder, llama_folder
@@ -60,6 +61,9 @@ def test_kava_from_a_hugging_face_folder(kind, launch, data_root, tmp_path, monk
     }
     assert all(not torch.equal(after[name], value) for name, value in before.items())
     assert "lm_head.weight" not in after  # it is the embedding's
+    export_run(run, None, tmp_path / "again")  # from the checkpoint
+    again = load_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in after.items())
     tokenizer = Tokenizer(run / "export" / "tokenizer.model")
     assert tokenizer.sha256 == Tokenizer(start / "tokenizer.model").sha256
     question = torch.tensor([encode_question("How many apples?", tokenizer)])
