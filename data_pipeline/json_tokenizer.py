@@ -14,7 +14,8 @@ from data_pipeline.errors import DataError
 
 SECTION = "zeromodel"  # key of the file, see model/hf_special_tokens.py
 IDS = ("pad_id", "bos_id", "eos_id", "bot_id", "eot_id", "step_separator_id")
-PROBE = " a  B\tc\n\n1234 <bot><|endoftext|></s> e\u0301 \ufb01 \u6771 \U0001f600 "  # spaces, case, forms of Unicode
+# Spaces, case, and forms of Unicode that some tokenizers change.
+PROBE = " a  B\tc\n\n1234 <bot><|endoftext|></s> e\u0301 \ufb01 \u6771 \U0001f600 "
 
 
 class JsonTokenizer:

@@ -39,8 +39,9 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
         )
     tokenizer = read_json(path)
     model = tokenizer.get("model") or {}
-    if model.get("type") != "BPE":
-        raise ValueError(f"{path} holds a tokenizer of type {model.get('type')!r}; only BPE is read")
+    kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's file of 2020 has no type
+    if kind != "BPE":
+        raise ValueError(f"{path} holds a tokenizer of type {kind!r}; only BPE is read")
     listed = list(tokenizer.get("added_tokens") or [])
     special = {token["content"]: int(token["id"]) for token in listed if token["special"]}
     vocabulary = model["vocab"] | {token["content"]: int(token["id"]) for token in listed}

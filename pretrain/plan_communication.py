@@ -148,7 +148,7 @@ def _used_soon(
 def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], list[str]]:
     """Modules in the order in which a micro-batch uses them, forward and backward."""
     r, L, done = config.recurrence, config.num_hidden_layers, 0
-    forward = ["embed_tokens", "embedding_mixing", "pause_tokens", "memory"]
+    forward = ["embed_tokens", "embed_positions", "embedding_mixing", "pause_tokens", "memory"]
     backward: list[str] = []
     for number, (first, last) in enumerate(r.layer_ranges(L) if r.placement == "block" else []):
         before = [f"layers.{i}" for i in range(done, first)]
@@ -164,7 +164,7 @@ def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], l
     end = ["norm", head]
     for number in range(config.num_nextn_predict_layers):
         end += ["embed_tokens", f"mtp.{number}", head]
-    entrance = forward[:4]
+    entrance = forward[:5]
     return forward + tail + end, [*reversed(end), *reversed(tail), *backward, *reversed(entrance)]
 
 

@@ -121,8 +121,13 @@ def test_what_is_not_computed_is_refused_in_one_line(make, changes, message, tmp
 
 
 def test_folders_as_they_lie_on_the_hub(tmp_path):
-    """Of 2019: no prefix, masks among the tensors, a head beside the embedding that it equals."""
+    """Of 2019: no prefix, masks among the tensors, a head beside the embedding that it equals, a tokenizer
+    without a type.
+    """
     gpt2_folder(tmp_path / "hf")
+    values = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
+    del values["model"]["type"]
+    (tmp_path / "hf" / "tokenizer.json").write_text(json.dumps(values))
     path = tmp_path / "hf" / "model.safetensors"
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}
     tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 4, 4) for i in range(2)}
@@ -130,6 +135,7 @@ def test_folders_as_they_lie_on_the_hub(tmp_path):
     tensors["lm_head.weight"] = tensors["wte.weight"].clone()
     save_file(tensors, path, {"format": "pt"})
     import_folder(tmp_path / "hf", tmp_path / "ours")
+    assert Tokenizer(tmp_path / "ours" / "tokenizer.model").encode("apples")
     first = (tmp_path / "ours" / "model.safetensors").read_bytes()
     gpt2_folder(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "ours")
