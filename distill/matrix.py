@@ -38,11 +38,11 @@ TRAIN_DEPTHS, TEST_DEPTH = [1, 2, 3, 4], 6  # serial depths 5 and 6 are beyond t
 ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
 BUDGETS = "16,32,48,64"  # of the cache, of answers of about 75 tokens
 
-# What the published numbers of latents become where a trace has 6 steps of at most 10 tokens.
+# What the published numbers of latents become where a trace has 6 steps of at most 11 tokens.
 OVERRIDES = {
     "pause": ["latent_cot.num_latents=24"],
     "coconut": ["latent_cot.num_latents=12"],
-    "lotus": ["latent_cot.num_latents=60", "distillation.latent_block=10"],
+    "lotus": ["latent_cot.num_latents=66", "distillation.latent_block=11"],
 }
 
 
@@ -58,7 +58,7 @@ class Size:
     seeds: tuple[int, ...]
 
 
-FULL = Size(130_000, 4000, 700, 1200, (*REPEATED, *ONCE), (0, 1, 2))
+FULL = Size(130_000, 2000, 700, 1200, (*REPEATED, *ONCE), (0, 1, 2))
 QUICK = Size(50_000, 1500, 200, 300, REPEATED, (0,))
 
 
