@@ -13,7 +13,12 @@ from model.cache import LatentCache
 from model.rkv import cached_keys, expanded_keys, importance, joint_score, redundancy, select
 
 WINDOW, LAMBDA = 8, 0.1
-KINDS = ["deepseek", "grouped_query", "loop", "embedding_mixing"]  # in each, one attention call reads one slot
+KINDS = [
+    "deepseek",
+    "grouped_query",
+    "loop",
+    "embedding_mixing",
+]  # in each, one attention call reads one slot
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
