@@ -61,6 +61,16 @@ class FileOptions(FixedOptions):
 
 
 @dataclass(frozen=True)
+class TracedOptions(FixedOptions):
+    keep_last_step: bool = True  # false: chains of thought end before their last step, as CODI's do
+
+
+@dataclass(frozen=True)
+class TracedFileOptions(FileOptions, TracedOptions):
+    pass
+
+
+@dataclass(frozen=True)
 class RowOptions(FileOptions):
     text: str | None = None  # name of the field with the text; "text" if no other is named
     prompt: str | None = None  # or the names of two fields: what is asked,
@@ -289,8 +299,8 @@ def _read_causal_loop_v2_traced(_: None, options: CausalLoopV2Options) -> Iterat
     return map(traced_causal_loop_v2, _causal_loop_v2_samples(options))
 
 
-def _traced(read: Callable[[Path], Iterator[TracedDocument]]) -> Callable[[Path, Any], Iterator[Any]]:
-    return lambda path, _: read(path)
+def _traced(read: Callable[[Path, bool], Iterator[TracedDocument]]) -> Callable[[Path, Any], Iterator[Any]]:
+    return lambda path, options: read(path, options.keep_last_step)
 
 
 _ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")
@@ -306,9 +316,9 @@ KINDS = {
     "causal_loop": _Kind(CausalLoopOptions, lambda _: (), _read_causal_loop),
     "p_hop": _Kind(PHopOptions, lambda _: (), _read_p_hop),
     "causal_loop_v2": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2),
-    "gsm8k_equations": _Kind(FixedOptions, lambda _: ("gsm8k/train.jsonl",), _traced(traced_gsm8k)),
-    "icot": _Kind(FileOptions, lambda options: options.files, _traced(traced_icot)),
-    "prosqa": _Kind(FileOptions, lambda options: options.files, _traced(traced_prosqa)),
+    "gsm8k_equations": _Kind(TracedOptions, lambda _: ("gsm8k/train.jsonl",), _traced(traced_gsm8k)),
+    "icot": _Kind(TracedFileOptions, lambda options: options.files, _traced(traced_icot)),
+    "prosqa": _Kind(TracedFileOptions, lambda options: options.files, _traced(traced_prosqa)),
     "causal_loop_v2_traced": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2_traced),
     "addition": _Kind(AdditionOptions, lambda _: (), _read_addition),
 }

@@ -2,6 +2,9 @@
 
 A problem without steps has nothing to distil: the readers for training leave it out and say how many there
 were. The readers for evaluation keep it; their prompt is the bare question, as in training.
+
+With `keep_last_step` false the last step of each is left out, as CODI does (arXiv 2502.21074): where it
+states the answer, a teacher's state before the answer would hold a copy of it and not what the steps came to.
 """
 
 import logging
@@ -20,12 +23,12 @@ _EQUATION = re.compile(r"<<[^<>]*>>")
 _EQUATIONS = re.compile(r"\s*(?:<<[^<>]*>>\s*)*")
 
 
-def traced_gsm8k(path: Path) -> Iterator[TracedDocument]:
+def traced_gsm8k(path: Path, keep_last_step: bool = True) -> Iterator[TracedDocument]:
     """GSM8K jsonl; the steps are the solution's annotations `<<48/2=24>>`, the answer follows `####`.
 
     Joined by spaces this is the line format of iCoT, equation for equation.
     """
-    return _with_steps(_gsm8k(path), path)
+    return _with_steps(_gsm8k(path), path, keep_last_step)
 
 
 def _gsm8k(path: Path) -> Iterator[TracedDocument]:
@@ -39,9 +42,9 @@ def _gsm8k(path: Path) -> Iterator[TracedDocument]:
         yield _document(question, _EQUATION.findall(work), answer, where)
 
 
-def traced_icot(path: Path) -> Iterator[TracedDocument]:
+def traced_icot(path: Path, keep_last_step: bool = True) -> Iterator[TracedDocument]:
     """Lines `question||<<a>> <<b>> #### answer` (Deng et al. 2023); GSM8K-AUG is published in this form."""
-    return _with_steps(_icot(path), path)
+    return _with_steps(_icot(path), path, keep_last_step)
 
 
 def read_icot(path: Path) -> Iterator[Problem]:
@@ -63,9 +66,9 @@ def _icot(path: Path) -> Iterator[TracedDocument]:
         yield _document(question, _EQUATION.findall(work), answer, where)
 
 
-def traced_prosqa(path: Path) -> Iterator[TracedDocument]:
+def traced_prosqa(path: Path, keep_last_step: bool = True) -> Iterator[TracedDocument]:
     """ProsQA, a JSON list of `{"question", "steps", "answer", ...}` (Hao et al. 2024, Coconut)."""
-    return _with_steps(_prosqa(path), path)
+    return _with_steps(_prosqa(path), path, keep_last_step)
 
 
 def read_prosqa(path: Path) -> Iterator[Problem]:
@@ -91,12 +94,15 @@ def _prosqa(path: Path) -> Iterator[TracedDocument]:
 
 
 def traced_causal_loop_v2(sample: Sample) -> TracedDocument:
-    """`program?X`, the statements as the generator works them out (`CmA4:3,4=4`), and the value of X.
+    """`program?X`, the statements as the generator works them out (`CmA4:3,4=C4`), and the value of X.
 
-    The trace's `;` and its repeated query are left out: the separator of steps and the question say the same.
+    The variable stands before its new value as it does in the program before its first one, so that a small
+    model finds both in the same way. The generator's `;` and its repeated query are left out: the separator
+    of steps and the question say the same.
     """
-    steps = sample.trace.removesuffix(";").split(";")
-    return TracedDocument(f"{sample.program}?{sample.question}", tuple(steps), str(sample.answer))
+    worked = (step.rpartition("=") for step in sample.trace.removesuffix(";").split(";"))
+    steps = tuple(f"{work}={work[0]}{value}" for work, _, value in worked)
+    return TracedDocument(f"{sample.program}?{sample.question}", steps, str(sample.answer))
 
 
 # ---- of all
@@ -110,13 +116,16 @@ def _document(question: str, steps: Iterable[str], answer: str, where: str) -> T
     return document
 
 
-def _with_steps(documents: Iterable[TracedDocument], path: Path) -> Iterator[TracedDocument]:
+def _with_steps(
+    documents: Iterable[TracedDocument], path: Path, keep_last_step: bool
+) -> Iterator[TracedDocument]:
     read = left_out = 0
     try:
         for document in documents:
             read += 1
-            if document.steps:
-                yield document
+            steps = document.steps if keep_last_step else document.steps[:-1]
+            if steps:
+                yield document._replace(steps=steps)
             else:
                 left_out += 1
     finally:  # also where the limits of a source end the reading

@@ -192,6 +192,7 @@ class CacheCompressor:
     queries of all of them count.
 
     Tokens keep the positions they were read at, so a cache's length says no longer where the next one is.
+    Of what the embeddings' convolution has read, the last tokens stay: it looks at no others.
 
     Args:
         model: the model that reads.
@@ -255,6 +256,9 @@ class CacheCompressor:
 
     def _places(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
         """Kept places of a slot's generated tokens held (B, S, W): (B, parts of W, budget)."""
+        if slot[0] == "embedding":
+            last = torch.arange(held.shape[1] - self.budget, held.shape[1], device=held.device)
+            return last.expand(len(held), 1, -1)
         layer, recent = int(slot[0]), OBSERVATION_WINDOW
         keys, _ = cached_keys(self.model, layer, held)
         score = joint_score(
@@ -292,7 +296,7 @@ def _check(config: "ModelConfig", budget: int, buffer: int) -> None:
     for refused, name in (
         (config.num_memory_tokens, f"num_memory_tokens={config.num_memory_tokens}"),
         (config.num_pause_tokens, f"num_pause_tokens={config.num_pause_tokens}"),
-        (config.embedding_mixing, f"embedding_mixing={config.embedding_mixing}"),
+        (config.embedding_mixing > budget, f"embedding_mixing={config.embedding_mixing}"),
         (
             config.recurrence.position_mixing,
             f"recurrence.position_mixing={config.recurrence.position_mixing}",

@@ -13,7 +13,12 @@ from model.cache import LatentCache
 from model.rkv import cached_keys, expanded_keys, importance, joint_score, redundancy, select
 
 WINDOW, LAMBDA = 8, 0.1
-KINDS = ["deepseek", "grouped_query", "loop"]  # in each, one attention call reads one slot
+KINDS = [
+    "deepseek",
+    "grouped_query",
+    "loop",
+    "embedding_mixing",
+]  # in each, one attention call reads one slot
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -353,14 +358,15 @@ def test_rows_that_ended_change_nothing_for_the_others(build, tokens):
     [
         ("deepseek", {"kv_budget": 8}, "kv_budget=8 and kv_buffer=128: the budget must be at least 9"),
         ("deepseek", {"kv_budget": 9, "kv_buffer": 0}, "kv_buffer=0: .* the buffer at least 1"),
-        ("embedding_mixing", {"kv_budget": 9}, "with embedding_mixing=4 needs more of every token"),
+        ("wide_mixing", {"kv_budget": 9}, "with embedding_mixing=10 needs more of every token"),
         ("pause", {"kv_budget": 9}, "with num_pause_tokens=2 needs"),
         ("memory", {"kv_budget": 9}, "with num_memory_tokens=2 needs"),
     ],
 )
 def test_impossible_budgets_and_models_are_refused(build, tokens, variant, options, message):
+    model = build("embedding_mixing", embedding_mixing=10) if variant == "wide_mixing" else build(variant)
     with pytest.raises(ValueError, match=message):
-        build(variant).generate(tokens, 4, **options)
+        model.generate(tokens, 4, **options)
 
 
 @pytest.mark.parametrize(
