@@ -24,7 +24,13 @@ TINY += ["global_batch_size=4", "micro_batch_size=2", "eval_batches=1", "optimiz
 def test_two_ranks_equal_one_plain_process(launch):
     output = launch(2, WORKER, "ds_configs/zero2.json").stdout
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
-    assert [report["method"] for report in reports] == ["kava", "coconut", "lotus"]
+    assert [report["method"] for report in reports] == [
+        "kava",
+        "coconut",
+        "lotus",
+        "kava, lora",
+        "cot, lora",
+    ]
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-4, report
