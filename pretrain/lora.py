@@ -29,7 +29,7 @@ class LoraConfig:
     """Defaults: those KaVa and CODI (arXiv 2502.21074) were published with."""
 
     r: int = 128  # rank
-    alpha: float = 32.0  # the adapters' output is scaled by alpha / r
+    alpha: int = 32  # the adapters' output is scaled by alpha / r
     dropout: float = 0.1  # of the adapters' input
 
     def check(self, ep_size: int, optimizer: str) -> None:
@@ -45,7 +45,8 @@ class LoraConfig:
             raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
         if optimizer != "adamw":
             raise ValueError(
-                f"optimizer.kind={optimizer} is for whole matrices, not lora's factors of them; set it to adamw"
+                f"optimizer.kind={optimizer} is for whole matrices, but lora trains factors of them; "
+                "set it to adamw"
             )
 
 

@@ -148,7 +148,9 @@ def prepare(
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = _choose_checkpoint(config, state, announce=rank == 0)
-    return Run(config, model_config, ds_config, loader, validation, micro, state, resume_from, weights=weights)
+    return Run(
+        config, model_config, ds_config, loader, validation, micro, state, resume_from, weights=weights
+    )
 
 
 def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader:
@@ -344,10 +346,11 @@ def _write_run_folder(run: Run, trained: int) -> None:
     described = json.dumps(describe_data(run.loader.manifest), indent=2)
     (run.folder / TRAINING_DATA_NAME).write_text(described + "\n")
     counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
-    peak = peak_tflops(run.config)
+    peak, how = peak_tflops(run.config), "" if run.config.lora is None else " (LoRA)"
     print(
         f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active a token), "
-        f"{trained:,} trained{'' if run.config.lora is None else ' (LoRA)'}, {run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
+        f"{trained:,} trained{how}, "
+        f"{run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
         f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step, "
         + ("no MFU: set peak_tflops" if peak is None else f"MFU and HFU of {peak:g} TFLOP/s a device")
     )

@@ -21,15 +21,15 @@ from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_proces
 from pretrain.lora import LoraConfig, adapt
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
-EXPERTS = {"use_moe": True, "n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+EXPERTS = {"use_moe": True, "n_routed_experts": 4, "moe_intermediate_size": 16}
 METHODS: dict[str, dict[str, Any]] = {
     "kava": {"use_mla": True},
     "coconut": {"distillation": {"stage_steps": 1}},
     "lotus": {"distillation": {"latent_block": 2}},
     "kava, lora": {"use_mla": True},
-    "cot, lora": EXPERTS,
+    "codi, lora": EXPERTS,
 }
-LORA = LoraConfig(r=4, alpha=8.0, dropout=0.0)
+LORA = LoraConfig(r=4, alpha=8, dropout=0.0)
 
 
 def batch(step: int) -> dict[str, Tensor]:
@@ -59,7 +59,9 @@ def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
 
 
-def reference(config: ModelConfig, lora: LoraConfig | None) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def reference(
+    config: ModelConfig, lora: LoraConfig | None
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Plain torch, in this process, on whole batches."""
     model = Student(config, seed=0).train()
     model.load_state_dict(weights_to_start_from(config), strict=False)
@@ -81,7 +83,9 @@ def reference(config: ModelConfig, lora: LoraConfig | None) -> tuple[list[dict[s
     return history, {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def distributed(config: ModelConfig, lora: LoraConfig | None) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def distributed(
+    config: ModelConfig, lora: LoraConfig | None
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())

@@ -19,7 +19,7 @@ from pretrain.lora import LoraConfig, adapt, identity, merged, save_base
 from ..model.conftest import SMALL
 from ..model.thoughts import EOT, KINDS, C, questions
 
-CONFIG = LoraConfig(r=3, alpha=6.0, dropout=0.0)
+CONFIG = LoraConfig(r=3, alpha=6, dropout=0.0)
 
 
 def model(kind: str, config: LoraConfig | None, checkpointing: str = "none") -> ZeroModel:
@@ -82,7 +82,7 @@ def test_an_adapted_layer_is_the_formula():
     holder = torch.nn.Sequential(Linear(6, 5))
     weight, bias = holder[0].weight.clone(), holder[0].bias.clone().normal_()
     holder[0].bias.data.copy_(bias)
-    adapt(holder, LoraConfig(r=2, alpha=5.0, dropout=0.5), seed=1)
+    adapt(holder, LoraConfig(r=2, alpha=5, dropout=0.5), seed=1)
     layer = holder[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert (A.shape, B.shape) == ((2, 6), (5, 2))
@@ -122,7 +122,7 @@ def test_what_is_trained():
 def test_recomputation_drops_the_same_again(policy):
     gradients = []
     for kept in ("none", policy):
-        m = model("plain", LoraConfig(r=3, alpha=6.0, dropout=0.5), kept).train()
+        m = model("plain", LoraConfig(r=3, alpha=6, dropout=0.5), kept).train()
         torch.manual_seed(0)
         tokens = questions()
         m(tokens, targets=tokens).loss.backward()
@@ -136,7 +136,7 @@ def test_recomputation_drops_the_same_again(policy):
     ("overrides", "message"),
     [
         (["lora.r=0"], "lora.r=0 must be at least 1"),
-        (["lora.alpha=0"], "lora.alpha=0.0 must be above 0"),
+        (["lora.alpha=0"], "lora.alpha=0 must be above 0"),
         (["lora.dropout=1"], "lora.dropout=1.0 must be from 0 to below 1"),
         (["lora.rank=4"], "unknown config key lora.rank"),
         (["lora={}", "ep_size=2"], "set ep_size=1"),
@@ -151,7 +151,7 @@ def test_a_mistaken_config_is_one_line(overrides, message):
 
 def test_defaults_are_the_published_ones():
     config = load_run_config("distill/configs/small.yaml", ["lora={}"]).lora
-    assert config == LoraConfig(r=128, alpha=32.0, dropout=0.1)
+    assert config == LoraConfig(r=128, alpha=32, dropout=0.1)
     assert load_run_config("distill/configs/small.yaml", []).lora is None
 
 

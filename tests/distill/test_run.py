@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data_pipeline.build import build
-from data_pipeline.recipe import load_recipe
 from distill.main import prepare_distillation
 from model import load_pretrained
 from pretrain.main import prepare
@@ -29,21 +27,13 @@ def test_two_ranks_equal_one_plain_process(launch):
         "coconut",
         "lotus",
         "kava, lora",
-        "cot, lora",
+        "codi, lora",
     ]
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-4, report
         assert report["smallest_norm"] > 0.3, report  # clipping was at work
         assert report["weights"] < 1e-4, report
-
-
-@pytest.fixture(scope="session")
-def traced_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("traced") / "built"
-    overrides = ["sources.0.num_samples=300", "validation_fraction=0.1"]
-    build(load_recipe(ROOT / "data_pipeline/recipes/distill_causal_loop.yaml", overrides), ROOT, folder)
-    return folder
 
 
 def records(run: Path) -> list[dict]:
