@@ -92,7 +92,7 @@ class Linear(nn.Linear):
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
-    """Of a Linear (out, in); of one that pretrain/lora.py adapted W + alpha/r B A, as if nothing is dropped."""
+    """Of a Linear (out, in); of one that pretrain/lora.py adapted W + alpha/r B A, as if nothing dropped."""
     adapted: Any = layer
     if isinstance(layer, Linear):
         return layer.weight
