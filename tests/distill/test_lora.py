@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ from pretrain.lora import LoraConfig, adapt, identity, merged, save_base
 
 from ..model.conftest import SMALL
 from ..model.thoughts import EOT, KINDS, C, questions
+from .test_student import DOCUMENTS, sums
+from .test_student import model as student
+
+Model = TypeVar("Model", bound=ZeroModel)
 
 CONFIG = LoraConfig(r=3, alpha=6, dropout=0.0)
 
@@ -27,24 +32,23 @@ def model(kind: str, config: LoraConfig | None, checkpointing: str = "none") -> 
     values = {**SMALL, **KINDS[kind], "latent_cot": {"num_latents": C, "num_iterations": 2}}
     execution = ExecutionConfig(checkpointing=checkpointing)
     built = ZeroModel(ModelConfig.from_dict(values), seed=3, execution=execution)
-    if config is not None:
-        adapt(built, config, seed=4)
-        generator = torch.Generator().manual_seed(5)
-        for name, parameter in built.named_parameters():
-            if "lora_B" in name:
-                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return built
+    return built if config is None else with_adapters(built, config)
 
 
-def exported(adapted: ZeroModel, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of its export."""
-    save_base(folder, dict(model_of_same_start(adapted).state_dict()))
+def with_adapters(plain: Model, config: LoraConfig) -> Model:
+    adapt(plain, config, seed=4)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return plain
+
+
+def exported(start: ZeroModel, adapted: ZeroModel, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of its export, all fp32."""
+    save_base(folder, dict(start.state_dict()))
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     return merged(folder, trained, CONFIG.alpha / CONFIG.r)
-
-
-def model_of_same_start(adapted: ZeroModel) -> ZeroModel:
-    return ZeroModel(adapted.config, seed=3)
 
 
 def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
@@ -52,6 +56,8 @@ def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
     tokens = questions()
     cache = LatentCache()
     found = {"logits": m(tokens).logits}
+    with torch.enable_grad():  # by other ways through the layers
+        found["trained logits"] = m(tokens).logits.detach()
     parts = [m(tokens[:, i : i + 1], cache=cache).logits for i in range(tokens.shape[1])]
     found["decoded"] = torch.cat(parts, 1)
     thoughts = think(m, tokens)
@@ -66,15 +72,30 @@ def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["latent_moe", "plain", "block", "kv", "post_attention"])
 @torch.no_grad()
 def test_the_adapted_model_is_the_merged_one(kind, tmp_path):
-    adapted = model(kind, CONFIG)
-    plain = model_of_same_start(adapted)
+    adapted, plain = model(kind, CONFIG), model(kind, None)
+    merged_weights = exported(plain, adapted, tmp_path)
     before = outputs(plain.double().eval())
-    plain.load_state_dict(exported(adapted, tmp_path))  # the very names of a plain model
+    plain.load_state_dict(merged_weights)  # the very names of a plain model
     ours, theirs = outputs(adapted.double().eval()), outputs(plain.double().eval())
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
     assert (ours["logits"] - before["logits"]).abs().max() > 1e-2
     assert (ours["thoughts"] - before["thoughts"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["kava", "codi", "lotus"])
+@pytest.mark.parametrize("kind", ["latent attention", "grouped queries"])
+def test_the_adapted_student_learns_what_the_merged_one_does(kind, method, tmp_path):
+    """Every loss, and with it what is read of keys and values outside the layers."""
+    start, plain = student(kind, method).float(), student(kind, method)
+    adapted = with_adapters(student(kind, method).float(), CONFIG)
+    plain.load_state_dict(exported(start, adapted, tmp_path))
+    rows = [DOCUMENTS[:2], DOCUMENTS[2:]]
+    ours, theirs, before = (sums(m.double(), rows) for m in (adapted, plain, start))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5, msg=name)
+    changed = [name for name in ours if abs(ours[name] - before[name]) > 1e-3]
+    assert len(changed) == {"kava": 4, "codi": 3, "lotus": 2}[method]
 
 
 def test_an_adapted_layer_is_the_formula():
@@ -101,7 +122,7 @@ def test_an_adapted_layer_is_the_formula():
 
 def test_what_is_trained():
     """Adapters of all linears but router and routed experts, and latent thoughts; all else is as it was."""
-    adapted, plain = model("latent_moe", CONFIG), ZeroModel(model("latent_moe", None).config, seed=3)
+    adapted, plain = model("latent_moe", CONFIG), model("latent_moe", None)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     inner = {name for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear)}
     inner = {name for name in inner if not name.startswith("latent_thoughts")}
