@@ -92,7 +92,10 @@ class Linear(nn.Linear):
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
-    """Of a Linear (out, in); of one that pretrain/lora.py adapted W + alpha/r B A, as if nothing dropped."""
+    """The weight (out, in) that a Linear multiplies by, for products formed outside of it.
+
+    Of one that pretrain/lora.py adapted W + alpha/r B A, without dropout.
+    """
     adapted: Any = layer
     if isinstance(layer, Linear):
         return layer.weight

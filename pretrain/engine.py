@@ -305,7 +305,9 @@ class Engine:
 
     def snapshot(self) -> dict[str, Any]:
         """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
-        self.deepspeed.save_checkpoint(".", "snapshot", save_latest=False, exclude_frozen_parameters=True)
+        self.deepspeed.save_checkpoint(
+            ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.lora is not None
+        )
         files, self.snapshots.files = self.snapshots.files, {}
         if self.average is not None:
             files.update(self._average_files())
