@@ -50,24 +50,19 @@ class LoraConfig:
             )
 
 
-def identity(config: LoraConfig, zero_stage: int, weights: Path | None) -> dict[str, Any]:
+def identity(config: LoraConfig, weights: Path | None) -> dict[str, Any]:
     """What a checkpoint's adapters are of no use without: the weights they go with, and their scale.
 
     Args:
         weights: safetensors to start from.
 
     Raises:
-        ValueError, FileNotFoundError: one line; nothing to start from, ZeRO-3, or no peft.
+        ValueError, FileNotFoundError: one line; nothing to start from, or no peft.
     """
     if weights is None:
         raise ValueError(
             "lora freezes the weights that a run starts from, and this one has none; start distill/main.py "
             "with --init, or leave lora out"
-        )
-    if zero_stage == 3:
-        raise ValueError(
-            "zero_optimization.stage=3 does not go with lora, whose frozen weights it would leave out of "
-            "checkpoints; use ds_configs/zero2.json"
         )
     if importlib.util.find_spec("peft") is None:
         raise ValueError("lora needs peft, which is not installed: pip install -e '.[lora]'")
@@ -116,7 +111,7 @@ def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Ten
 
     Args:
         run: folder that holds BASE.
-        trained: name -> fp32 value of what was trained, and of buffers.
+        trained: name -> fp32 value of what was trained, perhaps flat, and of buffers.
         scale: alpha / r.
 
     Raises:
@@ -130,8 +125,9 @@ def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Ten
     for name, value in trained.items():
         if name.endswith(_A):
             layer = name.removesuffix(_A)
-            update = trained[layer + _B].cpu() @ value.cpu()
-            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + scale * update
+            base, up = weights[f"{layer}.weight"], trained[layer + _B].cpu()
+            rows, columns = base.shape
+            weights[f"{layer}.weight"] = base + scale * up.view(rows, -1) @ value.cpu().view(-1, columns)
         elif not name.endswith(_B):
             weights[name] = value
     return weights

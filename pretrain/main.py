@@ -133,7 +133,6 @@ def prepare(
         raise ValueError("model.distillation is what distill/main.py trains; start that, or leave it out")
     micro, accumulation = check_layout(config, model_config, world_size)
     ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     state = TrainingState(
         step=0,
         model=model_config.to_dict(),
@@ -142,9 +141,9 @@ def prepare(
         global_batch_size=config.global_batch_size,
         world_size=world_size,
         ep_size=config.ep_size,
-        zero_stage=stage,
+        zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
         optimizer=config.optimizer.kind,
-        lora=None if config.lora is None else lora.identity(config.lora, stage, weights),
+        lora=None if config.lora is None else lora.identity(config.lora, weights),
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = _choose_checkpoint(config, state, announce=rank == 0)

@@ -145,6 +145,29 @@ def test_another_layout_goes_on(whole, teacher, traced_data, tmp_path):
         assert max((ours[n] - theirs[n]).abs().max() for n in theirs) < 1e-4
 
 
+@pytest.mark.slow
+def test_frozen_weights_spread_by_zero3(teacher, traced_data, tmp_path):
+    """A method without thoughts, which ZeRO-3 takes: a resumed run and the offline export are the same."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    for folder in (run, again):
+        flags = command(teacher, traced_data, folder, "max_steps=4", "model.distillation.method=cot")
+        flags[flags.index("ds_configs/zero2.json")] = "ds_configs/zero3_ep.json"
+        said = finish(start_quickly(2, *flags)).stdout
+        assert ("resuming from" in said) == (folder == again)
+        if folder == run:
+            shutil.copytree(run, again)
+            shutil.rmtree(again / "checkpoints/step-4")
+    export_run(run, 4, tmp_path / "offline")
+    whole = weights(run)
+    for other in (weights(again), load_file(tmp_path / "offline/model.safetensors")):
+        assert all(torch.equal(other[name], whole[name]) for name in whole)
+    frozen = load_file(teacher / "model.safetensors")
+    assert torch.equal(whole["model.embed_tokens.weight"], frozen["model.embed_tokens.weight"])
+    assert not torch.equal(
+        whole["model.layers.0.self_attn.o_proj.weight"], frozen["model.layers.0.self_attn.o_proj.weight"]
+    )
+
+
 def test_other_adapters_or_another_start_do_not_go_on(whole, teacher, traced_data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     other = tmp_path / "other"
