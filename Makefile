@@ -23,9 +23,9 @@ BENCH ?=
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt requirements-dev.txt pyproject.toml
+$(VENV)/ready: requirements.txt requirements-dev.txt requirements-lora.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet -r requirements.txt -r requirements-dev.txt
+	pip install --quiet -r requirements.txt -r requirements-dev.txt -r requirements-lora.txt
 	python -c "from pretrain.engine import prepare_extensions; prepare_extensions()"
 	touch $@
 

@@ -23,9 +23,8 @@ from distill.student import Student
 from model import ModelConfig
 from model.pretrained import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
+from pretrain.lora import NEW
 from pretrain.main import Run, argument_parser, prepare, start
-
-NEW = "latent_thoughts."  # the parameters that a model has from here on
 
 
 def main() -> None:
@@ -55,7 +54,8 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
             with_method(config.model), Tokenizer(loader.tokenizer_path), config.max_steps
         )
 
-    run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete)
+    weights = None if init is None else init / WEIGHTS_NAME
+    run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete, weights)
     distillation = run.model_config.distillation
     # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
     # layers through their keys and values, past the output; KaVa reads kv_b_proj outside its layer too.
@@ -65,10 +65,9 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
             "whose gradients pass through a cache; use ds_configs/zero2.json"
         )
     check_length(run)
-    weights = None if init is None else init / WEIGHTS_NAME
     if weights is not None:
         check_weights(weights, run.model_config)
-    return dataclasses.replace(run, model_class=Student, weights=weights)
+    return dataclasses.replace(run, model_class=Student)
 
 
 def check_data(config: RunConfig, loader: Loader) -> None:

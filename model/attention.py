@@ -14,7 +14,7 @@ from .attention_backends import AttentionContext, attend, sdpa
 from .config import ModelConfig
 from .execution import ExecutionConfig
 from .latent_terms import LoopTrace
-from .layers import Linear, RMSNorm, attention_scale, rotate, upcasts
+from .layers import Linear, RMSNorm, attention_scale, rotate, upcasts, whole_weight
 from .recurrence import LatentRefinement
 
 # The reference leaves the latents' norms at its default whatever rms_norm_eps says.
@@ -147,7 +147,7 @@ class MultiHeadLatentAttention(nn.Module):
         c, dtype = self.config, q_nope.dtype
         H, C = c.num_attention_heads, c.kv_lora_rank
         B, T = q_nope.shape[:2]
-        expand = self.kv_b_proj.weight.view(H, -1, C)
+        expand = whole_weight(self.kv_b_proj).view(H, -1, C)
         if upcasts(held):
             expand, q_nope, q_rope, held = expand.float(), q_nope.float(), q_rope.float(), held.float()
         w_key, w_value = expand.split([c.qk_nope_head_dim, c.v_head_dim], 1)

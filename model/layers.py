@@ -92,6 +92,17 @@ class Linear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+def whole_weight(layer: nn.Module) -> Tensor:
+    """The weight (out, in) that a Linear multiplies by, for products formed outside of it.
+
+    Of one that pretrain/lora.py adapted W + alpha/r B A, without dropout.
+    """
+    adapted: Any = layer
+    if isinstance(layer, Linear):
+        return layer.weight
+    return adapted.weight + sum(adapted.get_delta_weight(name) for name in adapted.active_adapters)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (Zhang & Sennrich 2019, eq. 4), with a learned scale if `affine`."""
 
@@ -247,7 +258,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if few_rows(x):
+        if few_rows(x) or not isinstance(self.gate_proj, Linear):  # adapted, see pretrain/lora.py
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         rows = x.reshape(-1, x.shape[-1])

@@ -51,6 +51,7 @@ class TrainingState:
     ep_size: int
     zero_stage: int
     optimizer: str = "adamw"  # optimizer.kind
+    lora: dict[str, Any] | None = None  # see lora.identity; None: all weights are trained
 
 
 class Saver:
@@ -342,6 +343,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "global_batch_size": "use the same value or another output_dir",
         "optimizer": "use the same optimizer.kind",
+        "lora": "use the same lora.r, lora.alpha and --init, or another output_dir",
     }
     for key, mend in mends.items():
         theirs, ours = getattr(found, key), getattr(wanted, key)
