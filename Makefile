@@ -16,10 +16,11 @@ REAL_RUN ?= runs/real_cpu
 LIMIT ?= 200
 MATRIX_RUN ?= runs/distill_matrix
 QUICK_RUN ?= runs/distill_quick
+GSM8K_RUN ?= runs/distill_gsm8k
 MATRIX ?=
 BENCH ?=
 
-.PHONY: setup setup-gpu demo real distill-matrix distill-quick test test-slow check bench gpu-check
+.PHONY: setup setup-gpu demo real distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check
 
 setup: $(VENV)/ready
 
@@ -54,6 +55,11 @@ real: setup
 distill-matrix: setup
 	python distill/matrix.py --out $(MATRIX_RUN) --jobs 2 $(MATRIX)
 	python eval/report.py $(MATRIX_RUN)/*-[0-9] --out $(MATRIX_RUN)/report.html
+
+# GSM8K from scratch, as far as an hour of two cores goes.
+distill-gsm8k: setup
+	python distill/matrix.py --task gsm8k --out $(GSM8K_RUN) --jobs 2 $(MATRIX)
+	python eval/report.py $(GSM8K_RUN)/*-[0-9] --out $(GSM8K_RUN)/report.html
 
 # A quarter of an hour of it.
 distill-quick: setup

@@ -52,8 +52,8 @@ _NAMES = 5
 _CAUSAL_LOOP = Task(
     about="Causal-loop programs of 6 statements, trained on serial depth 1-4",
     recipe="data_pipeline/recipes/distill_causal_loop.yaml",
-    config="distill/configs/matrix.yaml",
-    full=Size(130_000, 3000, 700, 1200, (*REPEATED, *ONCE), (0, 1, 2)),
+    config="distill/configs/small.yaml",
+    full=Size(130_000, 3000, 400, 600, (*REPEATED, *ONCE), (0, 1, 2)),
     quick=Size(50_000, 1500, 200, 300, REPEATED, (0,)),
     build=(f"sources.0.names={_NAMES}", f"tokenizer.vocab_size={308 - 26 + _NAMES}"),
     test_options=f"variables=4,statements=6,names={_NAMES},max_depth=6",  # 5 and 6 are beyond the training
@@ -67,7 +67,7 @@ _CAUSAL_LOOP = Task(
 _GSM8K = Task(
     about="GSM8K, trained from scratch on its 7.4 thousand problems with their equations",
     recipe="data_pipeline/recipes/distill_gsm8k.yaml",
-    config="distill/configs/matrix_gsm8k.yaml",
+    config="distill/configs/small_gsm8k.yaml",
     full=Size(None, 600, 200, 1319, REPEATED, (0,)),
     quick=Size(None, 60, 30, 100, ("cot", "kava"), (0,)),
 )

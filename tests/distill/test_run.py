@@ -51,7 +51,7 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
     """cot from scratch, kava from its export on two ranks; a resumed run goes on where it was."""
     teacher, student = tmp_path / "cot", tmp_path / "kava"
     distill(launch, 1, traced_data, teacher, "model.distillation.method=cot", "max_steps=2")
-    init = ["--init", str(teacher / "export")]
+    init = ["--init", str(teacher / "export"), "model.distillation.method=kava"]
     distill(launch, 2, traced_data, student, *init, "max_steps=3", "save_every=3")
     seen = records(student)
     assert [record["step"] for record in seen] == [1, 2, 3]
@@ -85,7 +85,8 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
 def test_a_users_mistake_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
     given = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
-    paths = [*TINY, f"data.path={traced_data}", f"output_dir={tmp_path}", *changes.pop("overrides", [])]
+    paths = [*TINY, "model.distillation.method=kava", f"data.path={traced_data}", f"output_dir={tmp_path}"]
+    paths += changes.pop("overrides", [])
     with pytest.raises((ValueError, OSError), match=message) as error:
         prepare_distillation(argparse.Namespace(**{**given, "overrides": paths, **changes}))
     assert "\n" not in str(error.value)
