@@ -53,7 +53,7 @@ _CAUSAL_LOOP = Task(
     about="Causal-loop programs of 6 statements, trained on serial depth 1-4",
     recipe="data_pipeline/recipes/distill_causal_loop.yaml",
     config="distill/configs/small.yaml",
-    full=Size(130_000, 3000, 400, 600, (*REPEATED, *ONCE), (0, 1, 2)),
+    full=Size(130_000, 2000, 400, 600, (*REPEATED, *ONCE), (0, 1, 2)),
     quick=Size(50_000, 1500, 200, 300, REPEATED, (0,)),
     build=(f"sources.0.names={_NAMES}", f"tokenizer.vocab_size={308 - 26 + _NAMES}"),
     test_options=f"variables=4,statements=6,names={_NAMES},max_depth=6",  # 5 and 6 are beyond the training
