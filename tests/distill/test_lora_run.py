@@ -100,6 +100,7 @@ def test_checkpoints_hold_what_is_trained_and_export_the_same(whole, tmp_path):
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_left_alone(whole, teacher, traced_data, tmp_path):
     """To the bit, with the dropout of each step."""
     run = tmp_path / "run"
