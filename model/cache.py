@@ -110,7 +110,7 @@ class LatentCache:
             choose: given a slot and what it holds from `first` on, (B, S, W), returns the places to keep,
                 (B, P, n) int64 counted from `first`: each of the P equal parts of the W numbers has its own.
         """
-        assert 0 <= first <= self.length
+        assert self._shared <= first <= self.length  # places that a branch shares are not written over
         kept = 0
         for slot, held in self._slots.items():
             later = held[:, first : self.length]

@@ -345,13 +345,14 @@ def _write_run_folder(run: Run, trained: int) -> None:
     described = json.dumps(describe_data(run.loader.manifest), indent=2)
     (run.folder / TRAINING_DATA_NAME).write_text(described + "\n")
     counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
-    peak, how = peak_tflops(run.config), "" if run.config.lora is None else " (LoRA)"
+    peak, how = peak_tflops(run.config, run.model_config), "" if run.config.lora is None else " (LoRA)"
+    unknown = "no MFU" if run.config.peak_tflops else "no MFU: set peak_tflops"
     print(
         f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active a token), "
         f"{trained:,} trained{how}, "
         f"{run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
         f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step, "
-        + ("no MFU: set peak_tflops" if peak is None else f"MFU and HFU of {peak:g} TFLOP/s a device")
+        + (unknown if peak is None else f"MFU and HFU of {peak:g} TFLOP/s a device")
     )
 
 

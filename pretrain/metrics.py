@@ -14,14 +14,22 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from model import ModelConfig
 from pretrain.config import RunConfig
 
 # Dense bf16 peaks in TFLOP/s, from the vendor's data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
-def peak_tflops(config: RunConfig) -> float | None:
-    """The device's peak as configured or known from its name; None: unknown, so no MFU is reported."""
+def peak_tflops(config: RunConfig, model_config: ModelConfig) -> float | None:
+    """The device's peak as configured or known from its name; None: no MFU is reported.
+
+    That is where the peak is not known, and where a step is not one pass over its tokens with the gradients
+    of all weights: a student's passes, and LoRA.
+    """
+    student = model_config.distillation is not None and model_config.distillation.student_pass
+    if student or config.lora is not None:
+        return None
     if config.peak_tflops is not None:
         return config.peak_tflops
     if not torch.cuda.is_available():

@@ -75,7 +75,7 @@ class Trainer:
         self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank())
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
-        self.peak, self.terms = peak_tflops(config), loss_terms(model_config)
+        self.peak, self.terms = peak_tflops(config, model_config), loss_terms(model_config)
         self.save_seconds: float | None = None  # that training stood still for the last checkpoint
 
     def save(self) -> None:
@@ -313,7 +313,7 @@ class Trainer:
     def _utilisation(self, tokens_per_second: float, depth: int) -> dict[str, float | None]:
         """FLOPs against the devices' peak: `mfu` those of the model, `hfu` also those computed twice.
 
-        None: the peak is unknown.
+        None: without a peak, see metrics.peak_tflops.
         """
         if self.peak is None:
             return {"mfu": None, "hfu": None}
