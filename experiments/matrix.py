@@ -14,6 +14,7 @@ groups the same tokens; one of training FLOPs gives them so many steps that they
 group in its steps.
 """
 
+import copy
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from omegaconf import MISSING
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import nearest, structured
 from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, unequal
-from experiments.tasks import HERE, Task, read_tasks, read_yaml
+from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
 from model import ModelConfig
 from pretrain.config import RunConfig, load_run_config
 
@@ -199,16 +200,13 @@ class Planner:
     """Makes plans; what they share is computed once."""
 
     def __init__(self, file: MatrixFile, tasks: Mapping[str, Task], sizes: Mapping[str, list[str]]) -> None:
-        self.file, self.tasks, self.sizes = file, tasks, sizes
+        self.file, self.sizes = file, sizes
+        self.tasks = {name: _with_evaluation(task, file.evaluation) for name, task in tasks.items()}
         self.models: dict[tuple[str, str, str, tuple[str, Any] | None], tuple[Model, ModelConfig]] = {}
         self.configs: dict[tuple[str, str], RunConfig] = {}
 
     def task(self, cell: Cell) -> Task:
         task = self.tasks[cell.task]
-        evaluation = {**vars(task.evaluation), **self.file.evaluation}
-        task = replace(
-            task, evaluation=structured(type(task.evaluation), evaluation, "evaluation of the matrix")
-        )
         if self.file.examples is not None and task.examples:
             task = replace(task, examples=self.file.examples)
         key, value = cell.vary or ("", 0)
@@ -268,9 +266,7 @@ class Planner:
             shape = Shape(config.model, task.layers, task.steps, task.sequence_length)
             try:
                 changes = GROUPS[cell.group].build(shape)
-                own = [f"model.{name}={_text(value)}" for name, value in _flat(changes)]
-                given = [*self.base_overrides(cell), *own, *_varied(cell), "data.path=of-the-cell"]
-                whole = ModelConfig.from_dict(load_run_config(str(BASE), given).model)
+                whole = ModelConfig.from_dict(_with_varied({**config.model, **changes}, cell))
             except ValueError as error:
                 raise ValueError(f"cell {cell.name}: {error}") from None
             self.models[key] = changes, whole
@@ -297,6 +293,25 @@ def _varied(cell: Cell) -> list[str]:
     if cell.vary is None or cell.vary[0] in ("steps", "examples"):
         return []
     return [f"{cell.vary[0]}={_text(cell.vary[1])}"]
+
+
+def _with_varied(model: Model, cell: Cell) -> Model:
+    """A copy of the model's keys with what the cell varies of them."""
+    key, value = cell.vary or ("", None)
+    if not key.startswith("model."):
+        return model
+    whole = copy.deepcopy(model)
+    *sections, last = key.split(".")[1:]
+    inner = whole
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = value
+    return whole
+
+
+def _with_evaluation(task: Task, changes: Mapping[str, Any]) -> Task:
+    values = {**vars(task.evaluation), **changes}
+    return replace(task, evaluation=structured(EvaluationSpec, values, "evaluation of the matrix"))
 
 
 def _flat(values: Model, prefix: str = "") -> Iterator[tuple[str, Any]]:
