@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipeline.build import build
+from data_pipeline.recipe import load_recipe
 from experiments.cells import command, evaluations, keep_settings, training
 from experiments.groups import GROUPS, PAIRS, Pair, measured, unequal
 from experiments.matrix import Matrix, Plan, read_matrix
@@ -45,6 +47,19 @@ def shipped(path: Path, folder: Path) -> Matrix:
     copy = folder / path.name
     copy.write_text(yaml.safe_dump(values))
     return read_matrix(copy)
+
+
+def test_the_tokenizers_have_as_many_pieces_as_the_tasks_say(tmp_path):
+    """On which what is equal in parameters depends; of text it is the recipe's."""
+    for name, task in read_tasks()[0].items():
+        recipe = ROOT / f"data_pipeline/recipes/{task.recipe}.yaml"
+        if task.kind == "text":
+            assert load_recipe(recipe, task.data).tokenizer.vocab_size == task.vocab_size
+            continue
+        few = load_recipe(recipe, [*task.data, "sources.0.num_samples=60"])
+        manifest = build(few, tmp_path, tmp_path / name)
+        assert manifest is not None
+        assert manifest.vocab_size == task.vocab_size, name
 
 
 @pytest.mark.parametrize("path", MATRICES, ids=lambda path: path.stem)
