@@ -18,9 +18,10 @@ MATRIX_RUN ?= runs/distill_matrix
 QUICK_RUN ?= runs/distill_quick
 GSM8K_RUN ?= runs/distill_gsm8k
 MATRIX ?=
+EXPERIMENTS_RUN ?= runs/experiments/quick
 BENCH ?=
 
-.PHONY: setup setup-gpu demo real distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check
+.PHONY: setup setup-gpu demo real experiments distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check
 
 setup: $(VENV)/ready
 
@@ -50,6 +51,11 @@ real: setup
 	python eval/run.py --checkpoint $(REAL_RUN)/export --tasks gsm8k,logiqa,babi,arc --limit $(LIMIT) --num_fewshot 0 \
 		--output_path $(REAL_RUN)/eval
 	python eval/report.py $(REAL_RUN) --out $(REAL_RUN)/report.html
+
+# The quick matrix of experiments/CLAIMS.md and the report over it; standard.yaml takes a working day.
+experiments: setup
+	python experiments/run.py --matrix experiments/quick.yaml --out $(EXPERIMENTS_RUN) --jobs 2
+	python experiments/report.py --runs $(EXPERIMENTS_RUN) --out docs/RESULTS.md
 
 # Latent chain of thought, every method and control: two hours on two cores; MATRIX holds further flags.
 distill-matrix: setup

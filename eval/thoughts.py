@@ -36,7 +36,9 @@ from eval.thoughts_tasks import (
     normalize,
     published_questions,
     read_answer,
+    read_chain_answer,
 )
+from eval.thoughts_votes import vote
 from eval.training_data import decontamination, read_training_data
 from model import ModelConfig, ZeroModel
 
@@ -49,7 +51,7 @@ def ways(args: argparse.Namespace, config: ModelConfig) -> list[Way]:
     mode = args.mode or ("thoughts" if c.num_latents else "cot")
     of_mode = {
         "thoughts": ("num_latents", "num_iterations", "tolerance", "replace"),
-        "cot": ("kv_budget", "kv_buffer"),
+        "cot": ("kv_budget", "kv_buffer", "samples"),
     }
     for needed, flags in of_mode.items():
         for flag in flags:
@@ -173,12 +175,10 @@ def sample_lines(task: str, data: QuestionSet, answers: Answers, scorer: Scorer)
     """What --log_samples writes: the answer to each question, whether it is right, and its costs."""
     lines = []
     for question, row in zip(data.questions, answers.rows, strict=True):
-        has_trace = answers.mode == "cot"
-        written = row.tokens
-        if has_trace:  # the answer stands behind its first <eot>
-            eot = scorer.tokenizer.eot_id
-            written = written[written.index(eot) + 1 :] if eot in written else []
-        found = read_answer(scorer.tokenizer.decode(written))
+        if answers.mode == "cot":
+            found = read_chain_answer(scorer.tokenizer, row.tokens)
+        else:
+            found = read_answer(scorer.tokenizer.decode(row.tokens))
         right = found is not None and normalize(found) == normalize(question.answer)
         lines.append(
             {
@@ -253,7 +253,11 @@ def evaluate(args: argparse.Namespace) -> None:
     start, results = time.monotonic(), list[TaskResult]()
     for way in wanted:
         found = answer_all(model, tokenizer, data, way, args.batch_size, args.max_new_tokens, args.seed)
-        results += summarize(args, data, way, found, scorer)
+        whole, *parts = summarize(args, data, way, found, scorer)
+        if args.samples:
+            flags = (args.batch_size, args.max_new_tokens, args.seed, args.samples)
+            whole.values.update(vote(model, tokenizer, data, way, *flags))
+        results += [whole, *parts]
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     config |= {"task_options": options, "split": "test"}
     config |= {"total_evaluation_time_seconds": time.monotonic() - start}
@@ -307,6 +311,12 @@ def main() -> None:
         type=positive_integer,
         metavar="N",
         help=f"tokens between two cuts (default: {KV_BUFFER})",
+    )
+    add(
+        "--samples",
+        type=positive_integer,
+        metavar="K",
+        help="also sample K chains of thought, whose answers vote: the first 1, 4, 16, ... and all of them",
     )
     add("--max_new_tokens", type=positive_integer, metavar="N", help="of an answer (default: the task's)")
     args = parser.parse_args()

@@ -41,6 +41,7 @@ class Way(NamedTuple):
     replace: str | None = None
     kv_budget: int | None = None
     kv_buffer: int = KV_BUFFER
+    temperature: float = 0.0  # of answers that vote, see thoughts_votes.py; 0: the most likely token
 
 
 class Answered(NamedTuple):
@@ -97,7 +98,7 @@ def answer_all(
             found |= dict(zip(members, batch, strict=True))
             progress.update(len(members))
     alone = {}
-    if way.replace != "shuffled":  # which takes two questions
+    if way.replace != "shuffled" and not way.temperature:  # which takes two questions; votes are not timed
         for i in _timed(data):
             (single,) = (
                 [found[i]] if batch_size == 1 else answer_batch(model, tokenizer, [cut[i]], way, length, seed)
@@ -191,7 +192,14 @@ def answer_batch(
     else:
         options = {"kv_budget": way.kv_budget, "kv_buffer": way.kv_buffer}
         whole = model.generate(
-            tokens, max_new_tokens, attention_mask=mask, eos_token_id=eos, cache=cache, **options
+            tokens,
+            max_new_tokens,
+            attention_mask=mask,
+            eos_token_id=eos,
+            temperature=way.temperature,
+            seed=seed,
+            cache=cache,
+            **options,
         )
         new, passes = whole[:, tokens.shape[1] :], 1
     seconds = (_now(device) - start) / len(prompts)

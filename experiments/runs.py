@@ -1,11 +1,10 @@
-"""What the experiments share: commands with a log, training on one rank, pieces of work, means over seeds."""
+"""What the experiments share: commands with a log, training on one rank, pieces of work."""
 
 import os
 import socket
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,3 @@ def run_all(
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what has not begun does not begin
     return {name: problem for name, future in futures.items() if (problem := future.result()) is not None}
-
-
-def spread(values: Sequence[float]) -> str:
-    """`mean (smallest-largest)`."""
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"

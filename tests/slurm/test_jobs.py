@@ -122,6 +122,7 @@ def test_sbatch_accepts_the_commands_of_the_readme(cluster):
         "build.sbatch",
         "pretrain.sbatch",
         "eval.sbatch",
+        "experiments.sbatch",
     }
     for command in commands:
         assert "to start at" in cluster.run("sbatch", "--test-only", *command.split()).stderr
@@ -137,6 +138,15 @@ def test_an_array_runs_the_four_evaluations(cluster, undisturbed, data_root, tmp
     assert len(reports) == 4
     for task in ("gsm8k", "logiqa", "babi", "arc_easy", "arc_challenge"):
         assert sum(task in report for report in reports) == 1, task
+
+
+def test_an_array_runs_the_cells_of_a_matrix(cluster, tmp_path):
+    """Two at once, which share one build of the data."""
+    options = ("--array=0-1", "--cpus-per-task=1", "--gpus-per-node=1")
+    arguments = ("--matrix", "tests/experiments/tiny.yaml", "--out", tmp_path)
+    cluster.ends(cluster.submit(*options, "slurm/experiments.sbatch", *arguments), "COMPLETED")
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("cells/**/cell.json")]
+    assert {record["group"] for record in records} == {"loop", "dense_narrow"}
 
 
 def test_an_array_builds_the_shards_of_one_process(cluster, tmp_path):

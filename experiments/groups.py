@@ -1,0 +1,205 @@
+"""The groups that are compared, as functions of a task's layers k and loop steps R, and their pairs.
+
+A group is a set of overrides of a training run over experiments/base.yaml, whose layers are latent attention
+(MLA) with dense feed-forward layers. Where two groups are to be equal in parameters, the width of a
+feed-forward layer makes up the difference. `unequal` compares what `equal` promises, from sizes alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from model import ModelConfig
+from model.counts import training_flops_per_token
+
+Model = dict[str, Any]  # keys of model.config.ModelConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a group is built for."""
+
+    base: Model  # the task's and the size's own keys, vocab_size included
+    layers: int  # k: distinct layers of a loop
+    steps: int  # R: loop steps, or the mean if drawn at random
+    sequence_length: int  # T
+
+    def config(self, changes: Model) -> ModelConfig:
+        return ModelConfig.from_dict({**self.base, **changes})
+
+
+@dataclass(frozen=True)
+class Group:
+    source: str  # what it is and where it comes from
+    build: Callable[[Shape], Model]
+    method: str | None = None  # of distill/methods.py; None: pretrain/main.py trains it
+
+
+def _loop(shape: Shape, **changes: Any) -> Model:
+    """k layers run R times; the input is added again at every step and the core's output is the state."""
+    recurrence = {"placement": "block", "num_steps": shape.steps, "injection": "add", "update": "simple"}
+    return {"num_hidden_layers": shape.layers, "recurrence": {**recurrence, **changes}}
+
+
+def _random(shape: Shape, **changes: Any) -> Model:
+    return _loop(shape, depth_sampling="poisson", max_steps=2 * shape.steps, **changes)
+
+
+def _universal(shape: Shape, **changes: Any) -> Model:
+    return _loop(shape, injection="none", iteration_embedding=True, **changes)
+
+
+def _layers(shape: Shape, **changes: Any) -> Model:
+    return {"num_hidden_layers": shape.layers, **changes}
+
+
+def _unrolled(shape: Shape) -> Model:
+    return {"num_hidden_layers": shape.layers * shape.steps}
+
+
+def _solved(shape: Shape, changes: Model, key: str, active: bool = False) -> Model:
+    """`changes` with the width `key` at which it has as many parameters as the loop.
+
+    Raises:
+        ValueError: no width from 1 on has so few.
+    """
+    wanted = shape.config(_loop(shape)).num_parameters(active)
+    one, two = (shape.config({**changes, key: width}).num_parameters(active) for width in (1, 2))
+    width = 1 + round((wanted - one) / (two - one))
+    if width < 1:
+        raise ValueError(
+            f"model.{key} would be {width} for the {wanted:,} parameters of the loop: with a width "
+            f"of 1 there are {one:,}; choose a larger size"
+        )
+    return {**changes, key: width}
+
+
+def _dense_parameters(shape: Shape) -> Model:
+    return _solved(shape, _layers(shape), "intermediate_size")
+
+
+def _dense_narrow(shape: Shape) -> Model:
+    """k R layers; its width, divisible by 8, keeps the feed-forward part nearest the base's proportion."""
+    base = shape.config({})
+    proportion = base.intermediate_size / base.hidden_size
+    found: list[tuple[float, Model]] = []
+    for width in range(8, base.hidden_size, 8):
+        try:
+            model = _solved(shape, {**_unrolled(shape), "hidden_size": width}, "intermediate_size")
+        except ValueError:
+            continue  # too wide
+        found.append((abs(math.log(model["intermediate_size"] / width / proportion)), model))
+    if not found:
+        raise ValueError(
+            f"no {shape.layers * shape.steps} layers are narrow enough for the parameters of {shape.layers}: "
+            "choose a larger size or fewer steps"
+        )
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _local(shape: Shape, placement: str) -> Model:
+    """A unit inside attention whose core is as wide as its state."""
+    base = shape.config({})
+    width = base.kv_lora_rank if placement == "kv" else base.hidden_size
+    changes = _loop(shape, placement=placement, latent_intermediate_size=width)
+    return _solved(shape, changes, "intermediate_size")
+
+
+def _experts(shape: Shape) -> Model:
+    changes = {**_loop(shape), "use_moe": True, "first_k_dense_replace": 0, "n_routed_experts": 8}
+    changes |= {"num_experts_per_tok": 2, "n_shared_experts": 1}
+    return _solved(shape, changes, "moe_intermediate_size", active=True)
+
+
+def _memory(shape: Shape) -> Model:
+    length = math.ceil(shape.sequence_length / shape.steps)
+    return _layers(shape, num_memory_tokens=4, segment_length=length)
+
+
+_PONDER = {"kind": "ponder", "expectation": "loss"}
+_UT = "Universal Transformer (arXiv 1807.03819): all layers looped, told the step, nothing re-injected"
+
+GROUPS: dict[str, Group] = {
+    "plain": Group("A: plain attention, k layers", lambda s: _layers(s, use_mla=False)),
+    "mla": Group("B: multi-head latent attention (arXiv 2405.04434), k layers", _layers),
+    "loop": Group("C: k layers looped R times with injection, fixed depth", _loop),
+    "adaptive": Group(
+        "D: C with learned halting, PonderNet (arXiv 2107.05407)", lambda s: _loop(s, halting=_PONDER)
+    ),
+    "threshold": Group(
+        "D without learning: random depth, stops where predictions stop changing (arXiv 2502.05171)",
+        lambda s: _random(s, halting={"kind": "threshold", "measure": "kl"}),
+    ),
+    "random": Group("C with depths drawn from a log-normal Poisson (arXiv 2502.05171)", _random),
+    "ut": Group(_UT, _universal),
+    "ut_act": Group(
+        f"{_UT}; with ACT", lambda s: _universal(s, halting={"kind": "act", "expectation": "state"})
+    ),
+    "rmt": Group("Recurrent Memory Transformer (arXiv 2207.06881): R segments, 4 memory tokens", _memory),
+    "pause": Group(
+        "R - 1 pause tokens after every token (arXiv 2310.02226), so R runs of a layer a token",
+        lambda s: _layers(s, num_pause_tokens=s.steps - 1),
+    ),
+    "dense_params": Group("k layers with the parameters of the loop", _dense_parameters),
+    "dense_narrow": Group("k R layers, so narrow that they have the parameters of the loop", _dense_narrow),
+    "dense_flops": Group("k R layers: the loop unrolled, with its inference FLOPs", _unrolled),
+    "kv": Group("a unit on the KV latent, R steps, before attention", lambda s: _local(s, "kv")),
+    "post_attention": Group(
+        "a unit on attention's output, R steps, before the FFN", lambda s: _local(s, "post_attention")
+    ),
+    "moe_core": Group("C with 8 experts, of which 2 and a shared one are active", _experts),
+    "cot": Group("k R layers that write a chain of thought, and its majority vote", _unrolled, "cot"),
+    "no_cot": Group("k R layers that answer at once", _unrolled, "no_cot"),
+    "loop_no_cot": Group("k layers looped R times that answer at once", _loop, "no_cot"),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two groups that are compared at the same..."""
+
+    a: str
+    b: str
+    equal: str  # parameters | active_parameters | inference_flops | training_flops
+    tolerance: float  # of the two sides' difference, as a share of the larger
+
+
+# training_flops holds at budgets that are of a group's FLOPs, see matrix.Budget.
+PAIRS = (
+    Pair("loop", "dense_params", "parameters", 0.01),
+    Pair("loop", "dense_narrow", "parameters", 0.01),
+    Pair("loop", "dense_flops", "inference_flops", 0.02),
+    Pair("loop", "dense_flops", "training_flops", 0.02),
+    Pair("loop", "dense_params", "training_flops", 0.02),
+    Pair("loop", "random", "parameters", 0.0),
+    Pair("loop", "adaptive", "parameters", 0.01),
+    Pair("loop", "ut", "parameters", 0.01),
+    Pair("loop", "kv", "parameters", 0.02),
+    Pair("loop", "post_attention", "parameters", 0.02),
+    Pair("loop", "moe_core", "active_parameters", 0.05),
+    Pair("mla", "pause", "parameters", 0.01),
+    Pair("mla", "rmt", "parameters", 0.01),
+    Pair("cot", "no_cot", "inference_flops", 0.0),
+    Pair("no_cot", "loop_no_cot", "inference_flops", 0.02),
+)
+
+
+def measured(what: str, config: ModelConfig, sequence_length: int, tokens: int) -> float:
+    """One side of a pair, from sizes alone; training_flops of a run of `tokens`, at the mean depth."""
+    if what == "training_flops":
+        return training_flops_per_token(config, sequence_length) * tokens
+    if what == "inference_flops":
+        return config.flops_per_token(sequence_length)
+    return config.num_parameters(active=what == "active_parameters")
+
+
+def unequal(pair: Pair, a: float, b: float) -> str | None:
+    """What is wrong with the sides of a pair, in words; None if they are equal enough."""
+    difference = abs(a - b) / max(a, b)
+    if difference <= pair.tolerance:
+        return None
+    return (
+        f"{pair.a} has {pair.equal} {a:,.0f} and {pair.b} {b:,.0f}, {difference:.2%} apart, above the "
+        f"tolerance of {pair.tolerance:.0%}: leave one of them out, or change the size so that its widths fit"
+    )

@@ -1,0 +1,349 @@
+"""A matrix of cells: a YAML of tasks x sizes x groups x seeds x budgets, and what a cell is trained as.
+
+    learning_rates: experiments/learning_rates.yaml   # or a list of rates: then the matrix is a sweep
+    parts:                                            # their cells together
+      - tasks: [p_hop]
+        groups: [loop, dense_params]
+        seeds: [0, 1, 2]
+        budgets: [{steps: 1500}]                      # or {steps: 1500, training_flops_of: loop}
+        vary: {steps: [1, 2, 4, 8]}                   # instead: a cell for each value, also of `examples`
+        #     or of a key of the training, such as model.recurrence.halting.ponder_weight
+
+`training`, `evaluation` and `examples` at the top go over those of all tasks. A budget of steps gives all
+groups the same tokens; one of training FLOPs gives them so many steps that they take as many FLOPs as that
+group in its steps.
+"""
+
+import copy
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from data_pipeline.errors import DataError
+from data_pipeline.recipe import nearest, structured
+from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, unequal
+from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
+from model import ModelConfig
+from pretrain.config import RunConfig, load_run_config
+
+BASE = HERE / "base.yaml"
+RATES = HERE / "learning_rates.yaml"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a cell is trained."""
+
+    steps: int = MISSING  # optimizer steps: the cell's own, or those of the group below
+    training_flops_of: str | None = None  # a group, whose training FLOPs in `steps` steps are the budget
+
+    @property
+    def name(self) -> str:
+        whose = "" if self.training_flops_of is None else f"-flops-of-{self.training_flops_of}"
+        return f"{self.steps}{whose}"
+
+
+@dataclass(frozen=True)
+class Part:
+    tasks: list[str] = MISSING
+    groups: list[str] = MISSING
+    seeds: list[int] = MISSING
+    budgets: list[Budget] = MISSING
+    sizes: list[str] = field(default_factory=lambda: ["small"])
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MatrixFile:
+    parts: list[Part] = MISSING
+    learning_rates: Any = str(RATES)
+    training: list[str] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    examples: int | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    task: str
+    size: str
+    budget: Budget
+    group: str
+    seed: int
+    learning_rate: float
+    vary: tuple[str, Any] | None = None  # a key and its value, over those of the task and the group
+    rate_in_name: bool = False  # of a sweep, whose cells differ by it
+
+    @property
+    def name(self) -> str:
+        """Also the cell's folder, below `cells/`."""
+        varied = "" if self.vary is None else f"@{self.vary[0]}={self.vary[1]}"
+        rate = f"@lr={self.learning_rate:g}" if self.rate_in_name else ""
+        return f"{self.task}/{self.size}/{self.budget.name}/{self.group}{varied}{rate}/{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cell with everything that its training and evaluation are told but for folders."""
+
+    cell: Cell
+    task: Task
+    model: ModelConfig
+    method: str | None  # of distill/methods.py
+    max_steps: int
+    tokens_per_step: int
+    overrides: tuple[str, ...]
+    data: tuple[str, ...]  # overrides of the recipe
+
+    @property
+    def data_name(self) -> str:
+        """Of the folder of its data, which cells share."""
+        return f"{self.cell.task}-{self.task.examples}" if self.task.examples else self.cell.task
+
+
+@dataclass(frozen=True)
+class Matrix:
+    path: Path
+    file: MatrixFile
+    plans: list[Plan]
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def is_sweep(self) -> bool:
+        return isinstance(self.file.learning_rates, list)
+
+    def chosen(self, pattern: str | None) -> list[Plan]:
+        """The plans whose names match a pattern as of file names. Raises ValueError if there is none."""
+        found = [p for p in self.plans if pattern is None or fnmatch.fnmatchcase(p.cell.name, pattern)]
+        if not found:
+            raise ValueError(
+                f"--cells {pattern}: no cell of {self.path} matches, of {len(self.plans)}; --list names them"
+            )
+        return found
+
+
+def read_matrix(path: Path) -> Matrix:
+    """All cells, planned, pairs compared.
+
+    Raises:
+        ValueError, FileNotFoundError: one line; an unknown name, a group without a learning rate, a model
+            that cannot be, or a pair that is not equal.
+    """
+    values = read_yaml(path)
+    file = structured(MatrixFile, values, f"matrix {path}")
+    tasks, sizes = read_tasks()
+    rates = file.learning_rates if isinstance(file.learning_rates, list) else _read_rates(path, file)
+    cells = dict.fromkeys(cell for part in file.parts for cell in _cells(path, part, tasks, sizes, rates))
+    planner = Planner(file, tasks, sizes)
+    plans = [planner.plan(cell) for cell in cells]
+    _check_pairs(path, plans)
+    return Matrix(path, file, plans)
+
+
+def _read_rates(path: Path, file: MatrixFile) -> dict[str, dict[str, float]]:
+    rates = Path(file.learning_rates)
+    try:
+        return read_yaml(rates if rates.is_file() else HERE.parent / rates)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"matrix {path}: {rates} does not exist; run --matrix experiments/sweep.yaml, which writes it"
+        ) from None
+
+
+def rate_key(task: str, size: str) -> str:
+    """The section of learning_rates.yaml in which every group has its rate."""
+    return f"{task}/{size}"
+
+
+def _cells(
+    path: Path,
+    part: Part,
+    tasks: Mapping[str, Task],
+    sizes: Mapping[str, list[str]],
+    rates: Sequence[float] | Mapping[str, Mapping[str, float]],
+) -> Iterator[Cell]:
+    for kind, names, known in (
+        ("task", part.tasks, tasks),
+        ("size", part.sizes, sizes),
+        ("group", part.groups, GROUPS),
+    ):
+        for name in names:
+            if name not in known:
+                raise DataError(f"matrix {path}: unknown {kind} {name!r}; {nearest(name, list(known))}")
+    varied: list[tuple[str, Any] | None]
+    varied = [(key, value) for key, values in part.vary.items() for value in values] or [None]
+    axes = product(part.tasks, part.sizes, part.budgets, part.seeds, part.groups, varied)
+    for task, size, budget, seed, group, change in axes:
+        if isinstance(rates, Mapping):
+            own = rates.get(rate_key(task, size), {})
+            if group not in own:
+                raise ValueError(
+                    f"matrix {path}: group {group} has no learning rate for {rate_key(task, size)}; add it "
+                    "to experiments/sweep.yaml and run that, which writes experiments/learning_rates.yaml"
+                )
+            yield Cell(task, size, budget, group, seed, float(own[group]), change)
+        else:
+            for rate in rates:
+                yield Cell(task, size, budget, group, seed, float(rate), change, rate_in_name=True)
+
+
+class Planner:
+    """Makes plans; what they share is computed once."""
+
+    def __init__(self, file: MatrixFile, tasks: Mapping[str, Task], sizes: Mapping[str, list[str]]) -> None:
+        self.file, self.sizes = file, sizes
+        self.tasks = {name: _with_evaluation(task, file.evaluation) for name, task in tasks.items()}
+        self.models: dict[tuple[str, str, str, tuple[str, Any] | None], tuple[Model, ModelConfig]] = {}
+        self.configs: dict[tuple[str, str], RunConfig] = {}
+
+    def task(self, cell: Cell) -> Task:
+        task = self.tasks[cell.task]
+        if self.file.examples is not None and task.examples:
+            task = replace(task, examples=self.file.examples)
+        key, value = cell.vary or ("", 0)
+        if key == "steps":
+            task = replace(task, steps=int(value))
+        if key == "examples":
+            task = replace(task, examples=int(value))
+        return task
+
+    def plan(self, cell: Cell) -> Plan:
+        task, group = self.task(cell), GROUPS[cell.group]
+        config = self.config(cell)
+        changes, model = self.model(cell)
+        steps = self.max_steps(cell)
+        overrides = [
+            *self.base_overrides(cell),
+            *(f"model.{key}={_text(value)}" for key, value in _flat(changes)),
+            *_method_override(group.method),
+            *_varied(cell),
+            f"optimizer.lr={cell.learning_rate:g}",
+            f"optimizer.min_lr={cell.learning_rate / 10:g}",
+            f"optimizer.warmup_steps={min(config.optimizer.warmup_steps, max(1, steps // 10))}",
+            *(f"{name}={steps}" for name in ("max_steps", "eval_every")),
+            f"save_every={max(1, steps // 4)}",  # what a kill costs
+            "keep_last=1",
+            f"seed={cell.seed}",
+        ]
+        data = [*task.data, *([f"sources.0.num_samples={task.examples}"] if task.examples else [])]
+        return Plan(
+            cell, task, model, group.method, steps, config.tokens_per_step, tuple(overrides), tuple(data)
+        )
+
+    def base_overrides(self, cell: Cell) -> list[str]:
+        task = self.tasks[cell.task]
+        return [
+            f"data.sequence_length={task.sequence_length}",
+            f"model.vocab_size={task.vocab_size}",
+            *task.training,
+            *self.sizes[cell.size],
+            *self.file.training,
+        ]
+
+    def config(self, cell: Cell) -> RunConfig:
+        """What all groups of a task and size share."""
+        key = cell.task, cell.size
+        if key not in self.configs:
+            self.configs[key] = load_run_config(
+                str(BASE), [*self.base_overrides(cell), "data.path=of-the-cell"]
+            )
+        return self.configs[key]
+
+    def model(self, cell: Cell) -> tuple[Model, ModelConfig]:
+        """What the group changes, and the whole."""
+        key = cell.task, cell.size, cell.group, cell.vary
+        if key not in self.models:
+            config, task = self.config(cell), self.task(cell)
+            shape = Shape(config.model, task.layers, task.steps, task.sequence_length)
+            try:
+                changes = GROUPS[cell.group].build(shape)
+                whole = ModelConfig.from_dict(_with_varied({**config.model, **changes}, cell))
+            except ValueError as error:
+                raise ValueError(f"cell {cell.name}: {error}") from None
+            self.models[key] = changes, whole
+        return self.models[key]
+
+    def max_steps(self, cell: Cell) -> int:
+        like = cell.budget.training_flops_of
+        if like is None:
+            return cell.budget.steps
+        if like not in GROUPS:
+            raise DataError(f"training_flops_of: unknown group {like!r}; {nearest(like, list(GROUPS))}")
+        length = self.config(cell).data.sequence_length
+        wanted = measured(
+            "training_flops", self.model(replace(cell, group=like))[1], length, cell.budget.steps
+        )
+        return max(1, round(wanted / measured("training_flops", self.model(cell)[1], length, 1)))
+
+
+def _method_override(method: str | None) -> list[str]:
+    return [] if method is None else [f"model.distillation.method={method}"]
+
+
+def _varied(cell: Cell) -> list[str]:
+    if cell.vary is None or cell.vary[0] in ("steps", "examples"):
+        return []
+    return [f"{cell.vary[0]}={_text(cell.vary[1])}"]
+
+
+def _with_varied(model: Model, cell: Cell) -> Model:
+    """A copy of the model's keys with what the cell varies of them."""
+    key, value = cell.vary or ("", None)
+    if not key.startswith("model."):
+        return model
+    whole = copy.deepcopy(model)
+    *sections, last = key.split(".")[1:]
+    inner = whole
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[last] = value
+    return whole
+
+
+def _with_evaluation(task: Task, changes: Mapping[str, Any]) -> Task:
+    values = {**vars(task.evaluation), **changes}
+    return replace(task, evaluation=structured(EvaluationSpec, values, "evaluation of the matrix"))
+
+
+def _flat(values: Model, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _check_pairs(path: Path, plans: Sequence[Plan]) -> None:
+    """Raises ValueError for the first pair of PAIRS whose sides, both in the matrix, are not equal."""
+    places: dict[tuple[str, str, str, Any], dict[str, Plan]] = {}
+    for plan in plans:
+        cell = plan.cell
+        places.setdefault((cell.task, cell.size, cell.budget.name, cell.vary), {})[cell.group] = plan
+    for (task, size, budget, _), groups in places.items():
+        for pair in PAIRS:
+            sides = [groups.get(name) for name in (pair.a, pair.b)]
+            if None in sides or (pair.equal == "training_flops") != ("flops-of" in budget):
+                continue
+            values = [
+                measured(pair.equal, p.model, p.task.sequence_length, p.max_steps * p.tokens_per_step)
+                for p in sides
+                if p is not None
+            ]
+            problem = unequal(pair, *values)
+            if problem is not None:
+                raise ValueError(f"matrix {path}, {task}, size {size}, budget {budget}: {problem}")

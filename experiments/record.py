@@ -1,0 +1,219 @@
+"""cell.json: what is known of a cell when all of it is done. Keys that do not apply are absent.
+
+matrix, cell, group, task, size, seed   names; `cell` is the folder below OUT/cells
+budget             of a matrix, as text: steps, or whose training FLOPs in how many steps
+variant            {key: value} of a study, over the group's own; absent: the group itself
+examples           training examples generated (0: all that the recipe reads)
+learning_rate      peak
+command            runs this cell alone
+device             the GPU's name, or cpu
+parameters, active_parameters, unrolled_parameters    the last with a layer for every run of one
+inference_flops_per_token   {steps: forward FLOPs, attention over a whole row}
+training_flops     of the whole run, forward and backward, with the depths that were drawn
+tokens             of the whole run, padding included; tokens_per_second: median over the steps
+train_seconds, peak_memory_bytes    the latter of the process (CPU) or the device
+optimizer_steps, final_loss (mean of the last 50), validation_loss (last step, trained depth)
+trained_steps      R: loop steps; 1 without a loop.  `steps` below are test-time steps, as text
+mean_steps         at the answer, of the trained depth; mean_steps_share: of R
+num_samples, accuracy {steps: share}, label_accuracy {steps: share}
+correct            [0 or 1] at the trained depth, in the samples' order, the same for all cells of a task
+by_depth           {serial depth: {steps: accuracy}}; trained_depth: the largest trained on
+ood_accuracy       {steps: mean of the accuracies at the depths beyond it}
+guesses            {way: accuracy} of what knows nothing
+spearman_steps_depth    rank correlation of steps spent and serial depth, where halting is adaptive
+convergence        {steps: {residuals: [relative change in each step], convergence_ratio}}, path_independence
+                   (share of labels that three starts agree on), overthinking_gap (best less at 4 R)
+gaps               {name: accuracy at the trained depth} of tests unlike the training
+bits_per_byte, perplexity (of a byte)    {steps: value}, of text
+votes              {k: accuracy of the majority of k sampled chains of thought}
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.reasoning_measures import unrolled_parameters
+from experiments.matrix import Matrix, Plan
+from model import ModelConfig, ZeroModel
+from model.counts import training_flops_per_token
+
+RECORD = "cell.json"
+LAST = 50  # steps that final_loss is the mean of
+
+
+def make_record(plan: Plan, matrix: Matrix, folder: Path, command: str) -> dict[str, Any]:
+    """Reads a cell's folder. Raises ValueError if its metrics hold no validation loss."""
+    cell = plan.cell
+    record = {
+        "matrix": matrix.name,
+        "cell": cell.name,
+        "group": cell.group,
+        "task": cell.task,
+        "size": cell.size,
+        "seed": cell.seed,
+        "budget": cell.budget.name,
+        "variant": None if cell.vary is None else {cell.vary[0]: cell.vary[1]},
+        "examples": plan.task.examples,
+        "learning_rate": cell.learning_rate,
+        "command": command,
+        "device": json.loads((folder / "environment.json").read_text())["device"],
+        **_sizes(plan, folder),
+        **_training(plan, folder),
+        "trained_depth": plan.task.trained_depth,
+    }
+    if (folder / "eval" / "main").is_dir():
+        read = {"reasoning": _reasoning, "traced": _traced, "text": _text}[plan.task.kind]
+        record |= read(plan, folder)
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _trained(model: ModelConfig) -> int:
+    return model.recurrence.num_steps if model.recurrence.placement != "none" else 1
+
+
+def _sizes(plan: Plan, folder: Path) -> dict[str, Any]:
+    model, length = plan.model, plan.task.sequence_length
+    trained = _trained(model)
+    looped = model.recurrence.placement != "none"
+    tested = sorted({*plan.task.evaluation.steps, trained}) if looped else [1]
+    with torch.device("meta"):
+        unrolled = unrolled_parameters(ZeroModel(model), trained)
+    return {
+        "parameters": model.num_parameters(),
+        "active_parameters": model.num_parameters(active=True),
+        "unrolled_parameters": unrolled,
+        "inference_flops_per_token": {str(n): model.flops_per_token(length, n) for n in tested},
+        "trained_steps": trained,
+    }
+
+
+def _training(plan: Plan, folder: Path) -> dict[str, Any]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    validation = [record["val_loss"] for record in steps if "val_loss" in record]
+    if not validation:
+        raise ValueError(f"{folder / 'metrics.jsonl'} holds no val_loss; move the folder away")
+    depths = {record["recurrence_depth"] for record in steps}
+    per_token = {n: training_flops_per_token(plan.model, plan.task.sequence_length, n) for n in depths}
+    last = [record["loss"] for record in steps[-LAST:] if record["loss"] is not None]
+    return {
+        "optimizer_steps": len(steps),
+        "training_flops": plan.tokens_per_step * sum(per_token[r["recurrence_depth"]] for r in steps),
+        "tokens": plan.tokens_per_step * len(steps),
+        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steps),
+        "train_seconds": sum(record["seconds"] for record in steps),
+        "peak_memory_bytes": max(record["memory_bytes"] for record in steps),
+        "final_loss": statistics.mean(last) if last else None,
+        "validation_loss": validation[-1],
+    }
+
+
+def _report(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(
+        sorted((folder / "eval" / name).glob("results_*.json"))[-1].read_text()
+    )
+    return found
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    (path,) = sorted((folder / "eval" / "main").glob("samples_*.jsonl"))[-1:]
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _at_steps(entry: dict[str, Any]) -> dict[str, float]:
+    prefix = "acc,steps="
+    return {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
+
+
+def _reasoning(plan: Plan, folder: Path) -> dict[str, Any]:
+    report = _report(folder, "main")
+    name, facts = f"reasoning_{plan.task.evaluation.task}", report["reasoning"]
+    results, trained = report["results"], str(facts["trained_steps"])
+    by_depth = {
+        key.removeprefix(f"{name}_depth"): _at_steps(entry)
+        for key, entry in results.items()
+        if key.startswith(f"{name}_depth")
+    }
+    gaps = {}
+    for gap in plan.task.gaps:
+        gaps[gap] = _report(folder, f"gap {gap}")["results"][name][f"acc,steps={trained}"]
+    return {
+        "num_samples": report["n-samples"][name]["effective"],
+        "accuracy": _at_steps(results[name]),
+        "correct": [int(line["acc"][trained]) for line in _samples(folder)],
+        "label_accuracy": _at_steps(results[f"{name}_labels"]),
+        "by_depth": by_depth or None,
+        "ood_accuracy": _beyond(by_depth, plan.task.trained_depth),
+        "guesses": {way: score["value"] for way, score in report["baselines"][name].items()},
+        "gaps": gaps or None,
+        **(_loop(facts, trained) if facts["placement"] != "none" else {}),
+    }
+
+
+def _beyond(by_depth: dict[str, dict[str, float]], trained_depth: int | None) -> dict[str, float] | None:
+    """Mean accuracies, by steps, of the depths beyond those trained on."""
+    if trained_depth is None:
+        return None
+    deeper = [entry for depth, entry in by_depth.items() if int(depth) > trained_depth]
+    if not deeper:
+        return None
+    return {steps: statistics.mean(entry[steps] for entry in deeper) for steps in deeper[0]}
+
+
+def _loop(facts: dict[str, Any], trained: str) -> dict[str, Any]:
+    by_steps = facts["by_steps"]
+    convergence: dict[str, Any] = {
+        steps: {key: found[key] for key in ("residuals", "convergence_ratio")}
+        for steps, found in by_steps.items()
+    }
+    if facts["path_independence"] is not None:
+        convergence["path_independence"] = facts["path_independence"]["agreement"]["value"]
+    if facts["overthinking_gap"] is not None:
+        convergence["overthinking_gap"] = facts["overthinking_gap"]["value"]
+    return {
+        "mean_steps": by_steps[trained]["answer_steps_mean"],
+        "mean_steps_share": by_steps[trained]["answer_steps_mean"] / int(trained),
+        "spearman_steps_depth": by_steps[trained]["depth_correlation"],
+        "convergence": convergence,
+    }
+
+
+def _traced(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Answered at the trained depth alone."""
+    report, trained = _report(folder, "main"), str(_trained(plan.model))
+    results, configs = report["results"], report["configs"]
+    (whole,) = [key for key, config in configs.items() if config["serial_depth"] is None]
+    by_depth = {
+        str(config["serial_depth"]): {trained: results[key]["acc,none"]}
+        for key, config in configs.items()
+        if config["serial_depth"] is not None
+    }
+    votes = {
+        key.removeprefix("acc,maj@"): value
+        for key, value in results[whole].items()
+        if key.startswith("acc,maj@")
+    }
+    return {
+        "num_samples": report["n-samples"][whole]["effective"],
+        "accuracy": {trained: results[whole]["acc,none"]},
+        "correct": [int(line["acc"]) for line in _samples(folder)],
+        "by_depth": by_depth,
+        "ood_accuracy": _beyond(by_depth, plan.task.trained_depth),
+        "guesses": {way: score["value"] for way, score in report["baselines"][whole].items()},
+        "votes": votes or None,
+    }
+
+
+def _text(plan: Plan, folder: Path) -> dict[str, Any]:
+    report = _report(folder, "main")
+    found: dict[str, dict[str, float]] = {"bits_per_byte": {}, "perplexity": {}}
+    for key, entry in report["results"].items():
+        steps = str(report["configs"][key]["num_steps"] or 1)
+        found["bits_per_byte"][steps] = entry["bits_per_byte,none"]
+        if "byte_perplexity,none" in entry:
+            found["perplexity"][steps] = entry["byte_perplexity,none"]
+    (samples,) = {value["effective"] for value in report["n-samples"].values()}
+    return {"num_samples": samples, **found}

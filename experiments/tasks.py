@@ -1,0 +1,69 @@
+"""Tasks and sizes of the experiments, as experiments/tasks.yaml has them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data_pipeline.recipe import structured
+
+HERE = Path(__file__).parent
+KINDS = ("reasoning", "traced", "text")  # evaluated by eval/reasoning.py, thoughts.py, perplexity.py
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What a cell of the task is tested on."""
+
+    task: str | None = None  # of eval/reasoning.py or eval/thoughts.py
+    num_samples: int | None = None  # generated questions
+    limit: int | None = None  # documents of a text
+    task_options: str = ""
+    steps: list[int] = field(default_factory=list)  # test-time steps of loops; their trained number is added
+    votes: int = 0  # sampled chains of thought that vote, at most; 0: no vote
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Task:
+    kind: str = MISSING  # of KINDS
+    recipe: str = MISSING  # data_pipeline/recipes/NAME.yaml
+    data: list[str] = field(default_factory=list)  # overrides of the recipe
+    examples: int = MISSING  # generated training examples; 0: all that the recipe reads
+    vocab_size: int = MISSING  # pieces of the recipe's tokenizer
+    sequence_length: int = MISSING  # tokens per row
+    training: list[str] = field(default_factory=list)  # overrides of experiments/base.yaml
+    layers: int = MISSING  # k: distinct layers of a loop
+    steps: int = MISSING  # R: loop steps
+    trained_depth: int | None = None  # largest serial depth of a training example; None: no such axis
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    gaps: dict[str, str] = field(default_factory=dict)  # name -> task_options of a test unlike the training
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises ValueError or FileNotFoundError, one line, for a file that is missing or holds no keys."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: mend the path")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} holds no KEY: VALUE lines: see experiments/quick.yaml")
+    return {str(key): value for key, value in values.items()}
+
+
+def read_tasks(path: Path = HERE / "tasks.yaml") -> tuple[dict[str, Task], dict[str, list[str]]]:
+    """All tasks, and the overrides of all sizes. Raises ValueError, one line, for a wrong key or value."""
+    values = read_yaml(path)
+    tasks = {
+        name: structured(Task, given, f"{path.name}, task {name}") for name, given in values["tasks"].items()
+    }
+    for name, task in tasks.items():
+        if task.kind not in KINDS:
+            raise ValueError(f"{path.name}, task {name}: kind {task.kind!r}; choose from {', '.join(KINDS)}")
+    return tasks, values["sizes"]
