@@ -34,7 +34,7 @@ def main() -> None:
         type=Path,
         help="export/ folder of a run, or of model.hf import, whose weights this one starts from",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     start(arguments, lambda: prepare_distillation(arguments))
 
 

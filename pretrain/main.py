@@ -88,7 +88,7 @@ def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None
 
 
 def _parse() -> argparse.Namespace:
-    return argument_parser("Train a ZeroModel with DeepSpeed.").parse_args()
+    return argument_parser("Train a ZeroModel with DeepSpeed.").parse_intermixed_args()
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
