@@ -71,12 +71,16 @@ def build(runs: Runs, pictures: Path) -> Report:
         for unit in units
         if unit.claim.id == HEADLINE_CLAIM
     }
+    (claim,) = [claim for claim in claims if claim.id == HEADLINE_CLAIM]
+    verdict = claim_verdict(claim, units)
     headline = None
     if panels:
-        file = save(headline_figure(panels, effects), pictures / "headline.png")
+        file = save(
+            headline_figure(panels, effects, f"{QUESTION} Over all tasks: {verdict}"),
+            pictures / "headline.png",
+        )
         headline = Picture(file, f"{QUESTION} Accuracy of a loop and of dense models, by task")
-    (claim,) = [claim for claim in claims if claim.id == HEADLINE_CLAIM]
-    answer = answer_text(units, set(panels), claim_verdict(claim, units))
+    answer = answer_text(units, set(panels), verdict)
     tasks = [task_section(setting, groups) for setting, groups in settings.items()]
     sections = [
         Section("The question", [answer, *([headline] if headline else [])]),
@@ -115,8 +119,8 @@ def answer_text(units: Sequence[Unit], shown: set[Setting], verdict: str) -> str
     if not own:
         return f"{QUESTION} No answer yet: no task has a loop and its dense twin of the same budget."
     effects = "; ".join(
-        f"{unit.setting.task} {effect_text(unit)} ({len(unit.seeds)} seeds, {budget_text(unit.setting.budget)}: "
-        f"{unit.verdict})"
+        f"{unit.setting.task} {effect_text(unit)} ({unit.verdict}; {len(unit.seeds)} seeds, "
+        f"{budget_text(unit.setting.budget)})"
         for unit in own
     )
     return (
@@ -176,7 +180,7 @@ def _studies_section(runs: Runs, folder: Path) -> Section:
         found = by_value([r for r in runs.studies if "accuracy" in r], key)
         if found:
             title = f"Accuracy against {xlabel}"
-            part.blocks.append(Picture(save(varied_figure(found, xlabel), folder / f"{key}.png"), title))
+            part.blocks.append(Picture(save(varied_figure(found, xlabel), folder / f"by_{key}.png"), title))
     everything = runs.records
     parts += [convergence_section(everything), gaps_section(everything), votes_section(everything)]
     return Section("Studies", [], parts)

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from eval.report_figures import GUESS_COLOR, RUN_COLORS
 from experiments.groups import GROUPS
@@ -19,16 +20,19 @@ from experiments.report_statistics import bootstrap_interval
 matplotlib.use("Agg")
 
 COLUMNS = 3
+BEYOND, GUESS = "deeper than trained", "best guess"
+CLOSE = 0.03  # of a size: marks so near are drawn side by side
+COMMON = (BEYOND, GUESS)  # what legends name last
 # Those of the claims first, so that they have the clearest colours; yellow, hard to see, and black come last.
 MAIN = ("loop", "dense_params", "dense_flops", "dense_narrow", "random", "adaptive")
 ORDER = (*MAIN, *(name for name in GROUPS if name not in MAIN))
 COLORS = tuple(color for color in RUN_COLORS if color != "#f0e442")
 MARKERS = "osD^v"
 NAMES = {
-    "loop": "loop: 1 set of layers, run R times",
-    "dense_params": "dense: same parameters, same width",
+    "loop": "loop: its layers run R times",
+    "dense_params": "dense: as many layers, same parameters",
     "dense_narrow": "dense: same parameters, deep and narrow",
-    "dense_flops": "dense: same FLOPs, R times the layers",
+    "dense_flops": "dense: R times the layers, same FLOPs",
     "random": "loop, steps drawn at random",
     "adaptive": "loop, learned halting",
 }
@@ -65,7 +69,7 @@ def _panels(names: Sequence[str], draw: Callable[[Axes, int], None], height: flo
         found.update(zip(*reversed(axes[i].get_legend_handles_labels()), strict=True))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    labels = list(found)
+    labels = sorted(found, key=lambda label: label in COMMON)
     longest = max(len(label) + 6 for label in labels)
     ncols = max(1, min(len(labels), int(13 * figure.get_figwidth() / longest)))
     figure.legend(
@@ -95,9 +99,7 @@ def _lines(axis: Axes, points: Mapping[float, Sequence[float]], label: str, **lo
 def _guess(axis: Axes, records: Sequence[Record]) -> None:
     guesses = [max(r["guesses"].values()) for r in records if r.get("guesses")]
     if guesses:
-        axis.axhline(
-            max(guesses), color=GUESS_COLOR, linestyle="--", linewidth=1, label="best guess", zorder=0
-        )
+        axis.axhline(max(guesses), color=GUESS_COLOR, linestyle="--", linewidth=1, label=GUESS, zorder=0)
 
 
 def _accuracies(axis: Axes) -> None:
@@ -114,7 +116,7 @@ def _log(axis: Axes, places: Sequence[float], base: int = 2) -> None:
 HEADLINE = ("dense_params", "dense_narrow", "loop", "dense_flops")
 
 
-def headline_figure(panels: Mapping[Setting, Groups], effects: Mapping[Setting, str]) -> Figure:
+def headline_figure(panels: Mapping[Setting, Groups], effects: Mapping[Setting, str], title: str) -> Figure:
     """A bar a model; the effect of looping at equal parameters, with its verdict, above each panel."""
     figure = Figure(figsize=(10, 1.1 + 2.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
@@ -151,7 +153,7 @@ def headline_figure(panels: Mapping[Setting, Groups], effects: Mapping[Setting, 
     axes[-1].set_xlabel(
         "accuracy on unseen problems (bar: mean; dots: seeds; whisker: bootstrap interval, 95 %)"
     )
-    figure.suptitle("Does iterating beat adding parameters?", fontsize=13, fontweight="bold")
+    figure.suptitle(title, fontsize=13, fontweight="bold")
     return figure
 
 
@@ -178,9 +180,7 @@ def depth_figure(panels: Mapping[Setting, Groups]) -> Figure:
                 _lines(axis, points, label, **style(group), linestyle=line)
         trained = everyone[0].get("trained_depth")
         if trained is not None and trained < depths[-1]:
-            axis.axvspan(
-                trained + 0.5, depths[-1] + 0.5, color="#edf2f7", zorder=0, label="deeper than trained"
-            )
+            axis.axvspan(trained + 0.5, depths[-1] + 0.5, color="#edf2f7", zorder=0, label=BEYOND)
         _guess(axis, everyone)
         _accuracies(axis)
         axis.set(xlabel="serial depth of the problem", xlim=(depths[0] - 0.5, depths[-1] + 0.5))
@@ -198,12 +198,28 @@ def parameters_figure(panels: Mapping[Setting, Groups]) -> Figure:
 
     def draw(axis: Axes, i: int) -> None:
         groups = list(panels.values())[i]
+        sizes = []
         for group, records in ordered(groups).items():
-            size = fmean(record["parameters"] for record in records)
-            _lines(axis, {size: values_of(records, "accuracy")}, group, **style(group), linestyle="none")
-        _cost_axis(axis, groups, "parameters")
+            sizes.append(fmean(record["parameters"] for record in records))
+            _lines(axis, {sizes[-1]: values_of(records, "accuracy")}, group, **style(group), linestyle="none")
+        _side_by_side(axis, sizes, 9.0)
+        _cost_axis(axis, groups, "parameters (equal ones are drawn side by side)")
 
     return _panels([str(setting) for setting in panels], draw)
+
+
+def _side_by_side(axis: Axes, sizes: Sequence[float], points: float = 5.0) -> None:
+    """Moves marks of nearly equal x apart, by so many points, so that none hides another.
+
+    Args:
+        sizes: x of each group drawn so far, in their order.
+    """
+    for container, size in zip(axis.containers, sizes, strict=True):
+        near = [i for i, other in enumerate(sizes) if abs(other - size) <= CLOSE * size]
+        place = near.index(next(i for i in near if axis.containers[i] is container)) - (len(near) - 1) / 2
+        move = ScaledTranslation(place * points / 72, 0, axis.figure.dpi_scale_trans)
+        for artist in container.get_children():
+            artist.set_transform(artist.get_transform() + move)
 
 
 def flops_figure(panels: Mapping[Setting, Groups]) -> Figure:
@@ -284,10 +300,9 @@ def steps_figure(panels: Mapping[Setting, Groups]) -> Figure:
                     spent, color=style(group)["color"], linestyle=":", label="adaptive: mean steps spent"
                 )
             trained = value_of(records[0], "trained_depth")
+        _side_by_side(axis, [0.0] * len(axis.containers))
         if trained is not None:
-            axis.axvspan(
-                trained + 0.5, depths[-1] + 0.5, color="#edf2f7", zorder=0, label="deeper than trained"
-            )
+            axis.axvspan(trained + 0.5, depths[-1] + 0.5, color="#edf2f7", zorder=0, label=BEYOND)
         axis.set(xlabel="serial depth of the problem", ylabel=f"steps to come within {NEAR} of the best")
         axis.set(ylim=(0, None), xlim=(depths[0] - 0.5, depths[-1] + 0.5))
 

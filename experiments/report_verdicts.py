@@ -18,6 +18,23 @@ def effect_text(unit: Unit) -> str:
     return f"{sign}{number(unit.found.mean)} {interval_text(unit.interval)}"
 
 
+# With {tests}, {alpha}, {first} level and {reach}.
+READING = """\
+- {tests} comparisons are tested together at {alpha:g} (Holm). The effect of a comparison is a mean over seeds,
+  of paired differences where two groups are compared, and its interval is of 1 less the level that Holm's
+  procedure gave it.
+- Such an interval is the wider one, at each end, of Student's over the seeds and of the percentile bootstrap
+  over the seeds and, where the outcomes of the test samples are stored, over the samples.
+- A bootstrap of 3 seeds cannot reach beyond the least and the greatest, so that it alone decides nothing;
+  Student's takes the differences between seeds to be normal, which 3 to 5 of them cannot show. At the first of
+  Holm's levels, {first:.2g}, its interval reaches to each side, in standard deviations over the seeds:
+  {reach}. Smaller effects stay undecided.
+- Where all seeds give one and the same value, the interval is as narrow as the samples allow: that is what
+  these seeds and samples say, and no more.
+- In the other tables a mean stands with its bootstrap interval of 95 % over the seeds, not corrected; of 3
+  seeds it is the least and the greatest."""
+
+
 def statistics_section(units: Sequence[Unit]) -> Section:
     """What the intervals are, and how little they can decide."""
     tested = [unit for unit in units if unit.found is not None]
@@ -28,24 +45,8 @@ def statistics_section(units: Sequence[Unit]) -> Section:
     reach = ", ".join(
         f"{student_quantile(1 - first, n - 1) / math.sqrt(n):.1f} with {n} seeds" for n in sizes
     )
-    return Section(
-        "How to read the intervals",
-        [
-            f"- {len(tested)} comparisons are tested together at {ALPHA:g} (Holm). The effect of a comparison is "
-            "a mean over seeds, of paired differences where two groups are compared, and its interval is of 1 "
-            "less the level that Holm's procedure gave it.\n"
-            "- Such an interval is the wider one, at each end, of Student's over the seeds and of the percentile "
-            "bootstrap over the seeds and, where the outcomes of the test samples are stored, over the samples.\n"
-            "- A bootstrap of 3 seeds cannot reach beyond the least and the greatest, so that it alone decides "
-            "nothing; Student's takes the differences between seeds to be normal, which 3 to 5 of them cannot "
-            f"show. At the first of Holm's levels, {first:.2g}, its interval reaches to each side, in standard "
-            f"deviations over the seeds: {reach}. Smaller effects stay undecided.\n"
-            "- Where all seeds give one and the same value, the interval is as narrow as the samples allow: that "
-            "is what these seeds and samples say, and no more.\n"
-            "- In the other tables a mean stands with its bootstrap interval of 95 % over the seeds, not "
-            "corrected; of 3 seeds it is the least and the greatest.",
-        ],
-    )
+    said = READING.format(tests=len(tested), alpha=ALPHA, first=first, reach=reach)
+    return Section("How to read the intervals", [said])
 
 
 def claims_section(claims: Sequence[Claim], units: Sequence[Unit], records: Sequence[Record]) -> Section:
@@ -74,7 +75,7 @@ def _claim_section(
 ) -> Section:
     own = _own(claim, units)
     verdict: Verdict = claim_verdict(claim, units)
-    blocks: list[Block] = [f"**{verdict.capitalize()}.** {claim.text}", _rule_text(claim)]
+    blocks: list[Block] = [f"**{verdict.capitalize()}.** {claim.text}".rstrip(), _rule_text(claim)]
     if own:
         blocks += [_units_table(claim, own), _sides_table(claim, own, settings)]
     not_run = _not_run(claim, own)
@@ -91,7 +92,8 @@ def _rule_text(claim: Claim) -> str:
     rule, what = claim.rule, f"`{claim.metric}` of {claim.a}"
     if claim.b is None:
         return f"Asked: {what} within {rule.threshold[0]:g} and {rule.threshold[-1]:g}."
-    equal = f" Equal: {claim.equal}, within {claim.tolerance:.0%}." if claim.equal else ""
+    within = f"within {claim.tolerance:.0%}" if claim.tolerance else "exactly"
+    equal = f" Equal: {claim.equal}, {within}." if claim.equal else ""
     direction = {"higher": "higher than", "not_lower": "not lower than"}[rule.direction]
     return (
         f"Asked: {what} {direction} that of {claim.b}; threshold {rule.threshold[0]:g}, "
