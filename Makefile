@@ -16,17 +16,18 @@ REAL_RUN ?= runs/real_cpu
 LIMIT ?= 200
 MATRIX_RUN ?= runs/distill_matrix
 QUICK_RUN ?= runs/distill_quick
+GSM8K_RUN ?= runs/distill_gsm8k
 MATRIX ?=
 EXPERIMENTS_RUN ?= runs/experiments/quick
 BENCH ?=
 
-.PHONY: setup setup-gpu demo real experiments distill-matrix distill-quick test test-slow check bench gpu-check
+.PHONY: setup setup-gpu demo real experiments distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: requirements.txt requirements-dev.txt pyproject.toml
+$(VENV)/ready: requirements.txt requirements-dev.txt requirements-lora.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet -r requirements.txt -r requirements-dev.txt
+	pip install --quiet -r requirements.txt -r requirements-dev.txt -r requirements-lora.txt
 	python -c "from pretrain.engine import prepare_extensions; prepare_extensions()"
 	touch $@
 
@@ -60,6 +61,11 @@ experiments: setup
 distill-matrix: setup
 	python distill/matrix.py --out $(MATRIX_RUN) --jobs 2 $(MATRIX)
 	python eval/report.py $(MATRIX_RUN)/*-[0-9] --out $(MATRIX_RUN)/report.html
+
+# GSM8K from scratch, as far as an hour of two cores goes.
+distill-gsm8k: setup
+	python distill/matrix.py --task gsm8k --out $(GSM8K_RUN) --jobs 2 $(MATRIX)
+	python eval/report.py $(GSM8K_RUN)/*-[0-9] --out $(GSM8K_RUN)/report.html
 
 # A quarter of an hour of it.
 distill-quick: setup

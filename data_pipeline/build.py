@@ -162,6 +162,8 @@ def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
         "inputs": inputs,
         "evaluation": [_sha256(file) for file in held_out],
     }
+    if build.recipe.tokenizer.file is not None:
+        identity["tokenizer"] = _sha256(Path(build.recipe.tokenizer.file))
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

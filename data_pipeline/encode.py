@@ -15,7 +15,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 from data_pipeline.shards import IGNORE_INDEX, EncodedDocument
 from data_pipeline.sources import ANSWER_PREFIX, Document, LabelledDocument, TracedDocument
-from data_pipeline.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, STEP_SEPARATOR_ID, Tokenizer
+from data_pipeline.tokenizer import Tokenizer
 
 
 def encoder(source: dict[str, Any], labelled: bool, tokenizer: Tokenizer) -> Callable[[Any], EncodedDocument]:
@@ -51,11 +51,11 @@ class CharacterIds(dict[str, int]):
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self._source, self._tokenizer = source, tokenizer
+        self._source, self.tokenizer = source, tokenizer
 
     def __missing__(self, character: str) -> int:
         assert len(character) == 1, character
-        ids = self._tokenizer.encode(character)
+        ids = self.tokenizer.encode(character)
         if len(ids) != 1:
             raise DataError(
                 f"source {self._source!r} has the character {character!r} in text or labels, which is "
@@ -67,7 +67,8 @@ class CharacterIds(dict[str, int]):
 
 def encode_labelled(document: LabelledDocument, ids: CharacterIds) -> EncodedDocument:
     """One token a character, so that a label stays at its character; bos and eos have no label."""
-    tokens = [BOS_ID, *(ids[character] for character in document.text), EOS_ID]
+    characters = (ids[character] for character in document.text)
+    tokens = [ids.tokenizer.bos_id, *characters, ids.tokenizer.eos_id]
     labels = [IGNORE_INDEX] * len(tokens)
     for index, character in document.labels:
         assert 0 <= index < len(document.text), (index, document.text)
@@ -85,7 +86,7 @@ def encode_question(question: str, tokenizer: Tokenizer) -> list[int]:
             "the tokenizer has no <bot> and <eot>, which a chain of thought needs: build the data with "
             "tokenizer.thought_pieces: true in the recipe"
         )
-    return [*tokenizer.encode(question, bos=True), BOT_ID]
+    return [*tokenizer.encode(question, bos=True), tokenizer.bot_id]
 
 
 def encode_traced(document: TracedDocument, tokenizer: Tokenizer) -> EncodedDocument:
@@ -94,8 +95,10 @@ def encode_traced(document: TracedDocument, tokenizer: Tokenizer) -> EncodedDocu
     Raises DataError for a tokenizer without thought pieces.
     """
     question = encode_question(document.question, tokenizer)
+    assert tokenizer.step_separator_id is not None
+    assert tokenizer.eot_id is not None
     chain: list[int] = []
     for i, step in enumerate(document.steps):
-        chain += [STEP_SEPARATOR_ID] * (i > 0) + tokenizer.encode(step)
+        chain += [tokenizer.step_separator_id] * (i > 0) + tokenizer.encode(step)
     answer = tokenizer.encode(ANSWER_PREFIX) + tokenizer.encode(f" {document.answer}", eos=True)
-    return EncodedDocument([*question, *chain, EOT_ID, *answer], len(question))
+    return EncodedDocument([*question, *chain, tokenizer.eot_id, *answer], len(question))

@@ -106,7 +106,13 @@ def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
 
 
 def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> bytes:
-    """Trains the tokenizer on training documents, each source's share of the bytes by its weight."""
+    """The recipe's tokenizer, or one trained on training documents, each source's share of the bytes by its
+    weight.
+    """
+    wanted = recipe.tokenizer
+    if wanted.file is not None:
+        return Path(wanted.file).read_bytes()
+    assert wanted.vocab_size is not None
     total = sum(float(source["weight"]) for source in recipe.sources)
 
     def selection() -> Iterator[str]:
@@ -125,5 +131,4 @@ def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> byte
                 yield text
 
     bar = tqdm(selection(), desc="train tokenizer", unit=" documents", disable=None)
-    wanted = recipe.tokenizer
     return train_tokenizer(bar, wanted.vocab_size, wanted.model_type, thought_pieces=wanted.thought_pieces)

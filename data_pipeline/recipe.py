@@ -19,10 +19,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    vocab_size: int = MISSING  # upper limit on pieces
+    vocab_size: int | None = None  # upper limit on pieces
     model_type: str = "unigram"  # unigram | bpe
     train_bytes: int = 10_000_000  # UTF-8 bytes of text to train on, shared among the sources by weight
     thought_pieces: bool = False  # <bot> and <eot>, which traced documents need
+    file: str | None = None  # tokenizer.model of an export, used in place of training one
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Recipe:
         result = asdict(self)
         if not self.tokenizer.thought_pieces:  # builds from before there was the switch keep their hash
             del result["tokenizer"]["thought_pieces"]
+        if self.tokenizer.file is None:
+            del result["tokenizer"]["file"]
         return result
 
 
@@ -119,6 +122,14 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def _check(recipe: Recipe, path: Path) -> None:
     if not 0 <= recipe.validation_fraction < 1:
         raise DataError(f"recipe {path}: validation_fraction {recipe.validation_fraction} is not in [0, 1)")
+    if (recipe.tokenizer.file is None) == (recipe.tokenizer.vocab_size is None):
+        raise DataError(
+            f"recipe {path}: tokenizer has file {recipe.tokenizer.file!r} and vocab_size "
+            f"{recipe.tokenizer.vocab_size}: give one of them, the other null: to use a tokenizer or to "
+            "train one"
+        )
+    if recipe.tokenizer.file is not None and not Path(recipe.tokenizer.file).is_file():
+        raise DataError(f"recipe {path}: tokenizer.file {recipe.tokenizer.file} does not exist: mend it")
     if recipe.tokenizer.train_bytes < 1:
         raise DataError(f"recipe {path}: tokenizer.train_bytes {recipe.tokenizer.train_bytes} is below 1")
     if not recipe.sources:

@@ -16,7 +16,7 @@ from data_pipeline.errors import DataError, user_errors
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.order import Stage
 from data_pipeline.shards import IGNORE_INDEX
-from data_pipeline.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from data_pipeline.tokenizer import Tokenizer
 
 
 def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
@@ -77,8 +77,8 @@ def _marked(tokenizer: Tokenizer, tokens: np.ndarray, targets: np.ndarray) -> st
     for start, stop in zip(edges, edges[1:], strict=False):
         text = repr(tokenizer.decode(tokens[start:stop].tolist()))[1:-1]
         parts.append(f"⟦{text}⟧" if masked[start] else text)
-    begin = "<s>" if tokens[0] == BOS_ID else "..."
-    return begin + "".join(parts) + ("</s>" if tokens[-1] == EOS_ID else "...")
+    begin = "<s>" if tokens[0] == tokenizer.bos_id else "..."
+    return begin + "".join(parts) + ("</s>" if tokens[-1] == tokenizer.eos_id else "...")
 
 
 def _labelled(tokenizer: Tokenizer, tokens: np.ndarray, labels: np.ndarray) -> str:

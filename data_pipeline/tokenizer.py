@@ -18,6 +18,7 @@ from pathlib import Path
 import sentencepiece
 
 from data_pipeline.errors import DataError
+from data_pipeline.json_tokenizer import JsonTokenizer
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 BOT_ID, EOT_ID = 4, 5  # begin and end of thought; with thought pieces only
@@ -86,8 +87,8 @@ def train_tokenizer(
 
 
 class Tokenizer:
-    """A trained `tokenizer.model`. Raises DataError if the file is missing or is not one of
-    `train_tokenizer`.
+    """A `tokenizer.model`: one that `train_tokenizer` wrote, or one of a Hugging Face model (see
+    json_tokenizer.py). Raises DataError if the file is missing or neither of them.
 
     `bot_id`, `eot_id` and `step_separator_id` are None where it was trained without thought pieces.
     """
@@ -96,33 +97,16 @@ class Tokenizer:
         path = Path(path)
         if not path.is_file():
             raise DataError(f"tokenizer {path} does not exist: build the data first or mend the path")
-        model = path.read_bytes()
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
-            raise DataError(
-                f"{path} is not a sentencepiece model ({len(model)} bytes): build it again"
-            ) from error
-        ids = [self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()]
-        if ids != [PAD_ID, BOS_ID, EOS_ID]:
-            raise DataError(f"{path} has pad, bos, eos ids {ids}, not [0, 2, 3]: train it with data_pipeline")
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.pad_id, self.bos_id, self.eos_id = PAD_ID, BOS_ID, EOS_ID
-        # A text with "<bot>" in it may have taught a piece of that name, so the id and its type are asked.
-        thought = self._processor.is_control(BOT_ID)
-        self.bot_id: int | None = BOT_ID if thought else None
-        self.eot_id: int | None = EOT_ID if thought else None
-        self.step_separator_id: int | None = STEP_SEPARATOR_ID if thought else None
-        self._last_control_id = EOT_ID if thought else EOS_ID
-        scores = [self._processor.get_score(i) for i in range(self._last_control_id + 1, self.vocab_size)]
-        self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
-        self._kept: dict[str, list[int]] = {}
-        self._kept_characters = 0
-        self._meta_space_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
-        ]
+        content = path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        core: _SentencePiece | JsonTokenizer
+        core = JsonTokenizer(content, path) if content[:1] == b"{" else _SentencePiece(content, path)
+        self._core = core
+        self.vocab_size = core.vocab_size
+        self.pad_id, self.bos_id, self.eos_id = core.pad_id, core.bos_id, core.eos_id
+        self.bot_id: int | None = core.bot_id
+        self.eot_id: int | None = core.eot_id
+        self.step_separator_id: int | None = core.step_separator_id
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of `text`. Raises DataError for a lone surrogate."""
@@ -132,21 +116,7 @@ class Tokenizer:
             raise DataError(
                 f"text has a lone surrogate at character {error.start}, not valid Unicode: remove it"
             ) from error
-        ids = [BOS_ID] if bos else []
-        for i, part in enumerate(text.split(META_SPACE)):
-            if i:
-                ids += self._meta_space_ids
-            ids += self._encode_runs(part) if self._is_bpe else self._processor.encode(part)
-        return ids + [EOS_ID] if eos else ids
-
-    def _encode_runs(self, text: str) -> list[int]:
-        if self._kept_characters > KEPT_CHARACTERS:
-            self._kept, self._kept_characters = {}, 0
-        runs = _RUNS.findall(text)
-        new = [run for run in set(runs) if run not in self._kept]
-        self._kept.update(zip(new, self._processor.encode(new, num_threads=1), strict=True))
-        self._kept_characters += sum(map(len, new))
-        return [token for run in runs for token in self._kept[run]]
+        return [self.bos_id] * bos + self._core.encode(text) + [self.eos_id] * eos
 
     def encode_batch(self, texts: Iterable[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
         return [self.encode(text, bos, eos) for text in texts]
@@ -158,7 +128,59 @@ class Tokenizer:
         for token in ids:
             if not 0 <= token < self.vocab_size:
                 raise DataError(f"token id {token} is not in 0..{self.vocab_size - 1}: wrong tokenizer?")
-        return self._processor.decode([int(token) for token in ids if token > self._last_control_id])
+        return self._core.decode([int(token) for token in ids])
+
+
+class _SentencePiece:
+    """The content of a file that `train_tokenizer` wrote; `path` is named in errors. Raises DataError."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise DataError(
+                f"{path} is not a sentencepiece model ({len(content)} bytes): build it again"
+            ) from error
+        ids = [self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()]
+        if ids != [PAD_ID, BOS_ID, EOS_ID]:
+            raise DataError(f"{path} has pad, bos, eos ids {ids}, not [0, 2, 3]: train it with data_pipeline")
+        self.vocab_size: int = self._processor.vocab_size()
+        self.pad_id, self.bos_id, self.eos_id = PAD_ID, BOS_ID, EOS_ID
+        # A text with "<bot>" in it may have taught a piece of that name, so the id and its type are asked.
+        thought = self._processor.is_control(BOT_ID)
+        self.bot_id = BOT_ID if thought else None
+        self.eot_id = EOT_ID if thought else None
+        self.step_separator_id = STEP_SEPARATOR_ID if thought else None
+        self._last_control_id = EOT_ID if thought else EOS_ID
+        scores = [self._processor.get_score(i) for i in range(self._last_control_id + 1, self.vocab_size)]
+        self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
+        self._kept: dict[str, list[int]] = {}
+        self._kept_characters = 0
+        self._meta_space_ids = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(text.split(META_SPACE)):
+            if i:
+                ids += self._meta_space_ids
+            ids += self._encode_runs(part) if self._is_bpe else self._processor.encode(part)
+        return ids
+
+    def _encode_runs(self, text: str) -> list[int]:
+        if self._kept_characters > KEPT_CHARACTERS:
+            self._kept, self._kept_characters = {}, 0
+        runs = _RUNS.findall(text)
+        new = [run for run in set(runs) if run not in self._kept]
+        self._kept.update(zip(new, self._processor.encode(new, num_threads=1), strict=True))
+        self._kept_characters += sum(map(len, new))
+        return [token for run in runs for token in self._kept[run]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([token for token in ids if token > self._last_control_id])
+        return text
 
 
 def _slices(texts: Iterable[str]) -> Iterator[str]:

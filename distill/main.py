@@ -23,15 +23,16 @@ from distill.student import Student
 from model import ModelConfig
 from model.pretrained import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
+from pretrain.lora import NEW
 from pretrain.main import Run, argument_parser, prepare, start
-
-NEW = "latent_thoughts."  # the parameters that a model has from here on
 
 
 def main() -> None:
     parser = argument_parser("Teach a ZeroModel latent chain of thought.")
     parser.add_argument(
-        "--init", type=Path, help="export/ folder of a run, whose weights this one starts from"
+        "--init",
+        type=Path,
+        help="export/ folder of a run, or of model.hf import, whose weights this one starts from",
     )
     arguments = parser.parse_args()
     start(arguments, lambda: prepare_distillation(arguments))
@@ -53,7 +54,8 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
             with_method(config.model), Tokenizer(loader.tokenizer_path), config.max_steps
         )
 
-    run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete)
+    weights = None if init is None else init / WEIGHTS_NAME
+    run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete, weights)
     distillation = run.model_config.distillation
     # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
     # layers through their keys and values, past the output; KaVa reads kv_b_proj outside its layer too.
@@ -63,10 +65,9 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
             "whose gradients pass through a cache; use ds_configs/zero2.json"
         )
     check_length(run)
-    weights = None if init is None else init / WEIGHTS_NAME
     if weights is not None:
         check_weights(weights, run.model_config)
-    return dataclasses.replace(run, model_class=Student, weights=weights)
+    return dataclasses.replace(run, model_class=Student)
 
 
 def check_data(config: RunConfig, loader: Loader) -> None:
@@ -93,10 +94,12 @@ def check_length(run: Run) -> None:
     limit, latents = run.model_config.max_position_embeddings, run.model_config.latent_cot.num_latents
     longest = max(run.loader.longest_document.values())
     if latents and 2 * longest + latents > limit:
+        mend = f"set it to {2 * longest + latents} or more, which adds no weights"
+        if run.model_config.learned_positions:
+            mend = "leave long documents out of the data, since every place has weights of its own"
         raise ValueError(
             f"model.max_position_embeddings={limit} may be too short for a question and an answer of "
-            f"documents of up to {longest} tokens with {latents} latents; set it to {2 * longest + latents} "
-            "or more, which adds no weights"
+            f"documents of up to {longest} tokens with {latents} latents; {mend}"
         )
 
 

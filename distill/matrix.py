@@ -1,6 +1,7 @@
-"""Every method and control of latent chain of thought, from one teacher a seed, on causal-loop programs.
+"""Every method and control of latent chain of thought, from one teacher a seed, on one task.
 
-    python distill/matrix.py --out DIR [--quick] [--jobs 2] [--methods kava,lotus] [--seeds 0,1,2] [a.b=c ...]
+    python distill/matrix.py --out DIR [--task causal_loop_v2|gsm8k] [--quick] [--jobs 2]
+        [--methods kava,lotus] [--seeds 0,1,2] [a.b=c ...]
 
 Builds the data, trains a teacher for each seed (cot from scratch) and from its export every method by
 distill/main.py, one rank and one thread each; evaluates each with eval/thoughts.py, its test-time controls
@@ -23,43 +24,17 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import user_errors
+from distill.matrix_tasks import REPEATED, TASKS, Size, Task
 from distill.methods import METHODS
 from eval.report_data import read_runs
 from eval.report_thoughts import Arm, figures, read_arms, tables
 from eval.results import format_table
 from experiments.runs import call, run_all, train
 
-TASK = "causal_loop_v2"
 TEACHER = "teacher"
-REPEATED = ("cot", "no_cot", "kava", "lotus", "no_distillation")  # with every seed, the others with the first
-ONCE = ("pause", "coconut", "pccot", "codi", "random_eviction", "uniform_eviction")
-PROGRAM = {"variables": 4, "statements": 6, "names": 5}  # of training and test
-TRAIN_DEPTHS, TEST_DEPTH = [1, 2, 3, 4], 6  # serial depths 5 and 6 are beyond the training
 ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
-BUDGETS = "16,32,48,64"  # of the cache, of answers of about 75 tokens
-
-# What the published numbers of latents become where a trace has 6 steps of at most 11 tokens.
-OVERRIDES = {
-    "pause": ["latent_cot.num_latents=24"],
-    "coconut": ["latent_cot.num_latents=12"],
-    "lotus": ["latent_cot.num_latents=66", "distillation.latent_block=11"],
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is trained and tested."""
-
-    num_programs: int
-    teacher_steps: int
-    student_steps: int
-    num_samples: int  # test programs, over all depths
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-
-FULL = Size(130_000, 2000, 700, 1200, (*REPEATED, *ONCE), (0, 1, 2))
-QUICK = Size(50_000, 1500, 200, 300, REPEATED, (0,))
+BATCH = ("--batch_size", "64")
+NUMBERS = ("num_documents", "teacher_steps", "student_steps", "num_questions")
 
 
 @dataclass(frozen=True)
@@ -100,23 +75,23 @@ def plan(methods: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     return [*(Cell(TEACHER, seed) for seed in used), *students]
 
 
-def training(cell: Cell, size: Size, out: Path, overrides: Sequence[str]) -> list[str]:
+def training(cell: Cell, task: Task, size: Size, out: Path, overrides: Sequence[str]) -> list[str]:
     """What distill/main.py is told, but for output_dir."""
     method = "cot" if cell.teacher is None else cell.method
     steps = size.teacher_steps if cell.teacher is None else size.student_steps
-    given = ["--ds_config", "ds_configs/zero1.json", "--config", "distill/configs/matrix.yaml"]
+    given = ["--ds_config", "ds_configs/zero1.json", "--config", task.config]
     if cell.teacher is not None:
         given += ["--init", str((out / cell.teacher / "export").absolute()), "optimizer.lr=1e-3"]
     given += [f"max_steps={steps}", f"save_every={steps}", f"seed={cell.seed}"]
     given += [f"data.path={(out / 'data').absolute()}", f"model.distillation.method={method}"]
-    return [*given, *(f"model.{override}" for override in OVERRIDES.get(method, [])), *overrides]
+    return [*given, *(f"model.{override}" for override in task.methods.get(method, [])), *overrides]
 
 
-def evaluations(method: str) -> dict[str, list[str]]:
+def evaluations(method: str, task: Task) -> dict[str, list[str]]:
     """By name, what eval/thoughts.py is told of each call beyond the task."""
     if method in (TEACHER, "cot"):
         own = {"own": ["--mode", "cot"]}
-        budgets = {"budget": ["--mode", "cot", "--kv_budget", BUDGETS, "--kv_buffer", "8"]}
+        budgets = {"budget": ["--mode", "cot", "--kv_budget", task.budgets, "--kv_buffer", "8"]}
         return own if method == TEACHER else own | budgets
     if method == "no_cot":
         return {"own": ["--mode", "none"]}
@@ -125,24 +100,20 @@ def evaluations(method: str) -> dict[str, list[str]]:
     return own | {name: ["--replace", name] for name in ("shuffled", "zeroed")}
 
 
-def evaluate(cell: Cell, size: Size, run: Path) -> None:
+def evaluate(cell: Cell, name: str, size: Size, run: Path) -> None:
     """Every evaluation that was not made with the same flags.
 
     Raises:
         ValueError: one failed; the line names its log.
     """
-    options = ",".join(f"{name}={value}" for name, value in {**PROGRAM, "max_depth": TEST_DEPTH}.items())
-    for name, flags in evaluations(cell.method).items():
-        given = ["--task", TASK, "--task_options", options, "--num_samples", str(size.num_samples), *flags]
-        done = run / "eval" / f"{name}.done"
+    for kind, flags in evaluations(cell.method, TASKS[name]).items():
+        given = [*TASKS[name].test_flags(name, size), *flags]
+        done = run / "eval" / f"{kind}.done"
         if done.is_file() and done.read_text() == " ".join(given):
             continue
         where = ("--checkpoint", run.absolute() / "export", "--output_path", run.absolute() / "eval")
-        call(run / "eval" / f"{name}.log", sys.executable, "eval/thoughts.py", *where, *given, *_BATCH)
+        call(run / "eval" / f"{kind}.log", sys.executable, "eval/thoughts.py", *where, *given, *BATCH)
         done.write_text(" ".join(given))
-
-
-_BATCH = ("--batch_size", 64)
 
 
 def keep_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -164,21 +135,20 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def build_data(out: Path, size: Size) -> None:
-    """The programs for training; what is there already stays."""
-    source = {**PROGRAM, "depths": TRAIN_DEPTHS, "num_samples": size.num_programs}
+def build_data(out: Path, task: Task, size: Size) -> None:
+    """The training data; what is there already stays."""
     call(
         out / "build.log",
         *(sys.executable, "data_pipeline/build.py", "--out", (out / "data").absolute()),
-        *("--recipe", "data_pipeline/recipes/distill_causal_loop.yaml"),
-        # A piece for each character: with fewer names than the recipe's 26 the rest would go to merged ones.
-        f"tokenizer.vocab_size={308 - 26 + PROGRAM['names']}",
-        *(f"sources.0.{name}={str(value).replace(' ', '')}" for name, value in source.items()),
+        *("--recipe", task.recipe, *task.build_flags(size)),
     )
 
 
-def run_matrix(size: Size, out: Path, jobs: int, overrides: Sequence[str]) -> dict[str, str]:
+def run_matrix(name: str, size: Size, out: Path, jobs: int, overrides: Sequence[str]) -> dict[str, str]:
     """Data, runs, evaluations, and what is written of them.
+
+    Args:
+        name: of TASKS.
 
     Returns:
         The cells that failed, and why.
@@ -186,15 +156,15 @@ def run_matrix(size: Size, out: Path, jobs: int, overrides: Sequence[str]) -> di
     Raises:
         ValueError: the settings do not fit, the data cannot be built, or no cell was evaluated.
     """
-    cells = plan(size.methods, size.seeds)
-    shared = ("num_programs", "teacher_steps", "student_steps")
-    settings = {**{key: getattr(size, key) for key in shared}, "overrides": list(overrides)}
+    cells, task = plan(size.methods, size.seeds), TASKS[name]
+    shared = ("num_documents", "teacher_steps", "student_steps")
+    settings = {"task": name, **{key: getattr(size, key) for key in shared}, "overrides": list(overrides)}
     keep_settings(out, settings)
-    build_data(out, size)
+    build_data(out, task, size)
 
     def job(cell: Cell) -> None:
-        train(out / cell.name, "distill/main.py", *training(cell, size, out, overrides))
-        evaluate(cell, size, out / cell.name)
+        train(out / cell.name, "distill/main.py", *training(cell, task, size, out, overrides))
+        evaluate(cell, name, size, out / cell.name)
 
     after = {cell.name: cell.teacher for cell in cells if cell.teacher is not None}
     failed = run_all({cell.name: partial(job, cell) for cell in cells}, jobs, after)
@@ -213,21 +183,21 @@ def write_results(
     folders = [folder for folder in folders if any(folder.glob("eval/results_*.json"))]
     if not folders:
         raise ValueError(f"no cell was evaluated: {'; '.join(f'{n}: {p}' for n, p in failed.items())}")
-    arms = read_arms(read_runs(folders)[0]).get(TASK, [])
+    task = settings["task"]
+    arms = read_arms(read_runs(folders)[0]).get(task, [])
     report = {"settings": settings, "failed": failed, "arms": {arm.name: arm_record(arm) for arm in arms}}
     (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    depths = f"{TRAIN_DEPTHS[0]}-{TRAIN_DEPTHS[-1]}"
     text = (
-        f"Causal-loop programs of {PROGRAM['statements']} statements, trained on serial depth {depths}; "
+        f"{TASKS[task].about}; "
         f"teachers {settings['teacher_steps']:,} steps, then every method {settings['student_steps']:,}. "
         "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds: "
         f"one thread, with up to {settings['jobs'] - 1} other cells running.\n"
     )
-    for table in tables(arms):
+    for table in tables(task, arms):
         text += f"\n## {table.title}\n\n{format_table(table.header, table.rows)}\n"
     text += "".join(f"\nFailed: {name}: {problem}\n" for name, problem in failed.items())
     (out / "table.md").write_text(text)
-    for name, figure in figures(TASK, arms).items():
+    for name, figure in figures(task, arms).items():
         figure.savefig(out / f"{name}.png", dpi=110)
     print(text)
     print(f"written: {out / 'results.json'}, table.md and pictures")
@@ -243,20 +213,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare all methods of latent chain of thought.")
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of data, runs and results")
+    add("--task", choices=TASKS, default="causal_loop_v2", help="default: causal_loop_v2")
     add("--quick", action="store_true", help="a cut of minutes: one seed, fewer methods, steps and samples")
     add("--jobs", type=int, default=1, help="cells at once, one thread each (default: 1)")
     add("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
     add("--seeds", metavar="0,1,..", help=f"of {', '.join(REPEATED)}; the others take the first")
-    for name in ("num_programs", "teacher_steps", "student_steps", "num_samples"):
-        add(f"--{name}", type=int, metavar="N", help=f"default: {getattr(FULL, name):,}")
+    for name in NUMBERS:
+        add(f"--{name}", type=int, metavar="N", help="default: the task's, see distill/matrix_tasks.py")
     add("overrides", nargs="*", metavar="a.b=c", help="of all trainings, e.g. model.hidden_size=128")
     return parser.parse_intermixed_args()
 
 
 def sized(arguments: argparse.Namespace) -> Size:
     """The size asked for. Raises ValueError for a number that is none or below 1."""
-    values = asdict(QUICK if arguments.quick else FULL)
-    for name in ("num_programs", "teacher_steps", "student_steps", "num_samples"):
+    task = TASKS[arguments.task]
+    values = asdict(task.quick if arguments.quick else task.full)
+    for name in NUMBERS:
         given = getattr(arguments, name)
         if given is not None and given < 1:
             raise ValueError(f"--{name} {given} must be at least 1")
@@ -275,7 +247,9 @@ def main() -> None:
     with user_errors(ValueError, OSError):
         if arguments.jobs < 1:
             raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
-        failed = run_matrix(sized(arguments), arguments.out, arguments.jobs, arguments.overrides)
+        failed = run_matrix(
+            arguments.task, sized(arguments), arguments.out, arguments.jobs, arguments.overrides
+        )
     sys.exit(1 if failed else 0)
 
 

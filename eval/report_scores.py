@@ -238,7 +238,7 @@ def against_published(runs: Sequence[Run]) -> str:
                         metric,
                         "–" if shots is None else str(shots),
                         str(score["value"]),
-                        _source(model),
+                        source_of(model),
                     )
                 )
     text = ""
@@ -270,7 +270,9 @@ def babi_table(runs: Sequence[Run], published: Sequence[dict[str, Any]]) -> str:
             rows.append((run.name, f"{100 * mean:.2f}", str(failed), "this report"))
     if not rows:
         return ""
-    rows += [(row["model"], f"{row['mean_error']:g}", str(row["failed"]), _source(row)) for row in published]
+    rows += [
+        (row["model"], f"{row['mean_error']:g}", str(row["failed"]), source_of(row)) for row in published
+    ]
     header = ("model", "mean error, percent", "tasks failed (error above 5%)", "source")
     return "<h3>bAbI, 20 tasks</h3>" + html_table(header, rows)
 
@@ -281,7 +283,7 @@ def _label(name: str, metric: str | None, shots: int | None) -> str:
     return f"{name} ({text})" if text else name
 
 
-def _source(entry: dict[str, Any]) -> str:
+def source_of(entry: dict[str, Any]) -> str:
     source: str = entry["source"]
     return source if entry["checked"] else f"{source} (not re-read)"
 

@@ -3,6 +3,7 @@
 Runs whose names differ in a number at the end alone, as kava-0 and kava-1 do, are seeds of one method.
 """
 
+import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from eval.figures import to_html
 from eval.report_data import THOUGHTS, Result, Run, read_results
 from eval.report_figures import RUN_COLORS, Curve, Curves, Guesses, Point, color_of, curves_figure
 from eval.report_html import html_table, note, show
+from eval.report_scores import PUBLISHED, source_of
 from eval.thoughts_answers import Way
 from model import ModelConfig
 
@@ -164,9 +166,9 @@ def _number(value: float | None, form: str) -> str:
 # ---- tables
 
 
-def tables(arms: Sequence[Arm]) -> list[Table]:
+def tables(task: str, arms: Sequence[Arm]) -> list[Table]:
     """All of one task; those without rows are left out."""
-    found = [methods_table(arms), depth_table(arms), sweep_table(arms)]
+    found = [methods_table(arms), depth_table(arms), sweep_table(arms), published_table(task)]
     return [table for table in found if table.rows]
 
 
@@ -230,6 +232,16 @@ def sweep_table(arms: Sequence[Arm]) -> Table:
                 )
     header = ("method", "answers by", "latents", "iterations", "cache budget", "accuracy", "forward passes")
     return Table("Other settings at test time", (*header, "largest cache, bytes"), rows)
+
+
+def published_table(task: str) -> Table:
+    """What the literature reports of GSM8K; without rows for other tasks."""
+    rows: list[tuple[str, ...]] = []
+    if task in ("gsm8k", "icot"):
+        published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["latent_chain_of_thought"]
+        rows = [(row["model"], row["method"], f"{row['value']:g}", source_of(row)) for row in published]
+    title = "Published: GSM8K, pretrained models taught on the 385 thousand problems of GSM8K-AUG"
+    return Table(title, ("model", "method", "accuracy, %", "source"), rows)
 
 
 # ---- pictures
@@ -314,7 +326,7 @@ def thoughts_section(runs: Sequence[Run]) -> str:
     for task, arms in read_arms(runs).items():
         pictures = "".join(to_html(figure, name) for name, figure in figures(task, arms).items())
         text += f"<h3>{task}</h3>" + pictures
-        text += "".join(f"<h4>{t.title}</h4>{html_table(t.header, t.rows)}" for t in tables(arms))
+        text += "".join(f"<h4>{t.title}</h4>{html_table(t.header, t.rows)}" for t in tables(task, arms))
     if not text:
         return ""
     return text + note(

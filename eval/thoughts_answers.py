@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_pipeline.encode import encode_question, encode_traced
 from data_pipeline.sources import ANSWER_PREFIX
-from data_pipeline.tokenizer import EOS_ID, EOT_ID, Tokenizer
+from data_pipeline.tokenizer import Tokenizer
 from eval.inference import pad
 from eval.thoughts_tasks import QuestionSet
 from model import ZeroModel
@@ -82,7 +82,8 @@ def answer_all(
     rows = [encode_question(question.text, tokenizer) for question in data.questions]
     length = max_new_tokens or _longest_answer(tokenizer, data, way.mode)
     if way.mode == "none":
-        rows = [[*row, EOT_ID] for row in rows]
+        assert tokenizer.eot_id is not None  # encode_question has seen to it
+        rows = [[*row, tokenizer.eot_id] for row in rows]
     room = model.config.max_position_embeddings - length - _latent_places(model, way)
     if room < 2:
         raise ValueError(
@@ -93,13 +94,15 @@ def answer_all(
     found: dict[int, Answered] = {}
     with tqdm(total=len(cut), desc=way.mode, unit="question", leave=False) as progress:
         for members in batches([len(row) for row in cut], batch_size, way.replace == "shuffled"):
-            batch = answer_batch(model, [cut[i] for i in members], way, length, seed)
+            batch = answer_batch(model, tokenizer, [cut[i] for i in members], way, length, seed)
             found |= dict(zip(members, batch, strict=True))
             progress.update(len(members))
     alone = {}
     if way.replace != "shuffled" and not way.temperature:  # which takes two questions; votes are not timed
         for i in _timed(data):
-            (single,) = [found[i]] if batch_size == 1 else answer_batch(model, [cut[i]], way, length, seed)
+            (single,) = (
+                [found[i]] if batch_size == 1 else answer_batch(model, tokenizer, [cut[i]], way, length, seed)
+            )
             alone[i] = single.seconds
     truncated = sum(len(row) > room for row in rows)
     return Answers(way.mode, [found[i] for i in range(len(cut))], alone, truncated, length)
@@ -110,7 +113,7 @@ def try_way(model: ZeroModel, tokenizer: Tokenizer, data: QuestionSet, way: Way,
     room = model.config.max_position_embeddings - 1 - _latent_places(model, way)
     rows = [encode_question(question.text, tokenizer) for question in data.questions[:2]]
     if room > 1:  # `answer_all` says what else is wrong
-        answer_batch(model, [row[-room:] for row in rows], way, 1, seed)
+        answer_batch(model, tokenizer, [row[-room:] for row in rows], way, 1, seed)
 
 
 def _latent_places(model: ZeroModel, way: Way) -> int:
@@ -156,7 +159,12 @@ def batches(lengths: Sequence[int], batch_size: int, pairs: bool) -> list[list[i
 
 @torch.inference_mode()
 def answer_batch(
-    model: ZeroModel, prompts: Sequence[list[int]], way: Way, max_new_tokens: int, seed: int
+    model: ZeroModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    way: Way,
+    max_new_tokens: int,
+    seed: int,
 ) -> list[Answered]:
     """Answers to prompts as the mode needs them, see the head of this file.
 
@@ -168,16 +176,17 @@ def answer_batch(
     device = next(model.parameters()).device
     tokens, padded = pad(prompts, device, left=True)
     mask, start = without_padding(padded), _now(device)
-    cache, before = LatentCache(), 0
+    cache, before, eos = LatentCache(), 0, tokenizer.eos_id
     if way.mode == "thoughts":
+        assert tokenizer.eot_id is not None
         new, thoughts = generate_with_thoughts(
             model,
             tokens,
-            EOT_ID,
+            tokenizer.eot_id,
             max_new_tokens,
             mask,
             {**_thinking(way), "seed": seed},
-            eos_token_id=EOS_ID,
+            eos_token_id=eos,
         )
         cache, before, passes = thoughts.cache, thoughts.hidden.shape[1] + 1, 2 + thoughts.passes
     else:
@@ -186,7 +195,7 @@ def answer_batch(
             tokens,
             max_new_tokens,
             attention_mask=mask,
-            eos_token_id=EOS_ID,
+            eos_token_id=eos,
             temperature=way.temperature,
             seed=seed,
             cache=cache,
@@ -198,7 +207,7 @@ def answer_batch(
     token_bytes = width * cache.numel() * model.config.places_per_token // (len(prompts) * cache.length)
     answered = []
     for prompt, line in zip(prompts, new.tolist(), strict=True):
-        own = line[: line.index(EOS_ID) + 1] if EOS_ID in line else line
+        own = line[: line.index(eos) + 1] if eos in line else line
         held = len(prompt) + before
         end, peak = _kept(len(own) - 1, way)
         sizes = (held + end) * token_bytes, (held + peak) * token_bytes

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from data_pipeline import causal_loop_v2
 from data_pipeline.causal_loop_v2_audit import one_step_answer
 from data_pipeline.sources import ANSWER_PREFIX, Problem, TracedDocument, read_gsm8k
-from data_pipeline.tokenizer import EOT_ID, Tokenizer
+from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.traced_sources import read_icot, read_prosqa, traced_causal_loop_v2
 from eval.cli import find_data
 
@@ -43,7 +43,8 @@ def read_answer(text: str) -> str | None:
 
 def read_chain_answer(tokenizer: Tokenizer, tokens: list[int]) -> str | None:
     """The value that stands behind the first <eot> of what was written with a chain of thought."""
-    return read_answer(tokenizer.decode(tokens[tokens.index(EOT_ID) + 1 :])) if EOT_ID in tokens else None
+    eot = tokenizer.eot_id
+    return read_answer(tokenizer.decode(tokens[tokens.index(eot) + 1 :])) if eot in tokens else None
 
 
 def normalize(answer: str) -> str:

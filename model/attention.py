@@ -14,7 +14,7 @@ from .attention_backends import AttentionContext, attend, sdpa
 from .config import ModelConfig
 from .execution import ExecutionConfig
 from .latent_terms import LoopTrace
-from .layers import Linear, RMSNorm, attention_scale, rotate, upcasts
+from .layers import Linear, RMSNorm, attention_scale, rotate, upcasts, whole_weight
 from .recurrence import LatentRefinement
 
 # The reference leaves the latents' norms at its default whatever rms_norm_eps says.
@@ -77,6 +77,7 @@ class MultiHeadLatentAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> AttentionOutput:
         """x (B, T, D) -> the layer's output."""
         c = self.config
+        assert context.rotation is not None
         query = (
             self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         )
@@ -146,7 +147,7 @@ class MultiHeadLatentAttention(nn.Module):
         c, dtype = self.config, q_nope.dtype
         H, C = c.num_attention_heads, c.kv_lora_rank
         B, T = q_nope.shape[:2]
-        expand = self.kv_b_proj.weight.view(H, -1, C)
+        expand = whole_weight(self.kv_b_proj).view(H, -1, C)
         if upcasts(held):
             expand, q_nope, q_rope, held = expand.float(), q_nope.float(), q_rope.float(), held.float()
         w_key, w_value = expand.split([c.qk_nope_head_dim, c.v_head_dim], 1)
@@ -170,7 +171,10 @@ def _joined(nope: Tensor, rope: Tensor) -> Tensor:
 
 
 class GroupedQueryAttention(nn.Module):
-    """Plain attention with fewer key-value heads than query heads; the whole width of a head is rotated."""
+    """Plain attention with fewer key-value heads than query heads.
+
+    The whole width of a head is rotated, unless positions are learned.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, execution: ExecutionConfig) -> None:
         super().__init__()
@@ -182,10 +186,10 @@ class GroupedQueryAttention(nn.Module):
             config.kv_heads,
             config.plain_head_dim,
         )
-        self.q_proj = Linear(D, H * width, bias=False)
-        self.k_proj = Linear(D, G * width, bias=False)
-        self.v_proj = Linear(D, G * width, bias=False)
-        self.o_proj = Linear(H * width, D, bias=False)
+        self.q_proj = Linear(D, H * width, config.use_bias)
+        self.k_proj = Linear(D, G * width, config.use_bias)
+        self.v_proj = Linear(D, G * width, config.use_bias)
+        self.o_proj = Linear(H * width, D, config.use_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
             self.k_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
@@ -199,7 +203,8 @@ class GroupedQueryAttention(nn.Module):
         query, key, value = (y.unflatten(-1, (-1, width)) for y in (flat, self.k_proj(x), self.v_proj(x)))
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, context.rotation), rotate(key, context.rotation)
+        if context.rotation is not None:
+            query, key = rotate(query, context.rotation), rotate(key, context.rotation)
         if context.cache is not None or context.loop is not None:
             context.observe(self.layer, query)
             both = torch.cat((key, value), 2).flatten(2)

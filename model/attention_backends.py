@@ -24,7 +24,7 @@ from .recurrence_config import RecurrenceConfig
 class AttentionContext:
     """What every attention layer of one forward pass shares."""
 
-    rotation: Tensor  # (B or 1, T, R/2) complex, see layers.rotations
+    rotation: Tensor | None  # (B or 1, T, R/2) complex, see layers.rotations; None: positions are learned
     backend: str  # see execution.attention_backend
     mask: Tensor | None  # (B or 1, 1, T, S) booleans, True: may attend; None: plain causal
     token_mask: Tensor | None  # (B, T) booleans, False: padding; None: every token is real
@@ -36,6 +36,7 @@ class AttentionContext:
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document without padding a row
     num_steps: int = 1  # of every loop
     loop: "LoopStep | None" = None  # inside a looped layer
+    positions: Tensor | None = None  # (B or 1, T) int64, where they are learned
     states: list[Tensor] | None = None  # gets the output (B, T, D) of every run of a decoder layer, in order
 
     def observe(self, layer: int, *query: Tensor) -> None:

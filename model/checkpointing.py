@@ -71,4 +71,5 @@ def recomputed(policy: str, function: Callable[..., Any], *inputs: Any) -> Any:
         record = _Record(_SAVED[policy])
         return record, _Replay(record)
 
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    # With the state of the random numbers, so that LoRA's dropout drops the same again.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)

@@ -12,19 +12,9 @@ from . import counts
 from .cache import decodes_exactly
 from .distillation_config import DistillationConfig
 from .latent_cot_config import LatentCoTConfig, check_latent_cot
+from .presets import PRESETS
 from .recurrence_config import HaltingConfig, RecurrenceConfig, check_recurrence
-
-
-@dataclass(frozen=True)
-class YarnConfig:
-    """A context longer than the one first trained on (YaRN, arXiv 2309.00071); DeepSeek-V3's defaults."""
-
-    factor: float = 40.0  # how many times longer
-    original_max_position_embeddings: int = 4096  # the context first trained on, in tokens
-    beta_fast: float = 32.0  # pairs that turn more often than this in the old context keep their speed
-    beta_slow: float = 1.0  # pairs that turn less often than this are slowed down by `factor`
-    mscale: float = 1.0  # temperature of the rotated part of query and key
-    mscale_all_dim: float = 1.0  # temperature of the whole score; 0: none
+from .rope_config import Llama3RopeConfig, YarnConfig, check_rope_scaling, rope_section
 
 
 @dataclass(frozen=True)
@@ -41,10 +31,17 @@ class ModelConfig:
     num_hidden_layers: int = 4  # distinct layers; a looped layer counts once
     max_position_embeddings: int = 2048  # longest sequence, in tokens
     initializer_range: float = 0.02  # standard deviation of the initial weights
-    rms_norm_eps: float = 1e-6
+    # Of the layers' norms and the final one; rms_norm | layer_norm (scale and bias). The norms of queries,
+    # keys and Latent Reasoning Units stay RMSNorm.
+    norm: str = "rms_norm"
+    rms_norm_eps: float = 1e-6  # of either kind
     rms_norm_affine: bool = True  # learned scales in RMSNorm; without them only with use_mla=false
+    # rope | learned: a table of max_position_embeddings vectors, added to the embeddings
+    position_embedding: str = "rope"
     rope_theta: float = 10000.0
-    rope_scaling: YarnConfig | None = None
+    rope_scaling: YarnConfig | Llama3RopeConfig | None = None
+    tie_word_embeddings: bool = False  # the head's matrix is the embedding's
+    use_bias: bool = False  # in the linear layers of attention and of a feed-forward layer without a gate
     embedding_mixing: int = 0  # width of a causal depthwise convolution over the embeddings; 0: none
     num_attention_heads: int = 4
     use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
@@ -60,7 +57,8 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on every head's query and key, before they are rotated
     # Feed-forward layers
     use_moe: bool = True  # mixture of experts; false: every layer is dense
-    hidden_act: str = "silu"  # silu: SwiGLU | relu2: squared ReLU without a gate, only with use_moe=false
+    # silu: SwiGLU | without a gate and only with use_moe=false: relu2: squared ReLU, gelu: by tanh (GPT-2)
+    hidden_act: str = "silu"
     intermediate_size: int = 688  # width of a dense feed-forward layer
     # Mixture of experts
     first_k_dense_replace: int = 1  # this many leading layers are dense, the others are MoE
@@ -93,9 +91,13 @@ class ModelConfig:
         for name in _NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
-        if self.hidden_act not in ("silu", "relu2"):
-            raise ValueError(f"model.hidden_act={self.hidden_act!r} is unknown; choose one of silu, relu2")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
+                )
         self._check_attention()
+        self._check_plain()
         if self.has_experts:
             self._check_experts()
         check_recurrence(self.recurrence, self.num_hidden_layers, self.use_mla)
@@ -105,27 +107,51 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         name = "qk_rope_head_dim" if self.use_mla else "head_dim"
-        if self.rotary_dim % 2 or self.rotary_dim < 2:
+        if not self.learned_positions and (self.rotary_dim % 2 or self.rotary_dim < 2):
             raise ValueError(f"model.{name}={self.rotary_dim} must be even: it rotates in pairs")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.kv_heads}; choose a divisor"
             )
-        plain_only = (
-            ("qk_norm", self.qk_norm, "use_mla", self.use_mla),
-            ("rms_norm_affine=false", not self.rms_norm_affine, "use_mla", self.use_mla),
-            ("hidden_act=relu2", self.hidden_act == "relu2", "use_moe", self.use_moe),
+        check_rope_scaling(self.rope_scaling)
+
+    def _check_plain(self) -> None:
+        """What only the plain forms of attention and feed-forward layer have, and what excludes what."""
+        both = ("use_mla", "use_moe")
+        llama3 = isinstance(self.rope_scaling, Llama3RopeConfig)
+        needs: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
+            ("qk_norm", self.qk_norm, ("use_mla",)),
+            ("rms_norm_affine=false", not self.rms_norm_affine, ("use_mla",)),
+            (f"hidden_act={self.hidden_act}", self.hidden_act != "silu", ("use_moe",)),
+            ("hidden_act=gelu", self.hidden_act == "gelu", both),
+            ("norm=layer_norm", self.norm == "layer_norm", both),
+            ("use_bias=true", self.use_bias, both),
+            ("position_embedding=learned", self.learned_positions, both),
+            ("tie_word_embeddings=true", self.tie_word_embeddings, both),
+            ("rope_scaling.rope_type=llama3", llama3, both),
         )
-        for option, wanted, switch, on in plain_only:
+        for option, wanted, switches in needs:
+            for switch in switches:
+                if wanted and getattr(self, switch):
+                    raise ValueError(f"model.{option} needs the plain form; set model.{switch}=false too")
+        conflicts = (
+            ("use_bias=true", self.use_bias, "hidden_act=silu", self.hidden_act == "silu"),
+            ("norm=layer_norm", self.norm == "layer_norm", "rms_norm_affine=false", not self.rms_norm_affine),
+            *(
+                ("position_embedding=learned", self.learned_positions, f"{name}={value}", value)
+                for name in (
+                    "rope_scaling",
+                    "num_pause_tokens",
+                    "num_memory_tokens",
+                    "num_nextn_predict_layers",
+                )
+                if (value := getattr(self, name)) is not None
+            ),
+        )
+        for option, wanted, other, on in conflicts:
             if wanted and on:
-                raise ValueError(f"model.{option} needs the plain form; set model.{switch}=false too")
-        yarn = self.rope_scaling
-        if yarn is not None and (yarn.factor < 1 or yarn.original_max_position_embeddings < 1):
-            raise ValueError(
-                f"model.rope_scaling has factor={yarn.factor} and original_max_position_embeddings="
-                f"{yarn.original_max_position_embeddings}; both must be at least 1"
-            )
+                raise ValueError(f"model.{option} does not go with {other}; leave one of them out")
 
     def _check_experts(self) -> None:
         if self.n_routed_experts % self.n_group:
@@ -224,6 +250,10 @@ class ModelConfig:
         return self.qk_rope_head_dim if self.use_mla else self.plain_head_dim
 
     @property
+    def learned_positions(self) -> bool:
+        return self.position_embedding == "learned"
+
+    @property
     def has_experts(self) -> bool:
         """Whether any layer, those of multi-token prediction included, is a mixture of experts."""
         return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
@@ -270,7 +300,11 @@ class ModelConfig:
             recurrence = {**base.get("recurrence", {}), **values.get("recurrence", {})}
             values = {**base, **values, "recurrence": recurrence}
         _reject_unknown(values, cls, "model")
-        for key, section in _SECTIONS.items():
+        sections = _SECTIONS
+        scaling = values.get("rope_scaling")
+        if scaling is not None:
+            sections = {**_SECTIONS, "rope_scaling": rope_section(scaling)}
+        for key, section in sections.items():
             if values.get(key) is not None:
                 values[key] = _section(values[key], section, f"model.{key}")
         return cls(**values)
@@ -308,63 +342,16 @@ _NOT_NEGATIVE = (
     "num_pause_tokens",
     "num_memory_tokens",
 )
+_CHOICES = {
+    "hidden_act": ("silu", "relu2", "gelu"),
+    "norm": ("rms_norm", "layer_norm"),
+    "position_embedding": ("rope", "learned"),
+}
 _SECTIONS: dict[str, type] = {
     "recurrence": RecurrenceConfig,
-    "rope_scaling": YarnConfig,
     "halting": HaltingConfig,
     "latent_cot": LatentCoTConfig,
     "distillation": DistillationConfig,
-}
-
-
-def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: int) -> dict[str, Any]:
-    """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of as many weights.
-
-    Its two matrices of width 4D become three of width 8/3 D. A head is split 3:1 into an unrotated and a
-    rotated part, and the latent is D/2 wide.
-    """
-    head = width // heads
-    return {
-        "vocab_size": 50304,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "kv_lora_rank": width // 2,
-        "qk_nope_head_dim": head * 3 // 4,
-        "qk_rope_head_dim": head // 4,
-        "v_head_dim": head,
-        "intermediate_size": width * 8 // 3,
-        "first_k_dense_replace": 0,
-        "moe_intermediate_size": width * 8 // 3,
-        "n_routed_experts": experts,
-        "num_experts_per_tok": 2,
-    }
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": _nanodeepseek(layers=6, width=384, heads=4, kv_heads=4, experts=4),
-    "base": _nanodeepseek(layers=12, width=768, heads=6, kv_heads=6, experts=8),
-    "large": _nanodeepseek(layers=24, width=1536, heads=12, kv_heads=6, experts=8),
-    # A looped model that a laptop trains in minutes: 1 prelude, 1 core x 4, 1 coda layer.
-    "nano": {
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "kv_lora_rank": 64,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "intermediate_size": 384,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "recurrence": {
-            "placement": "block",
-            "ranges": [[1, 1]],
-            "num_steps": 4,
-        },
-    },
 }
 
 

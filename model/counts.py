@@ -15,13 +15,14 @@ def num_parameters(config: "ModelConfig", active: bool = False) -> int:
     """
     d = config.hidden_size
     experts = config.num_experts_per_tok if active else config.n_routed_experts
-    total = 2 * config.vocab_size * d + _norm(config, d)
+    total = (1 if config.tie_word_embeddings else 2) * config.vocab_size * d + _layer_norm(config)
+    total += config.max_position_embeddings * d if config.learned_positions else 0
     total += sum(_layer_parameters(config, i, experts) for i in range(config.num_hidden_layers))
     total += _recurrence_parameters(config)
     total += (config.embedding_mixing + config.num_pause_tokens + config.num_memory_tokens) * d
     if not active:
         module = (
-            _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _norm(config, d) + 2 * d * d
+            _layer_parameters(config, config.num_hidden_layers, experts) + 3 * _layer_norm(config) + 2 * d * d
         )
         total += config.num_nextn_predict_layers * module
         total += _thought_parameters(config)
@@ -108,12 +109,13 @@ def _places_per_token(config: "ModelConfig", sequence_length: int) -> tuple[floa
 
 
 def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
-    norms = 2 * _norm(config, config.hidden_size)
+    norms = 2 * _layer_norm(config)
     if config.use_mla:
         norms += _norm(config, config.kv_lora_rank) + _norm(config, config.q_lora_rank or 0)
     elif config.qk_norm:
         norms += 2 * _norm(config, config.plain_head_dim)
-    return norms + _attention_weights(config) + _feed_forward_weights(config, layer, experts)
+    weights = _attention_weights(config) + _feed_forward_weights(config, layer, experts)
+    return norms + weights + _biases(config)
 
 
 def _layer_flops(config: "ModelConfig", layer: int, sequence_length: float) -> float:
@@ -124,6 +126,18 @@ def _layer_flops(config: "ModelConfig", layer: int, sequence_length: float) -> f
 
 def _norm(config: "ModelConfig", width: int) -> int:
     return width if config.rms_norm_affine else 0
+
+
+def _layer_norm(config: "ModelConfig") -> int:
+    """Of one norm of hidden states, see layers.layer_norm."""
+    return 2 * config.hidden_size if config.norm == "layer_norm" else _norm(config, config.hidden_size)
+
+
+def _biases(config: "ModelConfig") -> int:
+    """Of a layer's plain attention and its feed-forward layer without a gate."""
+    heads = config.num_attention_heads + 2 * config.kv_heads
+    outputs = heads * config.plain_head_dim + config.intermediate_size + 2 * config.hidden_size
+    return outputs if config.use_bias else 0
 
 
 def _attention_weights(config: "ModelConfig") -> int:
@@ -199,5 +213,5 @@ def _recurrence_parameters(config: "ModelConfig") -> int:
         vectors += _norm(config, width) + width * r.position_mixing
     if r.sandwich_norm:
         looped = sum(last - first + 1 for first, last in r.layer_ranges(config.num_hidden_layers))
-        vectors += 2 * _norm(config, config.hidden_size) * looped // units
+        vectors += 2 * _layer_norm(config) * looped // units
     return _recurrence_weights(config) + _key_weights(config) + units * vectors

@@ -14,7 +14,7 @@ from .checkpointing import recomputed
 from .config import ModelConfig
 from .execution import ExecutionConfig
 from .latent_terms import LoopTrace
-from .layers import RMSNorm, call, feed_forward
+from .layers import call, feed_forward, layer_norm
 from .moe import MoE
 
 AUX_TERMS = ("balance", "router_z")
@@ -37,11 +37,10 @@ class DecoderLayer(nn.Module):
         self, config: ModelConfig, layer: int, moe_class: type[MoE], execution: ExecutionConfig
     ) -> None:
         super().__init__()
-        D, eps, affine = config.hidden_size, config.rms_norm_eps, config.rms_norm_affine
         attention = MultiHeadLatentAttention if config.use_mla else GroupedQueryAttention
-        self.input_layernorm = RMSNorm(D, eps, affine)
+        self.input_layernorm = layer_norm(config)
         self.self_attn = attention(config, layer, execution)
-        self.post_attention_layernorm = RMSNorm(D, eps, affine)
+        self.post_attention_layernorm = layer_norm(config)
         self.compile_dense = execution.compile
         self.mlp: nn.Module = (
             moe_class(config, execution) if config.is_moe_layer(layer) else feed_forward(config)
@@ -51,8 +50,8 @@ class DecoderLayer(nn.Module):
         looped = r.placement == "block" and r.range_of(layer, config.num_hidden_layers) is not None
         self.sandwich = r.sandwich_norm and looped
         if self.sandwich:  # CogView, arXiv 2105.13290, section 2.4
-            self.attention_output_layernorm = RMSNorm(D, eps, affine)
-            self.mlp_output_layernorm = RMSNorm(D, eps, affine)
+            self.attention_output_layernorm = layer_norm(config)
+            self.mlp_output_layernorm = layer_norm(config)
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""

@@ -1,4 +1,4 @@
-"""Export to and import from Hugging Face's DeepseekV3 format.
+"""Export to and import from Hugging Face's DeepseekV3 format; import of GPT-2 and Llama (see hf_dense.py).
 
     python -m model.hf export --checkpoint runs/NAME/export --out DIR
     python -m model.hf import --hf DIR --out DIR
@@ -12,8 +12,6 @@ Shapes: E experts, D hidden, V vocabulary.
 
 import argparse
 import dataclasses
-import json
-import os
 import re
 import shutil
 import sys
@@ -21,17 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import ModelConfig, YarnConfig
+from .hf_dense import DENSE, import_dense
+from .hf_files import (
+    MTP_NAME,
+    check_config,
+    read_json,
+    read_weights,
+    rope_parameters,
+    save,
+    take,
+    write_json,
+)
 from .hf_tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
 from .pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_pretrained, save_weights
 from .transformer import ZeroModel
 
-MTP_NAME = "mtp.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for
 
 # Fields of the same name and meaning on both sides.
@@ -104,7 +109,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_attention_heads,
         "first_k_dense_replace": dense,
         "rope_theta": config.rope_theta,
-        "rope_scaling": _hf_rope_scaling(config.rope_scaling),
+        "rope_scaling": _hf_rope_scaling(config),
         "attention_dropout": 0.0,
         "ep_size": 1,
         "use_cache": True,
@@ -116,7 +121,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _hf_rope_scaling(yarn: YarnConfig | None) -> dict[str, Any] | None:
+def _hf_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    yarn = config.rope_scaling  # with latent attention nothing else
     return None if yarn is None else {"rope_type": "yarn", **dataclasses.asdict(yarn)}
 
 
@@ -126,21 +132,12 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: another kind of model, or one that the network here does not compute.
     """
-    for name, expected in _FIXED.items():
-        if values.get(name, expected) != expected:
-            raise ValueError(
-                f"config.json has {name}={values[name]!r}, but only {expected!r} is supported; "
-                "choose another checkpoint"
-            )
-    if values.get("quantization_config"):
-        raise ValueError("config.json has a quantization_config; convert the weights to bf16 first")
-    missing = [name for name in (*_SHARED, "first_k_dense_replace") if name not in values | _DEFAULTS]
-    if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}; it does not describe a DeepseekV3 model")
+    needed = (*_SHARED, "first_k_dense_replace")
+    check_config(values, "DeepseekV3", _FIXED, [name for name in needed if name not in _DEFAULTS])
     if OWN_CONFIG in values:
         own = ModelConfig.from_dict(values[OWN_CONFIG])
         written = hf_config(own)
-        for name in (*_SHARED, "first_k_dense_replace"):
+        for name in needed:
             if values.get(name, _DEFAULTS.get(name)) != written[name]:
                 raise ValueError(
                     f"config.json has {name}={values.get(name)!r}, but its section {OWN_CONFIG!r} says "
@@ -161,11 +158,7 @@ _DEFAULTS: dict[str, Any] = {"num_nextn_predict_layers": 0, "q_lora_rank": None,
 
 
 def _rope_from_hf(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
-    """Base and YaRN of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", values.get("rope_theta", 10000.0)))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    theta, kind, rope = rope_parameters(values)
     if kind == "default":
         return theta, None
     known = [field.name for field in dataclasses.fields(YarnConfig)]
@@ -215,10 +208,10 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
         on_disk = _mtp_to_hf(config, name)
         match = re.fullmatch(r"(.*\.mlp\.experts)\.(w[123])", on_disk)
         if match is None:
-            state[name] = _take(tensors, on_disk, like.shape)
+            state[name] = take(tensors, on_disk, like.shape)
         else:
             parts = (f"{match[1]}.{e}.{_PROJECTIONS[match[2]]}.weight" for e in range(len(like)))
-            state[name] = torch.stack([_take(tensors, part, like.shape[1:]) for part in parts])
+            state[name] = torch.stack([take(tensors, part, like.shape[1:]) for part in parts])
     for layer in range(L, L + config.num_nextn_predict_layers):
         for copy, original in (
             (f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight"),
@@ -229,20 +222,6 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
     if tensors:
         raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} among them")
     return state
-
-
-def _take(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    if name not in tensors:
-        raise ValueError(
-            f"{name} is missing; the folder is not complete or config.json describes another model"
-        )
-    tensor = tensors.pop(name)
-    if tensor.shape != shape or tensor.dtype.itemsize < 2:
-        raise ValueError(
-            f"{name} is {tuple(tensor.shape)} in {tensor.dtype}, expected {tuple(shape)} in bf16 or wider; "
-            "convert the checkpoint first"
-        )
-    return tensor
 
 
 def _mtp_to_hf(config: ModelConfig, name: str) -> str:
@@ -287,12 +266,12 @@ def export_folder(checkpoint: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer, out / TOKENIZER_NAME)
     write_tokenizer(tokenizer, out, model.config.max_position_embeddings)
-    _write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype})
+    write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype})
     first_mtp = model.config.num_hidden_layers
     beyond = {name for name in tensors if _layer_number(name) >= first_mtp}
     if beyond:
-        _save(out / MTP_NAME, {name: tensors[name] for name in beyond})
-    _save(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
+        save(out / MTP_NAME, {name: tensors[name] for name in beyond})
+    save(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
 
 
 def import_folder(hf: Path, out: Path) -> None:
@@ -301,17 +280,16 @@ def import_folder(hf: Path, out: Path) -> None:
     Raises:
         ValueError, FileNotFoundError: a file is missing or damaged, or the model is of another kind.
     """
-    values = _read_json(hf / CONFIG_NAME)
+    values = read_json(hf / CONFIG_NAME)
+    kind = str(values.get("model_type", _FIXED["model_type"]))
+    if kind not in (_FIXED["model_type"], *DENSE):
+        known = ", ".join((_FIXED["model_type"], *DENSE))
+        raise ValueError(f"config.json has model_type={kind!r}; only {known} can be imported")
+    if kind in DENSE:
+        import_dense(values, hf, out)
+        return
     config = config_from_hf(values)
-    tensors: dict[str, Tensor] = {}
-    for path in _weight_files(hf):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; download the folder again")
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); download it again") from None
-    state = from_hf(config, tensors)
+    state = from_hf(config, read_weights(hf))
     if (hf / TOKENIZER_NAME).is_file():
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(hf / TOKENIZER_NAME, out / TOKENIZER_NAME)
@@ -320,42 +298,9 @@ def import_folder(hf: Path, out: Path) -> None:
     save_weights(out, config, state)
 
 
-def _weight_files(hf: Path) -> list[Path]:
-    index = hf / INDEX_NAME
-    names = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else {WEIGHTS_NAME}
-    if (hf / MTP_NAME).is_file():
-        names.add(MTP_NAME)
-    return [hf / name for name in sorted(names)]
-
-
 def _layer_number(name: str) -> int:
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    # Copies: safetensors refuses tensors that share memory, as the rows of stacked experts do.
-    save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
-    os.replace(temporary, path)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give a folder in the Hugging Face format")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no keys; download it again")
-    return values
 
 
 def main() -> None:
@@ -364,7 +309,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a folder that transformers and vLLM read")
     export.add_argument("--checkpoint", type=Path, required=True, help="export/ folder of a run")
-    read = commands.add_parser("import", help="read such a folder")
+    read = commands.add_parser("import", help="read such a folder, or one of GPT-2 or Llama")
     read.add_argument("--hf", type=Path, required=True, help="folder in the Hugging Face format")
     for command in (export, read):
         command.add_argument("--out", type=Path, required=True, help="folder to write")

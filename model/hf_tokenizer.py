@@ -5,6 +5,7 @@ a space to Hugging Face, while data_pipeline keeps it as bytes; and the spelled 
 that byte to Hugging Face if one of its characters is unknown to the tokenizer.
 """
 
+import itertools
 import json
 import struct
 from collections.abc import Iterator
@@ -13,8 +14,7 @@ from typing import Any
 
 PAD_TOKEN_ID, UNK_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2, 3
 META_SPACE = "\u2581"
-# A space in the name: no text can spell a control token, for spaces become META_SPACE first.
-CONTROL_TOKENS = ("<pad >", "<unk >", "<s >", "</s >")
+NUM_CONTROL_TOKENS = 4  # of every tokenizer; thought pieces <bot> and <eot> may follow
 NEVER = -1e4  # a score, in nats
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6  # SentencePiece.Type
@@ -27,7 +27,10 @@ def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
         ValueError: the file is not a sentencepiece model, or one of another kind than data_pipeline trains.
     """
     pieces, model_type = _read_sentencepiece(model)
-    vocabulary = [*CONTROL_TOKENS, *(piece for piece, _, _ in pieces[len(CONTROL_TOKENS) :])]
+    leading = itertools.takewhile(lambda piece: piece[2] in (_CONTROL, _UNKNOWN), pieces)
+    # A space in the name: no text can spell a control token, for spaces become META_SPACE first.
+    control = [f"{piece[:-1]} >" for piece, _, _ in leading]
+    vocabulary = [*control, *(piece for piece, _, _ in pieces[len(control) :])]
     # sentencepiece finds neither control nor byte pieces in a text; a text that spells the name of a byte
     # must be cheaper in any other way.
     scores = [NEVER if kind in (_CONTROL, _UNKNOWN, _BYTE) else score for _, score, kind in pieces]
@@ -45,7 +48,7 @@ def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
                 "normalized": False,
                 "special": True,
             }
-            for i, token in enumerate(CONTROL_TOKENS)
+            for i, token in enumerate(control)
         ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": META_SPACE},
         "pre_tokenizer": None,
@@ -58,9 +61,11 @@ def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
                 {"type": "Fuse"},
             ],
         },
-        "model": _unigram(vocabulary, scores) if model_type == _UNIGRAM else _bpe(vocabulary, scores),
+        "model": _unigram(vocabulary, scores)
+        if model_type == _UNIGRAM
+        else _bpe(vocabulary, scores, len(control)),
     }
-    pad, unk, bos, eos = CONTROL_TOKENS
+    pad, unk, bos, eos = control[:NUM_CONTROL_TOKENS]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": pad,
@@ -80,19 +85,19 @@ def _unigram(vocabulary: list[str], scores: list[float]) -> dict[str, Any]:
     return {"type": "Unigram", "unk_id": UNK_TOKEN_ID, "vocab": vocab, "byte_fallback": True}
 
 
-def _bpe(vocabulary: list[str], scores: list[float]) -> dict[str, Any]:
+def _bpe(vocabulary: list[str], scores: list[float], num_control: int) -> dict[str, Any]:
     """Merges in the order of their results' scores, as sentencepiece applies them."""
     ids = {piece: i for i, piece in enumerate(vocabulary)}
     merges = [
         (-scores[i], piece[:cut], piece[cut:])
-        for i, piece in enumerate(vocabulary[len(CONTROL_TOKENS) :], len(CONTROL_TOKENS))
+        for i, piece in enumerate(vocabulary[num_control:], num_control)
         for cut in range(1, len(piece))
         if piece[:cut] in ids and piece[cut:] in ids
     ]
     merges.sort(key=lambda merge: merge[0])
     return {
         "type": "BPE",
-        "unk_token": CONTROL_TOKENS[UNK_TOKEN_ID],
+        "unk_token": vocabulary[UNK_TOKEN_ID],
         "vocab": ids,
         "merges": [[left, right] for _, left, right in merges],
         "fuse_unk": True,
@@ -113,7 +118,7 @@ def _read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], int]:
                 model_type = dict(_fields(value)).get(3, _UNIGRAM)
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error, AttributeError):
         raise ValueError(f"{path} is not a sentencepiece model; export the checkpoint again") from None
-    if len(pieces) <= len(CONTROL_TOKENS) or model_type not in (_UNIGRAM, _BPE):
+    if len(pieces) <= NUM_CONTROL_TOKENS or model_type not in (_UNIGRAM, _BPE):
         raise ValueError(f"{path} is not a unigram or BPE model with pieces; train it with data_pipeline")
     return pieces, model_type
 

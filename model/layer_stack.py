@@ -16,7 +16,7 @@ from .config import ModelConfig
 from .decoder import AUX_TERMS, DecoderLayer, run_layer
 from .execution import ExecutionConfig
 from .latent_terms import LoopTrace
-from .layers import RMSNorm
+from .layers import layer_norm
 from .memory import RecurrentMemory
 from .moe import MoE
 from .mtp import MTPModule
@@ -52,6 +52,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.execution, L = config, execution, config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.embedding_mixing:
             taps = config.embedding_mixing
             # From zero it learns too, a third slower: docs/LOG.md.
@@ -69,7 +71,7 @@ class Transformer(nn.Module):
             self.pause_tokens = nn.Embedding(config.num_pause_tokens, config.hidden_size)
         if config.num_memory_tokens:
             self.memory = RecurrentMemory(config)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
+        self.norm = layer_norm(config)
         if config.num_nextn_predict_layers:
             modules = range(L, L + config.num_nextn_predict_layers)
             self.mtp = nn.ModuleList(MTPModule(config, i, moe_class, execution) for i in modules)
@@ -114,11 +116,14 @@ class Transformer(nn.Module):
         """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D).
 
         Args:
-            embedded: (B, T, D) in place of the tokens' embeddings; mixed with their neighbours as those are.
+            embedded: (B, T, D) in place of the tokens' embeddings; mixed with their neighbours and placed as
+                those are.
         """
         x = self.embed_tokens(tokens) if embedded is None else embedded
         if self.config.embedding_mixing:
             x = x + self.embedding_mixing(x, context, ("embedding", 0))
+        if self.config.learned_positions:
+            x = x + self.embed_positions(context.positions)
         if not self.config.num_pause_tokens:
             return x
         pauses = self.pause_tokens(torch.arange(self.config.num_pause_tokens, device=x.device))

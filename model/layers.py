@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig, YarnConfig
+from .config import ModelConfig
+from .rope_config import Llama3RopeConfig, YarnConfig
 
 
 @functools.cache
@@ -91,6 +92,17 @@ class Linear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+def whole_weight(layer: nn.Module) -> Tensor:
+    """The weight (out, in) that a Linear multiplies by, for products formed outside of it.
+
+    Of one that pretrain/lora.py adapted W + alpha/r B A, without dropout.
+    """
+    adapted: Any = layer
+    if isinstance(layer, Linear):
+        return layer.weight
+    return adapted.weight + sum(adapted.get_delta_weight(name) for name in adapted.active_adapters)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (Zhang & Sennrich 2019, eq. 4), with a learned scale if `affine`."""
 
@@ -105,12 +117,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
 
 
+def layer_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
+    """A norm of hidden states, of the config's kind (LayerNorm: Ba et al. 2016)."""
+    if config.norm == "layer_norm":
+        return nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
+
+
 def rotations(position_ids: Tensor, config: ModelConfig) -> Tensor:
     """(B, T, R/2) complex factors cos + i sin of positions (B, T) (Su et al. 2021, eq. 15; YaRN, eq. 23)."""
     R = config.rotary_dim
     exponents = torch.arange(0, R, 2, device=position_ids.device, dtype=torch.float32) / R
     frequencies, scale = config.rope_theta**-exponents, 1.0
-    if config.rope_scaling is not None:
+    if isinstance(config.rope_scaling, Llama3RopeConfig):
+        frequencies = _llama3_frequencies(frequencies, config.rope_scaling)
+    elif config.rope_scaling is not None:
         frequencies = _yarn_frequencies(frequencies, config.rope_theta, config.rope_scaling)
         scale = _yarn_rotary_scale(config.rope_scaling)
     angles = position_ids[..., None].float() * frequencies
@@ -137,6 +158,14 @@ def _yarn_frequencies(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Te
     return frequencies / yarn.factor * slowed + frequencies * (1 - slowed)
 
 
+def _llama3_frequencies(frequencies: Tensor, scaling: Llama3RopeConfig) -> Tensor:
+    """Slows the slowly turning pairs down by `factor`, with a ramp between (Llama 3.1's reference code)."""
+    turns = frequencies * (scaling.original_max_position_embeddings / (2 * math.pi))  # in the old context
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = ((turns - scaling.low_freq_factor) / width).clamp(0, 1)
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept
+
+
 def _yarn_rotary_scale(yarn: YarnConfig) -> float:
     """Factor on cos and sin; without both temperatures YaRN's own (eq. 22)."""
     if yarn.mscale and yarn.mscale_all_dim:
@@ -147,7 +176,7 @@ def _yarn_rotary_scale(yarn: YarnConfig) -> float:
 def attention_scale(config: ModelConfig) -> float:
     """Factor on query-key products: 1/sqrt(width), times DeepSeek's squared YaRN temperature."""
     scale = (config.qk_head_dim if config.use_mla else config.plain_head_dim) ** -0.5
-    if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
+    if isinstance(config.rope_scaling, YarnConfig) and config.rope_scaling.mscale_all_dim:
         scale *= _temperature(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
     return scale
 
@@ -229,29 +258,36 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if few_rows(x):
+        if few_rows(x) or not isinstance(self.gate_proj, Linear):  # adapted, see pretrain/lora.py
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         rows = x.reshape(-1, x.shape[-1])
         return GatedFeedForward.apply(rows, gate, up, down, DENSE, product_dtype(x)).view_as(x)
 
 
-class SquaredReLU(nn.Module):
-    """Feed-forward layer without a gate: down(relu(up(x))^2) (Primer, arXiv 2109.08668, section 3)."""
+class UngatedFeedForward(nn.Module):
+    """Feed-forward layer without a gate, down(act(up(x))).
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    act: relu2, relu(x)^2 (Primer, arXiv 2109.08668, section 3), or gelu by its tanh approximation
+    (Hendrycks & Gimpel 2016), as GPT-2 has it.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.gelu = config.hidden_act == "gelu"
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.use_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x)).square())
+        up = self.up_proj(x)
+        return self.down_proj(F.gelu(up, approximate="tanh") if self.gelu else F.relu(up).square())
 
 
-def feed_forward(config: ModelConfig) -> SwiGLU | SquaredReLU:
+def feed_forward(config: ModelConfig) -> SwiGLU | UngatedFeedForward:
     """The dense feed-forward layer of a config."""
-    kind = SwiGLU if config.hidden_act == "silu" else SquaredReLU
-    return kind(config.hidden_size, config.intermediate_size)
+    if config.hidden_act == "silu":
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    return UngatedFeedForward(config)
 
 
 def call(module: nn.Module, compiled: bool, *inputs: Any) -> Any:

@@ -10,7 +10,7 @@ from .attention_backends import AttentionContext
 from .config import ModelConfig
 from .decoder import DecoderLayer, LayerOutput
 from .execution import ExecutionConfig
-from .layers import Linear, RMSNorm
+from .layers import Linear, layer_norm
 from .losses import IGNORE_INDEX
 from .moe import MoE
 
@@ -22,11 +22,11 @@ class MTPModule(nn.Module):
         self, config: ModelConfig, layer: int, moe_class: type[MoE], execution: ExecutionConfig
     ) -> None:
         super().__init__()
-        D, eps, affine = config.hidden_size, config.rms_norm_eps, config.rms_norm_affine
-        self.enorm, self.hnorm = RMSNorm(D, eps, affine), RMSNorm(D, eps, affine)
+        D = config.hidden_size
+        self.enorm, self.hnorm = layer_norm(config), layer_norm(config)
         self.eh_proj = Linear(2 * D, D, bias=False)
         self.layer = DecoderLayer(config, layer, moe_class, execution)
-        self.norm = RMSNorm(D, eps, affine)
+        self.norm = layer_norm(config)
 
     def forward(self, hidden: Tensor, embedded: Tensor, context: AttentionContext) -> LayerOutput:
         """Eq. 21 and 22.

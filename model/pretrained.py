@@ -40,6 +40,11 @@ def load_config(directory: str | Path) -> ModelConfig:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); export the checkpoint again") from None
+    if "model_type" in values:
+        raise ValueError(
+            f"{path} describes a Hugging Face model; convert it first: python -m model.hf import --hf "
+            f"{directory} --out DIR"
+        )
     return ModelConfig.from_dict(values)
 
 

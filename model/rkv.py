@@ -174,8 +174,10 @@ def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, T
 
 
 def expanded_keys(model: "ZeroModel", layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cached_keys with the rotation by positions (B or 1, S) taken back: keys before RoPE, and values."""
+    """cached_keys with any rotation by positions (B or 1, S) taken back: keys before RoPE, and values."""
     keys, values = cached_keys(model, layer, held)
+    if model.config.learned_positions:
+        return keys, values
     width = model.config.rotary_dim
     turned_back = rotate(keys[..., -width:], rotations(positions, model.config).reciprocal())
     return torch.cat((keys[..., :-width], turned_back), -1), values

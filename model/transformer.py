@@ -26,8 +26,9 @@ from .initialization import initialize
 from .latent_cot_modules import LatentThoughts
 from .latent_terms import LATENT_TERMS
 from .layer_stack import Transformer, TransformerOutput, no_aux
-from .layers import linear, rotations
-from .losses import IGNORE_INDEX, chunked_cross_entropy, plain_loss_terms, total_loss
+from .layers import rotations
+from .lm_head import LMHead
+from .losses import IGNORE_INDEX, plain_loss_terms, total_loss
 from .moe import MoE
 from .mtp import shifted
 from .recurrence import stacked_traces
@@ -48,24 +49,6 @@ class ModelOutput(NamedTuple):
     num_iterations: Tensor | None = None  # (U, B, T)
     ponder_cost: Tensor | None = None  # (U, B, T)
     residuals: Tensor | None = None  # (U, N)
-
-
-class LMHead(nn.Module):
-    """Projection to the vocabulary, which also forms the loss: see losses.py for why."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, share: Tensor | None = None) -> Tensor:
-        """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) their summed cross-entropy.
-
-        share: (B, T) factor on each target's loss; None: 1.
-        """
-        if targets is None:
-            return linear(hidden, self.weight)
-        share = None if share is None else share.flatten()
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), share)
 
 
 class ZeroModel(nn.Module):
@@ -91,10 +74,10 @@ class ZeroModel(nn.Module):
         super().__init__()
         self.config, self.execution = config, execution or ExecutionConfig()
         self.model = Transformer(config, moe_class, self.execution)
-        self.lm_head = LMHead(config)
+        self.lm_head = LMHead(config, self.model.embed_tokens)
         if config.latent_cot.num_latents:
             self.latent_thoughts = LatentThoughts(config)
-        if not self.lm_head.weight.is_meta:  # on the meta device there are shapes only
+        if not self.model.embed_tokens.weight.is_meta:  # on the meta device there are shapes only
             initialize(self, seed)
 
     def forward(
@@ -317,8 +300,11 @@ class ZeroModel(nn.Module):
             position_ids = _positions(real, cu_seqlens)[:, past:] if position_ids is None else position_ids
         elif position_ids is None:
             position_ids = torch.arange(past, S, device=tokens.device)[None]
-        rotation = rotations(position_ids, self.config)
-        context = AttentionContext(rotation, "sdpa", None, token_mask, cache=cache, segment=segment)
+        context = AttentionContext(None, "sdpa", None, token_mask, cache=cache, segment=segment)
+        if self.config.learned_positions:
+            context.positions = position_ids
+        else:
+            context.rotation = rotations(position_ids, self.config)
         self._choose_backend(context, tokens, segment, cu_seqlens)
         return context
 

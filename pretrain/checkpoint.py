@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from model import ModelConfig
+
 if TYPE_CHECKING:  # the offline export reads checkpoints without an engine
     from pretrain.engine import Engine
 
@@ -51,6 +53,7 @@ class TrainingState:
     ep_size: int
     zero_stage: int
     optimizer: str = "adamw"  # optimizer.kind
+    lora: dict[str, Any] | None = None  # see lora.identity; None: all weights are trained
 
 
 class Saver:
@@ -329,9 +332,13 @@ def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
 
 
 def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) -> None:
-    """Raises ValueError for the first thing in which the checkpoint and this run differ."""
-    for key in sorted(found.model | wanted.model):
-        theirs, ours = found.model.get(key), wanted.model.get(key)
+    """Raises ValueError for the first thing in which the checkpoint and this run differ.
+
+    A key of the model that is younger than the checkpoint has its default there.
+    """
+    recorded = ModelConfig.from_dict(found.model).to_dict()
+    for key, ours in wanted.model.items():
+        theirs = recorded[key]
         if theirs != ours and key != "preset":
             raise ValueError(
                 f"checkpoint {folder} is of another model: its {key} is {theirs}, the config's is {ours}; "
@@ -342,6 +349,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "global_batch_size": "use the same value or another output_dir",
         "optimizer": "use the same optimizer.kind",
+        "lora": "use the same lora.r, lora.alpha and --init, or another output_dir",
     }
     for key, mend in mends.items():
         theirs, ours = getattr(found, key), getattr(wanted, key)

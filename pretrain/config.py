@@ -6,6 +6,7 @@ JSON owns ZeRO stage, precision, offload and communication, and says "auto" for 
 
 import dataclasses
 import json
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from data_pipeline.order import Stage
 from model.config import ModelConfig, nearest
 from model.execution import ExecutionConfig
 from pretrain.evaluation import EvaluationConfig
+from pretrain.lora import LoraConfig
 
 
 @dataclass
@@ -105,6 +107,7 @@ class RunConfig:
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  # pretrain/evaluation.py
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    lora: LoraConfig | None = None  # pretrain/lora.py, for distill/main.py; null: all weights are trained
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/execution.py
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
 
@@ -209,6 +212,10 @@ def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> 
         if key not in fields:
             raise ValueError(f"unknown config key {prefix}{key}{nearest(str(key), list(fields))}")
         kind = fields[key]
+        if value is None and type(None) in typing.get_args(kind):
+            continue
+        if isinstance(kind, types.UnionType):
+            kind = typing.get_args(kind)[0]
         section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
         if (section or typing.get_origin(kind) is dict) and not isinstance(value, dict):
             raise ValueError(f"{prefix}{key}={value!r} must be a section with keys")
@@ -259,6 +266,8 @@ def _check(config: RunConfig) -> None:
         raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")
     _check_optimizer(config.optimizer, config.max_steps)
     config.evaluation.check(config.save_every, config.optimizer.kind)
+    if config.lora is not None:
+        config.lora.check(config.ep_size, config.optimizer.kind)
 
 
 def _check_optimizer(o: OptimizerConfig, max_steps: int) -> None:

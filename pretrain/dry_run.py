@@ -40,6 +40,7 @@ def describe(run: "Run") -> str:
     length = config.data.sequence_length
     forward, training = model.flops_per_token(length), training_flops_per_token(model, length)
     source = "the first step" if run.resume_from is None else str(run.resume_from)
+    adapters = "" if config.lora is None else " without lora, with which it is less"
     lines = [
         resolved.rstrip(),
         "",
@@ -50,7 +51,7 @@ def describe(run: "Run") -> str:
         f"a step           {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",
         f"layout           {layout.gpus} ranks, ep_size {layout.ep}, ZeRO stage {layout.stage}, "
         f"{accumulation} micro-batches of {micro} rows a rank",
-        f"memory of a rank {_megabytes(sum(predicted.values()))}, predicted",
+        f"memory of a rank {_megabytes(sum(predicted.values()))}, predicted{adapters}",
         *(f"  {part:24}{_megabytes(size)}" for part, size in predicted.items()),
     ]
     return "\n".join(lines)

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
+from model.moe import MoE
 from pretrain.checkpoint import EMA, read
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage
@@ -59,6 +60,7 @@ from pretrain.expert_parallel import (
     local_experts,
     reduce_gradients_when_complete,
 )
+from pretrain.lora import adapt, seed_dropout
 from pretrain.optim import parameter_groups
 from pretrain.stability import SpikeGuard
 
@@ -203,9 +205,13 @@ class Engine:
     ) -> None:
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
-        moe_class = expert_parallel_class(config.ep_size)
+        # DeepSpeed cannot save experts of AutoEP that are frozen.
+        moe_class = MoE if config.lora else expert_parallel_class(config.ep_size)
         model = model_class(model_config, moe_class, config.seed, config.execution)
         self._start_from(model, weights or {})
+        self.lora, self.seed = config.lora, config.seed
+        if config.lora is not None:
+            adapt(model, config.lora, config.seed)
         # ZeRO-3 gathers a decoder layer at once instead of each of its modules: at small sizes the hooks of
         # single modules cost more than the arithmetic.
         set_z3_leaf_modules(model, [DecoderLayer])
@@ -284,6 +290,8 @@ class Engine:
     def train(self, step: int = 0) -> None:
         """To training mode, for optimizer step `step`, from 0, which a model with a curriculum asks for."""
         self.model.training_step = step
+        if self.lora is not None:
+            seed_dropout(self.seed, step, rank())
         self.deepspeed.train()
 
     def eval(self) -> None:
@@ -297,7 +305,9 @@ class Engine:
 
     def snapshot(self) -> dict[str, Any]:
         """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
-        self.deepspeed.save_checkpoint(".", "snapshot", save_latest=False)
+        self.deepspeed.save_checkpoint(
+            ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.lora is not None
+        )
         files, self.snapshots.files = self.snapshots.files, {}
         if self.average is not None:
             files.update(self._average_files())
@@ -306,7 +316,9 @@ class Engine:
     def load(self, checkpoint: Path) -> None:
         """Loads a checkpoint of the same layout."""
         with no_pickle_code():
-            loaded, _ = self.deepspeed.load_checkpoint(str(checkpoint.parent), checkpoint.name)
+            loaded, _ = self.deepspeed.load_checkpoint(
+                str(checkpoint.parent), checkpoint.name, load_module_strict=self.lora is None
+            )
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
         self.load_average(checkpoint)
@@ -333,7 +345,7 @@ class Engine:
         if not folder.is_dir():
             return
         with self.average.in_place():
-            for name, parameter in self.model.named_parameters():
+            for name, parameter in self._trained():
                 value = load_file(folder / f"{name}.safetensors")[name]
                 self._set_full_parameter(
                     parameter, local_experts(value, self.ep_size) if is_expert(parameter) else value
@@ -388,9 +400,9 @@ class Engine:
         self.deepspeed.global_steps = step
 
     def full_shapes(self) -> dict[str, torch.Size]:
-        """Shape of every parameter over all ranks."""
+        """Shape of every trained parameter over all ranks."""
         shapes = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
             shapes[name] = (
                 torch.Size((shape[0] * self.ep_size, *shape[1:])) if is_expert(parameter) else shape
@@ -398,12 +410,18 @@ class Engine:
         return shapes
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and full fp32 value of every tensor of the state dict, one at a time; all ranks take part."""
+        """Name and full fp32 value of all that training changes, one at a time; all ranks take part.
+
+        That is the state dict, but for what LoRA freezes.
+        """
         yield from self._full_parameters()
         yield from self.buffers().items()
 
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
     def _full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             value = safe_get_full_fp32_param(parameter)
             if value is None:
                 raise RuntimeError(f"ZeRO holds no fp32 copy of {name}")

@@ -20,7 +20,7 @@ from data_pipeline.errors import user_errors
 from data_pipeline.shards import Manifest
 from model import ModelConfig, ZeroModel
 from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
-from pretrain import checkpoint
+from pretrain import checkpoint, lora
 
 
 def describe_data(manifest: Manifest) -> dict[str, Any]:
@@ -95,6 +95,8 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     own_buffers = {name: b for name, b in buffers.items() if name in expected}  # others are the trainer's
     for target, parameters in exports.items():
         values = parameters | own_buffers
+        if state.lora is not None:
+            values = lora.merged(run, values, state.lora["alpha"] / state.lora["r"])
         assert values.keys() == expected.keys(), values.keys() ^ expected.keys()
         values = {name: values[name].view(expected[name].shape) for name in expected}
         write_export(target, config, values, run)

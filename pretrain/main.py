@@ -24,7 +24,7 @@ from data_pipeline.loader import Loader
 from data_pipeline.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
 from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME
-from pretrain import checkpoint
+from pretrain import checkpoint, lora
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
 from pretrain.dry_run import describe
@@ -112,11 +112,13 @@ def prepare(
     ds_config_path: str,
     overrides: list[str],
     complete: Callable[[RunConfig, Loader], None] | None = None,
+    weights: Path | None = None,
 ) -> Run:
     """Reads and checks configs, data and checkpoint for this rank.
 
     Args:
         complete: fills in what of the config's `model` follows from the data.
+        weights: see Run.
 
     Raises:
         ValueError, OSError: one line for the user.
@@ -141,10 +143,13 @@ def prepare(
         ep_size=config.ep_size,
         zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
         optimizer=config.optimizer.kind,
+        lora=None if config.lora is None else lora.identity(config.lora, weights),
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = _choose_checkpoint(config, state, announce=rank == 0)
-    return Run(config, model_config, ds_config, loader, validation, micro, state, resume_from)
+    return Run(
+        config, model_config, ds_config, loader, validation, micro, state, resume_from, weights=weights
+    )
 
 
 def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader:
@@ -281,7 +286,9 @@ def _train(run: Run) -> None:
             trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
     if rank() == 0:
         with user_errors(OSError):
-            _write_run_folder(run)
+            _write_run_folder(run, sum(shape.numel() for shape in engine.full_shapes().values()))
+            if run.config.lora is not None and weights is not None:
+                lora.save_base(run.folder, weights)
     engine.barrier()
     # All ranks judge the training and its checkpoints alike, but one alone may read a damaged shard.
     with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
@@ -317,11 +324,17 @@ def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
         if rank() == 0:
             weights[key] = value.cpu()
     if rank() == 0:
+        if run.config.lora is not None:
+            weights = lora.merged(run.folder, weights, run.config.lora.alpha / run.config.lora.r)
         write_export(run.folder / name, run.model_config, weights, run.folder)
 
 
-def _write_run_folder(run: Run) -> None:
-    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer."""
+def _write_run_folder(run: Run, trained: int) -> None:
+    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer.
+
+    Args:
+        trained: parameters that are.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "DONE").unlink(missing_ok=True)
     resolved = {**asdict(run.config), "model": run.model_config.to_dict()}
@@ -332,9 +345,10 @@ def _write_run_folder(run: Run) -> None:
     described = json.dumps(describe_data(run.loader.manifest), indent=2)
     (run.folder / TRAINING_DATA_NAME).write_text(described + "\n")
     counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
-    peak = peak_tflops(run.config)
+    peak, how = peak_tflops(run.config), "" if run.config.lora is None else " (LoRA)"
     print(
         f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active a token), "
+        f"{trained:,} trained{how}, "
         f"{run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
         f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step, "
         + ("no MFU: set peak_tflops" if peak is None else f"MFU and HFU of {peak:g} TFLOP/s a device")

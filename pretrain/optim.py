@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 
 from model.causal_mixing import CausalMixing
+from model.lm_head import LMHead
 from model.moe import Router
-from model.transformer import LMHead
 from pretrain.config import OptimizerConfig
 
 # Muon is for matrices that map hidden states to hidden states; its author leaves embeddings, the head and
@@ -36,7 +36,7 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups of torch.optim, each parameter in one.
+    """Parameter groups of torch.optim, each parameter that is not frozen in one.
 
     Weight decay acts on everything with two axes or more but embeddings (learned input vectors: of tokens,
     pause tokens, first memory); norms, biases and scales of iteration embeddings are vectors. So it does
@@ -48,7 +48,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         owner = owners[id(parameter)]
         matrix = parameter.dim() >= 2 and not isinstance(owner, nn.Embedding)
         hidden = matrix and min(parameter.shape[-2:]) > 1 and not isinstance(owner, _NOT_FOR_MUON)

@@ -148,7 +148,7 @@ def _used_soon(
 def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], list[str]]:
     """Modules in the order in which a micro-batch uses them, forward and backward."""
     r, L, done = config.recurrence, config.num_hidden_layers, 0
-    forward = ["embed_tokens", "embedding_mixing", "pause_tokens", "memory"]
+    forward = ["embed_tokens", "embed_positions", "embedding_mixing", "pause_tokens", "memory"]
     backward: list[str] = []
     for number, (first, last) in enumerate(r.layer_ranges(L) if r.placement == "block" else []):
         before = [f"layers.{i}" for i in range(done, first)]
@@ -160,10 +160,11 @@ def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], l
         done = last + 1
     tail = [f"layers.{i}" for i in range(done, L)]
     tail *= config.runs_of_layer(L - 1, r.num_steps, training=True) if tail else 0
-    end = ["norm", "lm_head"]
+    head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    end = ["norm", head]
     for number in range(config.num_nextn_predict_layers):
-        end += ["embed_tokens", f"mtp.{number}", "lm_head"]
-    entrance = forward[:4]
+        end += ["embed_tokens", f"mtp.{number}", head]
+    entrance = forward[:5]
     return forward + tail + end, [*reversed(end), *reversed(tail), *backward, *reversed(entrance)]
 
 

@@ -102,13 +102,29 @@ def test_only_two_files_know_deepspeed():
                 assert path.name in known, path
 
 
+def test_only_one_function_knows_peft():
+    for package in PACKAGES:
+        for path in files(package):
+            if "peft" in roots(path):
+                assert path.name == "lora.py", path
+                assert not any(
+                    "peft" in ast.unparse(node).split()
+                    for node in ast.parse(path.read_text()).body
+                    if isinstance(node, ast.Import | ast.ImportFrom)
+                ), path
+
+
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_every_import_outside_is_pinned(package):
     pinned = (ROOT / "requirements.txt").read_text().lower()
+    if package == "data_pipeline":  # an optional extra
+        pinned += (ROOT / "requirements-hf.txt").read_text().lower()
     if package in ("eval", "bench"):  # Hugging Face folders; the bench's peers
         pinned += (ROOT / "requirements-dev.txt").read_text().lower()
     if package in ("eval", "bench"):  # an optional extra
         pinned += (ROOT / "requirements-lmeval.txt").read_text().lower()
+    if package == "pretrain":  # an optional extra
+        pinned += (ROOT / "requirements-lora.txt").read_text().lower()
     pinned += (ROOT / "requirements-gpu.txt").read_text().lower().replace("-", "_")
     names = {"yaml": "pyyaml"}
     for path in files(package):

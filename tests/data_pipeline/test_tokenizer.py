@@ -69,7 +69,9 @@ def test_no_text_gives_a_thought_piece(thinking, text):
 
 
 def test_thought_pieces_are_control_pieces(thinking, tokenizer):
-    stock = sentencepiece.SentencePieceProcessor(model_proto=thinking._processor.serialized_model_proto())
+    stock = sentencepiece.SentencePieceProcessor(
+        model_proto=thinking._core._processor.serialized_model_proto()
+    )
     assert [stock.id_to_piece(i) for i in range(6)] == ["<pad>", "<unk>", "<s>", "</s>", "<bot>", "<eot>"]
     assert [stock.is_control(i) for i in range(7)] == [True, False, True, True, True, True, False]
     assert (thinking.bot_id, thinking.eot_id) == (4, 5)
@@ -85,12 +87,14 @@ def test_thought_pieces_are_control_pieces(thinking, tokenizer):
 @example("the  the   the " * 30 + "x" * 100 + "   ")
 def test_any_spacing_is_encoded_as_by_stock_sentencepiece(tokenizer, text):
     """Also where BPE takes the text apart into runs that it keeps."""
-    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+    assert tokenizer.encode(text) == tokenizer._core._processor.encode(text)
 
 
 def test_encode_equals_stock_sentencepiece(tokenizer, tmp_path):
     """Where the text has no U+2581 nothing of ours is between it and sentencepiece."""
-    stock = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._processor.serialized_model_proto())
+    stock = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer._core._processor.serialized_model_proto()
+    )
     for text in TEXT:
         assert tokenizer.encode(text) == stock.encode(text)
     assert tokenizer.encode_batch(TEXT, bos=True) == [[2, *stock.encode(text)] for text in TEXT]
@@ -99,7 +103,7 @@ def test_encode_equals_stock_sentencepiece(tokenizer, tmp_path):
 
 
 def test_digits_are_single_and_newlines_have_a_piece(tokenizer):
-    pieces = [tokenizer._processor.id_to_piece(i) for i in range(260, tokenizer.vocab_size)]
+    pieces = [tokenizer._core._processor.id_to_piece(i) for i in range(260, tokenizer.vocab_size)]
     assert "\n" in "".join(pieces)
     assert all(len(piece) == 1 for piece in pieces if any(c.isdigit() for c in piece))
 
@@ -165,7 +169,7 @@ def test_training_refuses_what_cannot_work(texts, size, kind, message):
 def test_loading_refuses_what_is_no_tokenizer(tokenizer, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         Tokenizer(tmp_path / "absent.model")
-    model = tokenizer._processor.serialized_model_proto()
+    model = tokenizer._core._processor.serialized_model_proto()
     for data in (b"", b"not a model", model[: len(model) // 2]):
         (tmp_path / "bad.model").write_bytes(data)
         with pytest.raises(DataError, match="bad.model"):

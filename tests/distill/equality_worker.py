@@ -1,6 +1,6 @@
 """Run by test_run.py under the deepspeed launcher: two ranks teach students, and so does plain torch.
 
-For every method it prints one JSON line with the largest differences over the steps.
+For every case it prints one JSON line with the largest differences over the steps.
 """
 
 import json
@@ -18,13 +18,25 @@ from model.distillation import loss_counts
 from model.losses import total_loss
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+from pretrain.lora import LoraConfig, adapt
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
+GPT2: dict[str, Any] = {
+    "norm": "layer_norm",
+    "hidden_act": "gelu",
+    "use_bias": True,
+    "position_embedding": "learned",
+    "tie_word_embeddings": True,
+}
+EXPERTS = {"use_moe": True, "n_routed_experts": 4, "moe_intermediate_size": 16}
 METHODS: dict[str, dict[str, Any]] = {
     "kava": {"use_mla": True},
     "coconut": {"distillation": {"stage_steps": 1}},
-    "lotus": {"distillation": {"latent_block": 2}},
+    "lotus": {"distillation": {"latent_block": 2}, **GPT2},
+    "kava, lora": {"use_mla": True},
+    "codi, lora": EXPERTS,
 }
+LORA = LoraConfig(r=4, alpha=8, dropout=0.0)
 
 
 def batch(step: int) -> dict[str, Tensor]:
@@ -34,7 +46,7 @@ def batch(step: int) -> dict[str, Tensor]:
 
 
 def model_config(method: str, changes: dict[str, Any]) -> ModelConfig:
-    distillation = {"method": method, **IDS, **changes.get("distillation", {})}
+    distillation = {"method": method.split(",")[0], **IDS, **changes.get("distillation", {})}
     sizes = dict(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, intermediate_size=48, use_moe=False
     )
@@ -44,16 +56,24 @@ def model_config(method: str, changes: dict[str, Any]) -> ModelConfig:
     )
 
 
+def lora(method: str) -> LoraConfig | None:
+    return LORA if "lora" in method else None
+
+
 def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
     """Of another seed, all but the new parameters."""
     state = Student(config, seed=5).state_dict()
     return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
 
 
-def reference(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def reference(
+    config: ModelConfig, lora: LoraConfig | None
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Plain torch, in this process, on whole batches."""
     model = Student(config, seed=0).train()
     model.load_state_dict(weights_to_start_from(config), strict=False)
+    if lora is not None:
+        adapt(model, lora, seed=0)
     optimizer = build_optimizer(model, RunConfig().optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -66,11 +86,14 @@ def reference(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, Te
         optimizer.step()
         optimizer.zero_grad()
         history.append({"loss": loss.item(), "norm": norm.item()})
-    return history, model.state_dict()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return history, {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
-def distributed(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1)
+def distributed(
+    config: ModelConfig, lora: LoraConfig | None
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())
     ds_config = load_ds_config(sys.argv[-1], run, micro, accumulation)
@@ -90,6 +113,10 @@ def distributed(config: ModelConfig) -> tuple[list[dict[str, float]], dict[str, 
             engine.step(LR)
         history.append({"loss": all_reduce_sum(total).item(), "norm": engine.grad_norm().item()})
     weights = dict(engine.full_weights())
+    start = weights_to_start_from(config)
+    for name, parameter in engine.model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, start[name.replace("base_layer.", "")]), name
     engine.deepspeed.destroy()
     return history, weights
 
@@ -98,7 +125,8 @@ def main() -> None:
     init_process_group()
     for method, changes in METHODS.items():
         config = model_config(method, changes)
-        (ours, weights), (plain, expected) = distributed(config), reference(config)
+        adapters = lora(method)
+        (ours, weights), (plain, expected) = distributed(config, adapters), reference(config, adapters)
         if rank() == 0:
             assert set(weights) == set(expected)
             report = {

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.tokenizer import Tokenizer
-from distill.matrix import FULL, QUICK, Cell, evaluations, keep_settings, plan, training, write_results
+from distill.matrix import Cell, evaluations, keep_settings, plan, training, write_results
+from distill.matrix_tasks import TASKS
 from distill.methods import METHODS
 from experiments.runs import call, run_all, train
 
@@ -17,6 +18,8 @@ from ..conftest import ROOT
 from ..eval.test_report_thoughts import OWN, run_folder
 from ..eval.test_report_thoughts import write_results as store
 
+LOOPS = TASKS["causal_loop_v2"]
+FULL, QUICK = LOOPS.full, LOOPS.quick
 PICTURES = ("accuracy_by_depth", "accuracy_by_passes", "cache_budget")
 
 
@@ -54,19 +57,19 @@ def test_a_wrong_choice_is_refused_in_one_line(methods, seeds, message):
 
 
 def test_a_student_starts_from_its_seeds_teacher_and_takes_its_own_steps(tmp_path):
-    given = training(Cell("lotus", 2), FULL, tmp_path, ["x=1"])
+    given = training(Cell("lotus", 2), LOOPS, FULL, tmp_path, ["x=1"])
     assert given[given.index("--init") + 1] == str(tmp_path / "teacher-2" / "export")
     assert {f"max_steps={FULL.student_steps}", "seed=2", "model.distillation.method=lotus"} <= set(given)
-    assert "model.distillation.latent_block=10" in given
+    assert "model.distillation.latent_block=11" in given
     assert given[-1] == "x=1"  # what the user sets goes over what the matrix does
-    teacher = training(Cell("teacher", 2), FULL, tmp_path, [])
+    teacher = training(Cell("teacher", 2), LOOPS, FULL, tmp_path, [])
     assert "--init" not in teacher
     assert {f"max_steps={FULL.teacher_steps}", "model.distillation.method=cot"} <= set(teacher)
 
 
 def test_every_method_is_tested_as_it_is_and_thoughts_with_their_controls():
     for method in METHODS:
-        found = evaluations(method)
+        found = evaluations(method, LOOPS)
         latent = METHODS[method].latent_cot["num_latents"] > 0
         assert ({"shuffled", "zeroed"} <= set(found)) == latent, method
         assert ("budget" in found) == (method == "cot")
@@ -133,7 +136,13 @@ def test_stored_results_are_collected_those_of_failed_cells_too(tmp_path):
     folders = [run_folder(tmp_path, name) for name in ("kava-0", "kava-1", "lotus-0")]
     for run, accuracy in zip(folders, (0.25, 0.75), strict=False):
         store(run, {OWN: [accuracy, 1.0, 0.5]})
-    settings = {"num_programs": 9, "teacher_steps": 70, "student_steps": 30, "jobs": 2}
+    settings = {
+        "task": "causal_loop_v2",
+        "num_documents": 9,
+        "teacher_steps": 70,
+        "student_steps": 30,
+        "jobs": 2,
+    }
     failed = {"kava-1": "see a.log", "lotus-0": "see b.log"}
     write_results(tmp_path, folders, settings, failed)
     report = json.loads((tmp_path / "results.json").read_text())
@@ -154,7 +163,7 @@ def test_stored_results_are_collected_those_of_failed_cells_too(tmp_path):
 
 def matrix(capfd, out: Path, *more: str) -> tuple[int, str]:
     """Exit code and output of the command, at its smallest."""
-    sizes = ["--num_programs", "300", "--teacher_steps", "2", "--student_steps", "1", "--num_samples", "6"]
+    sizes = ["--num_documents", "300", "--teacher_steps", "2", "--student_steps", "1", "--num_questions", "6"]
     tiny = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
     tiny += ["global_batch_size=2", "micro_batch_size=2"]
     command = [sys.executable, "distill/matrix.py", "--out", out, "--seeds", "3", *sizes, *tiny, *more]

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from data_pipeline.build import build
-from data_pipeline.recipe import load_recipe
 from distill.main import prepare_distillation
 from model import load_pretrained
 from pretrain.main import prepare
@@ -24,20 +22,18 @@ TINY += ["global_batch_size=4", "micro_batch_size=2", "eval_batches=1", "optimiz
 def test_two_ranks_equal_one_plain_process(launch):
     output = launch(2, WORKER, "ds_configs/zero2.json").stdout
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
-    assert [report["method"] for report in reports] == ["kava", "coconut", "lotus"]
+    assert [report["method"] for report in reports] == [
+        "kava",
+        "coconut",
+        "lotus",
+        "kava, lora",
+        "codi, lora",
+    ]
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-4, report
         assert report["smallest_norm"] > 0.3, report  # clipping was at work
         assert report["weights"] < 1e-4, report
-
-
-@pytest.fixture(scope="session")
-def traced_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("traced") / "built"
-    overrides = ["sources.0.num_samples=300", "validation_fraction=0.1"]
-    build(load_recipe(ROOT / "data_pipeline/recipes/distill_causal_loop.yaml", overrides), ROOT, folder)
-    return folder
 
 
 def records(run: Path) -> list[dict]:
@@ -55,7 +51,7 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
     """cot from scratch, kava from its export on two ranks; a resumed run goes on where it was."""
     teacher, student = tmp_path / "cot", tmp_path / "kava"
     distill(launch, 1, traced_data, teacher, "model.distillation.method=cot", "max_steps=2")
-    init = ["--init", str(teacher / "export")]
+    init = ["--init", str(teacher / "export"), "model.distillation.method=kava"]
     distill(launch, 2, traced_data, student, *init, "max_steps=3", "save_every=3")
     seen = records(student)
     assert [record["step"] for record in seen] == [1, 2, 3]
@@ -83,12 +79,14 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
         ({"init": Path("nowhere")}, "nowhere/config.json is missing"),
         ({"init": Path("nowhere"), "overrides": ["model.preset=nano"]}, "both give sizes; leave one of them"),
         ({"ds_config": "ds_configs/zero3_ep.json"}, "use ds_configs/zero2.json"),
+        ({"overrides": ["lora={}"]}, "start distill/main.py with --init, or leave lora out"),
     ],
 )
 def test_a_users_mistake_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
     given = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
-    paths = [*TINY, f"data.path={traced_data}", f"output_dir={tmp_path}", *changes.pop("overrides", [])]
+    paths = [*TINY, "model.distillation.method=kava", f"data.path={traced_data}", f"output_dir={tmp_path}"]
+    paths += changes.pop("overrides", [])
     with pytest.raises((ValueError, OSError), match=message) as error:
         prepare_distillation(argparse.Namespace(**{**given, "overrides": paths, **changes}))
     assert "\n" not in str(error.value)

@@ -15,6 +15,7 @@ from eval.report_thoughts import (
     over_seeds,
     read_arms,
     sweep_table,
+    tables,
     thoughts_section,
 )
 from eval.thoughts_answers import Way
@@ -116,6 +117,13 @@ def test_depths_and_settings(folders):
     assert ("kava", "thoughts", "24", "1", "–", "0.250 ± 0.000", "4.0", "1,000") in rows
     assert ("cot", "cot", "–", "–", "16", "0.160 ± 0.010", "3.0", "160") in rows
     assert len(rows) == 2 + 3  # controls have columns of their own
+
+
+def test_published_results_stand_beside_ours_on_gsm8k_alone(folders):
+    arms = read_arms(read_runs(folders)[0])[TASK]
+    assert not any("Published" in table.title for table in tables(TASK, arms))
+    (published,) = (table for table in tables("gsm8k", arms) if "Published" in table.title)
+    assert ("Llama-3.2-1B", "KaVa", "56.5") in [row[:3] for row in published.rows]
 
 
 def test_pictures_show_the_numbers(folders):

@@ -187,7 +187,7 @@ def test_a_long_question_is_cut_from_the_left(exports):
     assert answers.num_truncated == 1
     room = 160 - 20 - C - 1
     cut = encoded(tokenizer, data)[1][-room:]
-    alone = answer_batch(model, [cut], Way("thoughts"), 20, 0)[0]
+    alone = answer_batch(model, tokenizer, [cut], Way("thoughts"), 20, 0)[0]
     assert answers.rows[1]._replace(seconds=0) == alone._replace(seconds=0)
     with pytest.raises(ValueError, match="max_new_tokens is 156: with the thoughts it leaves no room"):
         answer_all(model, tokenizer, data, Way("thoughts"), 2, 156, seed=0)

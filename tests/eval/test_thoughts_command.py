@@ -52,7 +52,7 @@ def taught(model: ZeroModel, tokenizer: Tokenizer, documents: list[TracedDocumen
             targets.append([-100] * start + row[start:] + [-100] * (len(rows[-1]) - len(row)))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     tokens, wanted = torch.tensor(rows), torch.tensor(targets)
-    for _ in range(60):
+    for _ in range(120):
         logits: Tensor = model(tokens).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten())
         optimizer.zero_grad()

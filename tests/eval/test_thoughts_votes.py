@@ -47,9 +47,12 @@ def test_the_majority_of_the_first_answers_decides(tmp_path, monkeypatch):
 
 def test_samples_follow_their_seed(tmp_path):
     export = write_random_model(tmp_path / "export", "teacher")
+    tokenizer = Tokenizer(export / "tokenizer.model")
     model, way = load_pretrained(export), Way("cot", temperature=TEMPERATURE)
     prompts = [[1, 20, 30, 40], [1, 50, 60, 70]]
-    rows = [[row.tokens for row in answer_batch(model, prompts, way, 12, seed)] for seed in (1, 1, 2)]
+    rows = [
+        [row.tokens for row in answer_batch(model, tokenizer, prompts, way, 12, seed)] for seed in (1, 1, 2)
+    ]
     assert rows[0] == rows[1] != rows[2]
     with torch.inference_mode():
         whole = model.generate(

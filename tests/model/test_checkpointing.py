@@ -40,7 +40,9 @@ def train(build, variant: str, tokens, policy: str):
 
 
 @pytest.mark.parametrize("policy", ["block", "selective"])
-@pytest.mark.parametrize("name", ["deepseek", "groups", "plain", "grouped_query", "loop", "multi_token"])
+@pytest.mark.parametrize(
+    "name", ["deepseek", "groups", "plain", "gpt2", "grouped_query", "loop", "multi_token"]
+)
 def test_policies_change_no_number(build, tokens, policy, name):
     loss, gradients, loads, operations, _ = train(build, name, tokens, "none")
     loss_c, gradients_c, loads_c, operations_c, _ = train(build, name, tokens, policy)

@@ -77,6 +77,9 @@ def test_round_trip_and_presets():
         assert ModelConfig.from_dict(preset.to_dict()) == preset
 
 
+PLAIN = {"use_mla": False, "use_moe": False}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -90,7 +93,34 @@ def test_round_trip_and_presets():
         ({"qk_norm": True}, "model.qk_norm needs the plain form; set model.use_mla=false too"),
         ({"rms_norm_affine": False}, "rms_norm_affine=false needs the plain form"),
         ({"hidden_act": "relu2"}, "hidden_act=relu2 needs the plain form; set model.use_moe=false too"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is unknown; choose one of silu, relu2"),
+        ({"hidden_act": "tanh"}, "hidden_act='tanh' is unknown; choose one of silu, relu2, gelu"),
+        ({"norm": "layer"}, "norm='layer' is unknown; choose one of rms_norm, layer_norm"),
+        (
+            {"hidden_act": "gelu", "use_moe": False},
+            "hidden_act=gelu needs the plain form; set model.use_mla=false",
+        ),
+        (
+            {"tie_word_embeddings": True, "use_mla": False},
+            "tie_word_embeddings=true needs .* model.use_moe=false",
+        ),
+        ({**PLAIN, "use_bias": True}, "use_bias=true does not go with hidden_act=silu"),
+        (
+            {**PLAIN, "norm": "layer_norm", "rms_norm_affine": False},
+            "norm=layer_norm does not go with rms_norm_aff",
+        ),
+        (
+            {**PLAIN, "position_embedding": "learned", "num_pause_tokens": 1},
+            "position_embedding=learned does not go with num_pause_tokens=1",
+        ),
+        (
+            {**PLAIN, "position_embedding": "learned", "rope_scaling": {"factor": 2.0}},
+            "position_embedding=learned does not go with rope_scaling=YarnConfig",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.rope_type=llama3 needs the plain form"),
+        (
+            {**PLAIN, "rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4.0}},
+            "low_freq_factor=4.0 and high_freq_factor=4.0; the first must be above 0 and below the second",
+        ),
         ({"rope_scaling": {"factr": 2}}, "model.rope_scaling.factr is not a key.*did you mean 'factor'"),
         ({"rope_scaling": {"factor": 0.5}}, "rope_scaling has factor=0.5"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 must not be negative"),

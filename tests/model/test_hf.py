@@ -248,7 +248,7 @@ def test_what_the_format_cannot_hold_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama', but only 'deepseek_v3' is supported"),
+        ({"model_type": "mistral"}, "model_type='mistral'; only deepseek_v3, gpt2, llama can be imported"),
         ({"attention_bias": True}, "attention_bias=True, but only False"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),

@@ -77,6 +77,21 @@ def test_control_tokens_have_their_ids(both):
     assert len(theirs) == both[0].vocab_size
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_thought_pieces_are_control_tokens_too(kind, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train_tokenizer(TEXT, 420, kind, thought_pieces=True))
+    write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 1024)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    ours = Tokenizer(tmp_path / "tokenizer.model")
+    theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert len(theirs) == ours.vocab_size
+    for text in ("<bot>12 + 34<eot> </s>", "<bot ><eot >", " <bot> ", *TEXT[:2]):
+        assert_same((ours, theirs), text)
+        assert not {ours.bot_id, ours.eot_id} & set(theirs(text)["input_ids"])
+    framed = [ours.bos_id, *ours.encode("7"), ours.bot_id, *ours.encode("8"), ours.eot_id]
+    assert theirs.decode(framed, skip_special_tokens=True) == ours.decode(framed) == "78"
+
+
 def test_real_text(data_root, both):
     text = (data_root / "text" / "tinyshakespeare.txt").read_text()[:200_000]
     for start in range(0, len(text), 5000):

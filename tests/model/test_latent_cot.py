@@ -86,7 +86,7 @@ def test_values_and_gradients_equal_passes_without_a_cache(kind, feedback):
     assert_same(gradients(model, ours), gradients(model, expected), **EXACT)
 
 
-@pytest.mark.parametrize("kind", ["latent_moe", "plain", "block", "kv"])
+@pytest.mark.parametrize("kind", ["latent_moe", "plain", "gpt2", "block", "kv"])
 @pytest.mark.parametrize("iterations", [C, C + 2])
 def test_as_many_iterations_as_latents_equal_the_sequential_form(kind, iterations):
     parallel, serial = make(kind), make(kind, "sequential")
@@ -110,7 +110,7 @@ def test_latents_and_iterations_can_be_changed_at_test_time(c, iterations):
         torch.testing.assert_close(mine, theirs, **EXACT)
 
 
-@pytest.mark.parametrize("kind", ["latent_moe", "plain", "block", "kv", "mixing"])
+@pytest.mark.parametrize("kind", ["latent_moe", "plain", "gpt2", "block", "kv", "mixing"])
 @pytest.mark.parametrize("tolerance", [0.0, 0.3])
 @torch.no_grad()
 def test_padding_batch_order_and_batch_size_change_nothing(kind, tolerance):
@@ -157,7 +157,7 @@ def test_a_padded_batch_learns_what_its_rows_learn(kind, feedback):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-7 * scale)
 
 
-@pytest.mark.parametrize("kind", ["latent_moe", "plain", "block", "kv"])
+@pytest.mark.parametrize("kind", ["latent_moe", "plain", "gpt2", "block", "kv"])
 def test_gradients_equal_finite_differences(kind):
     model, tokens, step = make(kind), questions(), 1e-6
 

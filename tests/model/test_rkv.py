@@ -13,7 +13,12 @@ from model.cache import LatentCache
 from model.rkv import cached_keys, expanded_keys, importance, joint_score, redundancy, select
 
 WINDOW, LAMBDA = 8, 0.1
-KINDS = ["deepseek", "grouped_query", "loop", "embedding_mixing"]  # in each, one attention call reads one slot
+KINDS = [
+    "deepseek",
+    "grouped_query",
+    "loop",
+    "embedding_mixing",
+]  # in each, one attention call reads one slot
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -151,6 +156,14 @@ def test_uniform_is_even_and_random_follows_its_seed():
     chosen = torch.cat([select(weight, keys, mask, 3, policy="random", seed=s).flatten() for s in range(600)])
     share = chosen.bincount(minlength=12) / 1200  # 3 of 12, by 600 seeds and 2 heads
     assert (share - 3 / 12).abs().max() < 4 * (0.25 * 0.75 / 1200) ** 0.5
+
+
+def test_learned_positions_are_not_taken_back(build, tokens):
+    model, cache = build("gpt2"), LatentCache()
+    model(tokens, cache=cache)
+    found = expanded_keys(model, 1, cache._slots[1, 0], torch.arange(17)[None])
+    for ours, theirs in zip(found, cached_keys(model, 1, cache._slots[1, 0]), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("variant", [*KINDS, "plain", "yarn"])

@@ -14,6 +14,7 @@ PLAIN = {**VARIANTS["grouped_query"], "use_moe": False}
 KINDS: dict[str, dict[str, Any]] = {
     "latent_moe": {},
     "plain": PLAIN,
+    "gpt2": VARIANTS["gpt2"],
     "block": VARIANTS["loop"],
     "block_parallel": {**PLAIN, "recurrence": {**VARIANTS["loop"]["recurrence"], "cache": "parallel"}},
     "block_first": {"recurrence": {**VARIANTS["loop"]["recurrence"], "cache": "first"}},

@@ -66,6 +66,20 @@ CASES = {
             "embedding_mixing": 3,
         },
     },
+    "tied embeddings and what else GPT-2 has": {
+        "ep_size": 1,
+        "micro": 4,
+        "model": {
+            "recurrence": NONE,
+            "use_mla": False,
+            "use_moe": False,
+            "norm": "layer_norm",
+            "hidden_act": "gelu",
+            "use_bias": True,
+            "position_embedding": "learned",
+            "tie_word_embeddings": True,
+        },
+    },
     "pause tokens": {"ep_size": 2, "micro": 4, "model": {"recurrence": NONE, "num_pause_tokens": 1}},
     "recurrent memory": {
         "ep_size": 1,

@@ -1,0 +1,133 @@
+"""Low-rank adaptation (LoRA, Hu et al., arXiv 2106.09685) of a model that has weights to start from.
+
+The only file that knows peft, the optional extra [lora]. Linear layers compute W x + alpha/r B A dropout(x)
+with W frozen, A (r, in) random, B (out, r) zero at first. Embeddings, head, norms, routers and routed experts
+are frozen as well; what a model has from here on, its latent thoughts, is trained in full.
+
+Checkpoints hold what is trained. The weights it goes with lie beside them, once, in BASE; exports are merged.
+"""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.layers import Linear
+
+NEW = "latent_thoughts."  # the parameters that a model has from here on
+BASE = "base.safetensors"  # in the run's folder: the weights that training started from
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names them
+
+
+@dataclass
+class LoraConfig:
+    """Defaults: those KaVa and CODI (arXiv 2502.21074) were published with."""
+
+    r: int = 128  # rank
+    alpha: int = 32  # the adapters' output is scaled by alpha / r
+    dropout: float = 0.1  # of the adapters' input
+
+    def check(self, ep_size: int, optimizer: str) -> None:
+        """Raises ValueError, one line, for values out of range and for what LoRA does not go with."""
+        for name, value, allowed, fits in (
+            ("r", self.r, "at least 1", self.r >= 1),
+            ("alpha", self.alpha, "above 0", self.alpha > 0),
+            ("dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1),
+        ):
+            if not fits:
+                raise ValueError(f"lora.{name}={value} must be {allowed}")
+        if ep_size > 1:
+            raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
+        if optimizer != "adamw":
+            raise ValueError(
+                f"optimizer.kind={optimizer} is for whole matrices, but lora trains factors of them; "
+                "set it to adamw"
+            )
+
+
+def identity(config: LoraConfig, weights: Path | None) -> dict[str, Any]:
+    """What a checkpoint's adapters are of no use without: the weights they go with, and their scale.
+
+    Args:
+        weights: safetensors to start from.
+
+    Raises:
+        ValueError, FileNotFoundError: one line; nothing to start from, or no peft.
+    """
+    if weights is None:
+        raise ValueError(
+            "lora freezes the weights that a run starts from, and this one has none; start distill/main.py "
+            "with --init, or leave lora out"
+        )
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("lora needs peft, which is not installed: pip install -e '.[lora]'")
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} is missing; give --init the export/ folder of a run")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"r": config.r, "alpha": config.alpha, "base": digest[:16]}
+
+
+def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Puts an adapter around every Linear but latent thoughts', and freezes everything else but those.
+
+    The adapters' initial weights are a function of (seed, model): A uniform in +-1/sqrt(in), B zero.
+    """
+    import peft
+
+    linears = [name for name, module in model.named_modules() if isinstance(module, Linear)]
+    targets = [name for name in linears if not name.startswith(NEW)]
+    settings = peft.LoraConfig(
+        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model)
+    for name, parameter in model.named_parameters():
+        if name.startswith(NEW):
+            parameter.requires_grad_(True)
+
+
+def seed_dropout(seed: int, step: int, rank: int) -> None:
+    """Makes what adapters drop in an optimizer step a function of these."""
+    digest = hashlib.sha256(f"dropout:{seed}:{step}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def save_base(run: Path, weights: dict[str, Tensor]) -> None:
+    """Writes BASE into the run's folder."""
+    temporary = run / f"{BASE}.tmp"
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+    temporary.replace(run / BASE)
+
+
+def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The plain model's weights, fp32: W + scale B A in place of W.
+
+    Args:
+        run: folder that holds BASE.
+        trained: name -> fp32 value of what was trained, perhaps flat, and of buffers.
+        scale: alpha / r.
+
+    Raises:
+        FileNotFoundError: BASE is missing.
+    """
+    if not (run / BASE).is_file():
+        raise FileNotFoundError(
+            f"{run / BASE} is missing, the weights that the run's adapters go with; start the run again"
+        )
+    weights = {name: value.float() for name, value in load_file(run / BASE).items()}
+    for name, value in trained.items():
+        if name.endswith(_A):
+            layer = name.removesuffix(_A)
+            base, up = weights[f"{layer}.weight"], trained[layer + _B].cpu()
+            rows, columns = base.shape
+            weights[f"{layer}.weight"] = base + scale * up.view(rows, -1) @ value.cpu().view(-1, columns)
+        elif not name.endswith(_B):
+            weights[name] = value
+    return weights

@@ -1,0 +1,79 @@
+"""Tiny Hugging Face folders of GPT-2 and Llama kind, with random weights and a BPE trained here."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+WORDS = "a an the how many apples does she have left each day 12 345 .,?+-*/=<> <<3+4=7>> Answer: eats"
+GPT2_END = "<|endoftext|>"
+LLAMA_ENDS = {"bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>"}}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@functools.cache
+def tokenizer_json(*special: str) -> str:
+    """A byte-level BPE as GPT-2 has it; the special tokens come first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([f" {word}" for word in WORDS.split()] * 3 + [WORDS], trainer)
+    return tokenizer.to_str()
+
+
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that are large enough for a mistake to show, biases and norms among them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            norm = "ln_" in name or "norm" in name
+            parameter.copy_(1 + 0.3 * noise if norm and name.endswith("weight") else 0.2 * noise)
+    return model.eval()
+
+
+def gpt2_folder(folder: Path, **changes: Any) -> PreTrainedModel:
+    """GPT-2's bos is its eos, and only config.json names them."""
+    text = tokenizer_json(GPT2_END)
+    vocabulary = len(json.loads(text)["model"]["vocab"])
+    sizes = {"vocab_size": vocabulary, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+    config = GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes})
+    model = randomized(GPT2LMHeadModel(config))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(text)
+    return model
+
+
+def llama_folder(folder: Path, **changes: Any) -> PreTrainedModel:
+    """The vocabulary of the model is larger than the tokenizer's, as it often is for speed."""
+    text = tokenizer_json("<|begin_of_text|>", "<|end_of_text|>")
+    vocabulary = len(json.loads(text)["model"]["vocab"]) + 10
+    sizes = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 512,
+    }
+    config = LlamaConfig(**{**sizes, "bos_token_id": 0, "eos_token_id": [1], **changes})
+    model = randomized(LlamaForCausalLM(config))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(text)
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_ENDS))
+    return model
