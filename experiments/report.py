@@ -133,7 +133,7 @@ def _pictures_section(settings: Panels, folder: Path) -> Section:
     """The pictures whose data are there."""
     scored = _with(settings, "accuracy")
     deep = _with(settings, "by_depth")
-    main = {s: {g: r for g, r in groups.items() if g in MAIN} for s, groups in deep.items()}
+    main = {s: {g: r for g, r in groups.items() if g in MAIN} or groups for s, groups in deep.items()}
     loops = {
         s: {g: r for g, r in groups.items() if g in MAIN and r[0]["trained_steps"] > 1}
         for s, groups in deep.items()

@@ -200,8 +200,10 @@ def parameters_figure(panels: Mapping[Setting, Groups]) -> Figure:
         groups = list(panels.values())[i]
         sizes = []
         for group, records in ordered(groups).items():
-            sizes.append(fmean(record["parameters"] for record in records))
-            _lines(axis, {sizes[-1]: values_of(records, "accuracy")}, group, **style(group), linestyle="none")
+            values = values_of(records, "accuracy")
+            if values:
+                sizes.append(fmean(record["parameters"] for record in records))
+                _lines(axis, {sizes[-1]: values}, group, **style(group), linestyle="none")
         _side_by_side(axis, sizes, 9.0)
         _cost_axis(axis, groups, "parameters (equal ones are drawn side by side)")
 
@@ -214,9 +216,9 @@ def _side_by_side(axis: Axes, sizes: Sequence[float], points: float = 5.0) -> No
     Args:
         sizes: x of each group drawn so far, in their order.
     """
-    for container, size in zip(axis.containers, sizes, strict=True):
-        near = [i for i, other in enumerate(sizes) if abs(other - size) <= CLOSE * size]
-        place = near.index(next(i for i in near if axis.containers[i] is container)) - (len(near) - 1) / 2
+    for i, (container, size) in enumerate(zip(axis.containers, sizes, strict=True)):
+        near = [j for j, other in enumerate(sizes) if abs(other - size) <= CLOSE * size]
+        place = near.index(i) - (len(near) - 1) / 2
         move = ScaledTranslation(place * points / 72, 0, axis.figure.dpi_scale_trans)
         for artist in container.get_children():
             artist.set_transform(artist.get_transform() + move)

@@ -70,7 +70,8 @@ def convergence_section(records: Sequence[Record]) -> Section:
     )
     said = (
         "Relative change of the state in the last step (0: a fixed point), and the ratio of one change to "
-        "the one before (below 1: it shrinks). Path independence: share of labels on which three starts agree. "
+        "the one before (below 1: it shrinks). Path independence: share of labels on which three starts "
+        "agree. "
         "Overthinking gap: the best accuracy of all steps tested less that at 4R, never below 0."
     )
     return Section("Convergence", [said, Table(header, rows)] if rows else [])

@@ -20,14 +20,14 @@ def effect_text(unit: Unit) -> str:
 
 # With {tests}, {alpha}, {first} level and {reach}.
 READING = """\
-- {tests} comparisons are tested together at {alpha:g} (Holm). The effect of a comparison is a mean over seeds,
-  of paired differences where two groups are compared, and its interval is of 1 less the level that Holm's
-  procedure gave it.
+- {tests} comparisons are tested together at {alpha:g} (Holm). The effect of a comparison is a mean over
+  seeds, of paired differences where two groups are compared, and its interval is of 1 less the level that
+  Holm's procedure gave it.
 - Such an interval is the wider one, at each end, of Student's over the seeds and of the percentile bootstrap
   over the seeds and, where the outcomes of the test samples are stored, over the samples.
 - A bootstrap of 3 seeds cannot reach beyond the least and the greatest, so that it alone decides nothing;
-  Student's takes the differences between seeds to be normal, which 3 to 5 of them cannot show. At the first of
-  Holm's levels, {first:.2g}, its interval reaches to each side, in standard deviations over the seeds:
+  Student's takes the differences between seeds to be normal, which 3 to 5 of them cannot show. At the first
+  of Holm's levels, {first:.2g}, its interval reaches to each side, in standard deviations over the seeds:
   {reach}. Smaller effects stay undecided.
 - Where all seeds give one and the same value, the interval is as narrow as the samples allow: that is what
   these seeds and samples say, and no more.
