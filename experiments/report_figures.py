@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
 from eval.report_figures import GUESS_COLOR, RUN_COLORS
@@ -22,6 +22,7 @@ matplotlib.use("Agg")
 COLUMNS = 3
 BEYOND, GUESS = "deeper than trained", "best guess"
 CLOSE = 0.03  # of a size: marks so near are drawn side by side
+SPREAD = 72.0  # points that marks drawn side by side take together, at most
 COMMON = (BEYOND, GUESS)  # what legends name last
 # Those of the claims first, so that they have the clearest colours; yellow, hard to see, and black come last.
 MAIN = ("loop", "dense_params", "dense_flops", "dense_narrow", "random", "adaptive")
@@ -205,13 +206,13 @@ def parameters_figure(panels: Mapping[Setting, Groups]) -> Figure:
                 sizes.append(fmean(record["parameters"] for record in records))
                 _lines(axis, {sizes[-1]: values}, group, **style(group), linestyle="none")
         _side_by_side(axis, sizes, 9.0)
-        _cost_axis(axis, groups, "parameters (equal ones are drawn side by side)")
+        _cost_axis(axis, groups, "parameters (equal ones are drawn side by side)", 0.3)
 
     return _panels([str(setting) for setting in panels], draw)
 
 
-def _side_by_side(axis: Axes, sizes: Sequence[float], points: float = 5.0) -> None:
-    """Moves marks of nearly equal x apart, by so many points, so that none hides another.
+def _side_by_side(axis: Axes, sizes: Sequence[float], most: float = 5.0) -> None:
+    """Moves marks of nearly equal x apart, by `most` points or, if they are many, less: none hides another.
 
     Args:
         sizes: x of each group drawn so far, in their order.
@@ -219,41 +220,40 @@ def _side_by_side(axis: Axes, sizes: Sequence[float], points: float = 5.0) -> No
     for i, (container, size) in enumerate(zip(axis.containers, sizes, strict=True)):
         near = [j for j, other in enumerate(sizes) if abs(other - size) <= CLOSE * size]
         place = near.index(i) - (len(near) - 1) / 2
-        move = ScaledTranslation(place * points / 72, 0, axis.figure.dpi_scale_trans)
+        points = place * min(most, SPREAD / len(near))
+        move = ScaledTranslation(points / 72, 0, axis.figure.dpi_scale_trans)
         for artist in container.get_children():
             artist.set_transform(artist.get_transform() + move)
 
 
 def flops_figure(panels: Mapping[Setting, Groups]) -> Figure:
-    """Accuracy against inference FLOPs; a loop's line runs over its test-time steps."""
+    """Accuracy against inference FLOPs; a loop's line, of the main groups, is over its test-time steps."""
 
     def draw(axis: Axes, i: int) -> None:
         groups = list(panels.values())[i]
         for group, records in ordered(groups).items():
-            first = records[0]
+            first, trained = records[0], values_of(records, "accuracy")
             points = {
                 float(flops): values_of(records, "accuracy", int(steps))
                 for steps, flops in first["inference_flops_per_token"].items()
+                if group in MAIN
             }
-            _lines(axis, points, group, **style(group), linewidth=1)
-            trained = values_of(records, "accuracy")
-            if first["trained_steps"] > 1 and trained:
+            _lines(axis, points or {_flops(first): trained}, group, **style(group), linewidth=1)
+            if first["trained_steps"] > 1 and trained and group in MAIN:
                 axis.plot(_flops(first), fmean(trained), "o", ms=11, mfc="none", color=style(group)["color"])
         _cost_axis(axis, groups, "inference FLOPs per token (ring: trained steps)")
 
     return _panels([str(setting) for setting in panels], draw)
 
 
-def _cost_axis(axis: Axes, groups: Groups, xlabel: str) -> None:
+def _cost_axis(axis: Axes, groups: Groups, xlabel: str, margin: float = 0.1) -> None:
     _guess(axis, [record for records in groups.values() for record in records])
     _accuracies(axis)
     axis.set_xscale("log")
-    axis.margins(x=0.15)
+    axis.margins(x=margin)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    low, high = axis.get_xlim()
-    axis.xaxis.set_minor_formatter(EngFormatter(sep="") if high / low < 12 else NullFormatter())
-    axis.tick_params(axis="x", which="both", labelsize=8)
-    axis.tick_params(axis="x", which="minor", labelrotation=45)
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set(xlabel=xlabel)
 
 

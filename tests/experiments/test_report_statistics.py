@@ -163,6 +163,18 @@ def test_groups_that_differ_by_chance_alone_are_undecided():
         assert p_value(rule, found) > 0.05
 
 
+def test_false_alarms_of_few_seeds():
+    """Without any effect, 5 % of the intervals of 3 seeds lie aside of 0; of the bootstrap's alone, 1 in 4."""
+    rng = np.random.default_rng(1)
+    found = [estimate(list(rng.normal(0, 0.1, 3))) for _ in range(400)]
+    alarms, drawn = (
+        sum(interval.lo > 0 or interval.hi < 0 for interval in intervals) / len(found)
+        for intervals in ([each.interval() for each in found], [percentiles(each.draws) for each in found])
+    )
+    assert alarms == pytest.approx(0.05, abs=0.03)
+    assert drawn == pytest.approx(0.25, abs=0.06)
+
+
 @pytest.mark.parametrize("values", [[0.1], [], [0.1, math.nan], [0.1, math.inf]])
 def test_what_has_no_interval_is_refused(values):
     with pytest.raises(ValueError, match="2 or more finite values"):
