@@ -186,9 +186,9 @@ def p_value(rule: Rule, found: Estimate) -> float:
         return min(supported, found.p_below(effect))
     if rule.direction == "not_lower":
         return min(found.p_above(least), found.p_below(-effect))
-    # The limits of what can be measured need no test.
-    above = 0.0 if least <= found.limits.lo else found.p_above(least)
-    below = 0.0 if most >= found.limits.hi else found.p_below(most)
+    # The ends are within, so that the bounds are next to them; limits of what can be measured need no test.
+    above = 0.0 if least <= found.limits.lo else found.p_above(math.nextafter(least, -math.inf))
+    below = 0.0 if most >= found.limits.hi else found.p_below(math.nextafter(most, math.inf))
     inside = max(above, below)
     return min(inside, found.p_below(least), found.p_above(most))
 
