@@ -10,6 +10,7 @@ same records give the same bytes.
 
 import argparse
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEADLINE_CLAIM, QUESTION = "equal_parameters", "Does iterating beat adding parameters?"
 TITLE = "Results: does iterating beat adding parameters?"
 OPENING = "Written by `experiments/report.py` from the records of the runs; nothing here is typed by hand."
+WIDTH = 118  # of the README's lines
 Panels = Mapping[Setting, Mapping[str, Sequence[Record]]]
 
 
@@ -207,7 +209,7 @@ def update_readme(readme: Path, report: Report) -> None:
         raise ValueError(
             f"{readme} lacks the lines {BEGIN} and {END}, between which the headline goes: add them"
         )
-    lines = [BEGIN, report.answer]
+    lines = [BEGIN, textwrap.fill(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False)]
     if report.headline is not None:
         link = Path(os.path.relpath(report.headline.path, readme.parent)).as_posix()
         lines += ["", f"![{report.headline.description}]({link})"]
@@ -218,6 +220,7 @@ def write(folders: Sequence[Path], out: Path) -> None:
     """Raises ValueError or OSError, one line, for a user's mistake."""
     runs = read_runs(folders)
     pictures = out.parent / out.stem.lower()
+    pictures.mkdir(parents=True, exist_ok=True)
     report = build(runs, pictures)
     out.write_text(to_markdown(TITLE, OPENING, report.sections, out.parent), encoding="utf-8")
     (pictures / "index.html").write_text(

@@ -47,7 +47,6 @@ def style(group: str) -> dict[str, Any]:
 
 def save(figure: Figure, path: Path) -> Path:
     """The same bytes for the same figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
     return path
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from experiments.report_data import Record, settings_of, value_of, values_of
+from experiments.report_data import Record, settings_of
 from experiments.report_tables import COSTS, NOTHING, cost_cells, number, score_text
 from experiments.report_text import Section, Table
 
@@ -132,12 +132,3 @@ def votes_section(records: Sequence[Record]) -> Section:
 
 def _flat(record: Record, gap: str) -> Record:
     return {**record, "gap": record["gaps"].get(gap)}
-
-
-def mean_at(records: Sequence[Record], metric: str, steps: str | int = "trained") -> float | None:
-    values = values_of(records, metric, steps)
-    return sum(values) / len(values) if values else None
-
-
-def is_measured(records: Sequence[Record], metric: str) -> bool:
-    return any(value_of(record, metric) is not None for record in records)

@@ -101,8 +101,8 @@ def _columns(groups: dict[str, list[Record]]) -> list[tuple[str, str, str | int]
         ]
     loops = [record for record in everything if record["trained_steps"] > 1 and "accuracy" in record]
     columns: list[tuple[str, str, str | int]] = [("accuracy", "accuracy", "trained")]
-    if loops:
-        most = most_steps(loops)
+    most = most_steps(loops) if loops else 1
+    if any(most != record["trained_steps"] for record in loops):
         columns.append((f"accuracy, {most} steps", "accuracy", most))
     if any(record.get("ood_accuracy") for record in everything):
         columns += [

@@ -10,6 +10,8 @@ import math
 import re
 import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from experiments import report
 from experiments.report_claims import CLAIMS, Unit, claim_verdict, command_of, judge, read_claims
 from experiments.report_data import value_of
 from experiments.report_figures import enough_steps
+
+from ..conftest import ROOT
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "RESULTS_synthetic.md"
@@ -98,9 +102,10 @@ def test_effects_are_those_of_the_records(written):
         - statistics.mean(cells["dense_params", seed]["correct"])
         for seed in range(5)
     ]
-    text = written.read_text()
-    assert f"p_hop +{statistics.mean(differences):.3f} [" in text
-    assert f"p_hop +{statistics.mean(differences):.3f} [" in (written.parents[1] / "README.md").read_text()
+    effect = f"p_hop +{statistics.mean(differences):.3f} ["
+    readme = (written.parents[1] / "README.md").read_text()
+    assert effect in written.read_text()
+    assert effect in " ".join(readme.split())  # its lines are wrapped
 
 
 def test_every_claim_is_reported_with_what_runs_it(written):
@@ -292,10 +297,21 @@ def test_mistakes_are_one_line(tmp_path):
         report.write([tmp_path / "a"], out)
 
 
-def test_one_cell_alone_makes_a_report(tmp_path):
+def test_text_alone_makes_a_report_without_pictures(tmp_path):
+    out = project(tmp_path / "project")
+    report.write([place(stored("wikipedia"), tmp_path / "runs")], out)
+    loops = [r["bits_per_byte"]["4"] for r in stored("wikipedia") if is_loop(r)]
+    assert f"| loop | {statistics.mean(loops):.3f} [{min(loops):.3f}, {max(loops):.3f}] |" in out.read_text()
+    assert [path.name for path in (out.parent / "results").iterdir()] == ["index.html"]
+
+
+def test_the_command_makes_a_report_of_one_cell(tmp_path):
     """As after `experiments/run.py --cells`: no pair, no verdict, no headline picture."""
     out = project(tmp_path / "project")
-    report.write([place(stored("p_hop")[:1], tmp_path / "runs")], out)
+    runs = place(stored("p_hop")[:1], tmp_path / "runs")
+    command = [sys.executable, "experiments/report.py", "--runs", str(runs), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"written: {out}\n"), done.stderr
     assert "No answer yet" in out.read_text()
     assert "Nothing was tested" in out.read_text()
     assert "headline.png" not in (tmp_path / "project/README.md").read_text()
