@@ -1,0 +1,247 @@
+"""From records of cells to docs/RESULTS.md, its pictures, one HTML page, and the README's figure.
+
+python experiments/report.py --runs runs/experiments/quick [--runs MORE] --out docs/RESULTS.md
+
+Reads every cell.json below the folders (experiments/record.py) and the claims of experiments/CLAIMS.md.
+Writes beside OUT a folder of its name in small letters: the pictures and index.html. A README.md in the
+folder above OUT's gets the headline between its lines <!-- results:begin --> and <!-- results:end -->. The
+same records give the same bytes.
+"""
+
+import argparse
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from data_pipeline.errors import user_errors
+from experiments.report_claims import Unit, claim_verdict, judge, not_claimed, read_claims
+from experiments.report_data import Record, Runs, Setting, budget_text, read_runs, settings_of, value_of
+from experiments.report_figures import (
+    HEADLINE,
+    MAIN,
+    depth_figure,
+    flops_figure,
+    headline_figure,
+    parameters_figure,
+    save,
+    steps_figure,
+    varied_figure,
+)
+from experiments.report_studies import (
+    EXAMPLES,
+    ITERATIONS,
+    by_value,
+    convergence_section,
+    gaps_section,
+    study_section,
+    varied,
+    votes_section,
+)
+from experiments.report_tables import groups_section, task_section
+from experiments.report_text import Picture, Section, Table, to_markdown, to_page
+from experiments.report_verdicts import claims_section, effect_text, statistics_section
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+HEADLINE_CLAIM, QUESTION = "equal_parameters", "Does iterating beat adding parameters?"
+TITLE = "Results: does iterating beat adding parameters?"
+OPENING = "Written by `experiments/report.py` from the records of the runs; nothing here is typed by hand."
+WIDTH = 118  # of the README's lines
+Panels = Mapping[Setting, Mapping[str, Sequence[Record]]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is written, and the headline of the README."""
+
+    sections: list[Section]
+    answer: str
+    headline: Picture | None
+
+
+def build(runs: Runs, pictures: Path) -> Report:
+    """All sections; draws the pictures into a folder."""
+    claims = read_claims()
+    units = judge(claims, runs.records)
+    settings = settings_of(runs.records)
+    panels = headline_panels(settings)
+    effects = {
+        unit.setting: f"Loop less dense, equal parameters: {effect_text(unit)}, {unit.verdict}"
+        for unit in units
+        if unit.claim.id == HEADLINE_CLAIM
+    }
+    (claim,) = [claim for claim in claims if claim.id == HEADLINE_CLAIM]
+    verdict = claim_verdict(claim, units)
+    headline = None
+    if panels:
+        file = save(
+            headline_figure(panels, effects, f"{QUESTION} Over all tasks: {verdict}"),
+            pictures / "headline.png",
+        )
+        headline = Picture(file, f"{QUESTION} Accuracy of a loop and of dense models, by task")
+    answer = answer_text(units, set(panels), verdict)
+    tasks = [task_section(setting, groups) for setting, groups in settings.items()]
+    sections = [
+        Section("The question", [answer, *([headline] if headline else [])]),
+        claims_section(claims, units, runs.records),
+        statistics_section(units),
+        Section("Scores and costs", parts=tasks),
+        _pictures_section(settings, pictures),
+        _studies_section(runs, pictures),
+        Section("Not claimed", [not_claimed()]),
+        groups_section([*runs.records, *runs.studies]),
+        _left_out_section(runs),
+    ]
+    return Report(sections, answer, headline)
+
+
+def headline_panels(settings: Panels) -> dict[Setting, dict[str, Sequence[Record]]]:
+    """Of each task one setting with the headline's pair: of the most seeds, then the longest training."""
+    best: dict[str, tuple[int, float, Setting]] = {}
+    for setting, groups in settings.items():
+        pair = [groups.get(name, ()) for name in ("loop", "dense_params")]
+        seeds = set.intersection(
+            *({r["seed"] for r in side if value_of(r, "accuracy") is not None} for side in pair)
+        )
+        if seeds:
+            rank = (len(seeds), max(float(r.get("training_flops", 0)) for r in pair[0]), setting)
+            best[setting.task] = max(rank, best.get(setting.task, rank))
+    return {
+        setting: {name: settings[setting][name] for name in HEADLINE if name in settings[setting]}
+        for _, _, setting in best.values()
+    }
+
+
+def answer_text(units: Sequence[Unit], shown: set[Setting], verdict: str) -> str:
+    """The headline claim in one sentence."""
+    own = [unit for unit in units if unit.claim.id == HEADLINE_CLAIM and unit.setting in shown]
+    if not own:
+        return f"{QUESTION} No answer yet: no task has a loop and its dense twin of the same budget."
+    effects = "; ".join(
+        f"{unit.setting.task} {effect_text(unit)} ({unit.verdict}; {len(unit.seeds)} seeds, "
+        f"{budget_text(unit.setting.budget)})"
+        for unit in own
+    )
+    return (
+        f"{QUESTION} At equal parameters, the accuracy of a loop less that of as many dense layers, intervals"
+        f" corrected for all comparisons: {effects}; over all tasks of the claim: **{verdict}**."
+    )
+
+
+def _pictures_section(settings: Panels, folder: Path) -> Section:
+    """The pictures whose data are there."""
+    scored = _with(settings, "accuracy")
+    deep = _with(settings, "by_depth")
+    main = {s: {g: r for g, r in groups.items() if g in MAIN} or groups for s, groups in deep.items()}
+    loops = {
+        s: {g: r for g, r in groups.items() if g in MAIN and r[0]["trained_steps"] > 1}
+        for s, groups in deep.items()
+    }
+    drawn: list[tuple[str, str, Panels, Callable[[Panels], Figure]]] = [
+        ("Accuracy by depth", "depth", main, depth_figure),
+        ("Accuracy against parameters", "parameters", scored, parameters_figure),
+        ("Accuracy against inference FLOPs", "inference_flops", scored, flops_figure),
+        ("Steps needed against true depth", "steps_depth", loops, steps_figure),
+    ]
+    parts = []
+    for title, name, panels, draw in drawn:
+        whole = {setting: groups for setting, groups in panels.items() if groups}
+        if whole:
+            parts.append(Section(title, [Picture(save(draw(whole), folder / f"{name}.png"), title)]))
+    said = "Whiskers are bootstrap intervals of 95 % over the seeds, not corrected."
+    return Section("Pictures", [said] if parts else [], parts)
+
+
+def _with(settings: Panels, key: str) -> dict[Setting, dict[str, Sequence[Record]]]:
+    """The settings and groups whose records all have a key."""
+    found = {
+        s: {g: r for g, r in groups.items() if all(key in x for x in r)} for s, groups in settings.items()
+    }
+    return {setting: groups for setting, groups in found.items() if groups}
+
+
+def _studies_section(runs: Runs, folder: Path) -> Section:
+    keys = {varied(record)[0] for record in runs.studies}
+    weights = sorted(keys - {ITERATIONS, EXAMPLES})
+    parts = [
+        study_section(
+            "Loss weights", "Weights of the terms of the loss, one varied at a time.", runs.studies, weights
+        ),
+        study_section(
+            "Iteration count", "Steps R of the loop, and as many layers.", runs.studies, [ITERATIONS]
+        ),
+        study_section("Sample efficiency", "Training examples, the same steps.", runs.studies, [EXAMPLES]),
+    ]
+    for part, key, xlabel in (
+        (parts[1], ITERATIONS, "steps R of the loop"),
+        (parts[2], EXAMPLES, "examples"),
+    ):
+        found = by_value([r for r in runs.studies if "accuracy" in r], key)
+        if found:
+            title = f"Accuracy against {xlabel}"
+            part.blocks.append(Picture(save(varied_figure(found, xlabel), folder / f"by_{key}.png"), title))
+    everything = runs.records
+    parts += [convergence_section(everything), gaps_section(everything), votes_section(everything)]
+    return Section("Studies", [], parts)
+
+
+def _left_out_section(runs: Runs) -> Section:
+    total = len(runs.records) + len(runs.studies)
+    said = f"{total} cells are done, {len(runs.failed)} failed, {len(runs.missing)} are not done."
+    if runs.sweep:
+        said += f" {runs.sweep} more only chose learning rates and are not compared."
+    rows = [(f"`{name}`", problem) for name, problem in runs.failed.items()]
+    rows += [(f"`{name}`", "not done") for name in runs.missing]
+    return Section(
+        "Failed and missing cells", [said, *([Table(("cell", "what happened"), rows)] if rows else [])]
+    )
+
+
+def update_readme(readme: Path, report: Report) -> None:
+    """Raises ValueError if the README lacks the two lines, in their order."""
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"{readme} lacks the lines {BEGIN} and {END}, between which the headline goes: add them"
+        )
+    lines = [BEGIN, textwrap.fill(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False)]
+    if report.headline is not None:
+        link = Path(os.path.relpath(report.headline.path, readme.parent)).as_posix()
+        lines += ["", f"![{report.headline.description}]({link})"]
+    readme.write_text(before + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+
+
+def write(folders: Sequence[Path], out: Path) -> None:
+    """Raises ValueError or OSError, one line, for a user's mistake."""
+    runs = read_runs(folders)
+    pictures = out.parent / out.stem.lower()
+    pictures.mkdir(parents=True, exist_ok=True)
+    report = build(runs, pictures)
+    out.write_text(to_markdown(TITLE, OPENING, report.sections, out.parent), encoding="utf-8")
+    (pictures / "index.html").write_text(
+        to_page(TITLE, OPENING.replace("`", ""), report.sections), encoding="utf-8"
+    )
+    readme = out.absolute().parent.parent / "README.md"
+    if readme.is_file():
+        update_readme(readme, report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Turn the records of experiments into the report.")
+    parser.add_argument(
+        "--runs", type=Path, action="append", required=True, help="the --out of experiments/run.py"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="what to write")
+    arguments = parser.parse_args()
+    with user_errors(ValueError, OSError):
+        write(arguments.runs, arguments.out)
+        print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""The report of stored records is the stored one; cells that cannot be compared are not.
+
+The records in cells/ are synthetic, as their size says, and hold no result. After a wanted change of the
+report, `test_the_report_is_the_stored_one` names the file to copy over RESULTS_synthetic.md.
+"""
+
+import copy
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments import report
+from experiments.report_claims import CLAIMS, Unit, claim_verdict, command_of, judge, read_claims
+from experiments.report_data import value_of
+from experiments.report_figures import enough_steps
+
+from ..conftest import ROOT
+
+HERE = Path(__file__).parent
+EXPECTED = HERE / "RESULTS_synthetic.md"
+Records = list[dict[str, Any]]
+README = f"# Project\n\n{report.BEGIN}\nold\n{report.END}\n\nThe rest.\n"
+
+
+def stored(*names: str) -> Records:
+    return [
+        record
+        for name in names or ("p_hop", "causal_loop_v2", "wikipedia", "studies")
+        for record in json.loads((HERE / "cells" / f"{name}_synthetic.json").read_text())
+    ]
+
+
+def place(records: Records, out: Path) -> Path:
+    """As experiments/run.py leaves them."""
+    for record in records:
+        folder = out / "cells" / record["cell"]
+        folder.mkdir(parents=True)
+        (folder / "cell.json").write_text(json.dumps(record))
+    return out
+
+
+def project(folder: Path) -> Path:
+    """A README and the place of the report."""
+    (folder / "docs").mkdir(parents=True)
+    (folder / "README.md").write_text(README)
+    return folder / "docs/RESULTS.md"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of all stored records, two cells of a matrix not done."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = place(stored(), folder / "runs")
+    lost, failed = "p_hop/synthetic/100/kv/3", "p_hop/synthetic/100/kv/4"
+    cells = [*(record["cell"] for record in stored("p_hop")), lost, failed]
+    (runs / "synthetic.matrix.json").write_text(json.dumps({"matrix": "synthetic", "cells": cells}))
+    (runs / "cells" / failed).mkdir(parents=True)
+    (runs / "cells" / failed / "failed.json").write_text(
+        json.dumps({"cell": failed, "problem": "main.py failed with code 1: see train.log"})
+    )
+    out = project(folder / "project")
+    report.write([runs], out)
+    return out
+
+
+def test_the_report_is_the_stored_one(written):
+    assert written.read_text() == EXPECTED.read_text(), f"wanted? cp {written} {EXPECTED}"
+
+
+def test_the_same_records_elsewhere_and_in_another_order_give_the_same_bytes(written, tmp_path):
+    """In two folders, numbered as they come."""
+    records = list(reversed(stored()))
+    runs = [place(records[i::2], tmp_path / f"runs{i}") for i in range(2)]
+    shutil.copytree(written.parents[2] / "runs/cells/p_hop/synthetic/100/kv/4", runs[0] / "failed")
+    names = ["p_hop/synthetic/100/kv/3"]
+    (runs[1] / "synthetic.matrix.json").write_text(json.dumps({"cells": names}))
+    out = project(tmp_path / "project")
+    report.write(list(reversed(runs)), out)
+    before, after = (
+        {p.relative_to(top): p.read_bytes() for p in top.rglob("*") if p.is_file()}
+        for top in (written.parents[1], tmp_path / "project")
+    )
+    assert len(before) >= 9
+    assert before == after
+
+
+def test_effects_are_those_of_the_records(written):
+    """Straight from the stored cells, for the pair of the headline."""
+    cells = {(r["group"], r["seed"]): r for r in stored("p_hop")}
+    differences = [
+        statistics.mean(cells["loop", seed]["correct"])
+        - statistics.mean(cells["dense_params", seed]["correct"])
+        for seed in range(5)
+    ]
+    effect = f"p_hop +{statistics.mean(differences):.3f} ["
+    readme = (written.parents[1] / "README.md").read_text()
+    assert effect in written.read_text()
+    assert effect in " ".join(readme.split())  # its lines are wrapped
+
+
+def test_every_claim_is_reported_with_what_runs_it(written):
+    text = written.read_text()
+    ids = [
+        yaml.safe_load(block)["id"] for block in re.findall(r"```yaml\n(.*?)```", CLAIMS.read_text(), re.S)
+    ]
+    assert len(ids) == len(set(ids)) >= 11
+    for name in ids:
+        assert f"(`{name}`)" in text
+    assert "--cells 'p_hop/synthetic/100/dense_params/*'" in text
+    assert "| `p_hop/synthetic/100/kv/3` | not done |" in text
+    assert "| `p_hop/synthetic/100/kv/4` | main.py failed with code 1: see train.log |" in text
+
+
+def test_pictures_are_linked_and_the_page_stands_alone(written):
+    linked = re.findall(r"!\[[^]]+\]\((.*?)\)", written.read_text())
+    drawn = {path.name for path in (written.parent / "results").glob("*.png")}
+    assert {Path(link).name for link in linked} == drawn
+    assert drawn == {
+        *("headline.png", "depth.png", "parameters.png", "inference_flops.png", "steps_depth.png"),
+        *("by_steps.png", "by_examples.png"),
+    }
+    for link in linked:
+        assert (written.parent / link).read_bytes().startswith(b"\x89PNG")
+    page = (written.parent / "results/index.html").read_text()
+    sources = re.findall(r'src="(.{10})', page)
+    assert len(sources) == len(linked)
+    assert set(sources) == {"data:image"}
+    assert "href" not in page
+
+
+def test_the_readme_changes_between_its_lines_alone(written):
+    readme = (written.parents[1] / "README.md").read_text()
+    assert readme.startswith(f"# Project\n\n{report.BEGIN}\nDoes iterating beat adding parameters? At equal")
+    assert readme.endswith(f"](docs/results/headline.png)\n{report.END}\n\nThe rest.\n")
+
+
+# Cells that must not be compared, or not as they are.
+
+
+def changed(change: Callable[[dict[str, Any]], Any], where: Callable[[dict[str, Any]], bool]) -> Records:
+    records = copy.deepcopy(stored("p_hop"))
+    for record in filter(where, records):
+        change(record)
+    return records
+
+
+def unit_of(records: Records, claim: str = "equal_parameters") -> Unit:
+    (unit,) = [unit for unit in judge(read_claims(), records) if unit.claim.id == claim]
+    return unit
+
+
+def is_loop(record: dict[str, Any]) -> bool:
+    return bool(record["group"] == "loop")
+
+
+def test_an_unequal_pair_is_refused():
+    unit = unit_of(changed(lambda r: r.update(parameters=50000), lambda r: is_loop(r) and r["seed"] == 2))
+    assert (unit.verdict, unit.found) == ("undecided", None)
+    assert unit.remark.startswith(
+        "not compared, seed 2: loop has parameters 50,000 and dense_params 48,010, 3.98% apart"
+    )
+
+
+def test_a_number_that_is_none_is_no_seed_less():
+    unit = unit_of(
+        changed(lambda r: r["accuracy"].update({"4": math.nan}), lambda r: is_loop(r) and r["seed"] == 1)
+    )
+    assert (unit.verdict, unit.found) == ("undecided", None)
+    assert unit.remark == "accuracy of loop, seed 1, is nan: the rest alone would flatter"
+
+
+def test_steps_that_were_not_tested_are_said():
+    unit = unit_of(changed(lambda r: r["accuracy"].pop("24"), is_loop), "extrapolation_steps")
+    assert (unit.verdict, unit.remark) == (
+        "undecided",
+        "accuracy of loop at 24 steps, seed 0, was not measured",
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_are_undecided(seeds):
+    unit = unit_of([record for record in stored("p_hop") if record["seed"] < seeds])
+    assert (unit.verdict, unit.found) == ("undecided", None)
+    assert unit.remark == f"{seeds} of the 3 pairs that a verdict needs"
+    assert len(unit.sides) == 2  # their means are shown
+
+
+def test_a_seed_without_its_partner_is_left_out():
+    records = [r for r in stored("p_hop") if not (r["group"] == "dense_params" and r["seed"] == 0)]
+    unit = unit_of(records)
+    assert unit.seeds == (1, 2, 3, 4)
+    assert unit.remark == "no partner for loop, seed 0"
+    loops = [r["accuracy"]["4"] for r in records if is_loop(r) and r["seed"]]
+    assert unit.sides[0] == pytest.approx(statistics.mean(loops))
+
+
+def test_another_budget_is_not_compared():
+    records = changed(lambda r: r.update(budget="200"), is_loop)
+    assert not [unit for unit in judge(read_claims(), records) if unit.claim.id == "equal_parameters"]
+    (claim,) = [claim for claim in read_claims() if claim.id == "equal_parameters"]
+    assert claim_verdict(claim, judge(read_claims(), records)) == "undecided"
+
+
+def test_another_test_set_is_not_compared():
+    unit = unit_of(changed(lambda r: r.update(num_samples=80), is_loop))
+    assert unit.remark == "not compared, seed 0: tested on 80 and 40 samples"
+
+
+def test_all_equal_rules_the_effect_out_and_supports_no_worse():
+    """Every cell the same: as CLAIMS.md says, hi < m refutes `higher`, lo > -m supports `not_lower`."""
+    same = stored("p_hop")[0]
+    records = changed(lambda r: r.update({k: same[k] for k in ("correct",)}), lambda r: True)
+    for record in records:
+        record["accuracy"] = {str(record["trained_steps"]): statistics.mean(same["correct"])}
+    assert unit_of(records).interval == (0, 0)
+    assert unit_of(records).verdict == "refuted"
+    assert unit_of(records, "equal_flops").verdict == "supported"
+
+
+def test_more_claims_widen_an_interval():
+    """The same cells, tested alone and among others."""
+    alone = judge([claim for claim in read_claims() if claim.id == "equal_parameters"], stored("p_hop"))[0]
+    among = unit_of(stored("p_hop"))
+    assert alone.interval is not None
+    assert among.interval is not None
+    assert among.interval.lo < alone.interval.lo < alone.interval.hi < among.interval.hi
+    assert alone.adjusted < among.adjusted
+    assert among.level < alone.level == 0.05
+
+
+def test_a_claim_is_decided_by_all_its_tasks():
+    records = stored("p_hop", "causal_loop_v2")
+    both = copy.deepcopy(stored("p_hop"))
+    for record in both:
+        record |= {"task": "addition", "cell": record["cell"].replace("p_hop", "addition")}
+    (claim,) = [claim for claim in read_claims() if claim.id == "equal_parameters"]
+    assert claim_verdict(claim, judge([claim], records)) == "undecided"  # addition was not run
+    assert claim_verdict(claim, judge([claim], [*records, *both])) == "supported"
+
+
+def test_values_of_a_model_without_a_loop_hold_at_all_steps():
+    dense = next(record for record in stored("p_hop") if record["group"] == "dense_flops")
+    assert value_of(dense, "accuracy", 24) == value_of(dense, "accuracy", "2R") == dense["accuracy"]["1"]
+    loop = next(record for record in stored("p_hop") if is_loop(record))
+    assert value_of(loop, "accuracy", "2R") == loop["accuracy"]["8"]
+    assert value_of(loop, "perplexity") is None
+
+
+def test_enough_steps_are_the_fewest_near_the_best():
+    assert enough_steps({"1": 0.3, "4": 0.79, "8": 0.8, "16": 0.805}) == 4
+
+
+def test_a_command_names_no_folder_of_a_machine():
+    record = stored("p_hop")[0]
+    record["command"] = record["command"].replace("runs/synthetic", "/somewhere/else")
+    assert command_of(record) == (
+        "python experiments/run.py --matrix experiments/synthetic.yaml --cells 'p_hop/synthetic/100/loop/*'"
+    )
+
+
+def test_learning_rates_that_were_tried_are_no_cells(tmp_path):
+    record = stored("p_hop")[0]
+    tried = {**record, "cell": "p_hop/synthetic/100/loop@lr=0.001/100"}
+    runs = report.read_runs([place([record, tried], tmp_path)])
+    assert (len(runs.records), runs.sweep) == (1, 1)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        report.read_runs([tmp_path / "nowhere"])
+    with pytest.raises(ValueError, match=r"no cell\.json below"):
+        report.read_runs([tmp_path])
+    record = stored("p_hop")[0]
+    runs = [place([record], tmp_path / name) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=f"cell {record['cell']} is in .*/a/.* and .*/b/"):
+        report.read_runs(runs)
+    cell = tmp_path / "b/cells" / record["cell"] / "cell.json"
+    cell.write_text('{"cell": ')
+    with pytest.raises(ValueError, match=r"cell\.json is damaged; remove it and run its cell again"):
+        report.read_runs([tmp_path / "b"])
+    cell.write_text('{"cell": "x"}')
+    with pytest.raises(ValueError, match=r"cell\.json has no matrix, group"):
+        report.read_runs([tmp_path / "b"])
+    out = project(tmp_path / "project")
+    (tmp_path / "project/README.md").write_text("# Project\n")
+    with pytest.raises(ValueError, match="README.md lacks the lines <!-- results:begin -->"):
+        report.write([tmp_path / "a"], out)
+
+
+def test_text_alone_makes_a_report_without_pictures(tmp_path):
+    out = project(tmp_path / "project")
+    report.write([place(stored("wikipedia"), tmp_path / "runs")], out)
+    loops = [r["bits_per_byte"]["4"] for r in stored("wikipedia") if is_loop(r)]
+    assert f"| loop | {statistics.mean(loops):.3f} [{min(loops):.3f}, {max(loops):.3f}] |" in out.read_text()
+    assert [path.name for path in (out.parent / "results").iterdir()] == ["index.html"]
+
+
+def test_the_command_makes_a_report_of_one_cell(tmp_path):
+    """As after `experiments/run.py --cells`: no pair, no verdict, no headline picture."""
+    out = project(tmp_path / "project")
+    runs = place(stored("p_hop")[:1], tmp_path / "runs")
+    command = [sys.executable, "experiments/report.py", "--runs", str(runs), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"written: {out}\n"), done.stderr
+    assert "No answer yet" in out.read_text()
+    assert "Nothing was tested" in out.read_text()
+    assert "headline.png" not in (tmp_path / "project/README.md").read_text()
