@@ -132,7 +132,7 @@ def test_chains_of_thought_vote_and_text_has_a_perplexity(tmp_path, data_root):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--index", "2"), "error: --index 2 must be from 0 to 1: the cells of --list"),
+        (("--index", "2"), "error: --index 2 must be from 0 to 1, of 2 cells"),
         (
             ("--cells", "p_hip/*"),
             "error: --cells p_hip/*: no cell of tests/experiments/tiny.yaml matches, of 2",
