@@ -28,7 +28,10 @@ SHORT = [
         "sources.3.max_documents=30 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000",
     ),
     ("distill_causal_loop.yaml", "sources.0.num_samples=400"),
-    ("distill/main.py", "max_steps=2 global_batch_size=2 micro_batch_size=2 model.hidden_size=32"),
+    (
+        "distill/main.py",
+        "max_steps=2 optimizer.warmup_steps=1 global_batch_size=2 micro_batch_size=2 model.hidden_size=32",
+    ),
     ("eval/thoughts.py", "--num_samples 8"),
     ("build.py", "sources.0.max_bytes=300000 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000"),
     ("real_cpu.yaml max_steps=380", TINY_RUN.replace("max_steps=2", "max_steps=4")),

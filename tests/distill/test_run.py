@@ -75,7 +75,7 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
         ({"overrides": ["data.packing=concat"]}, "set data.packing=best_fit"),
         ({"overrides": ["data.sequence_length=64"]}, "which would be cut; raise it"),
         ({"overrides": ["model.distillation.method=magic"]}, "method='magic' is unknown; choose one of cot"),
-        ({"overrides": ["model.max_position_embeddings=140"]}, "set it to .* or more, which adds no weights"),
+        ({"overrides": ["model.max_position_embeddings=142"]}, "set it to .* or more, which adds no weights"),
         ({"init": Path("nowhere")}, "nowhere/config.json is missing"),
         ({"init": Path("nowhere"), "overrides": ["model.preset=nano"]}, "both give sizes; leave one of them"),
         ({"ds_config": "ds_configs/zero3_ep.json"}, "use ds_configs/zero2.json"),

@@ -207,7 +207,7 @@ def test_the_command_line_and_the_resolved_config(data_folder, tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     overrides = [*TINY, f"output_dir={tmp_path}", f"data.path={data_folder}", *arguments.overrides]
     run = prepare(arguments.config, str(ROOT / "ds_configs/zero3_ep.json"), overrides)
-    _write_run_folder(run)
+    _write_run_folder(run, trained=0)
     resolved = load_run_config(str(tmp_path / "config.yaml"), [])
     assert (resolved.seed, resolved.max_steps, resolved.model["hidden_size"]) == (3, 680, 32)
     assert ModelConfig.from_dict(resolved.model) == run.model_config
