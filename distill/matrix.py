@@ -15,7 +15,6 @@ CPU-hours, 1.7 hours with --jobs 2 on two quiet cores; --quick about 14 minutes.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,9 +28,9 @@ from distill.methods import METHODS
 from eval.report_data import read_runs
 from eval.report_thoughts import Arm, figures, read_arms, tables
 from eval.results import format_table
-from experiments.runs import call, run_all, train
+from experiments.runs import call, changed_setting, run_all, train, write_json
 
-TEACHER = "teacher"
+TEACHER, SETTINGS = "teacher", "settings.json"
 ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
 BATCH = ("--batch_size", "64")
 NUMBERS = ("num_documents", "teacher_steps", "student_steps", "num_questions")
@@ -122,17 +121,13 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: those that are there were made with other settings.
     """
-    path = out / "settings.json"
-    if path.is_file():
-        there = json.loads(path.read_text())
-        for key, value in settings.items():
-            if there.get(key) != value:
-                raise ValueError(
-                    f"--out {out} holds runs with {key}={there.get(key)}, but {key}={value} is asked for; "
-                    "give another folder"
-                )
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n")
+    changed = changed_setting(out / SETTINGS, settings)
+    if changed is not None:
+        key, before, now = changed
+        raise ValueError(
+            f"--out {out} holds runs with {key}={before}, but {key}={now} is asked for; give another folder"
+        )
+    write_json(out / SETTINGS, settings)
 
 
 def build_data(out: Path, task: Task, size: Size) -> None:
@@ -186,7 +181,7 @@ def write_results(
     task = settings["task"]
     arms = read_arms(read_runs(folders)[0]).get(task, [])
     report = {"settings": settings, "failed": failed, "arms": {arm.name: arm_record(arm) for arm in arms}}
-    (out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(out / "results.json", report)
     text = (
         f"{TASKS[task].about}; "
         f"teachers {settings['teacher_steps']:,} steps, then every method {settings['student_steps']:,}. "

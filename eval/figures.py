@@ -1,6 +1,7 @@
 """The pictures of the report, each as an <img> tag with the PNG inside."""
 
 import base64
+import html
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +21,13 @@ MAX_COLUMNS = 200  # of a heat map; more steps than this are averaged
 def to_html(figure: Figure, description: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{description}" src="data:image/png;base64,{data}">'
+    return png_tag(buffer.getvalue(), description)
+
+
+def png_tag(png: bytes, description: str) -> str:
+    """An <img> with the picture inside."""
+    data = base64.b64encode(png).decode()
+    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

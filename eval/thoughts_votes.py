@@ -1,7 +1,5 @@
 """Test-time scaling: sampled chains of thought, whose answers vote (Wang et al. 2022, arXiv 2203.11171)."""
 
-from collections.abc import Sequence
-
 from data_pipeline.tokenizer import Tokenizer
 from eval.generation import TEMPERATURE, Ballot, majority_vote
 from eval.thoughts_answers import Way, answer_all
@@ -30,15 +28,11 @@ def vote(
         `acc,maj@k` for k of `voters`: 1.0 for a question where the majority of its first k is right.
     """
     ballots: list[list[Ballot]] = [[] for _ in data.questions]
+    sampled = way._replace(temperature=TEMPERATURE)
     for sample in range(samples):
-        sampled = way._replace(temperature=TEMPERATURE)
         answers = answer_all(model, tokenizer, data, sampled, batch_size, max_new_tokens, seed + sample)
         for question, row, own in zip(data.questions, answers.rows, ballots, strict=True):
             found = read_chain_answer(tokenizer, row.tokens)
             answer = None if found is None else normalize(found)
             own.append(Ballot(answer, float(answer == normalize(question.answer))))
-    return {f"acc,maj@{k}": _outcomes(ballots, k) for k in voters(samples)}
-
-
-def _outcomes(ballots: Sequence[Sequence[Ballot]], k: int) -> list[float]:
-    return [majority_vote(own[:k]) for own in ballots]
+    return {f"acc,maj@{k}": [majority_vote(own[:k]) for own in ballots] for k in voters(samples)}

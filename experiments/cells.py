@@ -1,7 +1,6 @@
 """One cell: its data, its training, its evaluations, then its record."""
 
 import fcntl
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from typing import Any
 
 from experiments.groups import GROUPS
 from experiments.matrix import BASE, Matrix, Plan
-from experiments.record import RECORD, make_record
-from experiments.runs import ROOT, call, train
+from experiments.record import FAILED, RECORD, make_record
+from experiments.runs import ROOT, call, changed_setting, train, write_json
 
-SETTINGS, FAILED = "settings.json", "failed.json"
+SETTINGS = "settings.json"
 
 
 def folder_of(plan: Plan, out: Path) -> Path:
@@ -77,17 +76,16 @@ def evaluations(plan: Plan, evaluate: bool, data: str = "DATA") -> dict[str, lis
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Notes what a cell or its data are told. Raises ValueError where other settings are noted already."""
-    if path.is_file():
-        there = json.loads(path.read_text())
-        for key, value in settings.items():
-            if there.get(key) != value:
-                before, now = _difference(there.get(key), value)
-                raise ValueError(
-                    f"{path.parent} holds what was made with {key} {before}, but {now} is asked for; give "
-                    "another --out or move it away"
-                )
-        return
-    _write(path, settings)
+    changed = changed_setting(path, settings)
+    if changed is not None:
+        key, *values = changed
+        before, now = _difference(*values)
+        raise ValueError(
+            f"{path.parent} holds what was made with {key} {before}, but {now} is asked for; give "
+            "another --out or move it away"
+        )
+    if not path.is_file():
+        write_json(path, settings)
 
 
 def _difference(before: Any, now: Any) -> tuple[Any, Any]:
@@ -97,14 +95,6 @@ def _difference(before: Any, now: Any) -> tuple[Any, Any]:
             if a != b:
                 return a, b
     return before, now
-
-
-def _write(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def run_cell(plan: Plan, matrix: Matrix, out: Path) -> None:
@@ -125,9 +115,9 @@ def run_cell(plan: Plan, matrix: Matrix, out: Path) -> None:
         train(folder, script, *training(plan), f"data.path={data}")
         for name, (test, *flags) in evaluations(plan, not matrix.is_sweep, str(data)).items():
             _evaluate(folder, name, test, flags)
-        _write(folder / RECORD, make_record(plan, matrix, folder, command(plan, matrix, out)))
+        write_json(folder / RECORD, make_record(plan, matrix, folder, command(plan, matrix, out)))
     except (ValueError, OSError) as error:
-        _write(folder / FAILED, {"cell": plan.cell.name, "problem": str(error)})
+        write_json(folder / FAILED, {"cell": plan.cell.name, "problem": str(error)})
         raise
     (folder / FAILED).unlink(missing_ok=True)
 

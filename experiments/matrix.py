@@ -206,6 +206,7 @@ class Planner:
         self.configs: dict[tuple[str, str], RunConfig] = {}
 
     def task(self, cell: Cell) -> Task:
+        """The cell's task, with what the matrix and the cell change of it."""
         task = self.tasks[cell.task]
         if self.file.examples is not None and task.examples:
             task = replace(task, examples=self.file.examples)
@@ -217,6 +218,7 @@ class Planner:
         return task
 
     def plan(self, cell: Cell) -> Plan:
+        """Raises ValueError for a model that cannot be."""
         task, group = self.task(cell), GROUPS[cell.group]
         config = self.config(cell)
         changes, model = self.model(cell)
@@ -240,6 +242,7 @@ class Planner:
         )
 
     def base_overrides(self, cell: Cell) -> list[str]:
+        """Over base.yaml, the same for all groups; later ones win: task, size, matrix."""
         task = self.tasks[cell.task]
         return [
             f"data.sequence_length={task.sequence_length}",
@@ -273,6 +276,7 @@ class Planner:
         return self.models[key]
 
     def max_steps(self, cell: Cell) -> int:
+        """Optimizer steps of the cell's budget, at least one. Raises DataError for an unknown group in it."""
         like = cell.budget.training_flops_of
         if like is None:
             return cell.budget.steps
@@ -336,13 +340,12 @@ def _check_pairs(path: Path, plans: Sequence[Plan]) -> None:
         places.setdefault((cell.task, cell.size, cell.budget.name, cell.vary), {})[cell.group] = plan
     for (task, size, budget, _), groups in places.items():
         for pair in PAIRS:
-            sides = [groups.get(name) for name in (pair.a, pair.b)]
-            if None in sides or (pair.equal == "training_flops") != ("flops-of" in budget):
+            sides = [groups[name] for name in (pair.a, pair.b) if name in groups]
+            if len(sides) < 2 or (pair.equal == "training_flops") != ("flops-of" in budget):
                 continue
             values = [
                 measured(pair.equal, p.model, p.task.sequence_length, p.max_steps * p.tokens_per_step)
                 for p in sides
-                if p is not None
             ]
             problem = unequal(pair, *values)
             if problem is not None:

@@ -40,7 +40,7 @@ from experiments.matrix import Matrix, Plan
 from model import ModelConfig, ZeroModel
 from model.counts import training_flops_per_token
 
-RECORD = "cell.json"
+RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or was given up
 LAST = 50  # steps that final_loss is the mean of
 
 

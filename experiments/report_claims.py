@@ -62,6 +62,10 @@ class Claim:
     tolerance: float
     rule: Rule
 
+    @property
+    def sides(self) -> list[Side]:
+        return [side for side in (self.a, self.b) if side is not None]
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -159,15 +163,12 @@ def judge(claims: Sequence[Claim], records: Sequence[Record]) -> list[Unit]:
         for claim in claims
         for task in claim.tasks
         for setting, groups in settings.items()
-        if setting.task == task and all(side is None or side.group in groups for side in (claim.a, claim.b))
+        if setting.task == task and all(side.group in groups for side in claim.sides)
     ]
     tested = [unit for unit in units if unit.found is not None]
     values = [p_value(unit.claim.rule, unit.found) for unit in tested if unit.found is not None]
-    corrected = {
-        id(unit): (level, adjusted)
-        for unit, level, adjusted in zip(tested, holm_levels(values), holm_adjusted(values), strict=True)
-    }
-    return [_corrected(unit, *corrected.get(id(unit), (unit.level, unit.adjusted))) for unit in units]
+    corrected = zip(holm_levels(values), holm_adjusted(values), strict=True)
+    return [unit if unit.found is None else _corrected(unit, *next(corrected)) for unit in units]
 
 
 def _corrected(unit: Unit, level: float, adjusted: float) -> Unit:
@@ -184,10 +185,10 @@ def claim_verdict(claim: Claim, units: Sequence[Unit]) -> Verdict:
 
 
 def _unit(claim: Claim, setting: Setting, groups: dict[str, list[Record]]) -> Unit:
-    by_seed = [{r["seed"]: r for r in groups[side.group]} for side in (claim.a, claim.b) if side is not None]
+    by_seed = [{r["seed"]: r for r in groups[side.group]} for side in claim.sides]
     seeds = sorted(set.intersection(*map(set, by_seed)))
     pairs = [tuple(side[seed] for side in by_seed) for seed in seeds]
-    steps = [side.steps for side in (claim.a, claim.b) if side is not None]
+    steps = [side.steps for side in claim.sides]
     values = [
         [value_of(record, claim.metric, at) for record, at in zip(pair, steps, strict=True)] for pair in pairs
     ]
@@ -210,9 +211,8 @@ def _problem(
     claim: Claim, pairs: Sequence[tuple[Record, ...]], seeds: Sequence[int], values: Sequence[list[Any]]
 ) -> str:
     """Why a unit cannot be tested; empty if it can."""
-    sides = [side for side in (claim.a, claim.b) if side is not None]
     for pair, seed, row in zip(pairs, seeds, values, strict=True):
-        for side, value in zip(sides, row, strict=True):
+        for side, value in zip(claim.sides, row, strict=True):
             if value is None:
                 return f"{claim.metric} of {side}, seed {seed}, was not measured"
             if not math.isfinite(value):
@@ -256,12 +256,11 @@ def _unpaired(claim: Claim, by_seed: Sequence[dict[int, Record]]) -> str:
 
 def _outcomes(claim: Claim, pairs: Sequence[tuple[Record, ...]]) -> Floats | None:
     """(seeds, samples): what a sample adds to the effect; None where that is not stored."""
-    sides = [side for side in (claim.a, claim.b) if side is not None]
     rows = []
     for pair in pairs:
         stored = [
             record.get("correct") if steps_of(record, side.steps) == steps_of(record) else None
-            for record, side in zip(pair, sides, strict=True)
+            for record, side in zip(pair, claim.sides, strict=True)
         ]
         if claim.metric != "accuracy" or any(correct is None for correct in stored):
             return None

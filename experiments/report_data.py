@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.groups import GROUPS
-from experiments.record import RECORD
+from experiments.record import FAILED, RECORD
 
 Record = dict[str, Any]  # experiments/record.py says what is in it
 NAMES = ("matrix", "cell", "group", "task", "size", "seed", "budget", "examples", "command", "parameters")
-FAILED = "failed.json"
 
 
 class Setting(NamedTuple):

@@ -96,10 +96,15 @@ def _lines(axis: Axes, points: Mapping[float, Sequence[float]], label: str, **lo
         axis.errorbar(list(drawn), means, yerr=errors, capsize=2.5, markersize=5, label=label, **look)
 
 
+def best_guess(records: Sequence[Record]) -> float | None:
+    """The best accuracy without reading the problem, of all these tests."""
+    return max((max(r["guesses"].values()) for r in records if r.get("guesses")), default=None)
+
+
 def _guess(axis: Axes, records: Sequence[Record]) -> None:
-    guesses = [max(r["guesses"].values()) for r in records if r.get("guesses")]
-    if guesses:
-        axis.axhline(max(guesses), color=GUESS_COLOR, linestyle="--", linewidth=1, label=GUESS, zorder=0)
+    guess = best_guess(records)
+    if guess is not None:
+        axis.axhline(guess, color=GUESS_COLOR, linestyle="--", linewidth=1, label=GUESS, zorder=0)
 
 
 def _accuracies(axis: Axes) -> None:
@@ -138,13 +143,10 @@ def headline_figure(panels: Mapping[Setting, Groups], effects: Mapping[Setting, 
         axis.set_yticks(range(len(names)), [NAMES[name] for name in names])
         for tick, name in zip(axis.get_yticklabels(), names, strict=True):
             tick.set_fontweight("bold" if name == "loop" else "normal")
-        everyone = [record for records in groups.values() for record in records]
-        guesses = [max(record["guesses"].values()) for record in everyone if record.get("guesses")]
-        if guesses:
-            axis.axvline(max(guesses), color=GUESS_COLOR, linestyle="--", linewidth=1)
-            axis.text(
-                max(guesses), len(names) - 0.45, "best guess", fontsize=8, color=GUESS_COLOR, ha="center"
-            )
+        guess = best_guess([record for records in groups.values() for record in records])
+        if guess is not None:
+            axis.axvline(guess, color=GUESS_COLOR, linestyle="--", linewidth=1)
+            axis.text(guess, len(names) - 0.45, GUESS, fontsize=8, color=GUESS_COLOR, ha="center")
         axis.set(xlim=(0, 1))
         axis.set_title(
             f"{setting.task} ({setting.size}). {effects[setting]}", fontsize=10, loc="left", pad=12

@@ -85,11 +85,14 @@ def _mean_of(records: Sequence[Record], key: str, times: int) -> str:
         last = found[-1] if isinstance(found, list) and found else found
         if isinstance(last, int | float):
             values.append(float(last))
-    return number(sum(values) / len(values)) if values else NOTHING
+    return _mean(values)
 
 
 def _of(records: Sequence[Record], key: str) -> str:
-    values = [record["convergence"][key] for record in records if key in record["convergence"]]
+    return _mean([record["convergence"][key] for record in records if key in record["convergence"]])
+
+
+def _mean(values: Sequence[float]) -> str:
     return number(sum(values) / len(values)) if values else NOTHING
 
 

@@ -1,12 +1,12 @@
 """Sections of text, tables and pictures, written as Markdown and as one HTML page."""
 
-import base64
 import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eval.figures import png_tag
 from eval.report_html import html_table, page
 
 
@@ -89,8 +89,7 @@ def _html_block(block: Block) -> str:
     if isinstance(block, Table):
         return html_table(block.header, block.rows)
     if isinstance(block, Picture):
-        data = base64.b64encode(block.path.read_bytes()).decode()
-        return f'<img alt="{html.escape(block.description)}" src="data:image/png;base64,{data}">'
+        return png_tag(block.path.read_bytes(), block.description)
     if isinstance(block, Commands):
         return f"<pre>{html.escape(chr(10).join(block.lines))}</pre>"
     if block.startswith("- "):

@@ -102,7 +102,7 @@ def _rule_text(claim: Claim) -> str:
 
 
 def _units_table(claim: Claim, own: Sequence[Unit]) -> Table:
-    sides = [str(side) for side in (claim.a, claim.b) if side is not None]
+    sides = [str(side) for side in claim.sides]
     header = (
         *("task, size, budget", "verdict", *sides, "effect and interval", "level", "corrected p"),
         *("seeds", "bootstrap over", "remark"),
@@ -134,7 +134,7 @@ def _sides_table(
     claim: Claim, own: Sequence[Unit], settings: dict[Setting, dict[str, list[Record]]]
 ) -> Table:
     """What the compared groups cost."""
-    groups = dict.fromkeys(side.group for side in (claim.a, claim.b) if side is not None)
+    groups = dict.fromkeys(side.group for side in claim.sides)
     rows = [
         (str(unit.setting), group, *cost_cells(settings[unit.setting][group]))
         for unit in own

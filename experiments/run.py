@@ -24,7 +24,7 @@ from data_pipeline.errors import user_errors
 from experiments.cells import folder_of, run_cell
 from experiments.matrix import RATES, Matrix, Plan, rate_key, read_matrix
 from experiments.record import RECORD
-from experiments.runs import run_all
+from experiments.runs import run_all, write_json
 
 HEAD = (
     "# Peak learning rate of every group on every task and size: of those of experiments/sweep.yaml the one\n"
@@ -58,11 +58,8 @@ def write_rates(chosen: dict[str, dict[str, float]], path: Path) -> None:
 
 def run_matrix(matrix: Matrix, plans: Sequence[Plan], out: Path, jobs: int, rates: Path) -> dict[str, str]:
     """Runs cells, `jobs` at once; what failed, and why."""
-    out.mkdir(parents=True, exist_ok=True)
     names = [plan.cell.name for plan in matrix.plans]
-    (out / f"{matrix.name}.matrix.json").write_text(
-        json.dumps({"matrix": matrix.name, "cells": names}, indent=1) + "\n"
-    )
+    write_json(out / f"{matrix.name}.matrix.json", {"matrix": matrix.name, "cells": names})
     failed = run_all({plan.cell.name: partial(run_cell, plan, matrix, out) for plan in plans}, jobs)
     print(f"{len(plans) - len(failed)} of {len(plans)} cells done, in {out}")
     for name, problem in failed.items():

@@ -1,5 +1,6 @@
-"""What the experiments share: commands with a log, training on one rank, pieces of work."""
+"""What the experiments share: commands with a log, training on one rank, pieces of work, settings."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from data_pipeline.shards import write_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,3 +95,15 @@ def run_all(
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what has not begun does not begin
     return {name: problem for name, future in futures.items() if (problem := future.result()) is not None}
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def changed_setting(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first setting that a file, if there is one, notes otherwise: its name, the noted one, the new."""
+    noted = json.loads(path.read_text()) if path.is_file() else settings
+    return next(((k, noted.get(k), now) for k, now in settings.items() if noted.get(k) != now), None)
