@@ -73,7 +73,7 @@ distill-quick: setup
 	python eval/report.py $(QUICK_RUN)/*-[0-9] --out $(QUICK_RUN)/report.html
 
 test: setup
-	$(ONE_THREAD) python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+	$(ONE_THREAD) python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
 	$(ONE_THREAD) python -m pytest -m slow

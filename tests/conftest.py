@@ -19,6 +19,13 @@ TINY = [
     "optimizer.warmup_steps=2",
 ]
 
+# Files that take minutes, the longest first: a worker that began one of them last would work on alone.
+LONG = ("test_readme.py", "test_crash.py", "test_run.py", "test_jobs.py", "test_matrix.py", "test_stopping.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:

@@ -1,4 +1,4 @@
-"""Every command of the README runs, in a copy of the project; slow ones shortened by overrides."""
+"""Every command of the README and the guides runs, in a copy of the project; slow ones shortened."""
 
 import json
 import os
@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# In the order in which they build on each other.
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("TRAINING", "EVALUATION", "MODEL", "EXPERIMENTS", "LATENT_THOUGHT")),
+]
 # What shortens a command: (part of the command, what is added to it). Every command whose full length takes
 # longer than seconds has a line here; `make test-slow` runs the demo and the real run at full length.
 TINY_MODEL = "model.hidden_size=32 model.intermediate_size=64 model.moe_intermediate_size=32"
@@ -49,10 +54,10 @@ SHORT = [
 ]
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def commands(page: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     found = [line for block in blocks for line in block.splitlines()]
-    assert len(found) > 10
+    assert found
     return found
 
 
@@ -95,8 +100,15 @@ def run(project: Path, command: str, timeout: int = 400, data_root: Path | None 
 
 
 def test_every_shortening_belongs_to_a_command():
+    everything = "\n".join(command for page in PAGES for command in commands(page))
     for part, _ in SHORT:
-        assert any(part in command for command in commands()), part
+        assert part in everything
+
+
+def test_every_link_leads_to_a_file():
+    for page in [*PAGES, "docs/PLAN.md", "docs/LOG.md"]:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
 
 
 @pytest.fixture(scope="module")
@@ -110,16 +122,18 @@ def test_make_demo(project, demo):
     assert (project / "runs/demo/report.html").stat().st_size > 20_000
 
 
-def test_all_other_commands(project, demo, data_root):
-    """One after the other: they build on each other, as they do for a reader."""
-    for command in commands():
-        if command.split()[0] != "make":  # `make test` is what runs this
-            run(project, shortened(command), data_root=data_root)
-    assert (project / "runs/real_cpu/report.html").exists()
+@pytest.mark.parametrize("page", PAGES[1:])
+def test_the_commands_of_a_guide(project, demo, data_root, page):
+    for command in commands(page):
+        run(project, shortened(command), data_root=data_root)
+
+
+def test_the_readme_itself_asks_for_two_commands():
+    assert commands("README.md") == ["make demo", "make test"]  # the first is `demo`, the second runs this
 
 
 def test_the_python_example(project, demo):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/TRAINING.md").read_text(), flags=re.S)
     assert code
     run(project, f"python -c {shlex.quote(code.group(1))}")
 
