@@ -20,7 +20,7 @@ TINY = [
 ]
 
 # Files that take minutes, the longest first: a worker that began one of them last would work on alone.
-LONG = ("test_readme.py", "test_crash.py", "test_run.py", "test_jobs.py", "test_matrix.py", "test_stopping.py")
+LONG = ("test_readme.py", "test_crash.py", "test_jobs.py", "test_matrix.py", "test_run.py", "test_optim.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from model.pretrained import TOKENIZER_NAME, save_weights
 from pretrain.export import export_run
 
 from ..conftest import ROOT
-from ..pretrain.conftest import finish, start, start_quickly
+from ..pretrain.conftest import finish, start_quickly, unlink_buffer
 from ..pretrain.test_stopping import rank as rank_of
 from ..pretrain.test_stopping import wait_for_step
 
@@ -104,15 +104,13 @@ def test_checkpoints_hold_what_is_trained_and_export_the_same(whole, tmp_path):
 def test_a_killed_run_ends_as_one_left_alone(whole, teacher, traced_data, tmp_path):
     """To the bit, with the dropout of each step."""
     run = tmp_path / "run"
-    launcher = start(2, *command(teacher, traced_data, run))
+    launcher = start_quickly(2, *command(teacher, traced_data, run))
     wait_for_step(run, 3, launcher)
     processes = [rank_of(launcher, number) for number in (0, 1)]
     for process in processes:
         process.send_signal(signal.SIGKILL)
     finish(launcher, check=False)
-    port = launcher.args[launcher.args.index("--master_port") + 1]
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        left.unlink()  # a killed rank cannot
+    unlink_buffer(launcher)
     assert not (run / "DONE").exists()
     said = finish(start_quickly(2, *command(teacher, traced_data, run))).stdout
     assert "resuming from" in said

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from pretrain import checkpoint
 from pretrain.export import export_run
 
-from .conftest import finish, start
+from .conftest import finish, start_quickly, unlink_buffer
 from .test_resume import metrics
 from .test_stopping import rank, wait_for_step
 
@@ -33,17 +33,15 @@ def kill_at_random(training, run: Path, kills: int, max_steps: int) -> list[str]
     generator, said = random.Random(0), []
     for _ in range(kills):
         done = metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
-        launcher = start(2, *training(run, f"max_steps={max_steps}", "save_every=1"))
+        launcher = start_quickly(2, *training(run, f"max_steps={max_steps}", "save_every=1"))
         step = done + generator.randint(2, 5)
         generator.choice((wait_for_step, wait_for_save))(run, step, launcher)
         ranks = [rank(launcher, number) for number in (0, 1)]
         for process in generator.choice((ranks, ranks[:1], ranks[1:])):
             process.send_signal(signal.SIGKILL)
         said.append(finish(launcher, check=False).stdout)
-        port = launcher.args[launcher.args.index("--master_port") + 1]
-        for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            left.unlink()  # a killed rank cannot
-    said.append(finish(start(2, *training(run, f"max_steps={max_steps}", "save_every=1"))).stdout)
+        unlink_buffer(launcher)
+    said.append(finish(start_quickly(2, *training(run, f"max_steps={max_steps}", "save_every=1"))).stdout)
     return said
 
 
@@ -70,7 +68,7 @@ def test_a_run_killed_twenty_times_ends_as_one_left_alone(train, training, tmp_p
 def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(training, tmp_path):
     """One rank may write no more: the other one, which could, reports it."""
     run = tmp_path / "run"
-    launcher = start(2, *training(run, "max_steps=100000", "save_every=3"))
+    launcher = start_quickly(2, *training(run, "max_steps=100000", "save_every=3"))
     wait_for_step(run, 4, launcher)
     rank(launcher, 1).rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     done = finish(launcher, check=False)

@@ -38,6 +38,7 @@ def test_two_compiled_ranks_equal_one_plain_process(launch):
     check(launch, "compiled", 1)
 
 
+@pytest.mark.slow
 def test_auto_ep_by_config_is_a_second_witness(launch):
     """DeepSpeed's own MoE layer in transformers' DeepseekV3: six clipped steps of AdamW."""
     output = launch(2, WORKER.with_name("autoep_worker.py"), "ds_configs/zero3_ep.json").stdout

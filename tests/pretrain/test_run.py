@@ -85,6 +85,7 @@ def test_torchrun_trains_as_deepspeed_does_to_the_bit(runs, training, tmp_path):
         assert [r[key] for r in metrics(tmp_path)] == [r[key] for r in metrics(runs[0])], key
 
 
+@pytest.mark.slow
 def test_zero_1_resumes_to_the_bit_and_exports_offline(data_folder, tmp_path):
     """What the experiments use: one process, dense layers."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
