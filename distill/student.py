@@ -56,6 +56,14 @@ class Student(ZeroModel):
         assert self.config.distillation is not None
         return self.config.distillation
 
+    @property
+    def starts_stage(self) -> bool:
+        stages = [
+            stage(self._distillation, self.config.latent_cot.num_latents, step)
+            for step in (self.training_step - 1, self.training_step)
+        ]
+        return self.training_step > 0 and stages[0] != stages[1]
+
     def forward(self, *inputs: Any, **options: Any) -> ModelOutput:
         """As ZeroModel.forward; with targets, tokens and cu_seqlens by name.
 

@@ -361,6 +361,11 @@ class ZeroModel(nn.Module):
         """Continuation of tokens (B, T) -> (B, T + n), greedy by default; see generate.generate."""
         return generate(self, tokens, max_new_tokens, **options)
 
+    @property
+    def starts_stage(self) -> bool:
+        """Whether the loss of `training_step` is another one than that of the step before."""
+        return False
+
     def moe_layers(self) -> list[MoE]:
         return [m for m in self.modules() if isinstance(m, MoE)]
 

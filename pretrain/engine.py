@@ -290,6 +290,8 @@ class Engine:
     def train(self, step: int = 0) -> None:
         """To training mode, for optimizer step `step`, from 0, which a model with a curriculum asks for."""
         self.model.training_step = step
+        if self.model.starts_stage:
+            self.guard.forget()
         if self.lora is not None:
             seed_dropout(self.seed, step, rank())
         self.deepspeed.train()

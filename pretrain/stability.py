@@ -27,6 +27,10 @@ class SpikeGuard:
         self.history = torch.full((2, config.window), math.nan, device=device)
         self.zscores = torch.zeros(2, device=device)
 
+    def forget(self) -> None:
+        """Where the loss becomes another one, whose level says nothing about spikes."""
+        self.history.fill_(math.nan)
+
     @torch.no_grad()
     def refuses(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Scalars -> a boolean scalar, True: do not take this step. A finite one enters the history."""

@@ -92,7 +92,8 @@ def reference(
 
 def distributed(
     config: ModelConfig, lora: LoraConfig | None
-) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+) -> tuple[list[dict[str, float]], dict[str, Tensor], int]:
+    """Also the steps that the guard against spikes remembers."""
     run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())
@@ -117,8 +118,9 @@ def distributed(
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             assert torch.equal(parameter, start[name.replace("base_layer.", "")]), name
+    remembered = int(engine.guard.history[0].isfinite().sum())
     engine.deepspeed.destroy()
-    return history, weights
+    return history, weights, remembered
 
 
 def main() -> None:
@@ -126,11 +128,13 @@ def main() -> None:
     for method, changes in METHODS.items():
         config = model_config(method, changes)
         adapters = lora(method)
-        (ours, weights), (plain, expected) = distributed(config, adapters), reference(config, adapters)
+        ours, weights, remembered = distributed(config, adapters)
+        plain, expected = reference(config, adapters)
         if rank() == 0:
             assert set(weights) == set(expected)
             report = {
                 "method": method,
+                "remembered": remembered,
                 "loss": max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, plain, strict=True)),
                 "norm": max(abs(a["norm"] - b["norm"]) for a, b in zip(ours, plain, strict=True)),
                 "smallest_norm": min(b["norm"] for b in plain),

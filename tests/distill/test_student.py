@@ -210,6 +210,7 @@ def test_coconut_writes_the_rest_of_the_trace(step):
         expected += answered(student, document, latents, rest)[0].item()
     batch = packed([DOCUMENTS], 200)
     assert student(**batch).loss_sums["cross_entropy"].item() == pytest.approx(expected, rel=1e-6)
+    assert student.starts_stage == (step == 3)
     counts = loss_counts(student.config, step, batch["tokens"], batch["targets"], batch["cu_seqlens"])
     rests = [Document([], d.steps[dropped:], []).trace for d in DOCUMENTS]
     assert counts["targets"] == sum(len(r) + len(d.answer) for r, d in zip(rests, DOCUMENTS, strict=True))
