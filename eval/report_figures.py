@@ -144,7 +144,7 @@ def _draw(axis: Axes, curve: Curve, label: str) -> None:
                 [point.score.value for point in points],
                 yerr=[point.score.stderr or 0 for point in points],
                 capsize=3,
-                marker="*" if starred else "o",
+                marker="*" if starred else "s" if curve.dashed else "o",
                 markersize=12 if starred else 4,
                 linestyle="none" if starred else "--" if curve.dashed else "-",
                 color=color_of(curve.run),

@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -248,18 +249,23 @@ def published_table(task: str) -> Table:
 
 
 def figures(task: str, arms: Sequence[Arm]) -> dict[str, Figure]:
-    """By name: accuracy by serial depth and by forward passes; with bytes, by the cache's budget."""
+    """By name: accuracy by serial depth, by forward passes, and by what was varied at test time."""
     guesses = arms[0].ways[arms[0].own][0].guesses
     n = f"{task}, n = {arms[0].ways[arms[0].own][0].num_questions}"
     found: dict[str, Figure] = {}
     curves = _curves(arms, lambda arm: _depth_points(arm))
     if curves:
         found["accuracy_by_depth"] = curves_figure({n: (curves, guesses)}, "serial depth of the question")
-    curves = _curves(arms, lambda arm: _points(arm, "forward_passes,none", "num_latents", "num_iterations"))
+    curves = _curves(arms, _cost_point)
     if curves:
         found["accuracy_by_passes"] = curves_figure(
             {n: (curves, guesses)}, "forward passes of an answer", log=True, whole=False
         )
+    for varied in ("num_iterations", "num_latents"):
+        curves = _curves(arms, partial(_varied_points, varied=varied))
+        if curves:
+            name = varied.removeprefix("num_")
+            found[f"accuracy_by_{name}"] = curves_figure({n: (curves, guesses)}, f"{name} at test time")
     swept = [arm for arm in arms if any(way.kv_budget for way in arm.ways)]
     if swept:
         found["cache_budget"] = budget_figure(n, swept)
@@ -281,10 +287,18 @@ def _depth_points(arm: Arm) -> list[Point]:
     return [Point(depth, score) for depth, score in scores.items() if score is not None]
 
 
-def _points(arm: Arm, key: str, *varied: str) -> list[Point]:
-    """Accuracy against a cost, over the ways that differ in `varied`."""
-    found = ((cost(seeds, key), accuracy(seeds)) for seeds in arm.swept(*varied).values())
-    return [Point(x, score) for x, score in found if x is not None and score is not None]
+def _cost_point(arm: Arm) -> list[Point]:
+    """Of its own way."""
+    seeds = arm.ways[arm.own]
+    passes, score = cost(seeds, "forward_passes,none"), accuracy(seeds)
+    return [] if passes is None or score is None else [Point(passes, score)]
+
+
+def _varied_points(arm: Arm, varied: str) -> list[Point]:
+    """Over the ways that differ in a field; empty if there is but one."""
+    ways = arm.swept(varied)
+    found = ((getattr(way, varied), accuracy(seeds)) for way, seeds in ways.items() if len(ways) > 1)
+    return [Point(x, score) for x, score in found if score is not None]
 
 
 def budget_figure(title: str, arms: Sequence[Arm]) -> Figure:

@@ -20,7 +20,7 @@ from ..eval.test_report_thoughts import write_results as store
 
 LOOPS = TASKS["causal_loop_v2"]
 FULL, QUICK = LOOPS.full, LOOPS.quick
-PICTURES = ("accuracy_by_depth", "accuracy_by_passes", "cache_budget")
+PICTURES = ("accuracy_by_depth", "accuracy_by_passes", "accuracy_by_iterations", "cache_budget")
 
 
 def names(cells: list[Cell]) -> list[str]:

@@ -128,15 +128,17 @@ def test_published_results_stand_beside_ours_on_gsm8k_alone(folders):
 
 def test_pictures_show_the_numbers(folders):
     pictures = figures(TASK, read_arms(read_runs(folders)[0])[TASK])
-    assert list(pictures) == ["accuracy_by_depth", "accuracy_by_passes", "cache_budget"]
+    by = ("depth", "passes", "iterations")
+    assert list(pictures) == [*(f"accuracy_by_{name}" for name in by), "cache_budget"]
 
     def points(name: str, panel: int, line: int) -> list[tuple[float, float]]:
         curve = pictures[name].axes[panel].containers[line].lines[0]
         return [(float(x), float(y)) for x, y in curve.get_xydata()]
 
     assert points("accuracy_by_depth", 0, 0) == [(1, 1.0), (2, 0.25)]
-    assert points("accuracy_by_passes", 0, 0) == [(4, 0.25), (6, pytest.approx(0.6))]
+    assert points("accuracy_by_passes", 0, 0) == [(6, pytest.approx(0.6))]
     assert points("accuracy_by_passes", 0, 1) == [(3, 0.9)]  # budgets of the cache are in their own picture
+    assert points("accuracy_by_iterations", 0, 0) == [(1, 0.25), (3, pytest.approx(0.6))]
     assert points("cache_budget", 0, 0) == [(16, 0.16), (32, 0.32)]
     sizes = pictures["cache_budget"].axes[1].lines[0].get_xydata().tolist()
     assert sizes == [[16, 160], [32, 320]]
@@ -146,7 +148,7 @@ def test_the_page_has_the_section_and_other_sections_leave_thoughts_alone(folder
     runs, _ = read_runs(folders)
     assert all(run.results == [] for run in runs)  # a shuffled score is not the task's
     text = thoughts_section(runs)
-    assert text.count("<img") == 3
+    assert text.count("<img") == 4
     assert "0.600&nbsp;±&nbsp;0.100" in text
     assert thoughts_section([]) == ""
 
