@@ -6,6 +6,7 @@ With expert_parallel.py the only file that imports deepspeed.
 import argparse
 import atexit
 import copy
+import copyreg
 import fcntl
 import hashlib
 import inspect
@@ -530,6 +531,10 @@ def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in sorted((folder / "zero").glob("*/fp32.pt")):
         stored = torch.load(path, map_location="cpu", weights_only=True)
         yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
+
+
+# Python 3.11.2, Debian 12's, would write an enumeration as a call of getattr, which nobody should allow.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 @contextmanager
