@@ -1,5 +1,6 @@
 """Crashes and full disks: a run goes on from a whole checkpoint, and nothing of a file is executed."""
 
+import copyreg
 import random
 import resource
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain import checkpoint
+from pretrain import checkpoint, engine
 from pretrain.export import export_run
 
 from .conftest import finish, start_quickly, unlink_buffer
@@ -155,6 +156,12 @@ def test_a_malicious_checkpoint_is_not_executed(six_steps, train, tmp_path):
         with pytest.raises(ValueError, match="holds pickled code"):
             export_run(run, 6, tmp_path / "export")
     assert not mark.exists()
+
+
+def test_what_a_checkpoint_holds_is_written_without_a_call():
+    """On every Python: 3.11.2 would write getattr(ZeroStageEnum, "weights")."""
+    stage = engine.ZeroStageEnum
+    assert copyreg.dispatch_table[stage](stage.weights) == (stage, (3,))
 
 
 def test_rotation_keeps_the_last_and_every_so_many(tmp_path):
