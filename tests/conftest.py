@@ -19,12 +19,16 @@ TINY = [
     "optimizer.warmup_steps=2",
 ]
 
-# Files that take minutes, the longest first: a worker that began one of them last would work on alone.
-LONG = ("test_readme.py", "test_crash.py", "test_jobs.py", "test_matrix.py", "test_run.py", "test_optim.py")
+# Folders whose files take minutes: a worker that began one of them last would work on alone.
+FIRST = ("tests", "pretrain", "slurm", "distill", "experiments")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return FIRST.index(folder) if folder in FIRST else len(FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -47,8 +47,6 @@ SHORT = [
     ("causal_loop_v2.py", "--num_samples 80"),
     ("eval/run.py", "--limit 1"),
     ("eval/arc.py", "--limit 2"),
-    ("eval/logiqa.py", "--limit 2"),
-    ("eval/babi.py", "--limit 1"),
     ("eval/gsm8k.py", "--limit 1 --max_new_tokens 8"),
     ("eval/causal_loop.py", "--num_samples 4"),
 ]

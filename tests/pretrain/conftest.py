@@ -18,7 +18,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 def start(ranks: int, *command: Any) -> subprocess.Popen[str]:
     """Starts a script under the deepspeed launcher on `ranks` ranks, on a free port; output is piped."""
-    return _start(BIN / "deepspeed", "--num_accelerators", ranks, "--master_port", free_port(), *command)
+    return _start(BIN / "deepspeed", f"--num_accelerators={ranks}", "--master_port", free_port(), *command)
 
 
 def start_quickly(ranks: int, *command: Any) -> subprocess.Popen[str]:
@@ -29,7 +29,7 @@ def start_quickly(ranks: int, *command: Any) -> subprocess.Popen[str]:
 
 
 def unlink_buffer(launcher: subprocess.Popen[str]) -> None:
-    """Removes what a killed rank of `start_quickly` cannot."""
+    """Removes what a killed rank cannot."""
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{launcher.args[3]}_*"):
         left.unlink()
 

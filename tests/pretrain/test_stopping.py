@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.stopping import StopRequests
 
-from .conftest import finish, start
+from .conftest import finish, start, start_quickly, unlink_buffer
 
 STEPS = 60
 
@@ -57,13 +57,13 @@ def test_a_run_stopped_in_every_way_ends_as_if_it_had_not_been(training, undistu
         processes(launcher, "deepspeed.launcher.launch")[0].send_signal(signal.SIGTERM)
 
     ways = (
-        (lambda _: (run / "STOP").touch(), f"by the file {run / 'STOP'}", 0),
-        (signal_rank, "by another rank's request", 0),
-        (signal_launcher, "by SIGTERM", 1),  # the launcher fails whatever its ranks do
+        (start_quickly, lambda _: (run / "STOP").touch(), f"by the file {run / 'STOP'}", 0),
+        (start_quickly, signal_rank, "by another rank's request", 0),
+        (start, signal_launcher, "by SIGTERM", 1),  # the launcher fails whatever its ranks do
     )
     done = 0
-    for stop, reason, code in ways:
-        launcher = start(2, *command)
+    for begin, stop, reason, code in ways:
+        launcher = begin(2, *command)
         wait_for_step(run, done + 2, launcher)
         stop(launcher)
         asked = time.monotonic()
@@ -76,7 +76,7 @@ def test_a_run_stopped_in_every_way_ends_as_if_it_had_not_been(training, undistu
         assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped}\n"
         assert not (run / "DONE").exists()
         done = stopped
-    finish(start(2, *command))
+    finish(start_quickly(2, *command))
     assert losses(run) == undisturbed
     assert (run / "DONE").exists()
 
@@ -88,6 +88,7 @@ def test_a_dead_rank_ends_the_run_with_one_error(training, tmp_path):
     rank(launcher, 1).kill()
     killed = time.monotonic()
     result = finish(launcher, check=False)
+    unlink_buffer(launcher)
     assert time.monotonic() - killed < 30
     assert result.returncode
     assert "Traceback" not in result.stderr, result.stderr
