@@ -166,6 +166,7 @@ def matrix(capfd, out: Path, *more: str) -> tuple[int, str]:
     sizes = ["--num_documents", "300", "--teacher_steps", "2", "--student_steps", "1", "--num_questions", "6"]
     tiny = ["model.hidden_size=16", "model.num_hidden_layers=1", "model.intermediate_size=16"]
     tiny += ["global_batch_size=2", "micro_batch_size=2"]
+    tiny += ["optimizer.warmup_steps=1", "optimizer.schedule=cosine"]
     command = [sys.executable, "distill/matrix.py", "--out", out, "--seeds", "3", *sizes, *tiny, *more]
     code = subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode
     captured = capfd.readouterr()
@@ -183,7 +184,7 @@ def test_the_smallest_matrix_end_to_end(tmp_path, capfd):
     (out / "pccot-3").mkdir(parents=True)
     (out / "pccot-3" / "config.yaml").mkdir()  # in the way of the run's own
     code, said = matrix(capfd, out, "--methods", "cot,pccot")
-    assert code == 1
+    assert code == 1, said
     assert f"pccot-3: main.py failed with code 2: see {out / 'pccot-3' / 'train.log'}" in said
     report = json.loads((out / "results.json").read_text())
     assert set(report["failed"]) == {"pccot-3"}
