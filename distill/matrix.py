@@ -27,9 +27,9 @@ from distill.methods import METHODS
 from eval.report_data import read_runs
 from eval.report_thoughts import Arm, figures, read_arms, tables
 from eval.results import format_table
-from experiments.runs import call, changed_setting, run_all, train, write_json
+from experiments.runs import SETTINGS, call, changed_setting, run_all, train, write_json
 
-TEACHER, SETTINGS = "teacher", "settings.json"
+TEACHER = "teacher"
 ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
 BATCH = ("--batch_size", "64")
 NUMBERS = ("num_documents", "teacher_steps", "student_steps", "num_questions")

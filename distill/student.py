@@ -58,11 +58,9 @@ class Student(ZeroModel):
 
     @property
     def starts_stage(self) -> bool:
-        stages = [
-            stage(self._distillation, self.config.latent_cot.num_latents, step)
-            for step in (self.training_step - 1, self.training_step)
-        ]
-        return self.training_step > 0 and stages[0] != stages[1]
+        steps = (max(0, self.training_step - 1), self.training_step)
+        before, now = (stage(self._distillation, self.config.latent_cot.num_latents, step) for step in steps)
+        return before != now
 
     def forward(self, *inputs: Any, **options: Any) -> ModelOutput:
         """As ZeroModel.forward; with targets, tokens and cu_seqlens by name.

@@ -253,19 +253,16 @@ def figures(task: str, arms: Sequence[Arm]) -> dict[str, Figure]:
     guesses = arms[0].ways[arms[0].own][0].guesses
     n = f"{task}, n = {arms[0].ways[arms[0].own][0].num_questions}"
     found: dict[str, Figure] = {}
-    curves = _curves(arms, lambda arm: _depth_points(arm))
-    if curves:
-        found["accuracy_by_depth"] = curves_figure({n: (curves, guesses)}, "serial depth of the question")
-    curves = _curves(arms, _cost_point)
-    if curves:
-        found["accuracy_by_passes"] = curves_figure(
-            {n: (curves, guesses)}, "forward passes of an answer", log=True, whole=False
-        )
-    for varied in ("num_iterations", "num_latents"):
-        curves = _curves(arms, partial(_varied_points, varied=varied))
+    for name, points, xlabel in (
+        ("depth", _depth_points, "serial depth of the question"),
+        ("passes", _cost_point, "forward passes of an answer"),
+        ("iterations", partial(_varied_points, varied="num_iterations"), "iterations at test time"),
+        ("latents", partial(_varied_points, varied="num_latents"), "latents at test time"),
+    ):
+        curves, mean = _curves(arms, points), name == "passes"  # not whole numbers
         if curves:
-            name = varied.removeprefix("num_")
-            found[f"accuracy_by_{name}"] = curves_figure({n: (curves, guesses)}, f"{name} at test time")
+            panel = {n: (curves, guesses)}
+            found[f"accuracy_by_{name}"] = curves_figure(panel, xlabel, log=mean, whole=not mean)
     swept = [arm for arm in arms if any(way.kv_budget for way in arm.ways)]
     if swept:
         found["cache_budget"] = budget_figure(n, swept)

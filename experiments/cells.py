@@ -10,9 +10,7 @@ from typing import Any
 from experiments.groups import GROUPS
 from experiments.matrix import BASE, Matrix, Plan
 from experiments.record import FAILED, RECORD, make_record
-from experiments.runs import ROOT, call, changed_setting, train, write_json
-
-SETTINGS = "settings.json"
+from experiments.runs import ROOT, SETTINGS, call, changed_setting, train, write_json
 
 
 def folder_of(plan: Plan, out: Path) -> Path:

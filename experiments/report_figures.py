@@ -167,6 +167,7 @@ def depth_figure(panels: Mapping[Setting, Groups]) -> Figure:
     """Accuracy by serial depth, with the depths beyond the training shaded."""
 
     def draw(axis: Axes, i: int) -> None:
+        """Panel i: a line a group, dotted at twice the trained steps for the loops."""
         groups = list(panels.values())[i]
         everyone = [record for records in groups.values() for record in records]
         depths = sorted({int(depth) for record in everyone for depth in record["by_depth"]})
@@ -287,6 +288,7 @@ def steps_figure(panels: Mapping[Setting, Groups]) -> Figure:
     """Against serial depth, the fewest steps tested whose accuracy is within NEAR of that depth's best."""
 
     def draw(axis: Axes, i: int) -> None:
+        """Panel i: a line a group, and the mean steps that learned halting spends."""
         groups = list(panels.values())[i]
         for group, records in ordered(groups).items():
             depths = sorted({int(depth) for record in records for depth in record["by_depth"]})

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from data_pipeline.shards import write_file
 
 ROOT = Path(__file__).parents[1]
+SETTINGS = "settings.json"  # what a folder's runs were told, see changed_setting
 
 
 def call(log: Path, *command: Any, **environment: str) -> None:

@@ -47,6 +47,8 @@ SHORT = [
     ("causal_loop_v2.py", "--num_samples 80"),
     ("eval/run.py", "--limit 1"),
     ("eval/arc.py", "--limit 2"),
+    ("eval/logiqa.py", "--limit 2"),
+    ("eval/babi.py", "--limit 1"),
     ("eval/gsm8k.py", "--limit 1 --max_new_tokens 8"),
     ("eval/causal_loop.py", "--num_samples 4"),
 ]
@@ -99,6 +101,7 @@ def run(project: Path, command: str, timeout: int = 400, data_root: Path | None 
 
 def test_every_shortening_belongs_to_a_command():
     everything = "\n".join(command for page in PAGES for command in commands(page))
+    assert everything.count("\n") > 20
     for part, _ in SHORT:
         assert part in everything
 
@@ -124,6 +127,7 @@ def test_make_demo(project, demo):
 def test_the_commands_of_a_guide(project, demo, data_root, page):
     for command in commands(page):
         run(project, shortened(command), data_root=data_root)
+    assert (project / "runs/real_cpu/report.html").exists()  # of the first guide, for all others
 
 
 def test_the_readme_itself_asks_for_two_commands():
