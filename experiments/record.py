@@ -16,7 +16,7 @@ optimizer_steps, final_loss (mean of the last 50), validation_loss (last step, t
 trained_steps      R: loop steps; 1 without a loop.  `steps` below are test-time steps, as text
 mean_steps         at the answer, of the trained depth; mean_steps_share: of R
 num_samples, accuracy {steps: share}, label_accuracy {steps: share}
-correct            [0 or 1] at the trained depth, in the samples' order, the same for all cells of a task
+correct            text of a digit, 0 or 1, a sample, at the trained depth; the samples are those of all cells
 by_depth           {serial depth: {steps: accuracy}}; trained_depth: the largest trained on
 ood_accuracy       {steps: mean of the accuracies at the depths beyond it}
 guesses            {way: accuracy} of what knows nothing
@@ -143,7 +143,7 @@ def _reasoning(plan: Plan, folder: Path) -> dict[str, Any]:
     return {
         "num_samples": report["n-samples"][name]["effective"],
         "accuracy": _at_steps(results[name]),
-        "correct": [int(line["acc"][trained]) for line in _samples(folder)],
+        "correct": "".join(str(int(line["acc"][trained])) for line in _samples(folder)),
         "label_accuracy": _at_steps(results[f"{name}_labels"]),
         "by_depth": by_depth or None,
         "ood_accuracy": _beyond(by_depth, plan.task.trained_depth),
@@ -199,7 +199,7 @@ def _traced(plan: Plan, folder: Path) -> dict[str, Any]:
     return {
         "num_samples": report["n-samples"][whole]["effective"],
         "accuracy": {trained: results[whole]["acc,none"]},
-        "correct": [int(line["acc"]) for line in _samples(folder)],
+        "correct": "".join(str(int(line["acc"])) for line in _samples(folder)),
         "by_depth": by_depth,
         "ood_accuracy": _beyond(by_depth, plan.task.trained_depth),
         "guesses": {way: score["value"] for way, score in report["baselines"][whole].items()},

@@ -259,12 +259,12 @@ def _outcomes(claim: Claim, pairs: Sequence[tuple[Record, ...]]) -> Floats | Non
     rows = []
     for pair in pairs:
         stored = [
-            record.get("correct") if steps_of(record, side.steps) == steps_of(record) else None
+            record.get("correct", "") if steps_of(record, side.steps) == steps_of(record) else ""
             for record, side in zip(pair, claim.sides, strict=True)
         ]
-        if claim.metric != "accuracy" or any(correct is None for correct in stored):
+        if claim.metric != "accuracy" or not all(stored):
             return None
-        rows.append([np.asarray(correct, dtype=np.float64) for correct in stored])
+        rows.append([np.asarray(list(correct), dtype=np.float64) for correct in stored])
     if len({len(correct) for row in rows for correct in row}) != 1:
         return None
     return np.stack([row[0] - row[1] if len(row) > 1 else row[0] for row in rows])

@@ -40,6 +40,10 @@ def stored(*names: str) -> Records:
     ]
 
 
+def share(correct: str) -> float:
+    return correct.count("1") / len(correct)
+
+
 def place(records: Records, out: Path) -> Path:
     """As experiments/run.py leaves them."""
     for record in records:
@@ -98,8 +102,7 @@ def test_effects_are_those_of_the_records(written):
     """Straight from the stored cells, for the pair of the headline."""
     cells = {(r["group"], r["seed"]): r for r in stored("p_hop")}
     differences = [
-        statistics.mean(cells["loop", seed]["correct"])
-        - statistics.mean(cells["dense_params", seed]["correct"])
+        share(cells["loop", seed]["correct"]) - share(cells["dense_params", seed]["correct"])
         for seed in range(5)
     ]
     effect = f"p_hop +{statistics.mean(differences):.3f} ["
@@ -221,7 +224,7 @@ def test_all_equal_rules_the_effect_out_and_supports_no_worse():
     same = stored("p_hop")[0]
     records = changed(lambda r: r.update({k: same[k] for k in ("correct",)}), lambda r: True)
     for record in records:
-        record["accuracy"] = {str(record["trained_steps"]): statistics.mean(same["correct"])}
+        record["accuracy"] = {str(record["trained_steps"]): share(same["correct"])}
     assert unit_of(records).interval == (0, 0)
     assert unit_of(records).verdict == "refuted"
     assert unit_of(records, "equal_flops").verdict == "supported"
