@@ -9,7 +9,6 @@ import copy
 import copyreg
 import fcntl
 import hashlib
-import inspect
 import io
 import logging
 import math
@@ -29,12 +28,11 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.runtime.zero.muon import original_muon
-from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.utils import (
     logger,
     safe_get_full_fp32_param,
@@ -70,10 +68,10 @@ T = TypeVar("T")
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-# DeepSpeed compiles Muon anew for shape after shape: minutes on a CPU, and a resumed run would meet the
-# shapes in another order than the run it continues, so that it need not repeat its rounding.
-for _name in ("zeropower_via_newtonschulz5", "muon_update"):
-    setattr(original_muon, _name, inspect.unwrap(getattr(original_muon, _name)))
+# DeepSpeed's Muon, which it imports for every optimizer, is compiled anew for shape after shape: minutes on a
+# CPU, and a resumed run would meet the shapes in another order than the run it continues, so that it need not
+# repeat its rounding. Without, the compiler is not even imported, which takes seconds.
+compiler.compile = lambda: compiler.dummy_decorator
 
 
 def init_process_group() -> None:
@@ -494,6 +492,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
         return torch.optim.AdamW(groups)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # after compiler.compile is set
+
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
 
 

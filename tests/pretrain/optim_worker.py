@@ -4,6 +4,7 @@ For every case it prints one JSON line.
 """
 
 import copy
+import importlib
 import json
 import re
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.muon import original_muon
 from equality_worker import ROWS, batch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +23,8 @@ from pretrain.checkpoint import EMA, Saver, TrainingState
 from pretrain.config import OptimizerConfig, RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, all_reduce_sum, init_process_group, rank, world_size
 
+# Imported after pretrain.engine, which keeps it from being compiled.
+original_muon = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 MUON_UPDATE = original_muon.muon_update
 STEPS, LR, MUON_LR, DECAY, AVERAGE = 3, 1e-3, 0.02, 0.1, 0.7
 CASES: dict[str, dict[str, Any]] = {
