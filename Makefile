@@ -62,7 +62,7 @@ distill-matrix: setup
 	python distill/matrix.py --out $(MATRIX_RUN) --jobs 2 $(MATRIX)
 	python eval/report.py $(MATRIX_RUN)/*-[0-9] --out $(MATRIX_RUN)/report.html
 
-# GSM8K from scratch, as far as an hour of two cores goes.
+# GSM8K from scratch, as far as an hour and a half of two cores goes.
 distill-gsm8k: setup
 	python distill/matrix.py --task gsm8k --out $(GSM8K_RUN) --jobs 2 $(MATRIX)
 	python eval/report.py $(GSM8K_RUN)/*-[0-9] --out $(GSM8K_RUN)/report.html

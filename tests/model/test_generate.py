@@ -1,5 +1,8 @@
 """Sampling against the distribution it claims to draw from."""
 
+import math
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,20 +20,16 @@ from model.generate import truncated
 )
 def test_truncation_keeps_the_tokens_that_a_loop_over_them_keeps(seed, vocabulary, top_k, top_p):
     logits = 3 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(seed))
-    kept = truncated(logits, top_k, top_p).isfinite()
+    kept, limit = truncated(logits, top_k, top_p).isfinite(), math.inf if top_p is None else top_p
     for row, row_kept in zip(logits, kept, strict=True):
         ranked = sorted(range(vocabulary), key=lambda i: -float(row[i]))[:top_k]
         shares = torch.softmax(row[ranked], 0).tolist()
-        allowed, reached = [], 0.0
-        for token, share in zip(ranked, shares, strict=True):
-            if top_p is not None and reached >= top_p - 1e-6:
-                break
-            allowed.append(token)
-            reached += share
+        before = dict(zip(ranked, accumulate(shares, initial=0.0), strict=False))  # of the likelier ones
+        allowed = {token for token in ranked if before[token] < limit}
         found = {i for i in range(vocabulary) if row_kept[i]}
-        # At the very edge of top_p rounding decides; all else must agree.
         assert found <= set(ranked)
-        assert len(found ^ set(allowed)) <= 1
+        # At the very edge of top_p rounding decides; all else must agree.
+        assert all(abs(before[token] - limit) < 1e-5 for token in found ^ allowed)
         assert ranked[0] in found
 
 

@@ -27,6 +27,7 @@ def wait_for_save(run: Path, step: int, launcher) -> None:
     while checkpoint.steps(run)[:1] < [step]:
         assert launcher.poll() is None, finish(launcher)
         assert time.monotonic() < deadline
+        time.sleep(0.002)  # a write takes longer
 
 
 def kill_at_random(training, run: Path, kills: int, max_steps: int) -> list[str]:
