@@ -58,9 +58,9 @@ def weights(run: Path, name: str = "export") -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(teacher, traced_data, tmp_path_factory) -> Path:
+def whole(launch, teacher, traced_data, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    said = finish(start_quickly(2, *command(teacher, traced_data, run))).stdout
+    said = launch(2, *command(teacher, traced_data, run)).stdout
     thoughts = 32 + 2 * (32 * 32 + 32) + 2 * 32
     model = load_pretrained(run / "export")
     linears = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "latent_" not in n]
@@ -101,7 +101,7 @@ def test_checkpoints_hold_what_is_trained_and_export_the_same(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_left_alone(whole, teacher, traced_data, tmp_path):
+def test_a_killed_run_ends_as_one_left_alone(launch, whole, teacher, traced_data, tmp_path):
     """To the bit, with the dropout of each step."""
     run = tmp_path / "run"
     launcher = start_quickly(2, *command(teacher, traced_data, run))
@@ -112,7 +112,7 @@ def test_a_killed_run_ends_as_one_left_alone(whole, teacher, traced_data, tmp_pa
     finish(launcher, check=False)
     unlink_buffer(launcher)
     assert not (run / "DONE").exists()
-    said = finish(start_quickly(2, *command(teacher, traced_data, run))).stdout
+    said = launch(2, *command(teacher, traced_data, run)).stdout
     assert "resuming from" in said
     for key in ("step", "loss", "loss_kv", "grad_norm", "val_loss"):
         assert [r.get(key) for r in records(run)] == [r.get(key) for r in records(whole)], key
@@ -122,7 +122,7 @@ def test_a_killed_run_ends_as_one_left_alone(whole, teacher, traced_data, tmp_pa
 
 
 @pytest.mark.slow
-def test_another_layout_goes_on(whole, teacher, traced_data, tmp_path):
+def test_another_layout_goes_on(launch, whole, teacher, traced_data, tmp_path):
     """One rank and two after two, without dropout, which draws by rank."""
     seen = []
     for ranks in (1, 2):
@@ -131,7 +131,7 @@ def test_another_layout_goes_on(whole, teacher, traced_data, tmp_path):
         for later in range(4, STEPS + 1, 2):
             shutil.rmtree(run / f"checkpoints/step-{later}")
         more = ("lora.dropout=0", "max_steps=4")
-        said = finish(start_quickly(ranks, *command(teacher, traced_data, run, *more))).stdout
+        said = launch(ranks, *command(teacher, traced_data, run, *more)).stdout
         assert "checkpoints/step-2" in said
         assert ("converted: world_size 2 -> 1" in said) == (ranks == 1)
         seen.append(records(run))
@@ -145,13 +145,13 @@ def test_another_layout_goes_on(whole, teacher, traced_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_frozen_weights_spread_by_zero3(teacher, traced_data, tmp_path):
+def test_frozen_weights_spread_by_zero3(launch, teacher, traced_data, tmp_path):
     """A method without thoughts, which ZeRO-3 takes: a resumed run and the offline export are the same."""
     run, again = tmp_path / "run", tmp_path / "again"
     for folder in (run, again):
         flags = command(teacher, traced_data, folder, "max_steps=4", "model.distillation.method=cot")
         flags[flags.index("ds_configs/zero2.json")] = "ds_configs/zero3_ep.json"
-        said = finish(start_quickly(2, *flags)).stdout
+        said = launch(2, *flags).stdout
         assert ("resuming from" in said) == (folder == again)
         if folder == run:
             shutil.copytree(run, again)

@@ -1,10 +1,11 @@
 """Real launches of two ranks."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from ..conftest import ROOT, Training
 
-BIN = Path(sys.executable).parent
+BIN, RANKS = Path(sys.executable).parent, Path(__file__).with_name("ranks.py")
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -25,7 +26,7 @@ def start_quickly(ranks: int, *command: Any) -> subprocess.Popen[str]:
     """As `start` by a launcher without imports; one rank needs no launcher at all."""
     if ranks == 1:
         return _start(sys.executable, "-u", *command)
-    return _start(sys.executable, Path(__file__).with_name("ranks.py"), ranks, free_port(), *command)
+    return _start(sys.executable, RANKS, ranks, free_port(), *command)
 
 
 def unlink_buffer(launcher: subprocess.Popen[str]) -> None:
@@ -40,29 +41,48 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _start(*command: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def _start(*command: Any, **pipes: Any) -> subprocess.Popen[str]:
+    pipes = pipes or {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    call = [str(part) for part in command]
+    return subprocess.Popen(call, cwd=ROOT, env=_environment(), text=True, **pipes)
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def finish(process: subprocess.Popen[str], check: bool = True) -> subprocess.CompletedProcess[str]:
     """Waits for what `start` started; with `check` a failure is an AssertionError that shows the output."""
     out, err = process.communicate(timeout=400)
-    if check and process.returncode:
-        raise AssertionError(f"exit {process.returncode}\n{out[-6000:]}\n{err[-6000:]}")
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return _checked(subprocess.CompletedProcess(process.args, process.returncode, out, err), check)
+
+
+def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
+    return done
 
 
 @pytest.fixture(scope="session")
-def launch() -> Launch:
-    """Runs a script on so many ranks."""
-    return lambda ranks, *command, check=True: finish(start_quickly(ranks, *command), check)
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """Runs a script to its end on so many ranks, forked off one process."""
+    server = _start(sys.executable, RANKS, "--serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert server.stdin
+    assert server.stdout
+
+    def run(ranks: int, *command: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
+        said = tmp_path_factory.mktemp("said")
+        files = {"out": str(said / "out"), "err": str(said / "err")}
+        call = [str(part) for part in command]
+        asked = {"ranks": ranks, "port": str(free_port()), "command": call, "environment": _environment()}
+        print(json.dumps({**asked, **files}), file=server.stdin, flush=True)
+        failed = int(server.stdout.readline())
+        out, err = (Path(file).read_text() for file in files.values())
+        return _checked(subprocess.CompletedProcess(call, failed, out, err), check)
+
+    yield run
+    server.stdin.close()
+    server.wait(60)
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,105 @@
-"""Starts ranks on one node as DeepSpeed's launcher does: python ranks.py RANKS PORT SCRIPT [ARGUMENT ...].
+"""Ranks on one node as DeepSpeed's launcher starts them, without its two processes, which import torch.
 
-Each of the two processes of that launcher takes seconds to import torch; this one imports nothing.
+python ranks.py RANKS PORT SCRIPT [ARGUMENT ...]     starts them; exits with 1 if one of them failed
+python ranks.py --serve                              does so for every line it reads, and answers 0 or 1
+
+A line is JSON: ranks, port, command, environment, and the files `out` and `err`. The ranks of a server are
+forked off a process that has imported everything, which saves each of them 4 CPU-seconds. What forks share
+and processes started one by one do not, the order of sets of texts, is left to tests of other launchers.
 """
 
+import importlib
+import json
 import os
+import random
+import runpy
+import signal
 import subprocess
 import sys
-import threading
+from pathlib import Path
+from typing import Any
+
+LIMIT, GRACE = 400, 30  # seconds: of a launch; of the other ranks once one has failed
+IMPORTED = ("torch._dynamo", "pretrain.main", "pretrain.elastic", "pretrain.trainer", "distill.student")
 
 
-def main(ranks: int, port: str, script: str, *arguments: str) -> int:
-    """When a rank fails, the others are told to end, and killed after 30 seconds. Returns its exit status."""
+def place(number: int, ranks: int, port: str) -> dict[str, str]:
+    """What the launcher tells a rank; one rank needs none."""
+    if ranks == 1:
+        return {}
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = {}
-    for number in range(ranks):
-        place = {"RANK": str(number), "LOCAL_RANK": str(number)}
-        command = [sys.executable, "-u", script, f"--local_rank={number}", *arguments]
-        process = subprocess.Popen(command, env={**os.environ, **world, **place})
-        started[process.pid] = process
+    return {**world, "RANK": str(number), "LOCAL_RANK": str(number)}
+
+
+def words(number: int, ranks: int, command: list[str]) -> list[str]:
+    script, *arguments = command
+    return [script, *([f"--local_rank={number}"] if ranks > 1 else []), *arguments]
+
+
+def wait(running: set[int]) -> int:
+    """When a rank fails, the others are told to end, and killed after a while. Returns 1 if one failed."""
+
+    def kill(*_: Any) -> None:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
+    signal.alarm(LIMIT)
     failed = 0
-    while started:
+    while running:
         pid, status = os.wait()
-        del started[pid]
+        running.discard(pid)
         if status and not failed:
             failed = 1
-            for other in started.values():
-                other.terminate()
-                kill = threading.Timer(30, other.kill)
-                kill.daemon = True
-                kill.start()
+            signal.alarm(GRACE)
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    signal.alarm(0)
     return failed
 
 
+def launch(ranks: int, port: str, command: list[str]) -> int:
+    running = set()
+    for number in range(ranks):
+        call = [sys.executable, "-u", *words(number, ranks, command)]
+        running.add(subprocess.Popen(call, env={**os.environ, **place(number, ranks, port)}).pid)
+    return wait(running)
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # imports print
+    for module in IMPORTED:
+        importlib.import_module(module)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        running = set()
+        for number in range(asked["ranks"]):
+            pid = os.fork()
+            if not pid:
+                become(number, asked)
+                return
+            running.add(pid)
+        print(wait(running), file=answers, flush=True)
+
+
+def become(number: int, asked: dict[str, Any]) -> None:
+    """Runs the script as this process's own, which ends with it."""
+    os.environ.clear()
+    os.environ.update(asked["environment"] | place(number, asked["ranks"], asked["port"]))
+    for descriptor, path in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    random.seed()
+    sys.argv = words(number, asked["ranks"], asked["command"])
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), *sys.argv[2:]))
+    if sys.argv[1] == "--serve":
+        serve()
+    else:
+        sys.exit(launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

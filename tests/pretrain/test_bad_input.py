@@ -16,6 +16,8 @@ from pretrain import checkpoint
 from pretrain.main import prepare
 
 from ..conftest import ROOT, TINY
+from .conftest import finish
+from .conftest import start as start_launcher
 
 CONFIG, DS_CONFIG = ROOT / "pretrain/configs/demo.yaml", ROOT / "ds_configs/zero3_ep.json"
 
@@ -180,13 +182,9 @@ def test_the_command_prints_the_line_and_exits_with_2(data_folder):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_launcher_passes_the_failure_on(launch, data_folder):
-    done = launch(
-        2,
-        "pretrain/main.py",
-        *("--ds_config", DS_CONFIG, "--config", CONFIG, f"data.path={data_folder}", "ep_size=4"),
-        check=False,
-    )
+def test_the_launcher_passes_the_failure_on(data_folder):
+    command = ("pretrain/main.py", "--ds_config", DS_CONFIG, "--config", CONFIG, f"data.path={data_folder}")
+    done = finish(start_launcher(2, *command, "ep_size=4"), check=False)
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("error: ep_size=4 does not divide the 2 ranks") == 1
     assert "Traceback" not in done.stdout + done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, finish, start_quickly
+from ..conftest import ROOT
 
 SAME = ("lr", "recurrence_depth", "target_tokens", "tokens", "expert_load")
 
@@ -47,10 +47,10 @@ def test_every_checkpoint_of_one_and_four_ranks_is_loaded_by_two(launch, tmp_pat
         check(launch(2, worker, tmp_path / str(ranks), "each").stdout, saved)
 
 
-def continued(training, run: Path, ranks: int, stage: str, max_steps: int, *overrides: str) -> str:
-    command = training(run, f"max_steps={max_steps}", "optimizer.decay_steps=6", *overrides)
+def continued(launch, training, run: Path, ranks: int, stage: str, max_steps: int, *more: str) -> str:
+    command = training(run, f"max_steps={max_steps}", "optimizer.decay_steps=6", *more)
     command[command.index("ds_configs/zero3_ep.json")] = f"ds_configs/{stage}.json"
-    return finish(start_quickly(ranks, *command)).stdout
+    return launch(ranks, *command).stdout
 
 
 def equal_to_rounding(run: Path, whole: Path) -> None:
@@ -61,13 +61,13 @@ def equal_to_rounding(run: Path, whole: Path) -> None:
         assert [ours[key] for key in SAME] == [theirs[key] for key in SAME]
 
 
-def test_the_same_command_continues_on_one_rank(training, six_steps, tmp_path):
+def test_the_same_command_continues_on_one_rank(launch, training, six_steps, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(six_steps, run)
     for step in (4, 6):
         shutil.rmtree(run / f"checkpoints/step-{step}")
     (run / "checkpoints/converting").mkdir()  # of a conversion that was killed
-    said = continued(training, run, 1, "zero1", 6, "ep_size=1", "save_every=2")
+    said = continued(launch, training, run, 1, "zero1", 6, "ep_size=1", "save_every=2")
     changes = "world_size 2 -> 1, ep_size 2 -> 1, zero_stage 3 -> 1"
     assert f"resuming from {run}/checkpoints/step-2, converted: {changes}" in said
     equal_to_rounding(run, six_steps)
@@ -75,11 +75,11 @@ def test_the_same_command_continues_on_one_rank(training, six_steps, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_two_ranks_to_four_to_one_and_back(training, six_steps, tmp_path):
+def test_a_run_moves_from_two_ranks_to_four_to_one_and_back(launch, training, six_steps, tmp_path):
     run = tmp_path / "run"
-    continued(training, run, 2, "zero3_ep", 2)
-    continued(training, run, 4, "zero2", 3, "ep_size=4")
-    continued(training, run, 1, "zero1", 4, "ep_size=1")
-    continued(training, run, 4, "zero3_ep", 5, "ep_size=2")
-    continued(training, run, 2, "zero1", 6, "ep_size=2")
+    continued(launch, training, run, 2, "zero3_ep", 2)
+    continued(launch, training, run, 4, "zero2", 3, "ep_size=4")
+    continued(launch, training, run, 1, "zero1", 4, "ep_size=1")
+    continued(launch, training, run, 4, "zero3_ep", 5, "ep_size=2")
+    continued(launch, training, run, 2, "zero1", 6, "ep_size=2")
     equal_to_rounding(run, six_steps)

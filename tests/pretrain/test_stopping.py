@@ -46,7 +46,7 @@ def undisturbed(train, tmp_path_factory) -> list[float]:
     return losses(run)
 
 
-def test_a_run_stopped_in_every_way_ends_as_if_it_had_not_been(training, undisturbed, tmp_path):
+def test_a_run_stopped_in_every_way_ends_as_if_it_had_not_been(launch, training, undisturbed, tmp_path):
     run = tmp_path / "run"
     command = training(run, f"max_steps={STEPS}", "save_every=1000")
 
@@ -76,7 +76,7 @@ def test_a_run_stopped_in_every_way_ends_as_if_it_had_not_been(training, undistu
         assert (run / "checkpoints" / "latest").read_text() == f"step-{stopped}\n"
         assert not (run / "DONE").exists()
         done = stopped
-    finish(start_quickly(2, *command))
+    launch(2, *command)
     assert losses(run) == undisturbed
     assert (run / "DONE").exists()
 
