@@ -13,7 +13,7 @@ from pretrain.stopping import StopRequests
 
 from .conftest import finish, start, start_quickly, unlink_buffer
 
-STEPS = 30
+STEPS = 20
 
 
 def losses(run: Path) -> list[float]:
