@@ -11,7 +11,7 @@ fails is reported with its log, and the rest is not lost. `python eval/report.py
 Measured for a whole step of 32 documents, in CPU-seconds, with another cell on the other core: teacher, cot
 0.19, no_cot 0.07, pause 0.11, coconut 0.14, codi 0.34, pccot 0.41, no_distillation 0.42, lotus 0.43, kava
 0.49. All of it is 187 CPU-minutes, 95 minutes with --jobs 2 on two quiet cores. --quick is 18 CPU-minutes and
-took 15 with --jobs 2 and tests on the same cores; --task gsm8k is 122 and took 88, likewise.
+took 15 with --jobs 2 and tests on the same cores; --task gsm8k is 124 and took 88, likewise.
 """
 
 import argparse

@@ -16,7 +16,7 @@ optimizer_steps, final_loss (mean of the last 50), validation_loss (last step, t
 trained_steps      R: loop steps; 1 without a loop.  `steps` below are test-time steps, as text
 mean_steps         at the answer, of the trained depth; mean_steps_share: of R
 num_samples, accuracy {steps: share}, label_accuracy {steps: share}
-correct            text of a digit, 0 or 1, a sample, at the trained depth; the samples are those of all cells
+correct            text, a 0 or 1 for each sample at the trained depth; all cells of a task share the samples
 by_depth           {serial depth: {steps: accuracy}}; trained_depth: the largest trained on
 ood_accuracy       {steps: mean of the accuracies at the depths beyond it}
 guesses            {way: accuracy} of what knows nothing
