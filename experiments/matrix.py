@@ -8,6 +8,7 @@
         budgets: [{steps: 1500}]                      # or {steps: 1500, training_flops_of: loop}
         vary: {steps: [1, 2, 4, 8]}                   # instead: a cell for each value, also of `examples`
         #     or of a key of the training, such as model.recurrence.halting.ponder_weight
+        learning_rates: [0.001, 0.002]                # of a sweep: this part's own
 
 `training`, `evaluation` and `examples` at the top go over those of all tasks. A budget of steps gives all
 groups the same tokens; one of training FLOPs gives them so many steps that they take as many FLOPs as that
@@ -56,6 +57,7 @@ class Part:
     budgets: list[Budget] = MISSING
     sizes: list[str] = field(default_factory=lambda: ["small"])
     vary: dict[str, list[Any]] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=list)  # of a sweep: over the file's
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,11 @@ def _cells(
         for name in names:
             if name not in known:
                 raise DataError(f"matrix {path}: unknown {kind} {name!r}; {nearest(name, list(known))}")
+    if part.learning_rates and isinstance(rates, Mapping):
+        raise DataError(
+            f"matrix {path}: learning_rates {part.learning_rates} of a part are for a sweep; remove them, or "
+            "make the file's own learning_rates a list"
+        )
     varied: list[tuple[str, Any] | None]
     varied = [(key, value) for key, values in part.vary.items() for value in values] or [None]
     axes = product(part.tasks, part.sizes, part.budgets, part.seeds, part.groups, varied)
@@ -192,7 +199,7 @@ def _cells(
                 )
             yield Cell(task, size, budget, group, seed, float(own[group]), change)
         else:
-            for rate in rates:
+            for rate in part.learning_rates or rates:
                 yield Cell(task, size, budget, group, seed, float(rate), change, rate_in_name=True)
 
 

@@ -185,6 +185,11 @@ def test_a_study_varies_one_thing_and_keeps_the_rest(tmp_path):
         ({"group": ["loop"]}, (0.1,), "Key 'group' not in 'Part'. Did you mean: 'groups'?"),
         ({}, "tests/experiments/rates.yaml", None),
         ({"groups": ["ut"]}, "tests/experiments/rates.yaml", "group ut has no learning rate for p_hop/small"),
+        (
+            {"learning_rates": [0.1]},
+            "tests/experiments/rates.yaml",
+            "learning_rates [0.1] of a part are for a sweep; remove them",
+        ),
         ({}, "no/such.yaml", "no/such.yaml does not exist; run --matrix experiments/sweep.yaml"),
         ({"tasks": ["causal_loop_v2"], "groups": ["pause"]}, (0.1,), "does not go with embedding_mixing=4"),
     ],
