@@ -27,12 +27,12 @@ BLOCKS = (ROOT / "experiments/CLAIMS.md").read_text().split("```yaml\n")[1:]
 CLAIMS = [yaml.safe_load(block.split("```")[0]) for block in BLOCKS]
 
 
-def write(folder: Path, learning_rates: object = (0.002,), **part: object) -> Path:
+def write(folder: Path, rates: object = (0.002,), **part: object) -> Path:
     """A matrix of one part."""
     values = {"tasks": ["p_hop"], "groups": ["loop"], "seeds": [0], "budgets": [{"steps": 10}], **part}
     path = folder / "matrix.yaml"
-    rates = list(learning_rates) if isinstance(learning_rates, tuple) else learning_rates
-    path.write_text(json.dumps({"learning_rates": rates, "parts": [values]}))
+    given = list(rates) if isinstance(rates, tuple) else rates
+    path.write_text(json.dumps({"learning_rates": given, "parts": [values]}))
     return path
 
 
