@@ -8,9 +8,9 @@ from data_pipeline.build import build
 from data_pipeline.recipe import load_recipe
 
 from ..conftest import ROOT
-from ..pretrain.conftest import launch
+from ..pretrain.conftest import begin, launch
 
-__all__ = ["launch"]
+__all__ = ["begin", "launch"]
 
 
 @pytest.fixture(scope="session")

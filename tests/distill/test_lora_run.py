@@ -18,8 +18,7 @@ from model.pretrained import TOKENIZER_NAME, save_weights
 from pretrain.export import export_run
 
 from ..conftest import ROOT
-from ..pretrain.conftest import finish, start_quickly, unlink_buffer
-from ..pretrain.test_stopping import rank as rank_of
+from ..pretrain.conftest import finish, unlink_buffer
 from ..pretrain.test_stopping import wait_for_step
 
 STEPS = 8
@@ -101,12 +100,12 @@ def test_checkpoints_hold_what_is_trained_and_export_the_same(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_left_alone(launch, whole, teacher, traced_data, tmp_path):
+def test_a_killed_run_ends_as_one_left_alone(begin, launch, whole, teacher, traced_data, tmp_path):
     """To the bit, with the dropout of each step."""
     run = tmp_path / "run"
-    launcher = start_quickly(2, *command(teacher, traced_data, run))
+    launcher = begin(2, *command(teacher, traced_data, run))
     wait_for_step(run, 3, launcher)
-    processes = [rank_of(launcher, number) for number in (0, 1)]
+    processes = [launcher.rank(number) for number in (0, 1)]
     for process in processes:
         process.send_signal(signal.SIGKILL)
     finish(launcher, check=False)

@@ -6,14 +6,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ..conftest import ROOT, Training
 
 BIN, RANKS = Path(sys.executable).parent, Path(__file__).with_name("ranks.py")
+Begin = Callable[..., "Begun"]
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -22,16 +26,36 @@ def start(ranks: int, *command: Any) -> subprocess.Popen[str]:
     return _start(BIN / "deepspeed", f"--num_accelerators={ranks}", "--master_port", free_port(), *command)
 
 
-def start_quickly(ranks: int, *command: Any) -> subprocess.Popen[str]:
-    """As `start` by a launcher without imports; one rank needs no launcher at all."""
-    if ranks == 1:
-        return _start(sys.executable, "-u", *command)
-    return _start(sys.executable, RANKS, ranks, free_port(), *command)
+@dataclass
+class Begun:
+    """Ranks forked off one process, with what tests use of a Popen."""
+
+    args: list[str]
+    port: str
+    pids: list[int]
+    answer: Future[str]
+    out: Path
+    err: Path
+
+    @property
+    def returncode(self) -> int | None:
+        return int(self.answer.result()) if self.answer.done() else None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def rank(self, number: int) -> psutil.Process:
+        return psutil.Process(self.pids[number])
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        self.answer.result(timeout)
+        return self.out.read_text(), self.err.read_text()
 
 
-def unlink_buffer(launcher: subprocess.Popen[str]) -> None:
+def unlink_buffer(launch: subprocess.Popen[str] | Begun) -> None:
     """Removes what a killed rank cannot."""
-    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{launcher.args[3]}_*"):
+    port = launch.port if isinstance(launch, Begun) else launch.args[3]
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         left.unlink()
 
 
@@ -51,8 +75,8 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def finish(process: subprocess.Popen[str], check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Waits for what `start` started; with `check` a failure is an AssertionError that shows the output."""
+def finish(process: subprocess.Popen[str] | Begun, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Waits for what was started; with `check` a failure is an AssertionError that shows the output."""
     out, err = process.communicate(timeout=400)
     return _checked(subprocess.CompletedProcess(process.args, process.returncode, out, err), check)
 
@@ -64,25 +88,30 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """Runs a script to its end on so many ranks, forked off one process."""
-    server = _start(sys.executable, RANKS, "--serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begin]:
+    """Starts a script on so many ranks, forked off one process, which starts no other before they end."""
+    server = _start(sys.executable, RANKS, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdin
     assert server.stdout
+    answers = ThreadPoolExecutor(1)
 
-    def run(ranks: int, *command: Any, check: bool = True) -> subprocess.CompletedProcess[str]:
-        said = tmp_path_factory.mktemp("said")
-        files = {"out": str(said / "out"), "err": str(said / "err")}
-        call = [str(part) for part in command]
-        asked = {"ranks": ranks, "port": str(free_port()), "command": call, "environment": _environment()}
-        print(json.dumps({**asked, **files}), file=server.stdin, flush=True)
-        failed = int(server.stdout.readline())
-        out, err = (Path(file).read_text() for file in files.values())
-        return _checked(subprocess.CompletedProcess(call, failed, out, err), check)
+    def start(ranks: int, *command: Any) -> Begun:
+        said, port, call = tmp_path_factory.mktemp("said"), str(free_port()), [str(part) for part in command]
+        out, err = said / "out", said / "err"
+        asked = {"ranks": ranks, "port": port, "command": call, "environment": _environment()}
+        print(json.dumps({**asked, "out": str(out), "err": str(err)}), file=server.stdin, flush=True)
+        pids = json.loads(server.stdout.readline())
+        return Begun(call, port, pids, answers.submit(server.stdout.readline), out, err)
 
-    yield run
+    yield start
     server.stdin.close()
     server.wait(60)
+
+
+@pytest.fixture(scope="session")
+def launch(begin: Begin) -> Launch:
+    """Runs a script to its end on so many ranks."""
+    return lambda ranks, *command, check=True: finish(begin(ranks, *command), check=check)
 
 
 @pytest.fixture(scope="session")

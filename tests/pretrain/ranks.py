@@ -1,11 +1,11 @@
 """Ranks on one node as DeepSpeed's launcher starts them, without its two processes, which import torch.
 
-python ranks.py RANKS PORT SCRIPT [ARGUMENT ...]     starts them; exits with 1 if one of them failed
-python ranks.py --serve                              does so for every line it reads, and answers 0 or 1
+    python ranks.py
 
-A line is JSON: ranks, port, command, environment, and the files `out` and `err`. The ranks of a server are
-forked off a process that has imported everything, which saves each of them 4 CPU-seconds. What forks share
-and processes started one by one do not, the order of sets of texts, is left to tests of other launchers.
+starts ranks for every line it reads, JSON of ranks, port, command, environment, and the files `out` and
+`err`; it answers with their process ids, and when all have ended with 1 if one failed, else 0. They are
+forked off this process, which has imported everything: that saves each of them 4 CPU-seconds. What forks
+share and processes started one by one do not, the order of sets of texts, is left to other launchers.
 """
 
 import importlib
@@ -14,7 +14,6 @@ import os
 import random
 import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,6 @@ def wait(running: set[int]) -> int:
     return failed
 
 
-def launch(ranks: int, port: str, command: list[str]) -> int:
-    running = set()
-    for number in range(ranks):
-        call = [sys.executable, "-u", *words(number, ranks, command)]
-        running.add(subprocess.Popen(call, env={**os.environ, **place(number, ranks, port)}).pid)
-    return wait(running)
-
-
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # imports print
@@ -73,14 +64,15 @@ def serve() -> None:
         importlib.import_module(module)
     for line in sys.stdin:
         asked = json.loads(line)
-        running = set()
+        pids = []
         for number in range(asked["ranks"]):
             pid = os.fork()
             if not pid:
                 become(number, asked)
                 return
-            running.add(pid)
-        print(wait(running), file=answers, flush=True)
+            pids.append(pid)
+        print(json.dumps(pids), file=answers, flush=True)
+        print(wait(set(pids)), file=answers, flush=True)
 
 
 def become(number: int, asked: dict[str, Any]) -> None:
@@ -99,7 +91,4 @@ def become(number: int, asked: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
-        serve()
-    else:
-        sys.exit(launch(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    serve()

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from pretrain import checkpoint, engine
 from pretrain.export import export_run
 
-from .conftest import finish, start_quickly, unlink_buffer
+from .conftest import finish, unlink_buffer
 from .test_resume import metrics
-from .test_stopping import rank, wait_for_step
+from .test_stopping import wait_for_step
 
 
 def wait_for_save(run: Path, step: int, launcher) -> None:
@@ -30,15 +30,15 @@ def wait_for_save(run: Path, step: int, launcher) -> None:
         time.sleep(0.002)  # a write takes longer
 
 
-def kill_at_random(training, run: Path, kills: int, max_steps: int) -> list[str]:
+def kill_at_random(begin, training, run: Path, kills: int, max_steps: int) -> list[str]:
     """Starts a run again and again and kills one rank or both; returns what the starts printed."""
     generator, said = random.Random(0), []
     for _ in range(kills):
         done = metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
-        launcher = start_quickly(2, *training(run, f"max_steps={max_steps}", "save_every=1"))
+        launcher = begin(2, *training(run, f"max_steps={max_steps}", "save_every=1"))
         step = done + generator.randint(2, 5)
         generator.choice((wait_for_step, wait_for_save))(run, step, launcher)
-        ranks = [rank(launcher, number) for number in (0, 1)]
+        ranks = [launcher.rank(number) for number in (0, 1)]
         for process in generator.choice((ranks, ranks[:1], ranks[1:])):
             process.send_signal(signal.SIGKILL)
         said.append(finish(launcher, check=False).stdout)
@@ -46,10 +46,10 @@ def kill_at_random(training, run: Path, kills: int, max_steps: int) -> list[str]
     return said
 
 
-def killed_and_undisturbed(train, training, folder: Path, kills: int, max_steps: int) -> None:
+def killed_and_undisturbed(begin, train, training, folder: Path, kills: int, max_steps: int) -> None:
     whole, run = folder / "whole", folder / "run"
     train(whole, f"max_steps={max_steps}", "save_every=1")
-    said = kill_at_random(training, run, kills, max_steps)
+    said = kill_at_random(begin, training, run, kills, max_steps)
     said.append(train(run, f"max_steps={max_steps}", "save_every=1").stdout)
     assert all("resuming from" in text for text in said[1:])
     for key in ("step", "loss", "grad_norm", "lr", "expert_load", "target_tokens"):
@@ -58,21 +58,21 @@ def killed_and_undisturbed(train, training, folder: Path, kills: int, max_steps:
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
 
 
-def test_a_run_killed_twice_ends_as_one_left_alone(train, training, tmp_path):
-    killed_and_undisturbed(train, training, tmp_path, kills=2, max_steps=16)
+def test_a_run_killed_twice_ends_as_one_left_alone(begin, train, training, tmp_path):
+    killed_and_undisturbed(begin, train, training, tmp_path, kills=2, max_steps=16)
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_as_one_left_alone(train, training, tmp_path):
-    killed_and_undisturbed(train, training, tmp_path, kills=20, max_steps=130)
+def test_a_run_killed_twenty_times_ends_as_one_left_alone(begin, train, training, tmp_path):
+    killed_and_undisturbed(begin, train, training, tmp_path, kills=20, max_steps=130)
 
 
-def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(training, tmp_path):
+def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(begin, training, tmp_path):
     """One rank may write no more: the other one, which could, reports it."""
     run = tmp_path / "run"
-    launcher = start_quickly(2, *training(run, "max_steps=100000", "save_every=3"))
+    launcher = begin(2, *training(run, "max_steps=100000", "save_every=3"))
     wait_for_step(run, 4, launcher)
-    rank(launcher, 1).rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    launcher.rank(1).rlimit(psutil.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     done = finish(launcher, check=False)
     assert done.returncode
     assert done.stderr.count("error: ") == 1, done.stderr

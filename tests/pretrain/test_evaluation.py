@@ -21,7 +21,7 @@ from pretrain.evaluation import EvaluationConfig, Evaluator, main
 from pretrain.export import export_run
 
 from ..conftest import ROOT
-from .conftest import finish, start_quickly
+from .conftest import finish
 
 DEADLINE = 120.0  # seconds, of what takes about ten
 SHORT = ["evaluation.tasks=causal_loop", "evaluation.limit=1"]
@@ -94,10 +94,10 @@ def test_scores_of_a_run_are_those_of_the_checkpoint_and_cost_it_no_step(train, 
         assert "exact_match,trace" in values
 
 
-def test_an_evaluator_that_hangs_is_killed_and_two_ranks_end_well(training, tmp_path):
+def test_an_evaluator_that_hangs_is_killed_and_two_ranks_end_well(begin, training, tmp_path):
     run = tmp_path / "run"
     options = ["max_steps=3", "save_every=2", "eval_every=0", *SHORT, "evaluation.every_steps=2"]
-    process = start_quickly(2, *training(run, *options, "evaluation.timeout_seconds=5"))
+    process = begin(2, *training(run, *options, "evaluation.timeout_seconds=5"))
     stop_when_seen(run, "pretrain/evaluation.py")
     done = finish(process)
     assert (run / "DONE").is_file()

@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.stopping import StopRequests
 
-from .conftest import finish, start, start_quickly, unlink_buffer
+from .conftest import finish, start, unlink_buffer
 
 STEPS = 20
 
@@ -35,10 +35,6 @@ def processes(launcher: subprocess.Popen[str], name: str) -> list[psutil.Process
     return [child for child in children if any(name in part for part in child.cmdline())]
 
 
-def rank(launcher: subprocess.Popen[str], number: int) -> psutil.Process:
-    return processes(launcher, f"--local_rank={number}")[0]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(train, tmp_path_factory) -> list[float]:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -46,24 +42,24 @@ def undisturbed(train, tmp_path_factory) -> list[float]:
     return losses(run)
 
 
-def test_a_run_stopped_in_every_way_ends_as_if_it_had_not_been(launch, training, undisturbed, tmp_path):
+def test_a_run_stopped_in_every_way_ends_as_if_undisturbed(begin, launch, training, undisturbed, tmp_path):
     run = tmp_path / "run"
     command = training(run, f"max_steps={STEPS}", "save_every=1000")
 
     def signal_rank(launcher):
-        rank(launcher, 1).send_signal(signal.SIGUSR1)
+        launcher.rank(1).send_signal(signal.SIGUSR1)
 
     def signal_launcher(launcher):
         processes(launcher, "deepspeed.launcher.launch")[0].send_signal(signal.SIGTERM)
 
     ways = (
-        (start_quickly, lambda _: (run / "STOP").touch(), f"by the file {run / 'STOP'}", 0),
-        (start_quickly, signal_rank, "by another rank's request", 0),
+        (begin, lambda _: (run / "STOP").touch(), f"by the file {run / 'STOP'}", 0),
+        (begin, signal_rank, "by another rank's request", 0),
         (start, signal_launcher, "by SIGTERM", 1),  # the launcher fails whatever its ranks do
     )
     done = 0
-    for begin, stop, reason, code in ways:
-        launcher = begin(2, *command)
+    for go, stop, reason, code in ways:
+        launcher = go(2, *command)
         wait_for_step(run, done + 2, launcher)
         stop(launcher)
         asked = time.monotonic()
@@ -85,7 +81,7 @@ def test_a_dead_rank_ends_the_run_with_one_error(training, tmp_path):
     run = tmp_path / "run"
     launcher = start(2, *training(run, "max_steps=100000"))
     wait_for_step(run, 2, launcher)
-    rank(launcher, 1).kill()
+    processes(launcher, "--local_rank=1")[0].kill()
     killed = time.monotonic()
     result = finish(launcher, check=False)
     unlink_buffer(launcher)
