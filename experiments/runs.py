@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = "settings.json"  # what a folder's runs were told, see changed_setting
 
 
-def call(log: Path, *command: Any, **environment: str) -> None:
+def call(log: Path, *command: Any) -> None:
     """Runs a command of one thread in the repository's root; its output goes to `log`.
 
     Raises:
@@ -31,7 +30,7 @@ def call(log: Path, *command: Any, **environment: str) -> None:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=False,
         )
     if done.returncode:
@@ -41,23 +40,12 @@ def call(log: Path, *command: Any, **environment: str) -> None:
 def train(run: Path, script: str, *arguments: Any) -> None:
     """Trains on one rank, unless `run` is DONE; `arguments` are all but output_dir.
 
-    What the launcher tells a rank is told here, which saves its two processes. A port of its own keeps two
-    runs at once from sharing DeepSpeed's buffer, which is named after it.
-
     Raises:
         ValueError: it failed; the line names the log.
     """
     if (run / "DONE").is_file():
         return
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    output_dir = f"output_dir={run.absolute()}"
-    call(run / "train.log", sys.executable, script, *arguments, output_dir, **rank, MASTER_PORT=_free_port())
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    call(run / "train.log", sys.executable, script, *arguments, f"output_dir={run.absolute()}")
 
 
 def run_all(

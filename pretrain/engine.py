@@ -77,14 +77,21 @@ compiler.compile = lambda: compiler.dummy_decorator
 def init_process_group() -> None:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Without a launcher this process is a group of its own.
+    Without a launcher this process is a group of its own, at a port of its own: DeepSpeed's buffer is named
+    after it, and two runs at once must not share that.
     """
     prepare_extensions()
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     atexit.register(_remove_shared_memory)
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _remove_shared_memory() -> None:
@@ -119,9 +126,15 @@ def prepare_extensions() -> None:
         builder.load(verbose=False)
 
 
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether communication failed, as it does on every rank that is left when one has ended."""
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+def communication_problem(error: RuntimeError) -> str | None:
+    """In one line, why ranks cannot meet or no longer hear each other; None if the error is another."""
+    reason, rank = str(error).splitlines()[0], os.environ["RANK"]
+    if "EADDRINUSE" in reason:
+        port = os.environ["MASTER_PORT"]
+        return f"port {port} is in use, perhaps by another run: give the launcher another --master_port"
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
+        return f"rank {rank} lost another rank, which tells why if it could ({reason})"
+    return None
 
 
 def rank() -> int:

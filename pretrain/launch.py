@@ -16,10 +16,11 @@ def join_slurm_step() -> None:
 
     What is set already is kept: RANK by another launcher (then nothing changes), MASTER_ADDR or MASTER_PORT
     by the user. Only a step counts: the batch shell's SLURM_PROCID=0 and SLURM_NTASKS=N describe the whole
-    job, and a process that trusted them would wait for ever for ranks that nobody starts.
+    job, and a process that trusted them would wait for ever for ranks that nobody starts. A step of one task,
+    such as a shell in which several runs are started, leaves each of them a group of its own.
     """
     given = os.environ
-    if "SLURM_STEP_ID" not in given or "RANK" in given:
+    if "SLURM_STEP_ID" not in given or given["SLURM_STEP_NUM_TASKS"] == "1" or "RANK" in given:
         return
     given["RANK"] = given["SLURM_PROCID"]
     given["WORLD_SIZE"] = given["SLURM_STEP_NUM_TASKS"]

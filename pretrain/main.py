@@ -79,12 +79,12 @@ def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None
     try:
         _train(run)
     except RuntimeError as error:
-        from pretrain.engine import lost_peer, rank
+        from pretrain.engine import communication_problem
 
-        if not lost_peer(error):
+        problem = communication_problem(error)
+        if problem is None:
             raise
-        reason = str(error).splitlines()[0]
-        sys.exit(f"error: rank {rank()} lost another rank, which tells why if it could ({reason})")
+        sys.exit(f"error: {problem}")
 
 
 def _parse() -> argparse.Namespace:

@@ -1,8 +1,13 @@
 """Which launcher is believed. What srun sets in reality: tests/slurm/."""
 
 import os
+import socket
 from unittest import mock
 
+import pytest
+import torch
+
+from pretrain.engine import communication_problem
 from pretrain.launch import first_host, join_slurm_step
 
 JOB = {"SLURM_JOB_ID": "70123", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[1-4]"}
@@ -39,6 +44,28 @@ def test_the_batch_shell_is_no_rank():
 
 def test_another_launcher_inside_a_step_is_believed():
     assert set_variables({**STEP, "RANK": "3"}) == {}
+
+
+def test_a_step_of_one_task_is_alone():
+    """With the job's port, two runs started in one such shell would meet."""
+    assert set_variables({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+def test_a_port_in_use_is_told_from_a_lost_rank(monkeypatch):
+    with socket.socket() as other_run:
+        other_run.bind(("127.0.0.1", 0))
+        other_run.listen()
+        port = other_run.getsockname()[1]
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(torch.distributed.DistError) as caught:
+            torch.distributed.TCPStore("127.0.0.1", port, world_size=1, is_master=True)
+    problem = f"port {port} is in use, perhaps by another run: give the launcher another --master_port"
+    assert communication_problem(caught.value) == problem
+    lost = communication_problem(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert lost is not None
+    assert lost.startswith("rank 0 lost another rank, which tells why if it could ([gloo/")
+    assert communication_problem(RuntimeError("something else")) is None
 
 
 def test_a_given_address_is_kept():
