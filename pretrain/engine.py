@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import resource
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
