@@ -14,12 +14,8 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import TrainingState, together
-from pretrain.engine import (
-    Engine,
-    convert_to_universal,
-    no_pickle_code,
-    rank,
-)
+from pretrain.engine import Engine, convert_to_universal, no_pickle_code
+from pretrain.process_group import rank
 
 
 def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:

@@ -1,22 +1,14 @@
-"""The DeepSpeed engine: process group, optimizer, one optimizer step, checkpoint files, full weights.
+"""The DeepSpeed engine: optimizer, one optimizer step, checkpoint files, full weights.
 
-With expert_parallel.py the only file that imports deepspeed.
+With process_group.py and expert_parallel.py the only file that imports deepspeed.
 """
 
 import argparse
-import atexit
 import copy
 import copyreg
-import fcntl
-import hashlib
 import io
-import logging
 import math
 import os
-import resource
-import socket
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,7 +18,6 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
-from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import compiler
@@ -35,7 +26,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
-    logger,
     safe_get_full_fp32_param,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
@@ -62,105 +52,15 @@ from pretrain.expert_parallel import (
 )
 from pretrain.lora import adapt, seed_dropout
 from pretrain.optim import parameter_groups
+from pretrain.process_group import device, rank, world_size
 from pretrain.stability import SpikeGuard
 
 T = TypeVar("T")
 
-logger.setLevel(logging.WARNING)
-# DeepSpeed's own calls, which a user can do nothing about.
-warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 # DeepSpeed's Muon, which it imports for every optimizer, is compiled anew for shape after shape: minutes on a
 # CPU, and a resumed run would meet the shapes in another order than the run it continues, so that it need not
 # repeat its rounding. Without, the compiler is not even imported, which takes seconds.
 compiler.compile = lambda: compiler.dummy_decorator
-
-
-def init_process_group() -> None:
-    """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
-
-    Without a launcher this process is a group of its own, at a port of its own: DeepSpeed's buffer is named
-    after it, and two runs at once must not share that.
-    """
-    prepare_extensions()
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-    atexit.register(_remove_shared_memory)
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _remove_shared_memory() -> None:
-    """Deletes this rank's communication buffer, 66 MiB of memory that DeepSpeed leaves behind on a CPU."""
-    parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"])
-    name = "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))
-    Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def prepare_extensions() -> None:
-    """Builds DeepSpeed's CPU communication extension once an environment, one process at a time.
-
-    Environments have folders of their own, since each names its own torch in the build and would build anew
-    after another, under processes that have the library open.
-
-    A process killed while building leaves torch's `lock` file behind, on which every later run would wait
-    for ever. The operating system drops our own lock with its holder, so whoever has it may clear the other.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zeromodel" / "torch_extensions"
-    own = cache / hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
-    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if get_accelerator().device_name() != "cpu" or builder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    # The build calls `ninja`, which lies beside this python even where its environment is not activated.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with open(folder / "zeromodel.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in folder.glob("*/lock"):
-            stale.unlink()
-        builder.load(verbose=False)
-
-
-def communication_problem(error: RuntimeError) -> str | None:
-    """In one line, why ranks cannot meet or no longer hear each other; None if the error is another."""
-    reason, rank = str(error).splitlines()[0], os.environ["RANK"]
-    if "EADDRINUSE" in reason:
-        port = os.environ["MASTER_PORT"]
-        return f"port {port} is in use, perhaps by another run: give the launcher another --master_port"
-    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
-        return f"rank {rank} lost another rank, which tells why if it could ({reason})"
-    return None
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def world_size() -> int:
-    return dist.get_world_size()
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place."""
-    dist.all_reduce(values)
-    return values
-
-
-def device() -> torch.device:
-    return torch.device(get_accelerator().current_device_name())
-
-
-def peak_memory_bytes() -> int:
-    """Peak device memory of this rank, on a CPU the peak resident size of its process."""
-    if get_accelerator().device_name() == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    return get_accelerator().max_memory_allocated()
 
 
 class _Snapshots(CheckpointEngine):

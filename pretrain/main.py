@@ -79,7 +79,7 @@ def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None
     try:
         _train(run)
     except RuntimeError as error:
-        from pretrain.engine import communication_problem
+        from pretrain.process_group import communication_problem
 
         problem = communication_problem(error)
         if problem is None:
@@ -262,7 +262,8 @@ def _verified(run: Run, engine: "Engine") -> Path | None:
 def _train(run: Run) -> None:
     # Imported late: deepspeed takes seconds, which a user with a misspelt key should not wait for.
     from pretrain import elastic
-    from pretrain.engine import Engine, init_process_group, rank
+    from pretrain.engine import Engine
+    from pretrain.process_group import init_process_group, rank
     from pretrain.trainer import Trainer, TrainingError
 
     stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=run.rank == 0)
@@ -305,7 +306,7 @@ def _train(run: Run) -> None:
 
 def _finish(run: Run, engine: "Engine") -> None:
     """The export and the marker of a run that reached its last step."""
-    from pretrain.engine import rank
+    from pretrain.process_group import rank
 
     _export(run, "export", engine.full_weights())
     if engine.average is not None:
@@ -317,7 +318,7 @@ def _finish(run: Run, engine: "Engine") -> None:
 
 def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Gathers tensors on all ranks and writes them on the first as a folder of the run."""
-    from pretrain.engine import rank
+    from pretrain.process_group import rank
 
     weights = {}
     for key, value in tensors:

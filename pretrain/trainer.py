@@ -23,10 +23,11 @@ from model.recurrence import sample_depth
 from model.transformer import ModelOutput
 from pretrain.checkpoint import Saver, TrainingState
 from pretrain.config import RunConfig
-from pretrain.engine import Engine, all_reduce_sum, device, peak_memory_bytes, rank, world_size
+from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
 from pretrain.metrics import MetricsLog, peak_tflops
 from pretrain.optim import learning_rate
+from pretrain.process_group import all_reduce_sum, device, peak_memory_bytes, rank, world_size
 from pretrain.stopping import StopRequests
 
 

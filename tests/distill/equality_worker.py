@@ -17,8 +17,9 @@ from model import ModelConfig
 from model.distillation import loss_counts
 from model.losses import total_loss
 from pretrain.config import RunConfig, check_layout, load_ds_config
-from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+from pretrain.engine import Engine, build_optimizer
 from pretrain.lora import LoraConfig, adapt
+from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
 GPT2: dict[str, Any] = {

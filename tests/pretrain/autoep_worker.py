@@ -17,7 +17,8 @@ from model import ModelConfig, ZeroModel
 from model.hf import hf_config, to_hf
 from model.losses import total_loss
 from pretrain.config import RunConfig, check_layout, load_ds_config
-from pretrain.engine import Engine, all_reduce_sum, init_process_group, rank, world_size
+from pretrain.engine import Engine
+from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 6, 21

@@ -17,7 +17,8 @@ from model.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX, total_loss
 from model.recurrence_config import HaltingConfig
 from pretrain.config import RunConfig, check_layout, load_ds_config
-from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+from pretrain.engine import Engine, build_optimizer
+from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 5, 21

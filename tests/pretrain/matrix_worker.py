@@ -19,8 +19,9 @@ from model.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX, total_loss
 from model.recurrence import sample_depth
 from pretrain.config import RunConfig, check_layout, load_ds_config
-from pretrain.engine import Engine, all_reduce_sum, build_optimizer, init_process_group, rank, world_size
+from pretrain.engine import Engine, build_optimizer
 from pretrain.expert_parallel import gather_experts, is_expert
+from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
 LR, ROWS, STEPS, T = 1e-3, 16, 2, 13

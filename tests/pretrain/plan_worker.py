@@ -18,7 +18,8 @@ from model import ModelConfig
 from model.execution import ExecutionConfig
 from model.losses import total_loss
 from pretrain.config import RunConfig
-from pretrain.engine import Engine, init_process_group, rank, world_size
+from pretrain.engine import Engine
+from pretrain.process_group import init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
 STEPS = 3  # in the first ones ZeRO-3 traces the modules

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 
-from pretrain.engine import communication_problem
 from pretrain.launch import first_host, join_slurm_step
+from pretrain.process_group import communication_problem
 
 JOB = {"SLURM_JOB_ID": "70123", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[1-4]"}
 STEP = {

@@ -1,0 +1,111 @@
+"""The group of ranks: how a process joins it, what it asks it, and why it fails."""
+
+import atexit
+import fcntl
+import hashlib
+import logging
+import os
+import resource
+import socket
+import sys
+import warnings
+from pathlib import Path
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger
+from torch import Tensor
+
+logger.setLevel(logging.WARNING)
+# DeepSpeed's own calls, which a user can do nothing about.
+warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+
+
+def init_process_group() -> None:
+    """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Without a launcher this process is a group of its own, at a port of its own: DeepSpeed's buffer is named
+    after it, and two runs at once must not share that.
+    """
+    prepare_extensions()
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    atexit.register(_remove_shared_memory)
+    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _remove_shared_memory() -> None:
+    """Deletes this rank's communication buffer, 66 MiB of memory that DeepSpeed leaves behind on a CPU."""
+    parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"])
+    name = "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def prepare_extensions() -> None:
+    """Builds DeepSpeed's CPU communication extension once an environment, one process at a time.
+
+    Environments have folders of their own, since each names its own torch in the build and would build anew
+    after another, under processes that have the library open.
+
+    A process killed while building leaves torch's `lock` file behind, on which every later run would wait
+    for ever. The operating system drops our own lock with its holder, so whoever has it may clear the other.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zeromodel" / "torch_extensions"
+    own = cache / hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
+    folder = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(own)))
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if get_accelerator().device_name() != "cpu" or builder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # The build calls `ninja`, which lies beside this python even where its environment is not activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with open(folder / "zeromodel.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in folder.glob("*/lock"):
+            stale.unlink()
+        builder.load(verbose=False)
+
+
+def communication_problem(error: RuntimeError) -> str | None:
+    """In one line, why ranks cannot meet or no longer hear each other; None if the error is another."""
+    reason, rank = str(error).splitlines()[0], os.environ["RANK"]
+    if "EADDRINUSE" in reason:
+        port = os.environ["MASTER_PORT"]
+        return f"port {port} is in use, perhaps by another run: give the launcher another --master_port"
+    if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
+        return f"rank {rank} lost another rank, which tells why if it could ({reason})"
+    return None
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def peak_memory_bytes() -> int:
+    """Peak device memory of this rank, on a CPU the peak resident size of its process."""
+    if get_accelerator().device_name() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    return get_accelerator().max_memory_allocated()
