@@ -28,7 +28,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: requirements.txt requirements-dev.txt requirements-lora.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet -r requirements.txt -r requirements-dev.txt -r requirements-lora.txt
-	python -c "from pretrain.engine import prepare_extensions; prepare_extensions()"
+	python -c "from pretrain.process_group import prepare_extensions; prepare_extensions()"
 	touch $@
 
 setup-gpu: setup
