@@ -69,7 +69,7 @@ def build(runs: Runs, pictures: Path) -> Report:
     settings = settings_of(runs.records)
     panels = headline_panels(settings)
     effects = {
-        unit.setting: f"Loop less dense, equal parameters: {effect_text(unit)}, {unit.verdict}"
+        unit.setting: f"Loop minus dense, equal parameters: {effect_text(unit)}, {unit.verdict}"
         for unit in units
         if unit.claim.id == HEADLINE_CLAIM
     }
@@ -126,7 +126,7 @@ def answer_text(units: Sequence[Unit], shown: set[Setting], verdict: str) -> str
         for unit in own
     )
     return (
-        f"{QUESTION} At equal parameters, the accuracy of a loop less that of as many dense layers, intervals"
+        f"{QUESTION} At equal parameters, the accuracy of a loop minus that of as many dense layers, intervals"
         f" corrected for all comparisons: {effects}; over all tasks of the claim: **{verdict}**."
     )
 
