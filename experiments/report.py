@@ -126,8 +126,8 @@ def answer_text(units: Sequence[Unit], shown: set[Setting], verdict: str) -> str
         for unit in own
     )
     return (
-        f"{QUESTION} At equal parameters, the accuracy of a loop minus that of as many dense layers, intervals"
-        f" corrected for all comparisons: {effects}; over all tasks of the claim: **{verdict}**."
+        f"{QUESTION} At equal parameters, the accuracy of a loop minus that of as many dense layers, "
+        f"intervals corrected for all comparisons: {effects}; over all tasks of the claim: **{verdict}**."
     )
 
 
