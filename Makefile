@@ -76,8 +76,11 @@ distill-quick: setup
 	python distill/matrix.py --out $(QUICK_RUN) --jobs 2 --quick $(MATRIX)
 	python eval/report.py $(QUICK_RUN)/*-[0-9] --out $(QUICK_RUN)/report.html
 
+# One more than cores, at most 4: tests wait for launchers, timeouts and each other's ranks.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) + 1))")
+
 test: setup
-	$(ONE_THREAD) python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(ONE_THREAD) python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: setup
 	$(ONE_THREAD) python -m pytest -m slow
