@@ -1,4 +1,4 @@
-"""Under SLURM: tells a rank who it is, in the variables that `deepspeed` and `torchrun` set.
+"""Who a rank is and where ranks meet. Under SLURM: in the variables that `deepspeed` and `torchrun` set.
 
 srun starts one process per task and describes it in variables of its own; torch reads RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Meanings: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
@@ -6,6 +6,7 @@ LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Meanings: https://slurm.schedmd.com/sru
 
 import os
 import re
+import socket
 
 # Ports below the range that Linux hands out by itself (net.ipv4.ip_local_port_range starts at 32768).
 FIRST_PORT, NUM_PORTS = 15000, 15000
@@ -27,6 +28,13 @@ def join_slurm_step() -> None:
     given["LOCAL_RANK"] = given["SLURM_LOCALID"]
     given.setdefault("MASTER_ADDR", first_host(given["SLURM_STEP_NODELIST"]))
     given.setdefault("MASTER_PORT", str(FIRST_PORT + int(given["SLURM_JOB_ID"]) % NUM_PORTS))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses; another process may take it before it is listened at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def first_host(node_list: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import resource
-import socket
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger
 from torch import Tensor
+
+from pretrain.launch import free_port
 
 logger.setLevel(logging.WARNING)
 # DeepSpeed's own calls, which a user can do nothing about.
@@ -32,15 +33,9 @@ def init_process_group() -> None:
     prepare_extensions()
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     atexit.register(_remove_shared_memory)
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _remove_shared_memory() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +12,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from pretrain.launch import free_port
 
 from ..conftest import ROOT, Training
 
@@ -57,12 +58,6 @@ def unlink_buffer(launch: subprocess.Popen[str] | Begun) -> None:
     port = launch.port if isinstance(launch, Begun) else launch.args[3]
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         left.unlink()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start(*command: Any, **pipes: Any) -> subprocess.Popen[str]:
