@@ -207,7 +207,7 @@ def _key_weights(config: "ModelConfig") -> int:
 
 def _recurrence_parameters(config: "ModelConfig") -> int:
     (units, width), r = _units(config), config.recurrence
-    vectors = 2 * _norm(config, width) + _halting_heads(config)
+    vectors = (1 + r.state_norm) * _norm(config, width) + _halting_heads(config)
     vectors += width * ((r.injection == "gate") + (r.update == "gated") + r.iteration_embedding)
     if r.token_local:
         vectors += _norm(config, width) + width * r.position_mixing

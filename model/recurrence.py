@@ -52,9 +52,10 @@ class LoopResult(NamedTuple):
 class LatentReasoningUnit(nn.Module):
     """Carries a latent state through R passes of a core.
 
-    Each pass reads the normed state with the loop's input re-injected, which keeps the loop from forgetting
-    it (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of a GRU (Cho et
-    al. 2014, eq. 7) with the core's output as the candidate.
+    By default each pass reads the normed state with the loop's input re-injected, which keeps the loop from
+    forgetting it (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of a GRU
+    (Cho et al. 2014, eq. 7) with the core's output as the candidate. Without norm, injection and gate the
+    passes are layers of tied weights (Universal Transformer, arXiv 1807.03819, without its step embedding).
 
     Args:
         width: W.
@@ -70,7 +71,8 @@ class LatentReasoningUnit(nn.Module):
         self.config, self.place, self.layers = config.recurrence, place, layers
         self.recompute_steps = recompute_steps
         r = self.config
-        self.state_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
+        if r.state_norm:
+            self.state_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
         self.output_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
         if r.injection in ("concat", "gate"):
             gate = r.injection == "gate"
@@ -148,7 +150,7 @@ class LatentReasoningUnit(nn.Module):
         return state, out
 
     def _inject(self, state: Tensor, initial: Tensor, step: int) -> Tensor:
-        x, kind = self.state_norm(state), self.config.injection
+        x, kind = self.state_norm(state) if self.config.state_norm else state, self.config.injection
         if self.config.iteration_embedding:
             x = x + self.iteration(step)
         if kind == "add":

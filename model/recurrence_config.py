@@ -63,6 +63,9 @@ class RecurrenceConfig:
     backprop_steps: int | None = None  # gradients through the last so many steps only; default: all
     injection: str = "add"  # none | add | concat | gate: how the loop's input re-enters at every step
     update: str = "gated"  # gated (GRU-style convex update) | simple (the core's output is the state)
+    # Each pass reads the normed state. False: the state itself, so that with injection=none and update=simple
+    # the residual stream runs through all passes as through so many layers of tied weights.
+    state_norm: bool = True
     iteration_embedding: bool = False  # tells the core which step it is in
     halting: HaltingConfig = field(default_factory=HaltingConfig)
     # block only

@@ -69,6 +69,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "memory": {"num_memory_tokens": 2, "segment_length": 5, "use_moe": False},
     "loop": {"recurrence": BLOCK},
     "loop_concat_simple": {"recurrence": {**BLOCK, "injection": "concat", "update": "simple"}},
+    "loop_tied": {
+        "use_moe": False,
+        "recurrence": {
+            "placement": "block",
+            "num_steps": 2,
+            "injection": "none",
+            "update": "simple",
+            "state_norm": False,
+        },
+    },
     "loop_everything": {"first_k_dense_replace": 0, "recurrence": {"placement": "block", "num_steps": 2}},
 }
 

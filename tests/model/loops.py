@@ -36,6 +36,7 @@ def loop(
         "injection": INJECTIONS[number % 4],
         "update": ("gated", "simple")[number // 2 % 2],
         "iteration_embedding": number % 3 == 0,
+        "state_norm": number % 5 < 3,
     }
     if placement == "block":
         section |= {"ranges": [[1, 1]], "cache": cache, "sandwich_norm": number % 2 == 0}

@@ -1,5 +1,7 @@
 """The Latent Reasoning Unit: unrolled by hand, and its depth sampler."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,19 @@ def test_the_loop_equals_its_unrolling(build, tokens, variant, steps):
     out = net.layers[2](lru.output_norm(state), context).hidden
     expected = model.lm_head(net.norm(out))
     torch.testing.assert_close(model(tokens, num_steps=steps).logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_loop_without_norm_injection_or_gate_is_a_stack_of_tied_layers(build, tokens, steps):
+    loop = build("loop_tied")
+    layers = len(loop.model.layers)
+    stack = build("latent_dense", num_hidden_layers=layers * steps)
+    weights = loop.state_dict()
+    layer = re.compile(r"(?<=layers\.)\d+")
+    tied = {name: weights[layer.sub(lambda i: str(int(i[0]) % layers), name)] for name in stack.state_dict()}
+    stack.load_state_dict(tied)
+    expected = stack(tokens).logits
+    torch.testing.assert_close(loop(tokens, num_steps=steps).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_depth_changes_the_answer_and_every_step_gets_a_gradient(build, tokens):
