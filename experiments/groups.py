@@ -36,18 +36,23 @@ class Group:
     method: str | None = None  # of distill/methods.py; None: pretrain/main.py trains it
 
 
-def _loop(shape: Shape, **changes: Any) -> Model:
-    """k layers run R times; the input is added again at every step and the core's output is the state."""
+def _fixed(shape: Shape, **changes: Any) -> Model:
+    """k layers run R times; each step reads the normed state and the loop's input, so that it can settle."""
     recurrence = {"placement": "block", "num_steps": shape.steps, "injection": "add", "update": "simple"}
     return {"num_hidden_layers": shape.layers, "recurrence": {**recurrence, **changes}}
 
 
+def _loop(shape: Shape, **changes: Any) -> Model:
+    """k layers run R times, the residual stream through all of them: the unrolled twin with tied weights."""
+    return _fixed(shape, **{"injection": "none", "state_norm": False, **changes})
+
+
 def _random(shape: Shape, **changes: Any) -> Model:
-    return _loop(shape, depth_sampling="poisson", max_steps=2 * shape.steps, **changes)
+    return _fixed(shape, depth_sampling="poisson", max_steps=2 * shape.steps, **changes)
 
 
 def _universal(shape: Shape, **changes: Any) -> Model:
-    return _loop(shape, injection="none", iteration_embedding=True, **changes)
+    return _loop(shape, iteration_embedding=True, **changes)
 
 
 def _layers(shape: Shape, **changes: Any) -> Model:
@@ -59,12 +64,12 @@ def _unrolled(shape: Shape) -> Model:
 
 
 def _solved(shape: Shape, changes: Model, key: str, active: bool = False) -> Model:
-    """`changes` with the width `key` at which it has as many parameters as the loop.
+    """`changes` with the width `key` at which it has the parameters of `fixed`, a norm more than the loop's.
 
     Raises:
         ValueError: no width from 1 on has so few.
     """
-    wanted = shape.config(_loop(shape)).num_parameters(active)
+    wanted = shape.config(_fixed(shape)).num_parameters(active)
     one, two = (shape.config({**changes, key: width}).num_parameters(active) for width in (1, 2))
     width = 1 + round((wanted - one) / (two - one))
     if width < 1:
@@ -118,20 +123,21 @@ def _memory(shape: Shape) -> Model:
 
 
 _PONDER = {"kind": "ponder", "expectation": "loss"}
-_UT = "Universal Transformer (arXiv 1807.03819): all layers looped, told the step, nothing re-injected"
+_UT = "Universal Transformer (arXiv 1807.03819): C, and every step is told its number"
 
 GROUPS: dict[str, Group] = {
     "plain": Group("A: plain attention, k layers", lambda s: _layers(s, use_mla=False)),
     "mla": Group("B: multi-head latent attention (arXiv 2405.04434), k layers", _layers),
-    "loop": Group("C: k layers looped R times with injection, fixed depth", _loop),
+    "loop": Group("C: k layers run R times with tied weights, fixed depth", _loop),
     "adaptive": Group(
         "D: C with learned halting, PonderNet (arXiv 2107.05407)", lambda s: _loop(s, halting=_PONDER)
     ),
     "threshold": Group(
-        "D without learning: random depth, stops where predictions stop changing (arXiv 2502.05171)",
+        "D without learning: random, which stops where predictions stop changing (arXiv 2502.05171)",
         lambda s: _random(s, halting={"kind": "threshold", "measure": "kl"}),
     ),
-    "random": Group("C with depths drawn from a log-normal Poisson (arXiv 2502.05171)", _random),
+    "fixed": Group("C with a normed state and its input injected at every step (arXiv 2502.05171)", _fixed),
+    "random": Group("fixed, but its depths drawn from a log-normal Poisson (arXiv 2502.05171)", _random),
     "ut": Group(_UT, _universal),
     "ut_act": Group(
         f"{_UT}; with ACT", lambda s: _universal(s, halting={"kind": "act", "expectation": "state"})
@@ -172,7 +178,8 @@ PAIRS = (
     Pair("loop", "dense_flops", "inference_flops", 0.02),
     Pair("loop", "dense_flops", "training_flops", 0.02),
     Pair("loop", "dense_params", "training_flops", 0.02),
-    Pair("loop", "random", "parameters", 0.0),
+    Pair("fixed", "random", "parameters", 0.0),
+    Pair("loop", "fixed", "parameters", 0.01),
     Pair("loop", "adaptive", "parameters", 0.01),
     Pair("loop", "ut", "parameters", 0.01),
     Pair("loop", "kv", "parameters", 0.02),

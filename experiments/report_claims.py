@@ -214,7 +214,7 @@ def _problem(
     for pair, seed, row in zip(pairs, seeds, values, strict=True):
         for side, value in zip(claim.sides, row, strict=True):
             if value is None:
-                return f"{claim.metric} of {side}, seed {seed}, was not measured"
+                return f"{claim.metric} of {side}, seed {seed}, has no value"
             if not math.isfinite(value):
                 return f"{claim.metric} of {side}, seed {seed}, is {value}: the rest alone would flatter"
         apart = _apart(claim, pair)

@@ -25,7 +25,7 @@ CLOSE = 0.03  # of a size: marks so near are drawn side by side
 SPREAD = 72.0  # points that marks drawn side by side take together, at most
 COMMON = (BEYOND, GUESS)  # what legends name last
 # Those of the claims first, so that they have the clearest colours; yellow, hard to see, and black come last.
-MAIN = ("loop", "dense_params", "dense_flops", "dense_narrow", "random", "adaptive")
+MAIN = ("loop", "dense_params", "dense_flops", "dense_narrow", "fixed", "random", "adaptive")
 ORDER = (*MAIN, *(name for name in GROUPS if name not in MAIN))
 COLORS = tuple(color for color in RUN_COLORS if color != "#f0e442")
 MARKERS = "osD^v"
@@ -34,7 +34,8 @@ NAMES = {
     "dense_params": "dense: as many layers, same parameters",
     "dense_narrow": "dense: same parameters, deep and narrow",
     "dense_flops": "dense: R times the layers, same FLOPs",
-    "random": "loop, steps drawn at random",
+    "fixed": "loop with injection, fixed steps",
+    "random": "loop with injection, steps drawn at random",
     "adaptive": "loop, learned halting",
 }
 Groups = Mapping[str, Sequence[Record]]
@@ -173,7 +174,7 @@ def depth_figure(panels: Mapping[Setting, Groups]) -> Figure:
         depths = sorted({int(depth) for record in everyone for depth in record["by_depth"]})
         for group, records in ordered(groups).items():
             for steps, line in (("trained", "-"), ("2R", ":")):
-                if steps == "2R" and (group not in ("loop", "random")):
+                if steps == "2R" and group not in ("loop", "fixed", "random"):
                     continue
                 points = {
                     float(depth): values_of([_at_depth(r, depth) for r in records], "there", steps)

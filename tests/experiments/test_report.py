@@ -183,10 +183,11 @@ def test_a_number_that_is_none_is_no_seed_less():
 
 
 def test_steps_that_were_not_tested_are_said():
-    unit = unit_of(changed(lambda r: r["accuracy"].pop("24"), is_loop), "extrapolation_steps")
+    records = changed(lambda r: r["accuracy"].pop("24"), lambda r: r["group"] == "fixed")
+    unit = unit_of(records, "extrapolation_steps")
     assert (unit.verdict, unit.remark) == (
         "undecided",
-        "accuracy of loop at 24 steps, seed 0, was not measured",
+        "accuracy of fixed at 24 steps, seed 0, has no value",
     )
 
 
