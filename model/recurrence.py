@@ -150,7 +150,8 @@ class LatentReasoningUnit(nn.Module):
         return state, out
 
     def _inject(self, state: Tensor, initial: Tensor, step: int) -> Tensor:
-        x, kind = self.state_norm(state) if self.config.state_norm else state, self.config.injection
+        x = self.state_norm(state) if self.config.state_norm else state
+        kind = self.config.injection
         if self.config.iteration_embedding:
             x = x + self.iteration(step)
         if kind == "add":
