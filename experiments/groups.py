@@ -103,11 +103,11 @@ def _dense_narrow(shape: Shape) -> Model:
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _local(shape: Shape, placement: str) -> Model:
-    """A unit inside attention whose core is as wide as its state."""
+def _local(shape: Shape, placement: str, loop: Callable[..., Model]) -> Model:
+    """A unit inside attention whose core is as wide as its state; `loop` is how it hands its state on."""
     base = shape.config({})
     width = base.kv_lora_rank if placement == "kv" else base.hidden_size
-    changes = _loop(shape, placement=placement, latent_intermediate_size=width)
+    changes = loop(shape, placement=placement, latent_intermediate_size=width)
     return _solved(shape, changes, "intermediate_size")
 
 
@@ -150,9 +150,10 @@ GROUPS: dict[str, Group] = {
     "dense_params": Group("k layers with the parameters of the loop", _dense_parameters),
     "dense_narrow": Group("k R layers, so narrow that they have the parameters of the loop", _dense_narrow),
     "dense_flops": Group("k R layers: the loop unrolled, with its inference FLOPs", _unrolled),
-    "kv": Group("a unit on the KV latent, R steps, before attention", lambda s: _local(s, "kv")),
+    # Each of these two with the loop that learnt addition better on the sweep's seed (docs/LOG.md).
+    "kv": Group("a unit on the KV latent, R steps, before attention", lambda s: _local(s, "kv", _fixed)),
     "post_attention": Group(
-        "a unit on attention's output, R steps, before the FFN", lambda s: _local(s, "post_attention")
+        "a unit on attention's output, R steps, before the FFN", lambda s: _local(s, "post_attention", _loop)
     ),
     "moe_core": Group("C with 8 experts, of which 2 and a shared one are active", _experts),
     "cot": Group("k R layers that write a chain of thought, and its majority vote", _unrolled, "cot"),
