@@ -59,7 +59,7 @@ experiments: setup
 
 # docs/RESULTS.md and the README's figure from the committed records.
 results: setup
-	python experiments/report.py --runs experiments/results/quick --out docs/RESULTS.md
+	python experiments/report.py --runs experiments/results/standard --out docs/RESULTS.md
 
 # Latent chain of thought, every method and control: two hours on two cores; MATRIX holds further flags.
 distill-matrix: setup
