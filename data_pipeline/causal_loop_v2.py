@@ -37,7 +37,8 @@ those values that happen to arise.
     nested       so does a block that itself holds a repeated block; depth 6 and more
 
 Dead statements are drawn by the same rules as live ones. Names are drawn from the whole alphabet, or from the
-first letters only, to see what other names do to a model.
+first letters only, and initial constants from all values, or from the least only, to see what other names and
+other constants do to a model.
 For p <= 10 answers are uniform (the answer is drawn first). `--audit` measures what guessing yields.
 
 The trace copies each statement, fills in the values it reads and gives the result (`CmA4:3,4=4;`), so that
@@ -103,18 +104,19 @@ def generate(
     variables: int = 5,
     statements: int = 12,
     names: int = len(LETTERS),
+    constants: int = 0,
     seed: int = 0,
     split: str = "train",
 ) -> Iterator[Sample]:
     """Yield `num_samples` samples with `variables` variables, of the first `names` letters, and `statements`
-    statements each.
+    statements each. Initial constants are below `constants`, 0: below the modulus.
 
     Depths are dealt round-robin; for one depth, so are the families that have it. Sample i depends on the
     arguments other than `num_samples` and on i only. Programs of the two splits are disjoint up to the names
     of variables. Raises DataError for an argument out of range, a depth that none of the families has, and
     if no program was found (few variables, few statements).
     """
-    size = Size(modulus, variables, statements, names)
+    size = Size(modulus, variables, statements, names, constants or modulus)
     _check(num_samples, depths, families, size, split)
     for i in range(num_samples):
         depth = depths[i % len(depths)]
@@ -198,7 +200,11 @@ def _sample(i: int, family: str, depth: int, size: Size, seed: int, split: str) 
         if draft is None:
             continue
         final = draft.vectors[draft.carrier]
-        columns = [k for k, value in enumerate(final) if answer is None or value == answer]
+        columns = [
+            k
+            for k, (value, constant) in enumerate(zip(final, draft.origin_values, strict=True))
+            if constant < size.constants and (answer is None or value == answer)
+        ]
         for column in rng.sample(columns, len(columns)):
             initial = {**draft.initial, draft.origin: draft.origin_values[column]}
             program = "".join([f"{name}{value}" for name, value in initial.items()])
@@ -247,7 +253,7 @@ def _document(
 
 
 def _check(num_samples: int, depths: Sequence[int], families: Sequence[str], size: Size, split: str) -> None:
-    modulus, variables, statements, names = size
+    modulus, variables, statements, names, constants = size
     check_request(num_samples, split)
     if not families or any(family not in FAMILIES for family in families):
         raise DataError(
@@ -260,6 +266,10 @@ def _check(num_samples: int, depths: Sequence[int], families: Sequence[str], siz
     if not variables <= names <= len(LETTERS):
         raise DataError(
             f"names {names} is not in {variables}..{len(LETTERS)}, with {variables} variables: mend it"
+        )
+    if not 1 <= constants <= modulus:
+        raise DataError(
+            f"constants {constants} is not in 1..{modulus}, the modulus: mend it, 0 takes all values"
         )
     least = min(MIN_DEPTH[family] for family in families)
     if not depths or any(not least <= depth <= statements for depth in depths):
@@ -280,10 +290,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--variables", type=int, default=5)
     options.add_argument("--statements", type=int, default=12)
     options.add_argument("--names", type=int, default=len(LETTERS), help="how many letters name variables")
+    options.add_argument("--constants", type=int, default=0, help="initial ones are below it; 0: all values")
     given = options.parse_args(argv)
 
     def samples() -> Iterator[Sample]:
-        size = Size(given.modulus, given.variables, given.statements, given.names)
+        size = (given.modulus, given.variables, given.statements, given.names, given.constants)
         families = given.families.split(",")
         return generate(given.num_samples, _depths(given.depths), families, *size, given.seed, given.split)
 

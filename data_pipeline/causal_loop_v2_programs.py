@@ -152,6 +152,7 @@ class Size(NamedTuple):
     variables: int
     statements: int
     names: int  # the variables are called after the first so many letters
+    constants: int  # initial constants are below it
 
 
 class Draft:
@@ -170,7 +171,7 @@ class Draft:
         modulus = size.modulus
         values = range(modulus) if modulus <= MAX_ORIGINS else rng.sample(range(modulus), MAX_ORIGINS)
         self.origin_values = tuple(values)
-        self.initial = {name: int(rng.random() * modulus) for name in self.names}
+        self.initial = {name: int(rng.random() * size.constants) for name in self.names}
         self.vectors: dict[str, Vector] = {n: (v,) * len(values) for n, v in self.initial.items()}
         self.vectors[self.origin] = self.origin_values
         self.depths = dict.fromkeys(self.names, 0)

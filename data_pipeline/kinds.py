@@ -113,6 +113,7 @@ class CausalLoopV2Options:
     variables: int = 5
     statements: int = 12
     names: int = 26
+    constants: int = 0
     seed: int = 0
     split: str = "train"
 
@@ -287,7 +288,7 @@ def _read_addition(_: None, o: AdditionOptions) -> Iterator[LabelledDocument]:
 
 
 def _causal_loop_v2_samples(o: CausalLoopV2Options) -> Iterator[causal_loop_v2.Sample]:
-    size = (o.modulus, o.variables, o.statements, o.names)
+    size = (o.modulus, o.variables, o.statements, o.names, o.constants)
     return causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split)
 
 

@@ -55,7 +55,10 @@ TASKS = {
     "p_hop": ReasoningTask({"hops": 3, "length": 24, "alphabet": 4}, _p_hop),
     "addition": ReasoningTask({"operands": 8, "modulus": 10}, _addition),
     "causal_loop_v2": ReasoningTask(
-        {"min_depth": 1, "max_depth": 8, "modulus": 7, "variables": 5, "statements": 12, "names": 26},
+        {
+            **{"min_depth": 1, "max_depth": 8, "modulus": 7, "variables": 5, "statements": 12, "names": 26},
+            "constants": 0,  # below which initial ones are; 0: the modulus
+        },
         _causal_loop_v2,
     ),
 }

@@ -58,7 +58,12 @@ def evaluations(plan: Plan, evaluate: bool, data: str = "DATA") -> dict[str, lis
     batch = ["--batch_size", str(spec.batch_size)]
     if task.kind == "text":
         depths = ["--depth", steps] if looped else []
-        return {"main": ["eval/perplexity.py", "--data", data, "--limit", str(spec.limit), *depths, *batch]}
+        limit = ["--limit", str(spec.limit), *batch]
+        tests = {"main": ["eval/perplexity.py", "--data", data, *depths, *limit]}
+        if spec.few_shot is not None:
+            shots = ",".join(map(str, spec.shots))
+            tests["few-shot"] = ["eval/run.py", "--tasks", spec.few_shot, "--num_fewshot", shots, *limit]
+        return tests
     questions = ["--task", str(spec.task), "--num_samples", str(spec.num_samples), "--log_samples", *batch]
     own = ["--task_options", spec.task_options]
     if task.kind == "traced":

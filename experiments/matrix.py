@@ -191,10 +191,11 @@ def _cells(
     axes = product(part.tasks, part.sizes, part.budgets, part.seeds, part.groups, varied)
     for task, size, budget, seed, group, change in axes:
         if isinstance(rates, Mapping):
-            own = rates.get(rate_key(task, size), {})
+            key = rate_key(tasks[task].learning_rates_of or task, size)
+            own = rates.get(key, {})
             if group not in own:
                 raise ValueError(
-                    f"matrix {path}: group {group} has no learning rate for {rate_key(task, size)}; add it "
+                    f"matrix {path}: group {group} has no learning rate for {key}; add it "
                     "to experiments/sweep.yaml and run that, which writes experiments/learning_rates.yaml"
                 )
             yield Cell(task, size, budget, group, seed, float(own[group]), change)

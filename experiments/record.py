@@ -25,6 +25,8 @@ convergence        {steps: {residuals: [relative change in each step], convergen
                    (share of labels that three starts agree on), overthinking_gap (best less at 4 R)
 gaps               {name: accuracy at the trained depth} of tests unlike the training
 bits_per_byte, perplexity (of a byte)    {steps: value}, of text
+few_shot           of text: task, num_samples, accuracy {shots: share}, guesses {way: accuracy}, and
+                   num_truncated {shots: prompts cut from the left to fit}
 votes              {k: accuracy of the majority of k sampled chains of thought}
 """
 
@@ -216,4 +218,18 @@ def _text(plan: Plan, folder: Path) -> dict[str, Any]:
         if "byte_perplexity,none" in entry:
             found["perplexity"][steps] = entry["byte_perplexity,none"]
     (samples,) = {value["effective"] for value in report["n-samples"].values()}
-    return {"num_samples": samples, **found}
+    few_shot = _few_shot(plan, folder) if plan.task.evaluation.few_shot is not None else None
+    return {"num_samples": samples, **found, "few_shot": few_shot}
+
+
+def _few_shot(plan: Plan, folder: Path) -> dict[str, Any]:
+    report, task = _report(folder, "few-shot"), plan.task.evaluation.few_shot
+    by_shots = {str(config["num_fewshot"]): key for key, config in report["configs"].items()}
+    (samples,) = {value["effective"] for value in report["n-samples"].values()}
+    return {
+        "task": task,
+        "num_samples": samples,
+        "accuracy": {shots: report["results"][key]["acc,none"] for shots, key in by_shots.items()},
+        "num_truncated": {shots: report["configs"][key]["num_truncated"] for shots, key in by_shots.items()},
+        "guesses": {way: score["value"] for way, score in report["baselines"][task].items()},
+    }

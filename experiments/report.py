@@ -34,8 +34,10 @@ from experiments.report_figures import (
 from experiments.report_studies import (
     EXAMPLES,
     ITERATIONS,
+    by_shots,
     by_value,
     convergence_section,
+    few_shot_section,
     gaps_section,
     study_section,
     varied,
@@ -67,13 +69,13 @@ def build(runs: Runs, pictures: Path) -> Report:
     claims = read_claims()
     units = judge(claims, runs.records)
     settings = settings_of(runs.records)
-    panels = headline_panels(settings)
     effects = {
         unit.setting: f"Loop minus dense, equal parameters: {effect_text(unit)}, {unit.verdict}"
         for unit in units
         if unit.claim.id == HEADLINE_CLAIM
     }
     (claim,) = [claim for claim in claims if claim.id == HEADLINE_CLAIM]
+    panels = headline_panels({s: groups for s, groups in settings.items() if s.task in claim.tasks})
     verdict = claim_verdict(claim, units)
     headline = None
     if panels:
@@ -175,16 +177,18 @@ def _studies_section(runs: Runs, folder: Path) -> Section:
         ),
         study_section("Sample efficiency", "Training examples, the same steps.", runs.studies, [EXAMPLES]),
     ]
-    for part, key, xlabel in (
-        (parts[1], ITERATIONS, "steps R of the loop"),
-        (parts[2], EXAMPLES, "examples"),
+    everything = runs.records
+    parts += [few_shot_section(everything), convergence_section(everything), gaps_section(everything)]
+    parts.append(votes_section(everything))
+    scored = [record for record in runs.studies if "accuracy" in record]
+    for part, name, found, xlabel in (
+        (parts[1], ITERATIONS, by_value(scored, ITERATIONS), "steps R of the loop"),
+        (parts[2], EXAMPLES, by_value(scored, EXAMPLES), "examples"),
+        (parts[3], "shots", by_shots(everything), "exemplars before the question"),
     ):
-        found = by_value([r for r in runs.studies if "accuracy" in r], key)
         if found:
             title = f"Accuracy against {xlabel}"
-            part.blocks.append(Picture(save(varied_figure(found, xlabel), folder / f"by_{key}.png"), title))
-    everything = runs.records
-    parts += [convergence_section(everything), gaps_section(everything), votes_section(everything)]
+            part.blocks.append(Picture(save(varied_figure(found, xlabel), folder / f"by_{name}.png"), title))
     return Section("Studies", [], parts)
 
 

@@ -14,7 +14,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from eval.report_figures import GUESS_COLOR, RUN_COLORS
 from experiments.groups import GROUPS
-from experiments.report_data import Record, Setting, steps_of, value_of, values_of
+from experiments.report_data import Record, Setting, budget_text, steps_of, value_of, values_of
 from experiments.report_statistics import bootstrap_interval
 
 matplotlib.use("Agg")
@@ -113,7 +113,10 @@ def _accuracies(axis: Axes) -> None:
 
 
 def _log(axis: Axes, places: Sequence[float], base: int = 2) -> None:
-    axis.set_xscale("log", base=base)
+    if min(places, default=1) > 0:
+        axis.set_xscale("log", base=base)
+    else:
+        axis.set_xscale("symlog", base=base, linthresh=1)  # has a place for 0
     if 0 < len(places) <= 8:
         axis.set_xticks(sorted(places), [EngFormatter(sep="")(x) for x in sorted(places)])
         axis.minorticks_off()
@@ -260,7 +263,8 @@ def _cost_axis(axis: Axes, groups: Groups, xlabel: str, margin: float = 0.1) -> 
     axis.set(xlabel=xlabel)
 
 
-Varied = Mapping[tuple[str, str, str, str], Mapping[float, Sequence[Record]]]  # of report_studies.by_value
+# Of report_studies.by_value and by_shots.
+Varied = Mapping[tuple[str, str, str, str], Mapping[float, Sequence[Record]]]
 
 
 def varied_figure(found: Varied, xlabel: str) -> Figure:
@@ -279,7 +283,7 @@ def varied_figure(found: Varied, xlabel: str) -> Figure:
         _log(axis, sorted(ticks))
         axis.set(xlabel=xlabel)
 
-    return _panels([f"{task}, {size}, {budget} steps" for task, size, budget in places], draw)
+    return _panels([f"{task}, {size}, {budget_text(budget)}" for task, size, budget in places], draw)
 
 
 NEAR = 0.02  # of a depth's best accuracy

@@ -1,9 +1,9 @@
-"""What the review asked for: loss weights, steps, examples, convergence, generalisation, votes."""
+"""What the review asked for: loss weights, steps, examples, convergence, generalisation, few-shot, votes."""
 
 import json
 from collections.abc import Sequence
 
-from experiments.report_data import Record, settings_of
+from experiments.report_data import Record, settings_of, steps_of
 from experiments.report_tables import COSTS, NOTHING, cost_cells, number, score_text
 from experiments.report_text import Section, Table
 
@@ -112,6 +112,39 @@ def gaps_section(records: Sequence[Record]) -> Section:
         ]
         parts.append(Section(str(setting), [Table(("group", "as trained", *names, *COSTS), rows)]))
     return Section("Generalisation gaps", [], parts)
+
+
+def by_shots(records: Sequence[Record]) -> dict[tuple[str, str, str, str], dict[float, list[Record]]]:
+    """By task, size, budget and group, the seeds at each number of exemplars, with the accuracy there."""
+    found: dict[tuple[str, str, str, str], dict[float, list[Record]]] = {}
+    for record in (r for r in records if "few_shot" in r):
+        place = (record["task"], record["size"], record["budget"], record["group"])
+        few = record["few_shot"]
+        for shots, value in few["accuracy"].items():
+            same = {"accuracy": {steps_of(record): value}, "guesses": few["guesses"]}
+            found.setdefault(place, {}).setdefault(float(shots), []).append(record | same)
+    return found
+
+
+def few_shot_section(records: Sequence[Record]) -> Section:
+    """Questions to models of text, after so many solved ones."""
+    parts = []
+    for setting, groups in settings_of([r for r in records if "few_shot" in r]).items():
+        first = next(iter(groups.values()))[0]["few_shot"]
+        shots = list(first["accuracy"])
+        guesses = ", ".join(f"{way} {number(value)}" for way, value in first["guesses"].items())
+        said = f"{first['task']}, the first {first['num_samples']:,} questions. Guessing reaches: {guesses}."
+        cut = {k: n for k, n in first["num_truncated"].items() if n}
+        if cut:
+            said += " Of the prompts, one an answer to choose, some were cut from the left to fit: "
+            said += ", ".join(f"{n:,} ({k}-shot)" for k, n in cut.items()) + "."
+        rows = []
+        for group, seeds in groups.items():
+            scores = ([r | {"few": r["few_shot"]["accuracy"][k]} for r in seeds] for k in shots)
+            rows.append((group, *(score_text(found, "few") for found in scores), *cost_cells(seeds)))
+        header = ("group", *(f"{k}-shot" for k in shots), *COSTS)
+        parts.append(Section(str(setting), [said, Table(header, rows)]))
+    return Section("Few-shot", [], parts)
 
 
 def votes_section(records: Sequence[Record]) -> Section:

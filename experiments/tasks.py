@@ -21,9 +21,11 @@ class EvaluationSpec:
 
     task: str | None = None  # of eval/reasoning.py or eval/thoughts.py
     num_samples: int | None = None  # generated questions
-    limit: int | None = None  # documents of a text
+    limit: int | None = None  # documents of a text, and questions asked with exemplars
     task_options: str = ""
     steps: list[int] = field(default_factory=list)  # test-time steps of loops; their trained number is added
+    few_shot: str | None = None  # of a text: the task of eval/run.py that is asked with exemplars
+    shots: list[int] = field(default_factory=list)  # exemplars before each of its questions
     votes: int = 0  # sampled chains of thought that vote, at most; 0: no vote
     batch_size: int = 64
 
@@ -40,6 +42,7 @@ class Task:
     layers: int = MISSING  # k: distinct layers of a loop
     steps: int = MISSING  # R: loop steps
     trained_depth: int | None = None  # largest serial depth of a training example; None: no such axis
+    learning_rates_of: str | None = None  # the task whose rates it takes, None: its own
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     gaps: dict[str, str] = field(default_factory=dict)  # name -> task_options of a test unlike the training
 
@@ -66,4 +69,9 @@ def read_tasks(path: Path = HERE / "tasks.yaml") -> tuple[dict[str, Task], dict[
     for name, task in tasks.items():
         if task.kind not in KINDS:
             raise ValueError(f"{path.name}, task {name}: kind {task.kind!r}; choose from {', '.join(KINDS)}")
+        if task.learning_rates_of not in (None, *tasks):
+            raise ValueError(
+                f"{path.name}, task {name}: learning_rates_of {task.learning_rates_of!r} is no task; "
+                f"choose from {', '.join(tasks)}"
+            )
     return tasks, values["sizes"]

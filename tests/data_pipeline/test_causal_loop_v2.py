@@ -232,6 +232,17 @@ def test_split_ignores_names_and_takes_a_tenth():
     assert sum(split_of(p) == "test" for p in programs) / len(programs) == pytest.approx(0.1, abs=0.02)
 
 
+def test_constants_keep_initial_values_low_and_leave_all_else_as_it_is():
+    low = list(generate(300, depths=[1, 2, 3, 4], families=["chain", "convergence"], constants=3))
+    for sample in low:
+        initial, body = parse(sample.program)
+        assert set(initial.values()) <= {0, 1, 2}
+        assert execute(sample.program)[sample.question] == sample.answer
+        assert effective_depth(initial, body, sample.question, 7) == sample.depth
+    assert {s.answer for s in low} == set(range(7)) == {value for s in low for value in s.values}
+    assert list(generate(9, constants=7)) == list(generate(9)) != list(generate(9, constants=6))
+
+
 def test_sample_depends_on_its_index_alone():
     long = list(generate(24, seed=5))
     assert list(generate(9, seed=5)) == long[:9]
@@ -319,6 +330,8 @@ def test_execute_refuses_what_is_no_program(program):
         ({"variables": 27}, "variables 27"),
         ({"names": 4}, "names 4 is not in 5..26"),
         ({"names": 27}, "names 27"),
+        ({"constants": -1}, "constants -1 is not in 1..7"),
+        ({"constants": 8}, "constants 8"),
         ({"depths": []}, "depths"),
         ({"depths": [0]}, "1..12"),
         ({"depths": [13]}, "1..12"),

@@ -87,11 +87,11 @@ def test_what_is_trained_is_the_planned_model(tmp_path):
 
 def test_the_matrices_are_of_the_promised_sizes(tmp_path):
     quick = [plan.cell for plan in shipped(ROOT / "experiments/quick.yaml", tmp_path).plans]
-    for task in (tasks := {cell.task for cell in quick}):
+    for task in (two := {cell.task for cell in quick}):
         own = [cell for cell in quick if cell.task == task]
         assert len({cell.group for cell in own}) <= 6
         assert len({cell.seed for cell in own}) == 3
-    assert len(tasks) == 2
+    assert len(two) == 2
     standard = [plan.cell for plan in shipped(ROOT / "experiments/standard.yaml", tmp_path).plans]
     assert {cell.group for cell in standard} == set(GROUPS)
     swept = {
@@ -99,7 +99,8 @@ def test_the_matrices_are_of_the_promised_sizes(tmp_path):
     }
     studies = [shipped(path, tmp_path) for path in (ROOT / "experiments/studies").glob("[!s]*.yaml")]
     small = [*quick, *standard, *(plan.cell for study in studies for plan in study.plans)]
-    assert {(cell.task, cell.group) for cell in small} <= swept
+    tasks = read_tasks()[0]
+    assert {(tasks[cell.task].learning_rates_of or cell.task, cell.group) for cell in small} <= swept
     for group in ("loop", "dense_params", "dense_narrow", "dense_flops"):
         assert {cell.seed for cell in standard if (cell.task, cell.group) == ("p_hop", group)} == {
             0,
@@ -108,6 +109,20 @@ def test_the_matrices_are_of_the_promised_sizes(tmp_path):
             3,
             4,
         }
+
+
+def test_a_task_may_take_the_learning_rates_of_another(tmp_path):
+    chosen = yaml.safe_load((ROOT / "experiments/learning_rates.yaml").read_text())["causal_loop_v2/small"]
+    found = read_matrix(ROOT / "experiments/studies/names.yaml").plans
+    assert {plan.cell.task for plan in found} == {"causal_loop_v2_held_out"}
+    assert all(plan.cell.learning_rate == chosen[plan.cell.group] for plan in found)
+    tasks = yaml.safe_load((ROOT / "experiments/tasks.yaml").read_text())
+    tasks["tasks"]["causal_loop_v2_held_out"]["learning_rates_of"] = "causal_lop"
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks))
+    with pytest.raises(
+        ValueError, match="learning_rates_of 'causal_lop' is no task; choose from .*causal_loop_v2,"
+    ):
+        read_tasks(tmp_path / "tasks.yaml")
 
 
 def test_every_claim_is_about_groups_tasks_and_pairs_that_there_are(tmp_path):

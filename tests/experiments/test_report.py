@@ -130,7 +130,7 @@ def test_pictures_are_linked_and_the_page_stands_alone(written):
     assert {Path(link).name for link in linked} == drawn
     assert drawn == {
         *("headline.png", "depth.png", "parameters.png", "inference_flops.png", "steps_depth.png"),
-        *("by_steps.png", "by_examples.png"),
+        *("by_steps.png", "by_examples.png", "by_shots.png"),
     }
     for link in linked:
         assert (written.parent / link).read_bytes().startswith(b"\x89PNG")
@@ -306,7 +306,16 @@ def test_text_alone_makes_a_report_without_pictures(tmp_path):
     report.write([place(stored("wikipedia"), tmp_path / "runs")], out)
     loops = [r["bits_per_byte"]["4"] for r in stored("wikipedia") if is_loop(r)]
     assert f"| loop | {statistics.mean(loops):.3f} [{min(loops):.3f}, {max(loops):.3f}] |" in out.read_text()
-    assert [path.name for path in (out.parent / "results").iterdir()] == ["index.html"]
+    assert {path.name for path in (out.parent / "results").iterdir()} == {"index.html", "by_shots.png"}
+
+
+def test_a_task_that_no_claim_names_is_in_the_tables_and_not_in_the_headline(tmp_path):
+    records = [record | {"task": "causal_loop_v2_held_out"} for record in stored("p_hop")]
+    out = project(tmp_path / "project")
+    report.write([place(records, tmp_path / "runs")], out)
+    assert "No answer yet" in out.read_text()
+    assert "### causal_loop_v2_held_out, synthetic" in out.read_text()
+    assert not (out.parent / "results/headline.png").exists()
 
 
 def test_the_command_makes_a_report_of_one_cell(tmp_path):
