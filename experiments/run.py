@@ -13,6 +13,7 @@ lowest validation loss.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -43,8 +44,9 @@ def choose_rates(plans: Sequence[Plan], out: Path) -> dict[str, dict[str, float]
     chosen: dict[str, dict[str, float]] = {}
     for (task, group), by_rate in losses.items():
         sums = {rate: sum(loss for loss in found if loss is not None) for rate, found in by_rate.items()}
-        if not any(None in found for found in by_rate.values()):
-            chosen.setdefault(task, {})[group] = min(sums, key=lambda rate: sums[rate])
+        finite = {rate: loss for rate, loss in sums.items() if math.isfinite(loss)}  # not what diverged
+        if finite and not any(None in found for found in by_rate.values()):
+            chosen.setdefault(task, {})[group] = min(finite, key=lambda rate: finite[rate])
     return chosen
 
 

@@ -1,6 +1,7 @@
 """What a matrix plans and refuses, before anything runs."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -244,8 +245,13 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
 
 
 def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other_rates(tmp_path):
-    matrix = read_matrix(write(tmp_path, (0.1, 0.2), groups=["loop", "mla"], seeds=[0, 1]))
+    groups = ["loop", "mla", "ut", "plain"]
+    matrix = read_matrix(write(tmp_path, (0.1, 0.2), groups=groups, seeds=[0, 1]))
     losses = {
+        "ut@lr=0.1": [math.nan, 1.0],  # diverged
+        "ut@lr=0.2": [7.0, 7.0],
+        "plain@lr=0.1": [math.nan, 1.0],
+        "plain@lr=0.2": [math.inf, 1.0],
         "loop@lr=0.1": [1.0, 4.0],
         "loop@lr=0.2": [2.0, 2.0],
         "mla@lr=0.1": [1.0, 1.0],
@@ -257,11 +263,11 @@ def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other
             folder.mkdir(parents=True)
             (folder / "cell.json").write_text(json.dumps({"validation_loss": loss}))
     chosen = choose_rates(matrix.plans, tmp_path)
-    assert chosen == {"p_hop/small": {"loop": 0.2}}  # a cell of mla is missing
+    assert chosen == {"p_hop/small": {"loop": 0.2, "ut": 0.2}}  # a cell of mla is missing
     rates = tmp_path / "rates.yaml"
-    write_rates({"p_hop/small": {"ut": 0.3, "loop": 0.9}, "addition/small": {"ut": 0.1}}, rates)
+    write_rates({"p_hop/small": {"kv": 0.3, "loop": 0.9}, "addition/small": {"ut": 0.1}}, rates)
     write_rates(chosen, rates)
     assert yaml.safe_load(rates.read_text()) == {
-        "p_hop/small": {"ut": 0.3, "loop": 0.2},
+        "p_hop/small": {"kv": 0.3, "loop": 0.2, "ut": 0.2},
         "addition/small": {"ut": 0.1},
     }
