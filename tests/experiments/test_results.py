@@ -22,7 +22,8 @@ MATRICES = sorted(path.name.partition(".")[0] for path in RESULTS.glob("*/*.matr
 
 
 def matrix_of(name: str) -> Matrix:
-    return read_matrix(ROOT / f"experiments/{name}.yaml")
+    path = ROOT / f"experiments/{name}.yaml"
+    return read_matrix(path if path.is_file() else path.parent / f"studies/{name}.yaml")
 
 
 def published() -> list[Path]:
