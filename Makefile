@@ -57,7 +57,7 @@ experiments: setup
 	python experiments/run.py --matrix experiments/quick.yaml --out $(EXPERIMENTS_RUN) --jobs 2
 	python experiments/report.py --runs $(EXPERIMENTS_RUN) --out $(EXPERIMENTS_RUN)/RESULTS.md
 
-# docs/RESULTS.md and the README's figure from the committed records.
+# docs/RESULTS.md and the README's figure from the committed records of these matrices.
 PUBLISHED := standard
 results: setup
 	python experiments/report.py $(PUBLISHED:%=--runs experiments/results/%) --out docs/RESULTS.md
