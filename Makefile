@@ -58,7 +58,7 @@ experiments: setup
 	python experiments/report.py --runs $(EXPERIMENTS_RUN) --out $(EXPERIMENTS_RUN)/RESULTS.md
 
 # docs/RESULTS.md and the README's figure from the committed records of these matrices.
-PUBLISHED := standard names examples iterations
+PUBLISHED := standard names examples iterations loss_weights
 results: setup
 	python experiments/report.py $(PUBLISHED:%=--runs experiments/results/%) --out docs/RESULTS.md
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,9 +71,15 @@ def read_runs(folders: Sequence[Path]) -> Runs:
     runs.failed = dict(sorted(runs.failed.items()))
     for records in (runs.records, runs.studies):
         records.sort(
-            key=lambda r: (*setting_of(r), _order(r["group"]), json.dumps(r.get("variant")), r["seed"])
+            key=lambda r: (*setting_of(r), _order(r["group"]), *_variant_order(r.get("variant")), r["seed"])
         )
     return runs
+
+
+def _variant_order(variant: Mapping[str, Any] | None) -> tuple[str, float, str]:
+    """Numbers by their value: as text 0.01 would stand before 0.0."""
+    ((key, value),) = (variant or {"": None}).items()
+    return key, float(value) if isinstance(value, int | float) else math.inf, json.dumps(value)
 
 
 def _read(path: Path, keys: Iterable[str]) -> Record:
