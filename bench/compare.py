@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import (
+from measuring import (
     DEFAULTS,
     DTYPES,
     Seconds,
@@ -48,10 +48,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from data_pipeline.errors import user_errors
+from common.errors import user_errors
 from model import ModelConfig, ZeroModel
-from model.execution import ExecutionConfig
-from model.hf import hf_config, to_hf
+from model.config.execution import ExecutionConfig
+from model.hf.deepseek import hf_config, to_hf
 
 TASKS = ("train", "prefill", "decode", "memory")
 NAMES = ("ours", "transformers")

@@ -29,16 +29,6 @@ import sentencepiece
 import tokenizers
 import transformers
 import webdataset
-from common import (
-    Seconds,
-    check_at_least,
-    check_choices,
-    interleaved,
-    listed,
-    print_table,
-    spread,
-    status_bytes,
-)
 from data_corpus import (
     LEARNT_BYTES,
     MEMMAP,
@@ -52,12 +42,22 @@ from data_corpus import (
     write_jsonl,
 )
 from data_peers import Shape, datasets_version, fast_tokenizer, tokenise_and_group
+from measuring import (
+    Seconds,
+    check_at_least,
+    check_choices,
+    interleaved,
+    listed,
+    print_table,
+    spread,
+    status_bytes,
+)
 from tqdm import tqdm
 
-from data_pipeline.errors import user_errors
-from data_pipeline.loader import Loader
-from data_pipeline.packing import PACKINGS
-from data_pipeline.shards import (
+from common.errors import user_errors
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.packing import PACKINGS
+from data_pipeline.shards.files import (
     TOKENIZER,
     EncodedDocument,
     Manifest,
@@ -67,8 +67,8 @@ from data_pipeline.shards import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import read_jsonl
-from data_pipeline.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
+from data_pipeline.sources.readers import read_jsonl
+from data_pipeline.tokenization.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
 
 TASKS = ("memory", "resume", "read", "prepare")
 RESUMED_STEP = 10**9

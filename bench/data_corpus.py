@@ -16,12 +16,12 @@ from data_peers import (
 )
 
 from data_pipeline.build import build
-from data_pipeline.kinds import read_documents
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import Recipe, TokenizerRecipe
-from data_pipeline.shards import IGNORE_INDEX, open_manifest
-from data_pipeline.sources import Document
-from data_pipeline.token_stream import TokenStream
+from data_pipeline.shards.files import IGNORE_INDEX, open_manifest
+from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.sources.readers import Document
+from data_pipeline.sources.registry import read_documents
 
 SOURCE = "text"
 WIKIPEDIA = "text/enwiki2015-AA.tar.xz"

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python bench/evaluation.py [--data DIR] [--tasks arc_challenge] [--out FILE.json]
 
-A DeepSeek-V3 of random weights, as a checkpoint of ours and as model/hf.py exports it; the tokenizer learns
+A DeepSeek-V3 of random weights, as a checkpoint of ours and as model/hf exports it; the tokenizer learns
 from the tasks' training files. Random weights seldom end an answer, so that gsm8k_cot is measured with all
 256 tokens, and again with a model whose end-of-text token is made likely. Both run the task's own code here:
 prompts, grading and scores come from eval/, the answers from the two. CPU-seconds (on a GPU seconds by the
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import (
+from measuring import (
     CPU_SIZES,
     Seconds,
     check_at_least,
@@ -40,15 +40,15 @@ from common import (
 )
 from tokenizers.processors import TemplateProcessing
 
-from data_pipeline.errors import user_errors
-from data_pipeline.sources import read_arc, read_gsm8k, read_logiqa
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from eval.cli import Evaluation, Options
-from eval.core import Scorer
-from eval.results import TaskResult
+from common.errors import user_errors
+from data_pipeline.sources.readers import read_arc, read_gsm8k, read_logiqa
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from eval.run import TASKS as EVALUATIONS
+from eval.scoring.cli import Evaluation, Options
+from eval.scoring.core import Scorer
+from eval.scoring.results import TaskResult
 from model import ModelConfig, ZeroModel
-from model.hf import export_folder
+from model.hf.deepseek import export_folder
 
 NOT_INSTALLED = "lm-eval's Hugging Face path is not installed: pip install -e '.[lmeval]'"
 # Nats by which two sums of fp32 log-probabilities may differ.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+from measuring import (
     DEFAULTS,
     check_at_least,
     check_choices,
@@ -36,10 +36,10 @@ from common import (
 )
 from tqdm import tqdm
 
-from data_pipeline.errors import user_errors
+from common.errors import user_errors
 from model import ModelConfig
+from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig
 from model.counts import training_flops_per_token
-from model.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig
 from pretrain.metrics import PEAK_TFLOPS
 
 PACKAGES = {"flash_attn": ("flash-attn",), "megablocks": ("megablocks", "grouped_gemm")}

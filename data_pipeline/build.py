@@ -28,15 +28,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipeline.clean import Cleaner
-from data_pipeline.decontaminate import EVALUATION_FILES
-from data_pipeline.encode import encoder
-from data_pipeline.errors import DataError, user_errors
-from data_pipeline.kinds import read_unit, unit_files
-from data_pipeline.order import mixture_table
-from data_pipeline.plan import PLAN, Plan, PlannedShard, make_plan, order_file, tokenizer_model
+from common.errors import user_errors
+from common.files import write_file
+from data_pipeline.cleaning.cleaner import Cleaner
+from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
+from data_pipeline.errors import DataError
+from data_pipeline.loading.sample_order import mixture_table
 from data_pipeline.recipe import Recipe, load_recipe, source_options
-from data_pipeline.shards import (
+from data_pipeline.shards.files import (
     FORMAT,
     MANIFEST,
     SPLITS,
@@ -47,12 +46,14 @@ from data_pipeline.shards import (
     Split,
     open_manifest,
     token_dtype,
-    write_file,
     write_manifest,
     write_shard,
 )
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.units import Units, write_unit
+from data_pipeline.sources.registry import read_unit, unit_files
+from data_pipeline.staging.build_plan import PLAN, Plan, PlannedShard, make_plan, order_file, tokenizer_model
+from data_pipeline.staging.units import Units, write_unit
+from data_pipeline.tokenization.encode import encoder
+from data_pipeline.tokenization.tokenizer import Tokenizer
 
 WORK = "work"  # folder of what only the build needs
 OWN_FILES = re.compile(

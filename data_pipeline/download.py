@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from data_pipeline.errors import DataError, user_errors
-from data_pipeline.recipe import nearest
-from data_pipeline.remote import download_http, unfinished
+from common.errors import user_errors
+from common.nearest import nearest
+from data_pipeline.errors import DataError
+from data_pipeline.sources.remote import download_http, unfinished
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The recipe of a build: one YAML with dotted overrides, checked against the dataclasses below."""
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,8 +10,9 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.nearest import nearest
+from data_pipeline.cleaning.quality import QualityLimits
 from data_pipeline.errors import DataError
-from data_pipeline.quality import QualityLimits
 
 T = TypeVar("T")
 
@@ -110,13 +110,6 @@ def structured(kind: type[T], values: Any, where: str) -> T:
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise DataError(f"{where}: {_one_line(error)}") from error
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """`did you mean 'x'? (one of a, b, x)` for an error line."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
-    return f"{guess}({', '.join(sorted(known))})"
 
 
 def _check(recipe: Recipe, path: Path) -> None:

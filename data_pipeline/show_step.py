@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from data_pipeline.errors import DataError, user_errors
-from data_pipeline.loader import Batch, Loader
-from data_pipeline.order import Stage
-from data_pipeline.shards import IGNORE_INDEX
-from data_pipeline.tokenizer import Tokenizer
+from common.errors import user_errors
+from data_pipeline.errors import DataError
+from data_pipeline.loading.loader import Batch, Loader
+from data_pipeline.loading.sample_order import Stage
+from data_pipeline.shards.files import IGNORE_INDEX
+from data_pipeline.tokenization.tokenizer import Tokenizer
 
 
 def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipeline.errors import DataError, user_errors
-from data_pipeline.shards import Manifest, check_sha256, open_manifest
+from common.errors import user_errors
+from data_pipeline.errors import DataError
+from data_pipeline.shards.files import Manifest, check_sha256, open_manifest
 
 
 def verify(path: str | Path) -> Manifest:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_pipeline.loader import Loader
-from data_pipeline.sources import ANSWER_PREFIX
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.loading.loader import Loader
+from data_pipeline.sources.readers import ANSWER_PREFIX
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import with_method
 from distill.student import Student
 from model import ModelConfig

@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import user_errors
+from common.errors import user_errors
+from common.files import write_json
 from distill.matrix_tasks import REPEATED, TASKS, Size, Task
 from distill.methods import METHODS
-from eval.report_data import read_runs
-from eval.report_thoughts import Arm, figures, read_arms, tables
-from eval.results import format_table
-from experiments.runs import SETTINGS, call, changed_setting, run_all, train, write_json
+from eval.reports.runs import read_runs
+from eval.reports.thoughts import Arm, figures, read_arms, tables
+from eval.scoring.results import format_table
+from experiments.jobs import SETTINGS, call, changed_setting, run_all, train
 
 TEACHER = "teacher"
 ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}

@@ -1,9 +1,9 @@
 """The model that learns latent chain of thought from its own explicit one.
 
-On a packed batch of traced documents (see model/distillation.py) one forward pass runs
+On a packed batch of traced documents (see model/latent_cot/targets.py) one forward pass runs
 
     teacher  [bos] Q <bot> C <eot> A [eos]       an ordinary causal pass over the packed rows
-    student  [bos] Q <bot> z_1..z_c <eot> A [eos]  one row a document, see model/latent_cot.py
+    student  [bos] Q <bot> z_1..z_c <eot> A [eos]  one row a document, see model/latent_cot/thoughts.py
 
 and returns the terms of the loss as sums. Gradients of what the student is to imitate do not reach the
 teacher's pass, which learns from its own cross-entropy alone.
@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import ModelOutput, ZeroModel, rkv
+from model import ModelOutput, ZeroModel
 from model.cache import LatentCache, Slot
-from model.distillation import (
+from model.config.distillation import DistillationConfig
+from model.latent_cot import rkv
+from model.latent_cot.targets import (
     Traces,
     find_traces,
     gathered,
@@ -30,8 +32,7 @@ from model.distillation import (
     rest_start,
     stage,
 )
-from model.distillation_config import DistillationConfig
-from model.latent_cot import Thoughts, think
+from model.latent_cot.thoughts import Thoughts, think
 from model.losses import IGNORE_INDEX, total_loss
 
 Held = list[tuple[Tensor, Tensor]]  # keys before rotation and values of each slot

@@ -9,11 +9,11 @@ report acc_norm of arc_challenge with 25.
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.sources import Problem, read_arc
-from eval.choices import choice_result
-from eval.cli import Evaluation, Options, find_data, first, main
-from eval.core import Scorer, add_fewshot
-from eval.results import TaskResult
+from data_pipeline.sources.readers import Problem, read_arc
+from eval.scoring.choices import choice_result
+from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.core import Scorer, add_fewshot
+from eval.scoring.results import TaskResult
 
 SETS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 

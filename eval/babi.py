@@ -13,11 +13,11 @@ answers there.
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipeline.sources import Problem, read_babi
-from eval.cli import Evaluation, Options, find_data, first, main
-from eval.core import Score, Scorer, add_fewshot, sample_record
-from eval.generation import Ballot, Generation, values_of
-from eval.results import TaskResult, majority
+from data_pipeline.sources.readers import Problem, read_babi
+from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
+from eval.scoring.generation import Ballot, Generation, values_of
+from eval.scoring.results import TaskResult, majority
 
 MAX_NEW_TOKENS = 24  # the longest answer has 20 bytes: enough for any tokenizer
 STOP = ("\n", "Passage:")

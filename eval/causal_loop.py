@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipeline.causal_loop import LEVELS, Sample, generate, majority_answer, one_step_answer
-from data_pipeline.errors import user_errors
-from eval.cli import (
+from common.errors import user_errors
+from data_pipeline.tasks.causal_loop import LEVELS, Sample, generate, majority_answer, one_step_answer
+from eval.scoring.cli import (
     USER_ERRORS,
     Evaluation,
     Options,
@@ -24,9 +24,9 @@ from eval.cli import (
     make_parser,
     positive_integer,
 )
-from eval.core import Score, Scorer, mean_score
-from eval.generation import Ballot, sample_votes, values_of
-from eval.results import TaskResult, taken
+from eval.scoring.core import Score, Scorer, mean_score
+from eval.scoring.generation import Ballot, sample_votes, values_of
+from eval.scoring.results import TaskResult, taken
 
 NUM_SAMPLES = 100  # per level
 FORMS = ("trace", "direct")

@@ -8,11 +8,11 @@ Five exemplars before each problem, as in lm-eval, drawn from the train file bes
 import re
 from typing import Any
 
-from data_pipeline.sources import Problem, read_gsm8k
-from eval.cli import Evaluation, Options, find_data, first, main
-from eval.core import Score, Scorer, add_fewshot, sample_record
-from eval.generation import Ballot, Generation, values_of
-from eval.results import TaskResult, majority
+from data_pipeline.sources.readers import Problem, read_gsm8k
+from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
+from eval.scoring.generation import Ballot, Generation, values_of
+from eval.scoring.results import TaskResult, majority
 
 NUM_FEWSHOT = 5
 MAX_NEW_TOKENS = 256

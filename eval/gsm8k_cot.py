@@ -11,12 +11,12 @@ import re
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.sources import Problem, read_gsm8k_cot
-from eval.cli import Evaluation, Options, find_data, first, main
-from eval.core import Scorer, with_shots
-from eval.generation import Generation
+from data_pipeline.sources.readers import Problem, read_gsm8k_cot
 from eval.gsm8k import MAX_NEW_TOKENS, ballot, grade, summarize
-from eval.results import TaskResult
+from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.core import Scorer, with_shots
+from eval.scoring.generation import Generation
+from eval.scoring.results import TaskResult
 
 EXEMPLARS = Path(__file__).with_suffix(".json")
 STOP = ("Q:", "</s>", "<|im_end|>")

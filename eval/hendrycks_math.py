@@ -16,11 +16,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources import MATH_SUBJECTS, MathProblem, Problem, read_math
-from eval.cli import Evaluation, Options, main
-from eval.core import Score, Scorer, add_fewshot, sample_record
-from eval.generation import Ballot, Generation, values_of
-from eval.results import TaskResult, majority
+from data_pipeline.sources.readers import MATH_SUBJECTS, MathProblem, Problem, read_math
+from eval.scoring.cli import Evaluation, Options, main
+from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
+from eval.scoring.generation import Ballot, Generation, values_of
+from eval.scoring.results import TaskResult, majority
 
 MAX_NEW_TOKENS = 256  # lm-eval's default, which the task leaves as it is
 STOP = ("Problem:",)

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import user_errors
-from eval.cli import USER_ERRORS
-from eval.core import Scorer
+from common.errors import user_errors
+from eval.scoring.cli import USER_ERRORS
+from eval.scoring.core import Scorer
 
 try:
     from lm_eval import utils

@@ -6,11 +6,11 @@ Exemplars come from Train.txt beside Test.txt as in lm-eval, or from Eval.txt wh
 them is in the results file.
 """
 
-from data_pipeline.sources import read_logiqa
-from eval.choices import choice_result
-from eval.cli import Evaluation, Options, find_data, first, main
-from eval.core import Scorer, add_fewshot
-from eval.results import TaskResult
+from data_pipeline.sources.readers import read_logiqa
+from eval.scoring.choices import choice_result
+from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.core import Scorer, add_fewshot
+from eval.scoring.results import TaskResult
 
 
 def load(options: Options) -> Evaluation:

@@ -7,11 +7,11 @@ answer, the label of the last position: whether it is the most likely of all tok
 chance, the most common answer, and hops too few.
 """
 
-from eval.cli import Evaluation, Options, main
-from eval.core import Score, Scorer, mean_score
-from eval.reasoning_measures import encode_rows
-from eval.reasoning_tasks import TASKS
-from eval.results import TaskResult, majority, taken
+from eval.looping.measures import encode_rows
+from eval.looping.tasks import TASKS
+from eval.scoring.cli import Evaluation, Options, main
+from eval.scoring.core import Score, Scorer, mean_score
+from eval.scoring.results import TaskResult, majority, taken
 
 NUM_SAMPLES = 500
 

@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_pipeline.held_out import held_out_texts, is_build
-from data_pipeline.sources import read_jsonl, read_parquet, read_text
-from eval.cli import Evaluation, Options, find_data, main
-from eval.core import Score, Scorer
-from eval.results import TaskResult, taken
+from data_pipeline.shards.held_out import held_out_texts, is_build
+from data_pipeline.sources.readers import read_jsonl, read_parquet, read_text
+from eval.scoring.cli import Evaluation, Options, find_data, main
+from eval.scoring.core import Score, Scorer
+from eval.scoring.results import TaskResult, taken
 
 MAX_NATS = 700.0  # of a byte or a word, whose perplexity is left out: it would not be a finite number
 DEFAULT = "text/tinyshakespeare.txt"

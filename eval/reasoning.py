@@ -17,11 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.errors import user_errors
-from eval.cli import USER_ERRORS, make_parser, positive_integer
-from eval.core import Score, Scorer, mean_score
-from eval.reasoning_figures import depth_figure
-from eval.reasoning_measures import (
+from common.errors import user_errors
+from eval.looping.figures import depth_figure
+from eval.looping.measures import (
     Outcome,
     Row,
     encode_rows,
@@ -32,10 +30,12 @@ from eval.reasoning_measures import (
     spearman,
     unrolled_parameters,
 )
-from eval.reasoning_report import print_report
-from eval.reasoning_tasks import TASKS, TaskData, task_options
-from eval.results import TaskResult, build_report, write_report
-from eval.training_data import decontamination, read_training_data
+from eval.looping.tables import print_report
+from eval.looping.tasks import TASKS, TaskData, task_options
+from eval.scoring.cli import USER_ERRORS, make_parser, positive_integer
+from eval.scoring.core import Score, Scorer, mean_score
+from eval.scoring.results import TaskResult, build_report, write_report
+from eval.scoring.training_data import decontamination, read_training_data
 
 
 def depths_to_test(model_steps: int, looped: bool, wanted: Sequence[int] | None) -> list[int]:

@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import user_errors
-from eval.cli import USER_ERRORS, Parser
-from eval.core import Score
-from eval.figures import accuracy_figure, expert_load_figure, loss_figure, series, to_html
-from eval.report_data import Run, read_json_lines, read_runs
-from eval.report_figures import losses_figure
-from eval.report_html import html_table, missing, note, page, show
-from eval.report_scores import (
+from common.errors import user_errors
+from eval.reports.comparisons import losses_figure
+from eval.reports.figures import accuracy_figure, expert_load_figure, loss_figure, series, to_html
+from eval.reports.html import html_table, missing, note, page, show
+from eval.reports.runs import Run, read_json_lines, read_runs
+from eval.reports.scores import (
     against_published,
     by_depth,
     by_difficulty,
@@ -31,8 +29,10 @@ from eval.report_scores import (
     score_table,
     votes_beside_depth,
 )
-from eval.report_thoughts import thoughts_section
-from eval.results import TABLE_HEADER, format_table, table_rows
+from eval.reports.thoughts import thoughts_section
+from eval.scoring.cli import USER_ERRORS, Parser
+from eval.scoring.core import Score
+from eval.scoring.results import TABLE_HEADER, format_table, table_rows
 
 LEVEL = re.compile(r"causal_loop_level(\d+)")
 LEVEL_HEADER = ("level", "n", "with trace", "without trace", "majority", "one step")

@@ -8,23 +8,12 @@ depth and the task's own number of examples it is called `arc_easy`.
 """
 
 import argparse
-import difflib
 from functools import partial
 
-from data_pipeline.errors import user_errors
-from eval import (
-    arc,
-    babi,
-    causal_loop,
-    gsm8k,
-    gsm8k_cot,
-    hendrycks_math,
-    logiqa,
-    p_hop,
-    perplexity,
-    reclor,
-)
-from eval.cli import (
+from common.errors import user_errors
+from common.nearest import nearest
+from eval import arc, babi, causal_loop, gsm8k, gsm8k_cot, hendrycks_math, logiqa, p_hop, perplexity, reclor
+from eval.scoring.cli import (
     USER_ERRORS,
     Task,
     add_data_flags,
@@ -57,9 +46,7 @@ def select_tasks(names: str) -> dict[str, Task]:
     selected: dict[str, Task] = {}
     for name in names.split(","):
         if name not in TASKS:
-            nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(TASKS)}"
-            raise ValueError(f"there is no task {name!r}: {hint}")
+            raise ValueError(f"there is no task {name!r}: {nearest(name, TASKS)}")
         if name in selected:
             raise ValueError(f"--tasks {names} has {name} twice: name it once")
         selected[name] = TASKS[name]

@@ -21,14 +21,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import user_errors
-from eval.cli import USER_ERRORS, make_parser, positive_integer
-from eval.core import Score, Scorer, mean_score
-from eval.reasoning_tasks import TASKS as GENERATORS
-from eval.reasoning_tasks import task_options
-from eval.results import Setting, TaskResult, build_report, format_table, write_report
-from eval.thoughts_answers import KV_BUFFER, MODES, Answers, Way, answer_all, try_way
-from eval.thoughts_tasks import (
+from common.errors import user_errors
+from eval.looping.tasks import TASKS as GENERATORS
+from eval.looping.tasks import task_options
+from eval.scoring.cli import USER_ERRORS, make_parser, positive_integer
+from eval.scoring.core import Score, Scorer, mean_score
+from eval.scoring.results import Setting, TaskResult, build_report, format_table, write_report
+from eval.scoring.training_data import decontamination, read_training_data
+from eval.thinking.answers import KV_BUFFER, MODES, Answers, Way, answer_all, try_way
+from eval.thinking.tasks import (
     GENERATED,
     TASKS,
     QuestionSet,
@@ -38,8 +39,7 @@ from eval.thoughts_tasks import (
     read_answer,
     read_chain_answer,
 )
-from eval.thoughts_votes import vote
-from eval.training_data import decontamination, read_training_data
+from eval.thinking.votes import vote
 from model import ModelConfig, ZeroModel
 
 COSTS = ("forward_passes", "generated_tokens", "cache_bytes", "peak_cache_bytes")

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.files import write_json
 from experiments.groups import GROUPS
+from experiments.jobs import ROOT, SETTINGS, call, changed_setting, train
 from experiments.matrix import BASE, Matrix, Plan
 from experiments.record import FAILED, RECORD, make_record
-from experiments.runs import ROOT, SETTINGS, call, changed_setting, train, write_json
 
 
 def folder_of(plan: Plan, out: Path) -> Path:

@@ -25,8 +25,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from common.nearest import nearest
 from data_pipeline.errors import DataError
-from data_pipeline.recipe import nearest, structured
+from data_pipeline.recipe import structured
 from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, unequal
 from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
 from model import ModelConfig

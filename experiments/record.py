@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from eval.reasoning_measures import unrolled_parameters
+from eval.looping.measures import unrolled_parameters
 from experiments.matrix import Matrix, Plan
 from model import ModelConfig, ZeroModel
 from model.counts import training_flops_per_token

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from data_pipeline.errors import user_errors
-from experiments.report_claims import Unit, claim_verdict, judge, not_claimed, read_claims
-from experiments.report_data import Record, Runs, Setting, budget_text, read_runs, settings_of, value_of
-from experiments.report_figures import (
+from common.errors import user_errors
+from experiments.reporting.claims import Unit, claim_verdict, judge, not_claimed, read_claims
+from experiments.reporting.figures import (
     HEADLINE,
     MAIN,
     depth_figure,
@@ -31,7 +30,8 @@ from experiments.report_figures import (
     steps_figure,
     varied_figure,
 )
-from experiments.report_studies import (
+from experiments.reporting.records import Record, Runs, Setting, budget_text, read_runs, settings_of, value_of
+from experiments.reporting.studies import (
     EXAMPLES,
     ITERATIONS,
     by_shots,
@@ -43,9 +43,9 @@ from experiments.report_studies import (
     varied,
     votes_section,
 )
-from experiments.report_tables import groups_section, task_section
-from experiments.report_text import Picture, Section, Table, to_markdown, to_page
-from experiments.report_verdicts import claims_section, effect_text, statistics_section
+from experiments.reporting.tables import groups_section, task_section
+from experiments.reporting.text import Picture, Section, Table, to_markdown, to_page
+from experiments.reporting.verdicts import claims_section, effect_text, statistics_section
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEADLINE_CLAIM, QUESTION = "equal_parameters", "Does iterating beat adding parameters?"

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.errors import user_errors
+from common.errors import user_errors
+from common.files import write_json
 from experiments.cells import folder_of, run_cell
+from experiments.jobs import run_all
 from experiments.matrix import RATES, Matrix, Plan, rate_key, read_matrix
 from experiments.record import RECORD
-from experiments.runs import run_all, write_json
 
 HEAD = (
     "# Peak learning rate of every group on every task and size: of those of experiments/sweep.yaml the one\n"

@@ -1,7 +1,7 @@
 """The network. Imports torch and safetensors, nothing else."""
 
-from .config import ModelConfig, RecurrenceConfig
-from .pretrained import load_pretrained
-from .transformer import ModelOutput, ZeroModel
+from model.config.model import ModelConfig, RecurrenceConfig
+from model.pretrained import load_pretrained
+from model.transformer import ModelOutput, ZeroModel
 
 __all__ = ["ModelConfig", "ModelOutput", "RecurrenceConfig", "ZeroModel", "load_pretrained"]

@@ -1,6 +1,6 @@
 """`python -m model` prints the presets with their true parameter and FLOP counts."""
 
-from .config import PRESETS, ModelConfig
+from model.config.model import PRESETS, ModelConfig
 
 print(f"{'preset':8}{'parameters':>16}{'active a token':>18}{'forward FLOPs a token at 1,024 tokens':>40}")
 for name in PRESETS:

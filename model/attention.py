@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import AttentionContext, attend, sdpa
-from .config import ModelConfig
-from .execution import ExecutionConfig
-from .latent_terms import LoopTrace
-from .layers import Linear, RMSNorm, attention_scale, rotate, upcasts, whole_weight
-from .recurrence import LatentRefinement
+from model.backends.attention import AttentionContext, attend, sdpa
+from model.config.execution import ExecutionConfig
+from model.config.model import ModelConfig
+from model.layers import Linear, RMSNorm, attention_scale, rotate, upcasts, whole_weight
+from model.loop_trace import LoopTrace
+from model.recurrence import LatentRefinement
 
 # The reference leaves the latents' norms at its default whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
-    from .memory import MemoryState
+    from model.config.model import ModelConfig
+    from model.memory import MemoryState
 
-from .recurrence_config import RecurrenceConfig
+from model.config.recurrence import RecurrenceConfig
 
 Slot = tuple[int | str, int]  # (layer or named place, loop step)
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_backends import AttentionContext
-from .cache import Slot
+from model.backends.attention import AttentionContext
+from model.cache import Slot
 
 
 class CausalMixing(nn.Module):

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import ModelConfig
+    from model.config.model import ModelConfig
 
 
 def num_parameters(config: "ModelConfig", active: bool = False) -> int:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import GroupedQueryAttention, MultiHeadLatentAttention
-from .attention_backends import AttentionContext
-from .checkpointing import recomputed
-from .config import ModelConfig
-from .execution import ExecutionConfig
-from .latent_terms import LoopTrace
-from .layers import call, feed_forward, layer_norm
-from .moe import MoE
+from model.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from model.backends.attention import AttentionContext
+from model.checkpointing import recomputed
+from model.config.execution import ExecutionConfig
+from model.config.model import ModelConfig
+from model.layers import call, feed_forward, layer_norm
+from model.loop_trace import LoopTrace
+from model.moe import MoE
 
 AUX_TERMS = ("balance", "router_z")
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cache import LatentCache
-from .rkv import CacheCompressor
+from model.cache import LatentCache
+from model.latent_cot.rkv import CacheCompressor
 
 if TYPE_CHECKING:
-    from .transformer import ZeroModel
+    from model.transformer import ZeroModel
 
 PAD_TOKEN_ID = 0
 

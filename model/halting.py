@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Linear, wide
-from .recurrence_config import HaltingConfig
+from model.config.recurrence import HaltingConfig
+from model.layers import Linear, wide
 
 if TYPE_CHECKING:
-    from .attention_backends import AttentionContext
+    from model.backends.attention import AttentionContext
 
 # An untrained unit halts with probability 0.12 a step, so that learning starts from many steps.
 HALTING_BIAS = -2.0

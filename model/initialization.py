@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .causal_mixing import CausalMixing
-from .layers import Linear, RMSNorm
-from .moe import Experts
-from .recurrence import IterationEmbedding
+from model.causal_mixing import CausalMixing
+from model.layers import Linear, RMSNorm
+from model.moe import Experts
+from model.recurrence import IterationEmbedding
 
 
 @torch.no_grad()

@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import AttentionContext, LoopStep
-from .causal_mixing import CausalMixing
-from .config import ModelConfig
-from .decoder import AUX_TERMS, DecoderLayer, run_layer
-from .execution import ExecutionConfig
-from .latent_terms import LoopTrace
-from .layers import layer_norm
-from .memory import RecurrentMemory
-from .moe import MoE
-from .mtp import MTPModule
-from .recurrence import CoreOutput, LatentReasoningUnit
+from model.backends.attention import AttentionContext, LoopStep
+from model.causal_mixing import CausalMixing
+from model.config.execution import ExecutionConfig
+from model.config.model import ModelConfig
+from model.decoder import AUX_TERMS, DecoderLayer, run_layer
+from model.layers import layer_norm
+from model.loop_trace import LoopTrace
+from model.memory import RecurrentMemory
+from model.moe import MoE
+from model.mtp import MTPModule
+from model.recurrence import CoreOutput, LatentReasoningUnit
 
 
 class _LayersOutput(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .rope_config import Llama3RopeConfig, YarnConfig
+from model.config.model import ModelConfig
+from model.config.rope import Llama3RopeConfig, YarnConfig
 
 
 @functools.cache

@@ -6,9 +6,9 @@ Shapes: B batch, T tokens, D hidden, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .layers import linear
-from .losses import chunked_cross_entropy
+from model.config.model import ModelConfig
+from model.layers import linear
+from model.losses import chunked_cross_entropy
 
 
 class LMHead(nn.Module):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
-from .layers import linear, wide
+from model.config.model import ModelConfig
+from model.layers import linear, wide
 
 IGNORE_INDEX = -100  # a position without target
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig
+from model.config.model import ModelConfig
 
 
 class MemoryState(NamedTuple):

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .execution import ExecutionConfig, expert_backend
-from .layers import GatedFeedForward, Products, SwiGLU, call, few_rows, linear, product_dtype, wide
+from model.config.execution import ExecutionConfig, expert_backend
+from model.config.model import ModelConfig
+from model.layers import GatedFeedForward, Products, SwiGLU, call, few_rows, linear, product_dtype, wide
 
 
 class Routing(NamedTuple):

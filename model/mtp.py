@@ -6,13 +6,13 @@ Shapes: B batch, T tokens, D hidden.
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import AttentionContext
-from .config import ModelConfig
-from .decoder import DecoderLayer, LayerOutput
-from .execution import ExecutionConfig
-from .layers import Linear, layer_norm
-from .losses import IGNORE_INDEX
-from .moe import MoE
+from model.backends.attention import AttentionContext
+from model.config.execution import ExecutionConfig
+from model.config.model import ModelConfig
+from model.decoder import DecoderLayer, LayerOutput
+from model.layers import Linear, layer_norm
+from model.losses import IGNORE_INDEX
+from model.moe import MoE
 
 
 class MTPModule(nn.Module):

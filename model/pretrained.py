@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import ModelConfig
-from .transformer import ZeroModel
+from model.config.model import ModelConfig
+from model.transformer import ZeroModel
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # What lies beside them for evaluation; pretrain/export.py writes them.

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_backends import AttentionContext
-from .cache import slot_of
-from .causal_mixing import CausalMixing
-from .checkpointing import recomputed
-from .config import ModelConfig
-from .halting import Halting, HaltingUnit
-from .latent_terms import LoopTrace, loop_trace
-from .layers import Linear, RMSNorm, SwiGLU
+from model.backends.attention import AttentionContext
+from model.cache import slot_of
+from model.causal_mixing import CausalMixing
+from model.checkpointing import recomputed
+from model.config.model import ModelConfig
+from model.halting import Halting, HaltingUnit
+from model.layers import Linear, RMSNorm, SwiGLU
+from model.loop_trace import LoopTrace, loop_trace
 
 # The gates start nearly open, so that an untrained loop moves its state by most of what the core says.
 GATE_BIAS = 2.0

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import LatentCache
-from .generate import PAD_TOKEN_ID, check_length
+from model.cache import LatentCache
+from model.generate import PAD_TOKEN_ID, check_length
 
 if TYPE_CHECKING:
-    from .transformer import ZeroModel
+    from model.transformer import ZeroModel
 
 
 @dataclass

@@ -9,29 +9,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention_backends import (
-    AttentionContext,
-    flex_mask,
-    row_boundaries,
-    segments,
-    visible_keys,
-)
-from .blockwise_attention import hidden_keys
-from .cache import LatentCache, full_mask
-from .config import ModelConfig
-from .decoder import AUX_TERMS
-from .execution import ExecutionConfig, attention_backend
-from .generate import generate
-from .initialization import initialize
-from .latent_cot_modules import LatentThoughts
-from .latent_terms import LATENT_TERMS
-from .layer_stack import Transformer, TransformerOutput, no_aux
-from .layers import rotations
-from .lm_head import LMHead
-from .losses import IGNORE_INDEX, plain_loss_terms, total_loss
-from .moe import MoE
-from .mtp import shifted
-from .recurrence import stacked_traces
+from model.backends.attention import AttentionContext, flex_mask, row_boundaries, segments, visible_keys
+from model.backends.blockwise import hidden_keys
+from model.cache import LatentCache, full_mask
+from model.config.execution import ExecutionConfig, attention_backend
+from model.config.model import ModelConfig
+from model.decoder import AUX_TERMS
+from model.generate import generate
+from model.initialization import initialize
+from model.latent_cot.modules import LatentThoughts
+from model.layer_stack import Transformer, TransformerOutput, no_aux
+from model.layers import rotations
+from model.lm_head import LMHead
+from model.loop_trace import LATENT_TERMS
+from model.losses import IGNORE_INDEX, plain_loss_terms, total_loss
+from model.moe import MoE
+from model.mtp import shifted
+from model.recurrence import stacked_traces
 
 
 class ModelOutput(NamedTuple):
@@ -371,7 +365,7 @@ class ZeroModel(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json."""
-        from .pretrained import save_weights
+        from model.pretrained import save_weights
 
         save_weights(Path(directory), self.config, self.state_dict())
 

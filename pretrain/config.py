@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data_pipeline.order import Stage
-from model.config import ModelConfig, nearest
-from model.execution import ExecutionConfig
+from common.nearest import nearest
+from data_pipeline.loading.sample_order import Stage
+from model.config.execution import ExecutionConfig
+from model.config.model import ModelConfig
 from pretrain.evaluation import EvaluationConfig
 from pretrain.lora import LoraConfig
 
@@ -108,7 +109,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  # pretrain/evaluation.py
     wandb: WandbConfig = field(default_factory=WandbConfig)
     lora: LoraConfig | None = None  # pretrain/lora.py, for distill/main.py; null: all weights are trained
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/execution.py
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/config/execution.py
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
 
     @property
@@ -210,7 +211,7 @@ def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> 
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(f"unknown config key {prefix}{key}{nearest(str(key), list(fields))}")
+            raise ValueError(f"unknown config key {prefix}{key}; {nearest(str(key), list(fields))}")
         kind = fields[key]
         if value is None and type(None) in typing.get_args(kind):
             continue

@@ -7,9 +7,9 @@ from omegaconf import OmegaConf
 
 from model.counts import training_flops_per_token
 from pretrain.config import check_layout
-from pretrain.plan_communication import gather_schedule
-from pretrain.plan_layout import Layout, model_parts
-from pretrain.plan_memory import memory
+from pretrain.planning.communication import gather_schedule
+from pretrain.planning.layout import Layout, model_parts
+from pretrain.planning.memory import memory
 
 if TYPE_CHECKING:
     from pretrain.main import Run

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import user_errors
+from common.errors import user_errors
 
 EVAL_SCRIPT = Path(__file__).parents[1] / "eval" / "run.py"
 # What a launcher tells a rank: a process that believed it would wait for ranks that nobody starts.

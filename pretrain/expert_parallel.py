@@ -29,8 +29,8 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
+from model.config.model import ModelConfig
 from model.moe import Experts, MoE, Permute, inverse_permutation
 
 PINNED_VERSION = "0.19.8"

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.decontaminate import EVALUATION_FILES
-from data_pipeline.errors import user_errors
-from data_pipeline.shards import Manifest
+from common.errors import user_errors
+from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
+from data_pipeline.shards.files import Manifest
 from model import ModelConfig, ZeroModel
 from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
 from pretrain import checkpoint, lora

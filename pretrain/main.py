@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.errors import DataError, user_errors
-from data_pipeline.loader import Loader
-from data_pipeline.tokenizer import Tokenizer
+from common.errors import user_errors
+from data_pipeline.errors import DataError
+from data_pipeline.loading.loader import Loader
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
 from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME
 from pretrain import checkpoint, lora

@@ -15,13 +15,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import user_errors
+from common.errors import user_errors
 from model import ModelConfig
-from model.config import PRESETS
-from model.execution import CHECKPOINTING
+from model.config.execution import CHECKPOINTING
+from model.config.model import PRESETS
 from pretrain.config import load_run_config
-from pretrain.plan_layout import Hardware, Loads
-from pretrain.plan_search import Plan, describe, search
+from pretrain.planning.layout import Hardware, Loads
+from pretrain.planning.search import Plan, describe, search
 
 SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import Batch, Loader
+from data_pipeline.loading.loader import Batch, Loader
 from model import ModelConfig
 from model.counts import recomputed_flops_per_token, training_flops_per_token
-from model.distillation import loss_counts
-from model.latent_terms import loop_figures, loop_sums
+from model.latent_cot.targets import loss_counts
+from model.loop_trace import loop_figures, loop_sums
 from model.losses import loss_terms, total_loss
 from model.recurrence import sample_depth
 from model.transformer import ModelOutput

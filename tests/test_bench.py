@@ -28,13 +28,13 @@ SIZES = {
 
 
 @pytest.fixture
-def common(monkeypatch) -> Any:
+def measuring(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("common")
+    return importlib.import_module("measuring")
 
 
 @pytest.fixture
-def compare(common) -> Any:
+def compare(measuring) -> Any:
     return importlib.import_module("compare")
 
 
@@ -118,7 +118,7 @@ def test_backends_that_do_not_run_show_their_version_and_error(tmp_path):
         ("gpu", ["--device", "cpu", "--batch", "0"], "--batch=0 must be at least 1"),
     ],
 )
-def test_a_mistake_is_one_line(script, flags, message, common, monkeypatch, capsys):
+def test_a_mistake_is_one_line(script, flags, message, measuring, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(script).main()
@@ -154,19 +154,19 @@ def test_another_network_is_refused(compare, monkeypatch):
         compare._check_same_network(config)
 
 
-def test_both_train_on_the_same_loss(compare, common):
+def test_both_train_on_the_same_loss(compare, measuring):
     """Apart from the balance loss, which transformers has not."""
     config = ModelConfig.from_dict({**SIZES, "balance_loss_weight": 0.0})
     losses = []
     for name in ("ours", "transformers"):
         model = compare.build(name, config, "cpu", "fp32")
         model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.item()))
-        common.train_step(model, common.random_tokens(config, 3, 17, "cpu"))
+        measuring.train_step(model, measuring.random_tokens(config, 3, 17, "cpu"))
         assert all(p.grad is None for p in model.parameters())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_runs_take_turns_after_a_warm_up(common):
+def test_runs_take_turns_after_a_warm_up(measuring):
     order = []
 
     def function(name: str) -> Any:
@@ -176,7 +176,7 @@ def test_runs_take_turns_after_a_warm_up(common):
 
         return one
 
-    seconds = common.interleaved(2, "test", {"a": function("a"), "b": function("b")})
+    seconds = measuring.interleaved(2, "test", {"a": function("a"), "b": function("b")})
     assert order == ["a", "b"] * 3
     assert seconds == {"x": {"a": [3.0, 5.0], "b": [4.0, 6.0]}, "y": {"a": [0.5, 0.5], "b": [0.5, 0.5]}}
 
@@ -194,10 +194,10 @@ class Greedy(nn.Module):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-def test_memory_that_is_freed_again_counts(common):
+def test_memory_that_is_freed_again_counts(measuring):
     torch.ones(400 * 2**18)  # an earlier and higher peak, which must not count
     for megabytes in (100, 200):
-        grown = common.memory_growth(Greedy(megabytes), torch.zeros(1, 2, dtype=torch.int64)) / 2**20
+        grown = measuring.memory_growth(Greedy(megabytes), torch.zeros(1, 2, dtype=torch.int64)) / 2**20
         assert megabytes - 2 < grown < megabytes + 30  # the kernel counts pages in batches
 
 

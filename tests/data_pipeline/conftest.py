@@ -6,17 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.packing import Packing, Rows
-from data_pipeline.shards import (
-    EncodedDocument,
-    Manifest,
-    Source,
-    Split,
-    write_file,
-    write_manifest,
-    write_shards,
-)
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from common.files import write_file
+from data_pipeline.loading.packing import Packing, Rows
+from data_pipeline.shards.files import EncodedDocument, Manifest, Source, Split, write_manifest, write_shards
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 Documents = dict[str, dict[str, list[list[int]]]]  # source -> split -> documents
 

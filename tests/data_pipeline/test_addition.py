@@ -4,9 +4,9 @@ from itertools import combinations_with_replacement
 
 import pytest
 
-from data_pipeline.addition import generate, main
 from data_pipeline.errors import DataError
-from data_pipeline.labelled_task import BLOCK
+from data_pipeline.tasks.addition import generate, main
+from data_pipeline.tasks.labelled import BLOCK
 
 
 def brute_force(text: str, modulus: int) -> list[tuple[int, str]]:

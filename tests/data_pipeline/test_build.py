@@ -13,13 +13,13 @@ import yaml
 from data_pipeline import build as build_module
 from data_pipeline.build import build, main, summary
 from data_pipeline.errors import DataError
-from data_pipeline.kinds import read_documents
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import OWN_KEYS, load_recipe
-from data_pipeline.shards import open_manifest
-from data_pipeline.sources import read_wiki
-from data_pipeline.token_stream import TokenStream
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.shards.files import open_manifest
+from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.sources.readers import read_wiki
+from data_pipeline.sources.registry import read_documents
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.verify import verify
 
 RECIPES = Path(build_module.__file__).parent / "recipes"
@@ -146,7 +146,7 @@ def many_files(root: Path) -> list[str]:
 
 
 def test_neither_workers_nor_tasks_change_a_byte(tmp_path, root, recipe_file, monkeypatch):
-    monkeypatch.setattr("data_pipeline.plan.SHARD_TEXT_BYTES", 20_000)
+    monkeypatch.setattr("data_pipeline.staging.build_plan.SHARD_TEXT_BYTES", 20_000)
     recipe = load_recipe(recipe_file, many_files(root))
     build(recipe, root, tmp_path / "one")
     assert len(open_manifest(tmp_path / "one").sources["prose"].splits["train"].shards) > 2

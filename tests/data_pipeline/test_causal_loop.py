@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import causal_loop
-from data_pipeline.causal_loop import Sample, audit, execute, generate, one_step_answer, split_of
 from data_pipeline.errors import DataError
+from data_pipeline.tasks import causal_loop
+from data_pipeline.tasks.causal_loop import Sample, audit, execute, generate, one_step_answer, split_of
 
 SCRIPT = Path(causal_loop.__file__)
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import causal_loop_v2
-from data_pipeline.causal_loop_v2 import Sample, audit, execute, generate, split_of
-from data_pipeline.causal_loop_v2_audit import late_half_answer, one_step_answer
-from data_pipeline.causal_loop_v2_programs import effective_depth, parse
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import load_recipe
+from data_pipeline.tasks import causal_loop_v2
+from data_pipeline.tasks.causal_loop_v2 import Sample, audit, execute, generate, split_of
+from data_pipeline.tasks.programs.causal_loop_v2_audit import late_half_answer, one_step_answer
+from data_pipeline.tasks.programs.causal_loop_v2_programs import effective_depth, parse
 
 SCRIPT = Path(causal_loop_v2.__file__)
 RECIPE = SCRIPT.parent / "recipes" / "causal_loop_v2.yaml"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.decontaminate import MIN_WORDS, STORY_WORDS, Decontaminator
+from data_pipeline.cleaning.decontaminate import MIN_WORDS, STORY_WORDS, Decontaminator
 from data_pipeline.errors import DataError
-from data_pipeline.sources import read_arc, read_babi, read_logiqa, read_text, read_wiki
+from data_pipeline.sources.readers import read_arc, read_babi, read_logiqa, read_text, read_wiki
 
 
 @pytest.fixture(scope="module")

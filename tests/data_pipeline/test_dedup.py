@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.dedup import PERMUTATIONS, bands, exact_hash, keep_exact, keep_near, signature
-from data_pipeline.sources import read_wiki
+from data_pipeline.cleaning.dedup import PERMUTATIONS, bands, exact_hash, keep_exact, keep_near, signature
+from data_pipeline.sources.readers import read_wiki
 
 
 def jaccard(a: str, b: str) -> float:

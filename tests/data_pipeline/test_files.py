@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import Stream, json_lines, parquet_rows, tar_members, text_lines
-from data_pipeline.sources import (
+from data_pipeline.sources.files import Stream, json_lines, parquet_rows, tar_members, text_lines
+from data_pipeline.sources.readers import (
     read_arc,
     read_gsm8k,
     read_jsonl,

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer as TheirTokenizer
 from tokenizers import normalizers
 
 from data_pipeline.build import build
-from data_pipeline.encode import encode_traced
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import Recipe, TokenizerRecipe, load_recipe
-from data_pipeline.sources import TracedDocument
-from data_pipeline.tokenizer import Tokenizer
-from model.hf_files import write_json
-from model.hf_special_tokens import add_special_tokens
+from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.tokenization.encode import encode_traced
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from model.hf.files import write_json
+from model.hf.special_tokens import add_special_tokens
 
 from ..conftest import ROOT
 from ..model.hf_folders import GPT2_END, tokenizer_json

@@ -6,27 +6,27 @@ import numpy as np
 import pytest
 import webdataset
 
+from common.files import write_file
 from data_pipeline import build as build_module
-from data_pipeline import kinds as kinds_module
 from data_pipeline.build import build, main
 from data_pipeline.errors import DataError
-from data_pipeline.kinds import read_documents
-from data_pipeline.loader import Loader
-from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.recipe import OWN_KEYS, Recipe, TokenizerRecipe
-from data_pipeline.shards import (
+from data_pipeline.shards.files import (
     EncodedDocument,
     Manifest,
     Source,
     Split,
     open_manifest,
-    write_file,
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources import Document, LabelledDocument
-from data_pipeline.token_stream import TokenStream
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.sources import registry as kinds_module
+from data_pipeline.sources.readers import Document, LabelledDocument
+from data_pipeline.sources.registry import read_documents
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
 
 from .conftest import read_row

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Batch, Loader
-from data_pipeline.order import Stage
-from data_pipeline.packing import IGNORE_INDEX, ConcatPacking
-from data_pipeline.shards import open_manifest
-from data_pipeline.token_stream import TokenStream
+from data_pipeline.loading.loader import Batch, Loader
+from data_pipeline.loading.packing import IGNORE_INDEX, ConcatPacking
+from data_pipeline.loading.sample_order import Stage
+from data_pipeline.shards.files import open_manifest
+from data_pipeline.shards.token_stream import TokenStream
 
 from .conftest import prompt_length, read_row
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import p_hop
 from data_pipeline.errors import DataError
-from data_pipeline.labelled_task import BLOCK
-from data_pipeline.p_hop import generate, hop_labels, main
+from data_pipeline.tasks import p_hop
+from data_pipeline.tasks.labelled import BLOCK
+from data_pipeline.tasks.p_hop import generate, hop_labels, main
 
 SIZES = [(1, 6, 3), (2, 9, 4), (3, 24, 4), (5, 40, 2), (16, 64, 4), (3, 30, 26)]
 

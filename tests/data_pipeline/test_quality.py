@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.cleaning_report import EXAMPLES, CleaningReport, Removed
+from data_pipeline.cleaning.quality import RULES, QualityLimits, _Text, first_failure
+from data_pipeline.cleaning.report import EXAMPLES, CleaningReport, Removed
 from data_pipeline.errors import DataError
-from data_pipeline.quality import RULES, QualityLimits, _Text, first_failure
 from data_pipeline.recipe import CleaningRecipe, structured
-from data_pipeline.sources import read_text, read_wiki
+from data_pipeline.sources.readers import read_text, read_wiki
 
 LIMITS = QualityLimits()
 

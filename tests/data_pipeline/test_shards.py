@@ -7,9 +7,9 @@ import pytest
 import webdataset
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import Loader
-from data_pipeline.shards import EncodedDocument, open_manifest, token_dtype, write_shards
-from data_pipeline.token_stream import TokenStream
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.files import EncodedDocument, open_manifest, token_dtype, write_shards
+from data_pipeline.shards.token_stream import TokenStream
 from data_pipeline.verify import main, verify
 
 

@@ -3,18 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_pipeline.loader import Loader
-from data_pipeline.shards import (
-    EncodedDocument,
-    Manifest,
-    Source,
-    Split,
-    write_file,
-    write_manifest,
-    write_shards,
-)
+from common.files import write_file
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.files import EncodedDocument, Manifest, Source, Split, write_manifest, write_shards
 from data_pipeline.show_step import main
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

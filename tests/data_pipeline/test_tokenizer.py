@@ -5,9 +5,9 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.causal_loop import generate, training_document
 from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tasks.causal_loop import generate, training_document
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = [
     "The quick brown fox, 12345 times, jumps over the lazy dog.\n\nA new paragraph -- naïve café, 東京!\n"

@@ -13,25 +13,19 @@ from hypothesis import strategies as st
 
 from data_pipeline import build as build_module
 from data_pipeline.build import build, main
-from data_pipeline.causal_loop_v2 import execute, generate, split_of
-from data_pipeline.clean import Cleaner
-from data_pipeline.encode import encode_question, encode_traced, encoder
+from data_pipeline.cleaning.cleaner import Cleaner
 from data_pipeline.errors import DataError
-from data_pipeline.kinds import read_documents
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import CleaningRecipe, Recipe, TokenizerRecipe, source_options
-from data_pipeline.shards import IGNORE_INDEX
-from data_pipeline.sources import TracedDocument
-from data_pipeline.token_stream import TokenStream
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.traced_sources import (
-    read_icot,
-    read_prosqa,
-    traced_gsm8k,
-    traced_icot,
-    traced_prosqa,
-)
-from data_pipeline.units import Unit, write_unit
+from data_pipeline.shards.files import IGNORE_INDEX
+from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.sources.registry import read_documents
+from data_pipeline.sources.traced import read_icot, read_prosqa, traced_gsm8k, traced_icot, traced_prosqa
+from data_pipeline.staging.units import Unit, write_unit
+from data_pipeline.tasks.causal_loop_v2 import execute, generate, split_of
+from data_pipeline.tokenization.encode import encode_question, encode_traced, encoder
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
 
 BOS, EOS, BOT, EOT, SEPARATOR = 2, 3, 4, 5, 38

@@ -14,7 +14,7 @@ from traces import IDS, VOCABULARY, documents, packed
 from distill.methods import with_method
 from distill.student import Student
 from model import ModelConfig
-from model.distillation import loss_counts
+from model.latent_cot.targets import loss_counts
 from model.losses import total_loss
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, build_optimizer

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from data_pipeline.build import build
-from data_pipeline.encode import encode_question
 from data_pipeline.recipe import load_recipe
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenization.encode import encode_question
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.main import prepare_distillation
 from eval import thoughts
 from model import load_pretrained
-from model.hf import import_folder
-from model.latent_cot import generate_with_thoughts
+from model.hf.deepseek import import_folder
+from model.latent_cot.thoughts import generate_with_thoughts
 from pretrain.export import export_run
 
 from ..conftest import ROOT

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from model import ModelConfig, ZeroModel
 from model.cache import LatentCache
-from model.execution import ExecutionConfig
-from model.latent_cot import generate_with_thoughts, think
+from model.config.execution import ExecutionConfig
+from model.latent_cot.thoughts import generate_with_thoughts, think
 from model.layers import Linear, whole_weight
 from pretrain.config import load_run_config
 from pretrain.lora import LoraConfig, adapt, identity, merged, save_base

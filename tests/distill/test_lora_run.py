@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.loader import Loader
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.loading.loader import Loader
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.main import prepare_distillation
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.pretrained import TOKENIZER_NAME, save_weights

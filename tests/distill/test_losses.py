@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model import ModelConfig
-from model.distillation import (
+from model.config.distillation import DistillationConfig
+from model.latent_cot.targets import (
     find_traces,
     gathered,
     hidden_loss,
@@ -14,7 +15,6 @@ from model.distillation import (
     rest_start,
     stage,
 )
-from model.distillation_config import DistillationConfig
 from model.losses import IGNORE_INDEX
 
 from .traces import EOT, IDS, STEP, documents, packed

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.matrix import Cell, evaluations, keep_settings, plan, training, write_results
 from distill.matrix_tasks import TASKS
 from distill.methods import METHODS
-from experiments.runs import call, run_all, train
+from experiments.jobs import call, run_all, train
 
 from ..conftest import ROOT
 from ..eval.test_report_thoughts import OWN, run_folder

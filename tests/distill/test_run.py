@@ -76,7 +76,10 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
     [
         ({"overrides": ["data.packing=concat"]}, "set data.packing=best_fit"),
         ({"overrides": ["data.sequence_length=64"]}, "which would be cut; raise it"),
-        ({"overrides": ["model.distillation.method=magic"]}, "method='magic' is unknown; choose one of cot"),
+        (
+            {"overrides": ["model.distillation.method=magic"]},
+            "method='magic' is unknown; choose one of cot",
+        ),
         ({"overrides": ["model.max_position_embeddings=142"]}, "set it to .* or more, which adds no weights"),
         ({"init": Path("nowhere")}, "nowhere/config.json is missing"),
         ({"init": Path("nowhere"), "overrides": ["model.preset=nano"]}, "both give sizes; leave one of them"),
@@ -87,7 +90,12 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
 def test_a_users_mistake_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
     given = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
-    paths = [*TINY, "model.distillation.method=kava", f"data.path={traced_data}", f"output_dir={tmp_path}"]
+    paths = [
+        *TINY,
+        "model.distillation.method=kava",
+        f"data.path={traced_data}",
+        f"output_dir={tmp_path}",
+    ]
     paths += changes.pop("overrides", [])
     with pytest.raises((ValueError, OSError), match=message) as error:
         prepare_distillation(argparse.Namespace(**{**given, "overrides": paths, **changes}))

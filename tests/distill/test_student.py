@@ -13,9 +13,9 @@ from distill.main import check_weights
 from distill.methods import METHODS, with_method
 from distill.student import Student
 from model import ModelConfig, ZeroModel, load_pretrained
-from model.distillation import hidden_loss, kv_loss, loss_counts
-from model.execution import ExecutionConfig
-from model.latent_cot import think
+from model.config.execution import ExecutionConfig
+from model.latent_cot.targets import hidden_loss, kv_loss, loss_counts
+from model.latent_cot.thoughts import think
 from model.losses import loss_terms, total_loss
 from model.pretrained import WEIGHTS_NAME
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from eval.core import Scorer
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
+from eval.scoring.core import Scorer
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 
 EVAL = Path(__file__).parents[2] / "eval"

@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
-from eval.cli import Options
-from eval.core import Scorer
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.run import TASKS
+from eval.scoring.cli import Options
+from eval.scoring.core import Scorer
 
 from .lm_eval_reference import CHARACTERS, DIGESTS, SETTINGS, asked, digests, evaluate, lm_eval_asks
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.sources import Problem
+from data_pipeline.sources.readers import Problem
 from eval import gsm8k, gsm8k_cot
-from eval.cli import Options
-from eval.generation import Ballot, majority_vote, sample_votes
-from eval.training_data import decontamination, read_training_data
+from eval.scoring.cli import Options
+from eval.scoring.generation import Ballot, majority_vote, sample_votes
+from eval.scoring.training_data import decontamination, read_training_data
 from model import RecurrenceConfig, ZeroModel
 
 from .conftest import tiny_config
@@ -236,7 +236,7 @@ def test_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, run_script, 
     def recomputed(*arguments):
         raise AssertionError("an answer was computed twice")
 
-    monkeypatch.setattr("eval.inference.Engine.run", recomputed)
+    monkeypatch.setattr("eval.scoring.inference.Engine.run", recomputed)
     run_script(*common, "--output_path", tmp_path / "broken")
     assert "answers of an interrupted evaluation are taken over" in capsys.readouterr().out
     assert not list((tmp_path / "broken").glob("unfinished_*.jsonl"))
@@ -262,7 +262,7 @@ def test_majority_baselines(checkpoint, data, tmp_path, run_script):
 
 def test_training_data_of_an_export(data_folder, tmp_path):
     """What pretrain/export.py writes of a real manifest is what evaluation reads."""
-    from data_pipeline.shards import open_manifest
+    from data_pipeline.shards.files import open_manifest
     from pretrain.export import describe_data
 
     manifest = open_manifest(data_folder)

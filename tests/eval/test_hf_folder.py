@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.core import Scorer
-from eval.hf_folder import is_hf_folder, load_hf_engine
+from eval.scoring.core import Scorer
+from eval.scoring.hf_folder import is_hf_folder, load_hf_engine
 
 from .conftest import TEXT
 from .test_scripts import assert_error_line, results_of, samples_of

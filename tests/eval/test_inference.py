@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.tokenizer import Tokenizer
-from eval.inference import ADAPTIVE
-from eval.scorer import Scorer, cut_at_stop
+from data_pipeline.tokenization.tokenizer import Tokenizer
+from eval.scoring.inference import ADAPTIVE
+from eval.scoring.scorer import Scorer, cut_at_stop
 from model import ModelConfig, ZeroModel
 from model.cache import decodes_exactly
 

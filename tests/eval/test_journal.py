@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from eval import run as evaluation
-from eval.cli import fingerprint
-from eval.inference import Answer
-from eval.journal import Journal, checkpoint_fingerprint, request_key
-from eval.scorer import Scorer
+from eval.scoring.cli import fingerprint
+from eval.scoring.inference import Answer
+from eval.scoring.journal import Journal, checkpoint_fingerprint, request_key
+from eval.scoring.scorer import Scorer
 from model import ZeroModel
 
 REQUESTS = [(f"Where is Mary {i}?\nAnswer:", choice) for i in range(40) for choice in (" bathroom", " hall")]

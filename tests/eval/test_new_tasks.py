@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.sources import MATH_SUBJECTS, boxed_answer, read_math, read_reclor
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.sources.readers import MATH_SUBJECTS, boxed_answer, read_math, read_reclor
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval import hendrycks_math, p_hop, perplexity, reclor
-from eval.cli import Options
 from eval.hendrycks_math import equivalent, extract, normalize
+from eval.scoring.cli import Options
 
 from .test_scripts import assert_error_line, results_of, samples_of
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline import addition, p_hop
-from data_pipeline.sources import LabelledDocument
-from data_pipeline.tokenizer import BOS_ID, Tokenizer, train_tokenizer
-from eval import reasoning, reasoning_tasks
-from eval.core import Scorer, mean_score
-from eval.reasoning_measures import (
+from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.tasks import addition, p_hop
+from data_pipeline.tokenization.tokenizer import BOS_ID, Tokenizer, train_tokenizer
+from eval import reasoning
+from eval.looping import tasks as reasoning_tasks
+from eval.looping.measures import (
     Row,
     encode_rows,
     fixed_depth,
@@ -25,9 +25,10 @@ from eval.reasoning_measures import (
     spearman,
     unrolled_parameters,
 )
-from eval.results import table_rows
+from eval.scoring.core import Scorer, mean_score
+from eval.scoring.results import table_rows
 from model import RecurrenceConfig, ZeroModel
-from model.recurrence_config import HaltingConfig
+from model.config.recurrence import HaltingConfig
 
 from .conftest import tiny_config
 

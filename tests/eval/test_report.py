@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from eval import report
-from eval.core import Score
-from eval.figures import expert_load_figure, loss_figure
-from eval.report_data import read_runs
+from eval.reports.figures import expert_load_figure, loss_figure
+from eval.reports.runs import read_runs
+from eval.scoring.core import Score
 
 
 class Page(HTMLParser):

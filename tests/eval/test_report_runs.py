@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import report, report_scores
-from eval.core import Score
-from eval.report_data import Result, Run, read_results, read_runs
-from eval.report_scores import babi_table
+from eval import report
+from eval.reports import scores as report_scores
+from eval.reports.runs import Result, Run, read_results, read_runs
+from eval.reports.scores import babi_table
+from eval.scoring.core import Score
 from model import load_pretrained
 from model.pretrained import load_config
 
@@ -25,7 +26,7 @@ def entry(task: str, accuracy: float, n: int = 100, **more: object) -> dict:
 
 
 def results_file(entries: list[dict]) -> dict:
-    """A results file in the format of eval/results.py."""
+    """A results file in the format of eval/scoring/results.py."""
     tables: dict[str, dict] = {}
 
     def put(table: str, name: str, value: object) -> None:

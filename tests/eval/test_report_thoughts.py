@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.core import Score
-from eval.report_data import read_runs
-from eval.report_thoughts import (
+from eval.reports.runs import read_runs
+from eval.reports.thoughts import (
     depth_table,
     figures,
     methods_table,
@@ -18,7 +17,8 @@ from eval.report_thoughts import (
     tables,
     thoughts_section,
 )
-from eval.thoughts_answers import Way
+from eval.scoring.core import Score
+from eval.thinking.answers import Way
 from model import ModelConfig
 
 TASK = "causal_loop_v2"

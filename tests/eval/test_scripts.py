@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.tokenizer import train_tokenizer
-from eval.results import file_sha256
+from data_pipeline.tokenization.tokenizer import train_tokenizer
+from eval.scoring.results import file_sha256
 
 EVAL = Path(__file__).parents[2] / "eval"
 

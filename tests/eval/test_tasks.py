@@ -2,12 +2,12 @@
 
 import pytest
 
-from data_pipeline.causal_loop import Sample, generate, majority_answer, one_step_answer
-from data_pipeline.sources import Problem
+from data_pipeline.sources.readers import Problem
+from data_pipeline.tasks.causal_loop import Sample, generate, majority_answer, one_step_answer
 from eval import babi, causal_loop, gsm8k, gsm8k_cot
-from eval.cli import Options
-from eval.results import TABLE_HEADER, TaskResult, build_report, format_table, table_rows
 from eval.run import select_tasks
+from eval.scoring.cli import Options
+from eval.scoring.results import TABLE_HEADER, TaskResult, build_report, format_table, table_rows
 
 
 @pytest.mark.parametrize(

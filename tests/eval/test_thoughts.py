@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.tokenizer import EOS_ID, EOT_ID, Tokenizer
-from data_pipeline.traced_sources import traced_gsm8k
-from eval import thoughts_answers
-from eval.thoughts_answers import Answered, Way, answer_all, answer_batch, batches
-from eval.thoughts_tasks import (
+from data_pipeline.sources.traced import traced_gsm8k
+from data_pipeline.tokenization.tokenizer import EOS_ID, EOT_ID, Tokenizer
+from eval.thinking import answers as thoughts_answers
+from eval.thinking.answers import Answered, Way, answer_all, answer_batch, batches
+from eval.thinking.tasks import (
     Question,
     QuestionSet,
     generated_questions,
@@ -19,7 +19,7 @@ from eval.thoughts_tasks import (
 )
 from model import ZeroModel
 from model.cache import LatentCache
-from model.latent_cot import generate_with_thoughts
+from model.latent_cot.thoughts import generate_with_thoughts
 from model.pretrained import load_pretrained
 
 from .thinkers import KINDS, SIZE, C, encoded, write_random_model

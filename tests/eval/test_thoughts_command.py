@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline import causal_loop_v2
-from data_pipeline.causal_loop_v2_audit import one_step_answer
-from data_pipeline.sources import TracedDocument
-from data_pipeline.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, Tokenizer
+from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.tasks import causal_loop_v2
+from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer
+from data_pipeline.tokenization.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, Tokenizer
 from eval import thoughts
-from eval.report_data import read_results
-from eval.thoughts_answers import SPARE_TOKENS
-from eval.thoughts_tasks import generated_questions, published_questions
+from eval.reports.runs import read_results
+from eval.thinking.answers import SPARE_TOKENS
+from eval.thinking.tasks import generated_questions, published_questions
 from model import ModelConfig, ZeroModel
 
 from .thinkers import KINDS, SIZE, SMALL, C, T, encoded, write_random_model, write_tokenizer

@@ -2,12 +2,12 @@
 
 import torch
 
-from data_pipeline.tokenizer import EOS_ID, EOT_ID, Tokenizer
-from eval import thoughts_votes
-from eval.generation import TEMPERATURE
-from eval.thoughts_answers import Answered, Answers, Way, answer_batch
-from eval.thoughts_tasks import Question, QuestionSet
-from eval.thoughts_votes import vote, voters
+from data_pipeline.tokenization.tokenizer import EOS_ID, EOT_ID, Tokenizer
+from eval.scoring.generation import TEMPERATURE
+from eval.thinking import votes as thoughts_votes
+from eval.thinking.answers import Answered, Answers, Way, answer_batch
+from eval.thinking.tasks import Question, QuestionSet
+from eval.thinking.votes import vote, voters
 from model.pretrained import load_pretrained
 
 from .thinkers import write_random_model

@@ -8,8 +8,8 @@ import signal
 import pytest
 import torch
 
-from eval.journal import Journal
-from eval.scorer import Scorer
+from eval.scoring.journal import Journal
+from eval.scoring.scorer import Scorer
 
 REQUESTS = [(f"Where is Mary {i}?\nAnswer:", choice) for i in range(9) for choice in (" bathroom", " hall")]
 PROMPTS = [f"Where is John {i}?" * (i % 3 + 1) for i in range(9)]  # five batches, as of contexts

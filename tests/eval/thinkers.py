@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, Tokenizer, train_tokenizer
-from eval.thoughts_tasks import QuestionSet, generated_questions
+from data_pipeline.tokenization.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, Tokenizer, train_tokenizer
+from eval.thinking.tasks import QuestionSet, generated_questions
 from model import ModelConfig, ZeroModel
 
 C, T = 3, 2

@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from experiments import report
-from experiments.report_claims import CLAIMS, Unit, claim_verdict, command_of, judge, read_claims
-from experiments.report_data import value_of
-from experiments.report_figures import enough_steps
+from experiments.reporting.claims import CLAIMS, Unit, claim_verdict, command_of, judge, read_claims
+from experiments.reporting.figures import enough_steps
+from experiments.reporting.records import value_of
 
 from ..conftest import ROOT
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from experiments.report_statistics import (
+from experiments.reporting.statistics import (
     Interval,
     Rule,
     bootstrap_interval,

@@ -11,9 +11,9 @@ import yaml
 
 from experiments import report
 from experiments.cells import evaluations, folder_of, training
+from experiments.jobs import SETTINGS
 from experiments.matrix import RATES, Matrix, read_matrix
 from experiments.run import choose_rates
-from experiments.runs import SETTINGS
 
 from ..conftest import ROOT
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
 
 SMALL: dict[str, Any] = {
     "vocab_size": 61,

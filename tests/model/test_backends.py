@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ModelConfig, ZeroModel
-from model.attention_backends import AttentionContext, attend, segments, visible_keys
-from model.blockwise_attention import hidden_keys
-from model.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
+from model.backends.attention import AttentionContext, attend, segments, visible_keys
+from model.backends.blockwise import hidden_keys
+from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
 
 from .conftest import SMALL
 
@@ -107,7 +107,7 @@ def test_blockwise_attention_equals_sdpa_in_value_and_gradient(lengths, rows, pa
     upstream = torch.randn(rows, T, 4, 5, generator=generator)
     results = []
     for backend in ("sdpa", "blockwise"):
-        with patch("model.blockwise_attention.QUERIES", queries):
+        with patch("model.backends.blockwise.QUERIES", queries):
             context = AttentionContext(torch.empty(0), backend, mask, None, hidden=hidden_keys(mask))
             out = attend(*inputs, context, 0.4)
             results.append((out, *torch.autograd.grad(out, inputs, upstream)))

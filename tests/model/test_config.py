@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
-from model.config import PRESETS
+from model.config.model import PRESETS
 from model.counts import training_flops_per_token
 
 from .conftest import BLOCK, SMALL, VARIANTS

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, DynamicCache
 from transformers.modeling_layers import MtpModel
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenization.tokenizer import train_tokenizer
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.cache import LatentCache
-from model.hf import export_folder, hf_config, import_folder, main
+from model.hf.deepseek import export_folder, hf_config, import_folder, main
 
 from .conftest import BLOCK
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import load_pretrained
-from model.hf import import_folder
+from model.hf.deepseek import import_folder
 from model.pretrained import load_config
 
 from ..conftest import ROOT

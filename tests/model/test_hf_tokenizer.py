@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from model.hf_tokenizer import META_SPACE, write_tokenizer
+from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
+from model.hf.tokenizer import META_SPACE, write_tokenizer
 
 TEXT = [
     "The cat sat on the mat; 12 + 34 = 460.\n\tWhy? <b>bold</b> & {x: [1, 2]}\n",

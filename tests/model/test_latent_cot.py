@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import ZeroModel
 from model.cache import LatentCache
-from model.latent_cot import derangement, generate_with_thoughts, think
+from model.latent_cot.thoughts import derangement, generate_with_thoughts, think
 
 from .thoughts import EOT, FEEDBACKS, KINDS, C, make, questions
 

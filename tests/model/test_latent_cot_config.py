@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel, load_pretrained
-from model.hf import hf_config
-from model.latent_cot import think
+from model.hf.deepseek import hf_config
+from model.latent_cot.thoughts import think
 
 from .conftest import SMALL
 from .thoughts import FEEDBACKS, C, make, questions
@@ -54,7 +54,10 @@ LATENTS = {"num_latents": 3}
             {"latent_cot": LATENTS, "recurrence": {"placement": "block", "num_steps": 2, "cache": "ema"}},
             "does not go with recurrence.cache=ema",
         ),
-        ({"latent_cot": {"latents": 3}}, "model.latent_cot.latents is not a key of the model config"),
+        (
+            {"latent_cot": {"latents": 3}},
+            "model.latent_cot.latents is not a key of the model config",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(values, message):

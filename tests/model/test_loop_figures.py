@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.latent_terms import loop_figures, loop_sums
+from model.loop_trace import loop_figures, loop_sums
 
 
 def test_figures_of_two_loops_and_padding():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import ModelConfig
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
 from model.moe import MoE
 
 from .conftest import SMALL

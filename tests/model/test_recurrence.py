@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig
-from model.attention_backends import AttentionContext
+from model.backends.attention import AttentionContext
 from model.recurrence import sample_depth
 
 from .conftest import BLOCK, SMALL

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
+from model.config.execution import ExecutionConfig
 from model.counts import recomputed_flops_per_token, training_flops_per_token
-from model.execution import ExecutionConfig
 
 from .conftest import SMALL
 from .loops import EVERY

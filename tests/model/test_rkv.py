@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import model.attention as attention_module
 import model.generate as generate_module
 from model.cache import LatentCache
-from model.rkv import cached_keys, expanded_keys, importance, joint_score, redundancy, select
+from model.latent_cot.rkv import cached_keys, expanded_keys, importance, joint_score, redundancy, select
 
 WINDOW, LAMBDA = 8, 0.1
 KINDS = [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, ZeroModel
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
 
 from .conftest import SMALL, VARIANTS
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from model import ModelConfig, ZeroModel
-from model.hf import hf_config, to_hf
+from model.hf.deepseek import hf_config, to_hf
 from model.losses import total_loss
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine

@@ -13,9 +13,9 @@ import sys
 import torch
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
+from model.config.recurrence import HaltingConfig
 from model.losses import IGNORE_INDEX, total_loss
-from model.recurrence_config import HaltingConfig
 from pretrain.config import RunConfig, check_layout, load_ds_config
 from pretrain.engine import Engine, build_optimizer
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size

@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX, total_loss
 from model.recurrence import sample_depth
 from pretrain.config import RunConfig, check_layout, load_ds_config

@@ -15,7 +15,7 @@ import torch
 from deepspeed.comm.comm import comms_logger
 
 from model import ModelConfig
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
 from model.losses import total_loss
 from pretrain.config import RunConfig
 from pretrain.engine import Engine

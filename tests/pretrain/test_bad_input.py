@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenization.tokenizer import train_tokenizer
 from pretrain import checkpoint
 from pretrain.main import prepare
 

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from model import ModelConfig, ZeroModel
-from model import match as match_command
+from model import dense_twin as match_command
 from pretrain.config import load_run_config
 from pretrain.main import _parse, _write_run_folder, build_model_config, prepare
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
-from model.recurrence_config import HaltingConfig
+from model.config.recurrence import HaltingConfig
 from pretrain.config import OptimizerConfig, load_ds_config, load_run_config
 from pretrain.export import export_run
 from pretrain.optim import learning_rate, parameter_groups

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel
-from model.execution import ExecutionConfig
+from model.config.execution import ExecutionConfig
 from pretrain.plan import main
-from pretrain.plan_communication import Collective, collectives, gather_schedule
-from pretrain.plan_layout import Hardware, Layout, ZeroSettings, model_parts
-from pretrain.plan_memory import activation_bytes, partitions
-from pretrain.plan_search import plan, search
+from pretrain.planning.communication import Collective, collectives, gather_schedule
+from pretrain.planning.layout import Hardware, Layout, ZeroSettings, model_parts
+from pretrain.planning.memory import activation_bytes, partitions
+from pretrain.planning.search import plan, search
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("plan_worker.py")

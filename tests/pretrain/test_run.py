@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipeline.loader import Loader
-from data_pipeline.shards import open_manifest
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.files import open_manifest
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import load_pretrained
 from pretrain import checkpoint
 from pretrain.config import load_run_config

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 from pretrain.config import StabilityConfig
 from pretrain.stability import SpikeGuard
 

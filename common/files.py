@@ -1,0 +1,22 @@
+"""Files that are whole or absent."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write under a temporary name, then rename: the file is whole or absent."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all; makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(values, indent=1) + "\n").encode())

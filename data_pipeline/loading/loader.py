@@ -1,0 +1,278 @@
+"""(seed, step) -> the batch of this rank. No state: any step of any layout is one call away.
+
+There are no worker processes: sending a batch from one to the trainer costs more than making it, so the
+trainer calls `Loader.batch` in one thread, a step ahead.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.nearest import nearest
+from data_pipeline.errors import DataError
+from data_pipeline.loading.packing import Packing, Plan, Rows, packing_of
+from data_pipeline.loading.sample_order import Order, Stage, stage_starts
+from data_pipeline.loading.streaming import ShardCache, open_data
+from data_pipeline.shards.files import SPLITS, Manifest, Shard
+from data_pipeline.shards.token_stream import DamagedError, TokenStream
+
+PLANNED_ROWS = 512  # rows of this rank that are planned at once, which costs little more than one
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """Which rows of which sources make up some steps of this rank, and how to read them."""
+
+    first: int  # the first step
+    sources: np.ndarray  # (steps, b) source numbers
+    epochs: np.ndarray  # (steps, b)
+    rows: np.ndarray  # (steps, b)
+    by_source: dict[int, tuple[np.ndarray, Plan]]  # (steps + 1,) rows of the source before each step; of all
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b rows of T tokens. S - 1 is the largest number of segments in any row of the data set."""
+
+    tokens: np.ndarray  # (b, T) int32, PAD_ID behind the last document of a row
+    # (b, T) int32, -100 where there is nothing to predict: the next token, or the label in a labelled source
+    targets: np.ndarray
+    cu_seqlens: np.ndarray  # (b, S) int32, starts of the segments of each row, padded with T
+    lengths: np.ndarray  # (b,) int32, tokens before the padding, which is the last segment of its row
+    sample_ids: list[tuple[str, int]]  # (source, row) of each row
+    epochs: list[int]  # of each row's source
+
+
+class Loader:
+    """Batches of a built data folder: the global batch of a step depends on (manifest, seed, step) and the
+    settings below alone.
+
+    `rows`, `dropped_tokens`, `padded_tokens`: per source, rows in an epoch, tokens in no row, and places of
+    an epoch without token; a source that is in no stage is in none of them. `labelled`: the sources that have
+    labels. `longest_document`: its tokens, by source. `damaged`: (source, row) left out, with the reason.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        sequence_length: int,
+        global_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        split: str = "train",
+        *,
+        packing: str = "concat",
+        stages: Sequence[Stage] = (),
+        shuffle_shards: int = 0,
+        max_damaged_rows: int = 0,
+        cache: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """
+        Args:
+            path: folder or URL, see streaming.open_data, also for `cache` and `cache_bytes`.
+            packing: concat | best_fit, see packing.py.
+            stages: see order.stage_starts; none: the recipe's weights for the whole run.
+            shuffle_shards: 0: an epoch is a permutation of all rows; K: of the blocks of K shards, and of the
+                rows of each block, so that few shards are in use at a time.
+            max_damaged_rows: distinct rows that this process may leave out because a member they touch is
+                damaged. A row left out is padding, without targets, so that no other row moves. One more is a
+                DataError.
+
+        Raises DataError for a folder that fails `open_manifest`, a global batch that does not divide among
+        the ranks, a source that does not fill one row and a cache too small for its blocks.
+        """
+        self._check(sequence_length, global_batch_size, world_size, split, shuffle_shards, max_damaged_rows)
+        assert 0 <= rank < world_size, (rank, world_size)
+        manifest, self._files = open_data(path, cache, cache_bytes)
+        self.manifest = manifest
+        self.tokenizer_path = manifest.tokenizer_path
+        self.vocab_size = manifest.vocab_size
+        self.sequence_length = sequence_length
+        self.global_batch_size = global_batch_size
+        self.max_damaged_rows = max_damaged_rows
+        self.damaged: dict[tuple[str, int], str] = {}
+        self._shuffle_shards = shuffle_shards
+        self._rank_batch = global_batch_size // world_size
+        self._rank = rank
+        weights = {name: source.weight for name, source in manifest.sources.items()}
+        batch_tokens = global_batch_size * sequence_length
+        starts = stage_starts(stages, list(weights), batch_tokens, global_batch_size) or [(0, weights)]
+        self._shards: dict[str, tuple[Shard, ...]] = {}
+        self._packings: dict[str, Packing] = {}
+        for name in weights:
+            if any(stage.get(name, 0) for _, stage in starts):
+                self._add_source(manifest, name, split, packing)
+        self.rows = {name: packing.rows for name, packing in self._packings.items()}
+        self.labelled = {name for name in self._packings if manifest.sources[name].labelled}
+        self.dropped_tokens = {name: packing.dropped_tokens for name, packing in self._packings.items()}
+        self.longest_document = {name: p.longest_document for name, p in self._packings.items()}
+        self.padded_tokens = {name: packing.padded_tokens for name, packing in self._packings.items()}
+        self._cu_size = 1 + max(packing.max_segments for packing in self._packings.values())
+        self._check_cache()
+        blocks = {name: packing.block_rows for name, packing in self._packings.items()}
+        self._order = Order(starts, blocks, seed)
+        self._plans: _Plans | None = None
+        identity: list[object] = [manifest.sha256, sequence_length, seed, packing, split]
+        if stages or shuffle_shards:  # without them as it always was, for the checkpoints there are
+            identity += [[asdict(stage) for stage in stages], stages and global_batch_size, shuffle_shards]
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @staticmethod
+    def _check(
+        sequence_length: int,
+        global_batch_size: int,
+        world_size: int,
+        split: str,
+        shuffle_shards: int,
+        max_damaged_rows: int,
+    ) -> None:
+        if sequence_length < 1 or global_batch_size < 1:
+            raise DataError(
+                f"sequence_length {sequence_length} and global_batch_size {global_batch_size} must be above 0"
+            )
+        if global_batch_size % world_size:
+            raise DataError(
+                f"global_batch_size {global_batch_size} does not divide among {world_size} ranks: "
+                f"make it a multiple of {world_size}"
+            )
+        if split not in SPLITS:
+            raise DataError(f"unknown split {split!r}; {nearest(split, SPLITS)}")
+        if shuffle_shards < 0 or max_damaged_rows < 0:
+            raise DataError(
+                f"data.shuffle_shards={shuffle_shards} and data.max_damaged_rows={max_damaged_rows} must be "
+                "0 or above"
+            )
+
+    def _add_source(self, manifest: Manifest, name: str, split: str, kind: str) -> None:
+        stream = TokenStream(manifest, name, split, self._files)
+        blocks = None
+        if self._shuffle_shards:
+            documents = len(stream.document_starts) - 1
+            blocks = np.append(stream.shard_documents[:-1][:: self._shuffle_shards], documents)
+        packing = packing_of(kind)(stream, self.sequence_length, blocks)
+        if packing.rows == 0:
+            raise DataError(
+                f"source {name!r} has {stream.tokens} {split} tokens, less than one row of sequence_length "
+                f"{self.sequence_length}: lower it or build with more {split} documents"
+            )
+        self._shards[name], self._packings[name] = stream.shards, packing
+
+    def _block_shards(self, name: str, block: int) -> tuple[Shard, ...]:
+        size = self._shuffle_shards or len(self._shards[name])
+        return self._shards[name][block * size : (block + 1) * size]
+
+    def _check_cache(self) -> None:
+        """Each source has a block in use and the next one on its way; without blocks, all shards in use."""
+        limit = self._files.cache_bytes if isinstance(self._files, ShardCache) else None
+        if limit is None:
+            return
+        needed = 0
+        for name, packing in self._packings.items():
+            blocks = range(len(packing.block_rows))
+            sizes = sorted(sum(shard.bytes for shard in self._block_shards(name, b)) for b in blocks)
+            needed += sum(sizes[-2:])
+        if needed > limit:
+            raise DataError(
+                f"data.cache_bytes={limit} is less than the {needed} bytes of shards that are in use at once "
+                f"with data.shuffle_shards={self._shuffle_shards}: raise it, or choose fewer shards (0: all)"
+            )
+
+    def batch(self, step: int) -> Batch:
+        """This rank's contiguous share, global_batch_size / world_size rows, of global batch `step`
+        (0-based).
+
+        Raises DataError, naming shard and member, where the data is damaged.
+        """
+        if step < 0:
+            raise DataError(f"step {step} is negative: steps count from 0")
+        plans = self._plan(step)
+        place = step - plans.first
+        sources, rows = plans.sources[place], plans.rows[place]
+        out = Rows(len(rows), self.sequence_length, self._cu_size)
+        for source in set(sources.tolist()):
+            self._read(step, source, out)
+        names = [self._order.names[source] for source in sources.tolist()]
+        ids = list(zip(names, rows.tolist(), strict=True))
+        self._prefetch(step)
+        epochs = plans.epochs[place].tolist()
+        return Batch(out.tokens, out.targets, out.cu_seqlens, out.lengths, ids, epochs)
+
+    def _read(self, step: int, source: int, out: Rows) -> None:
+        """The rows of one source; those with damage are left out as far as that is allowed."""
+        plans, packing = self._plan(step), self._packings[self._order.names[source]]
+        before, plan = plans.by_source[source]
+        first, stop = before[step - plans.first :][:2].tolist()
+        places = np.flatnonzero(plans.sources[step - plans.first] == source)
+        try:
+            packing.read(plan, first, stop, out, places)
+            return
+        except DamagedError:
+            if self.max_damaged_rows == 0:
+                raise
+        for number, place in enumerate(places.tolist(), start=first):
+            try:
+                packing.read(plan, number, number + 1, out, np.array([place]))
+            except DamagedError as error:
+                row = int(plans.rows[step - plans.first, place])
+                self._leave_out(step, self._order.names[source], row, error)
+                out.clear(place)
+
+    def _leave_out(self, step: int, name: str, row: int, error: DamagedError) -> None:
+        if (name, row) in self.damaged:
+            return
+        if len(self.damaged) == self.max_damaged_rows:
+            raise DataError(
+                f"step {step}: row {row} of source {name!r} is one more than the data.max_damaged_rows="
+                f"{self.max_damaged_rows} allowed: {error}"
+            ) from error
+        self.damaged[name, row] = str(error)
+        print(
+            f"warning: step {step}: row {row} of source {name!r} is left out, number {len(self.damaged)} of "
+            f"data.max_damaged_rows={self.max_damaged_rows}: {error}",
+            file=sys.stderr,
+        )
+
+    def _prefetch(self, step: int) -> None:
+        if not self._shuffle_shards or not isinstance(self._files, ShardCache):
+            return
+        following = self._order.following_blocks(step * self.global_batch_size)
+        self._files.prefetch(
+            shard for name, block in following.items() for shard in self._block_shards(name, block)
+        )
+
+    def _plan(self, step: int) -> _Plans:
+        """The plans of some steps, `step` among them; kept, since the next step will be, too."""
+        steps = max(1, PLANNED_ROWS // self._rank_batch)
+        plans = self._plans
+        if plans is None or plans.first != step - step % steps:
+            first = step - step % steps
+            batches = np.arange(first, first + steps)[:, None] * self.global_batch_size
+            counters = batches + np.arange(self._rank_batch) + self._rank * self._rank_batch
+            located = self._order.locate(counters.reshape(-1))
+            sources, epochs, rows = (part.reshape(counters.shape) for part in located)
+            by_source = {}
+            for source in np.unique(sources).tolist():
+                here = sources == source
+                before = np.append(0, np.cumsum(here.sum(axis=1)))
+                packing = self._packings[self._order.names[source]]
+                by_source[source] = (before, packing.plan(rows[here], self._cu_size))
+            plans = self._plans = _Plans(first, sources, epochs, rows, by_source)
+        return plans
+
+    def sample_ids(self, step: int) -> list[tuple[str, int]]:
+        """(source, row) of each row of the global batch of a step, over all ranks."""
+        first = step * self.global_batch_size
+        sources, _, rows = self._order.locate(np.arange(first, first + self.global_batch_size))
+        return [(self._order.names[s], r) for s, r in zip(sources.tolist(), rows.tolist(), strict=True)]
+
+    def epoch(self, step: int) -> dict[str, float]:
+        """Passes over each source before step `step`, e.g. 1.25 after one and a quarter."""
+        drawn = self._order.drawn(step * self.global_batch_size)
+        return {name: count / self.rows[name] for name, count in drawn.items()}

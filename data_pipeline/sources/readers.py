@@ -1,0 +1,365 @@
+"""Readers of real files as they are, and the one place of prompt formats.
+
+Prompts and targets are those of lm-evaluation-harness. Every reader streams; archives are read member by
+member and never extracted, so a member's name cannot reach the disk. Errors name the file and the line.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.files import (
+    decode,
+    json_lines,
+    json_value,
+    parquet_rows,
+    tar_members,
+    text_fields,
+    text_lines,
+)
+
+log = logging.getLogger(__name__)
+
+# Characters; a plain text file is cut at blank lines into documents of at least this.
+MIN_TEXT_DOCUMENT = 2000
+ANSWER_PREFIX = "\nAnswer:"  # between a chain of thought and " value"
+
+
+class Document(NamedTuple):
+    """One training text: what is asked ("" for running text) and what follows it."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.completion
+
+
+class LabelledDocument(NamedTuple):
+    """One training text with its own targets, in place of the next token."""
+
+    text: str  # every character is one token
+    labels: tuple[tuple[int, str], ...]  # (index of a character in text, the one character to predict there)
+
+
+class TracedDocument(NamedTuple):
+    """A question, its chain of thought in steps, and the answer's value; encode.py says how it is encoded."""
+
+    question: str
+    steps: tuple[str, ...]  # none of them empty
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """What its tokens decode to."""
+        return f"{self.question}{' '.join(self.steps)}{ANSWER_PREFIX} {self.answer}"
+
+
+AnyDocument = Document | LabelledDocument | TracedDocument
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `choices` are full continuations as scored (" text"); target == choices[gold] if there
+    are any.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()
+    gold: int = -1
+    group: str = ""
+
+
+def read_gsm8k(path: Path) -> Iterator[Problem]:
+    """GSM8K jsonl, `{"question", "answer"}` a line."""
+    for name, question, answer in _gsm8k_rows(path):
+        yield Problem(f"gsm8k-{name}", f"Question: {question}\nAnswer:", f" {answer}", group="gsm8k")
+
+
+def read_gsm8k_cot(path: Path) -> Iterator[Problem]:
+    """GSM8K jsonl in the prompts of lm-evaluation-harness's gsm8k_cot; the target is the final number."""
+    for name, question, answer in _gsm8k_rows(path):
+        number = answer.split("####")[-1].strip()
+        yield Problem(f"gsm8k_cot-{name}", f"Q: {question}\nA:", f" {number}", group="gsm8k_cot")
+
+
+def _gsm8k_rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(FILE-NUMBER counted from 0, question, answer) of each line."""
+    keys = ("question", "answer")
+    for number, row in json_lines(path, keys):
+        question, answer = text_fields(row, keys, f"{path} line {number}")
+        yield f"{Path(path).stem}-{number - 1}", question, answer
+
+
+def read_arc(path: Path) -> Iterator[Problem]:
+    """ARC jsonl; 3 to 5 choices with labels A.. or 1...  `group` is "arc_easy" or "arc_challenge" by file
+    name.
+    """
+    stem = Path(path).stem.lower()
+    group = next((f"arc_{name}" for name in ("easy", "challenge") if name in stem), stem)
+    for number, row in json_lines(path, ("id", "question", "answerKey")):
+        try:
+            texts = [choice["text"] for choice in row["question"]["choices"]]
+            labels = [choice["label"] for choice in row["question"]["choices"]]
+            stem_text = row["question"]["stem"]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"{path} line {number}: not an ARC problem ({error!r}): download it again"
+            ) from error
+        if row["answerKey"] not in labels:
+            raise DataError(f"{path} line {number}: answerKey {row['answerKey']!r} is none of {labels}")
+        if not all(isinstance(x, str) for x in (row["id"], stem_text, *labels, *texts)):
+            raise DataError(f"{path} line {number}: a field of this ARC problem is not text: mend the file")
+        choices = tuple(f" {text}" for text in texts)
+        gold = labels.index(row["answerKey"])
+        yield Problem(row["id"], f"Question: {stem_text}\nAnswer:", choices[gold], choices, gold, group)
+
+
+def read_logiqa(path: Path) -> Iterator[Problem]:
+    """LogiQA 1.0 text: 8 lines a problem (blank, letter of the answer, context, question, four options).
+
+    Read as the loading script behind lm-evaluation-harness's logiqa reads it, quirks included, so that scores
+    compare: an option is its line without the first two characters, whatever they are ("Mr.A.P wrote" becomes
+    ". A. P wrote"); the answer's letter counts the lines, although some problems print their options as A, C,
+    B, D (19 of Test.txt; 12 of these have the answer B or C, for which the printed letter would mean the
+    other option); and a space follows every full stop ("3.5" becomes "3. 5").
+    """
+    lines = [line.rstrip("\n") for line in text_lines(path)]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for start in range(0, len(lines), 8):
+        block = lines[start : start + 8]
+        letter = block[1].strip() if len(block) == 8 else ""
+        texts = [_spaced(text) for text in (*block[2:4], *(option[2:] for option in block[4:]))]
+        if len(letter) != 1 or letter not in "abcd" or block[0].strip() or not all(texts):
+            raise DataError(f"{path} line {start + 1}: not a LogiQA problem of 8 lines: download it again")
+        context, question, *options = texts
+        choices = tuple(f" {option}" for option in options)
+        gold = "abcd".index(letter)
+        yield Problem(
+            id=f"logiqa-{Path(path).stem}-{start // 8}",
+            prompt=_passage_prompt(context, question, options),
+            target=choices[gold],
+            choices=choices,
+            gold=gold,
+            group="logiqa",
+        )
+
+
+def _spaced(text: str) -> str:
+    return text.replace(".", ". ").strip()
+
+
+def read_reclor(path: Path) -> Iterator[Problem]:
+    """ReClor, a JSON list of `{"context", "question", "answers", "label", "id_string"}`, as LogiQA asks."""
+    keys = ("context", "question", "id_string")
+    entries = json_value(path)
+    if not isinstance(entries, list):
+        raise DataError(f"{path} holds {type(entries).__name__}, not a list of problems: download it again")
+    for number, row in enumerate(entries, start=1):
+        where = f"{path} entry {number}"
+        if not isinstance(row, dict) or (missing := [k for k in (*keys, "answers", "label") if k not in row]):
+            lacks = f"has no field {missing[0]!r}" if isinstance(row, dict) else "is no JSON object"
+            raise DataError(f"{where} {lacks}: is this the published val.json or train.json?")
+        context, question, name = text_fields(row, keys, where)
+        answers, gold = row["answers"], row["label"]
+        if not isinstance(answers, list) or len(answers) != 4 or not all(isinstance(a, str) for a in answers):
+            raise DataError(f"{where}: answers are not four texts: download it again")
+        if isinstance(gold, bool) or gold not in range(4):
+            raise DataError(f"{where}: label {gold!r} is not in 0..3: download it again")
+        choices = tuple(f" {answer}" for answer in answers)
+        prompt = _passage_prompt(context, question, answers)
+        yield Problem(name, prompt, choices[gold], choices, gold, "reclor")
+
+
+def _passage_prompt(context: str, question: str, options: Sequence[str]) -> str:
+    listed = "".join(f"{name}. {option}\n" for name, option in zip("ABCD", options, strict=True))
+    return f"Passage: {context}\nQuestion: {question}\nChoices:\n{listed}Answer:"
+
+
+@dataclass(frozen=True)
+class MathProblem(Problem):
+    """A problem of MATH; `group` is the subject's folder, `target` the answer in the solution's box."""
+
+    level: int | None = None  # 1 to 5; None where the file says "Level ?"
+
+
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+def read_math(folder: Path, subject: str) -> Iterator[MathProblem]:
+    """One subject of MATH (Hendrycks et al. 2021): `folder`/`subject`/NUMBER.json, by rising number.
+
+    Prompts are those of lm-evaluation-harness's hendrycks_math.
+    """
+    paths = list((folder / subject).glob("*.json"))
+    strange = [path for path in paths if not path.stem.isdecimal()]
+    if not paths or strange:
+        found = strange[0].name if strange else "no such file"
+        raise DataError(f"{folder / subject} holds {found}, expected MATH's NUMBER.json: download it again")
+    for path in sorted(paths, key=lambda path: int(path.stem)):
+        row = json_value(path)
+        keys = ("problem", "level", "solution")
+        if not isinstance(row, dict) or any(key not in row for key in keys):
+            raise DataError(f"{path} lacks one of the fields {', '.join(keys)}: download it again")
+        problem, level, solution = text_fields(row, keys, str(path))
+        answer = boxed_answer(solution)
+        if answer is None:
+            raise DataError(f"{path}: its solution has no whole \\boxed{{...}}: download it again")
+        number = re.fullmatch(r"Level ([1-5?])", level)
+        if number is None:
+            raise DataError(f"{path}: level {level!r} is not `Level 1` to `Level 5`: download it again")
+        yield MathProblem(
+            id=f"math-{folder.name}-{subject}-{path.stem}",
+            prompt=f"Problem: {problem}\nAnswer:",
+            target=f" {answer}",
+            group=subject,
+            level=None if number[1] == "?" else int(number[1]),
+        )
+
+
+def boxed_answer(solution: str) -> str | None:
+    """What stands in the last box of a TeX text, None without a whole one.
+
+    As lm-evaluation-harness reads it: where a box is written without braces, `\\boxed 5$`, the last of these
+    goes on to the next dollar sign.
+    """
+    if "\\boxed " in solution:
+        return solution.split("\\boxed ")[-1].split("$")[0]
+    command = "\\boxed" if "\\boxed" in solution else "\\fbox"
+    _, found, rest = solution.rpartition(command)
+    if not found or not rest.startswith("{"):
+        return None
+    depth = 0
+    for i, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]:
+    """bAbI tasks 1 to 20 of `split` ("train" or "test") out of the published tar.gz; `group` is
+    "qa1".."qa20".
+
+    Each question is a problem; its passage is every statement of the story before it, one a line. The
+    published en-10k lacks the training file of task 3: the one of `en` (1000 questions) is read instead, and
+    logged.
+    """
+    members: dict[str, bytes] = {}
+    wanted = re.compile(rf"(?:^|/)({re.escape(size)}|en)/qa(\d+)_[^/]*_{re.escape(split)}\.txt$").search
+    for name, data in tar_members(path, wanted):
+        match = wanted(name)
+        assert match
+        members[f"{match[1]}/{match[2]}"] = data
+    for task in range(1, 21):
+        folder = size
+        if f"{size}/{task}" not in members and f"en/{task}" in members:
+            folder = "en"
+            log.warning("%s has no %s/qa%d %s file: reading en/qa%d instead", path, size, task, split, task)
+        if f"{folder}/{task}" not in members:
+            raise DataError(
+                f"{path} has no bAbI task {task} for size {size!r}, split {split!r}: mend one of them"
+            )
+        where = f"{path}:{folder}/qa{task}_{split}"
+        yield from _babi_task(decode(members[f"{folder}/{task}"], where), where, f"qa{task}", split)
+
+
+def _babi_task(text: str, where: str, group: str, split: str) -> Iterator[Problem]:
+    statements: list[str] = []
+    count = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        index, _, rest = line.partition(" ")
+        if not index.isdecimal() or not rest:
+            raise DataError(f"{where} line {number}: {line[:40]!r} is not `NUMBER text`: download it again")
+        if index == "1":
+            statements = []
+        question, *answer = rest.split("\t")
+        if not answer:
+            statements.append(rest.strip())
+            continue
+        passage = "".join(f"{statement}\n" for statement in statements)
+        yield Problem(
+            id=f"babi-{group}-{split}-{count}",
+            prompt=f"Passage: {passage}Question: {question.strip()}\nAnswer:",
+            target=f" {answer[0].strip()}",
+            group=group,
+        )
+        count += 1
+
+
+def read_wiki(path: Path) -> Iterator[str]:
+    """Article texts, the title first, of a tar.xz of `<doc id url title> ... </doc>` records."""
+    for name, data in tar_members(path):
+        article: list[str] | None = None
+        for number, line in enumerate(decode(data, f"{path}:{name}").split("\n"), start=1):
+            if line.startswith("<doc ") and article is None:
+                article = []
+            elif line == "</doc>" and article is not None:
+                yield "\n".join(article).strip()
+                article = None
+            elif article is not None:
+                article.append(line)
+            elif line.strip():
+                raise DataError(f"{path}:{name} line {number}: text outside <doc> records: download it again")
+        if article is not None:
+            raise DataError(f"{path}:{name} ends inside a <doc> record: download it again")
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Documents of a text file, or of a tar of text files (one document a file), compressed or not.
+
+    A single file is cut at blank lines into documents of at least MIN_TEXT_DOCUMENT characters (the last may
+    be shorter). White space at the ends of a document is dropped, empty documents are skipped.
+    """
+    if re.search(r"\.tar(\.\w+)?$|\.tgz$", Path(path).name):
+        for name, data in tar_members(path):
+            if text := decode(data, f"{path}:{name}").strip():
+                yield text
+        return
+    document: list[str] = []
+    size = 0
+    for line in text_lines(path):
+        if not line.strip() and size >= MIN_TEXT_DOCUMENT:
+            yield "".join(document).strip()
+            document, size = [], 0
+        document.append(line)
+        size += len(line)
+    if text := "".join(document).strip():
+        yield text
+
+
+def read_jsonl(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
+    """One document a line of a JSON lines file, compressed or not.
+
+    `fields` are the names of one text, or of a prompt and its completion, all of them strings.
+    """
+    return _rows(json_lines, path, fields, "line")
+
+
+def read_parquet(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
+    """One document a row of a parquet file; `fields` as in `read_jsonl`."""
+    return _rows(parquet_rows, path, fields, "row")
+
+
+def _rows(read: Callable[..., Any], path: Path, fields: Sequence[str], unit: str) -> Iterator[Document]:
+    for number, row in read(path, fields):
+        *prompt, completion = text_fields(row, fields, f"{path} {unit} {number}")
+        yield Document(prompt[0] if prompt else "", completion)

@@ -1,0 +1,138 @@
+"""Questions with a chain of thought in steps: readers for training, and for evaluation as question and gold.
+
+A problem without steps has nothing to distil: the readers for training leave it out and say how many there
+were. The readers for evaluation keep it; their prompt is the bare question, as in training.
+
+With `keep_last_step` false the last step of each is left out, as CODI does (arXiv 2502.21074): where it
+states the answer, a teacher's state before the answer would hold a copy of it and not what the steps came to.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.files import json_lines, json_value, text_fields, text_lines
+from data_pipeline.sources.readers import Problem, TracedDocument
+from data_pipeline.tasks.causal_loop_v2 import Sample
+
+log = logging.getLogger(__name__)
+
+_EQUATION = re.compile(r"<<[^<>]*>>")
+_EQUATIONS = re.compile(r"\s*(?:<<[^<>]*>>\s*)*")
+
+
+def traced_gsm8k(path: Path, keep_last_step: bool = True) -> Iterator[TracedDocument]:
+    """GSM8K jsonl; the steps are the solution's annotations `<<48/2=24>>`, the answer follows `####`.
+
+    Joined by spaces this is the line format of iCoT, equation for equation.
+    """
+    return _with_steps(_gsm8k(path), path, keep_last_step)
+
+
+def _gsm8k(path: Path) -> Iterator[TracedDocument]:
+    keys = ("question", "answer")
+    for number, row in json_lines(path, keys):
+        where = f"{path} line {number}"
+        question, solution = text_fields(row, keys, where)
+        work, mark, answer = solution.rpartition("####")
+        if not mark:
+            raise DataError(f"{where}: its answer has no `#### value` at the end: download it again")
+        yield _document(question, _EQUATION.findall(work), answer, where)
+
+
+def traced_icot(path: Path, keep_last_step: bool = True) -> Iterator[TracedDocument]:
+    """Lines `question||<<a>> <<b>> #### answer` (Deng et al. 2023); GSM8K-AUG is published in this form."""
+    return _with_steps(_icot(path), path, keep_last_step)
+
+
+def read_icot(path: Path) -> Iterator[Problem]:
+    """The questions and answers of an iCoT file (see `traced_icot`), those without steps included."""
+    return _problems(_icot(path), path, "icot")
+
+
+def _icot(path: Path) -> Iterator[TracedDocument]:
+    for number, line in enumerate(text_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        question, bars, rest = line.rpartition("||")
+        work, mark, answer = rest.rpartition("####")
+        if not bars or not mark or not _EQUATIONS.fullmatch(work):
+            raise DataError(
+                f"{where}: not `question||<<a>> <<b>> #### answer`, it ends {line.strip()[-60:]!r}: mend it"
+            )
+        yield _document(question, _EQUATION.findall(work), answer, where)
+
+
+def traced_prosqa(path: Path, keep_last_step: bool = True) -> Iterator[TracedDocument]:
+    """ProsQA, a JSON list of `{"question", "steps", "answer", ...}` (Hao et al. 2024, Coconut)."""
+    return _with_steps(_prosqa(path), path, keep_last_step)
+
+
+def read_prosqa(path: Path) -> Iterator[Problem]:
+    """The questions and answers of a ProsQA file (see `traced_prosqa`)."""
+    return _problems(_prosqa(path), path, "prosqa")
+
+
+def _prosqa(path: Path) -> Iterator[TracedDocument]:
+    entries = json_value(path)
+    if not isinstance(entries, list):
+        raise DataError(f"{path} holds {type(entries).__name__}, not a list of problems: download it again")
+    keys = ("question", "answer")
+    for number, row in enumerate(entries, start=1):
+        where = f"{path} entry {number}"
+        if not isinstance(row, dict) or (missing := [key for key in (*keys, "steps") if key not in row]):
+            lacks = f"has no field {missing[0]!r}" if isinstance(row, dict) else "is no JSON object"
+            raise DataError(f"{where} {lacks}: is this a published ProsQA file?")
+        question, answer = text_fields(row, keys, where)
+        steps = row["steps"]
+        if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+            raise DataError(f"{where}: steps are not a list of texts: download it again")
+        yield _document(question, steps, answer, where)
+
+
+def traced_causal_loop_v2(sample: Sample) -> TracedDocument:
+    """`program?X`, the statements as the generator works them out (`CmA4:3,4=C4`), and the value of X.
+
+    The variable stands before its new value as it does in the program before its first one, so that a small
+    model finds both in the same way. The generator's `;` and its repeated query are left out: the separator
+    of steps and the question say the same.
+    """
+    worked = (step.rpartition("=") for step in sample.trace.removesuffix(";").split(";"))
+    steps = tuple(f"{work}={work[0]}{value}" for work, _, value in worked)
+    return TracedDocument(f"{sample.program}?{sample.question}", steps, str(sample.answer))
+
+
+# ---- of all
+
+
+def _document(question: str, steps: Iterable[str], answer: str, where: str) -> TracedDocument:
+    """Spaces at the ends are dropped. Raises DataError for an empty part."""
+    document = TracedDocument(question.strip(), tuple(step.strip() for step in steps), answer.strip())
+    if not document.question or not document.answer or not all(document.steps):
+        raise DataError(f"{where}: an empty question, step or answer: mend the file")
+    return document
+
+
+def _with_steps(
+    documents: Iterable[TracedDocument], path: Path, keep_last_step: bool
+) -> Iterator[TracedDocument]:
+    read = left_out = 0
+    try:
+        for document in documents:
+            read += 1
+            steps = document.steps if keep_last_step else document.steps[:-1]
+            if steps:
+                yield document._replace(steps=steps)
+            else:
+                left_out += 1
+    finally:  # also where the limits of a source end the reading
+        if left_out:
+            log.warning("%s: %d of %d problems have no steps: left out", path, left_out, read)
+
+
+def _problems(documents: Iterable[TracedDocument], path: Path, group: str) -> Iterator[Problem]:
+    for number, (question, _, answer) in enumerate(documents):
+        yield Problem(f"{group}-{Path(path).stem}-{number}", question, f" {answer}", group=group)

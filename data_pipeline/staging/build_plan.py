@@ -1,0 +1,135 @@
+"""What a build will hold: which documents of which units stay, in which split, order and shard.
+
+Made by one process once every unit is read; from then on shards can be written by any process of any machine.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from common.files import write_file
+from data_pipeline.cleaning.cleaner import choose
+from data_pipeline.cleaning.report import CleaningReport
+from data_pipeline.errors import DataError
+from data_pipeline.loading.sample_order import key_of, permute
+from data_pipeline.recipe import Recipe, source_options
+from data_pipeline.shards.files import SPLITS
+from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.sources.registry import within_limits
+from data_pipeline.staging.units import Units
+from data_pipeline.tokenization.tokenizer import train_tokenizer
+
+PLAN = "plan.json"
+SHARD_TEXT_BYTES = 128 * 2**20  # UTF-8; tokens of two bytes, three characters each, make shards of 85 MB
+LABELLED_FACTOR = 4  # a character of a labelled text becomes a token and a label, of two bytes each
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """Places first..last of the shuffled documents of a split."""
+
+    source: str
+    split: str
+    number: int
+    first: int
+    last: int
+
+    @property
+    def stem(self) -> str:
+        return f"{self.source}-{self.split}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    build_hash: str  # of recipe and input files
+    labelled: dict[str, bool]  # by source
+    shards: tuple[PlannedShard, ...]
+
+    @staticmethod
+    def load(work: Path) -> "Plan":
+        fields = json.loads((work / PLAN).read_text())
+        return Plan(**{**fields, "shards": tuple(PlannedShard(**shard) for shard in fields["shards"])})
+
+    def save(self, work: Path) -> None:
+        write_file(work / PLAN, json.dumps(asdict(self)).encode())
+
+
+def make_plan(
+    recipe: Recipe, units: dict[str, Units], build_hash: str, work: Path
+) -> tuple[Plan, CleaningReport]:
+    """Chooses, splits and shuffles the documents of every source; the orders go to `work`.
+
+    Raises:
+        DataError: a source is left without training documents, or mixes kinds of documents.
+    """
+    shards: list[PlannedShard] = []
+    labelled = {name: source.is_labelled(name) for name, source in units.items()}
+    sizes = {name: source.column("bytes") for name, source in units.items()}
+    admitted = {
+        source["name"]: within_limits(source["kind"], source_options(source), sizes[source["name"]].tolist())
+        for source in recipe.sources
+    }
+    kept, report = choose(units, admitted, recipe.cleaning)
+    for name, source in units.items():
+        held_out = source.column("held_out")[: admitted[name]]
+        for split in SPLITS:
+            documents = np.flatnonzero(kept[name] & (held_out == (split == "validation")))
+            if split == "train" and not len(documents):
+                raise DataError(f"source {name!r} has no training documents: check its options and cleaning")
+            key = key_of(recipe.seed, name, split)
+            order = documents[permute(np.arange(len(documents)), max(1, len(documents)), key)]
+            np.save(order_file(work, name, split), order)
+            limit = SHARD_TEXT_BYTES // (LABELLED_FACTOR if labelled[name] else 1)
+            bounds = cut(sizes[name][order], limit)
+            shards += [PlannedShard(name, split, n, *bound) for n, bound in enumerate(bounds)]
+    return Plan(build_hash, labelled, tuple(shards)), report
+
+
+def order_file(work: Path, source: str, split: str) -> Path:
+    """Numbers of the documents of a split, in the order of its shards; int64."""
+    return work / f"{source}-{split}.npy"
+
+
+def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
+    """Bounds of runs that each end with the document that fills `limit` bytes."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    bounds, first = [], 0
+    while first < len(sizes):
+        before = int(ends[first - 1]) if first else 0
+        last = min(int(np.searchsorted(ends, before + limit)) + 1, len(sizes))
+        bounds.append((first, last))
+        first = last
+    return bounds
+
+
+def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> bytes:
+    """The recipe's tokenizer, or one trained on training documents, each source's share of the bytes by its
+    weight.
+    """
+    wanted = recipe.tokenizer
+    if wanted.file is not None:
+        return Path(wanted.file).read_bytes()
+    assert wanted.vocab_size is not None
+    total = sum(float(source["weight"]) for source in recipe.sources)
+
+    def selection() -> Iterator[str]:
+        for source in recipe.sources:
+            name = source["name"]
+            left = recipe.tokenizer.train_bytes * float(source["weight"]) / total
+            # Shuffled, because files are often sorted by topic.
+            for number in np.load(order_file(work, name, "train"), mmap_mode="r"):
+                if left <= 0:
+                    break
+                document = units[name][int(number)]
+                text = document.text
+                if isinstance(document, LabelledDocument):
+                    text += "".join(character for _, character in document.labels)
+                left -= len(text.encode())
+                yield text
+
+    bar = tqdm(selection(), desc="train tokenizer", unit=" documents", disable=None)
+    return train_tokenizer(bar, wanted.vocab_size, wanted.model_type, thought_pieces=wanted.thought_pieces)

@@ -1,0 +1,325 @@
+"""Causal-loop programs, version 2: straight-line programs of an exact serial depth, with worked traces.
+
+A program gives every one of its variables an initial constant, then runs a fixed number of statements; the
+question is the final value of one variable. Values are 0..p-1 (p is the modulus). The text:
+
+    program   = initial {initial} {statement}        A3K5B0 CmAB...
+    initial   = variable number                      A3: A starts at 3
+    statement = variable operator operand operand    CmA4: C = max(A, 4)
+    operand   = variable | number                    at most one of the two is a number
+    query     = "?" variable                         ?C
+    variable  = A..Z;  number = decimal digits;  operators, with operands x and y:
+
+    d  |x - y|      m  max(x, y)      r  x - y if y <= x, else y
+    n  p - 1 - y    e  y if y is odd, else (y + 1) mod p
+
+Nothing separates statements: the form says where one ends. With p <= 10 each statement has 4 characters and
+all programs of one size are equally long, whatever their depth. `n` and `e` do not read their first operand.
+The operations do not commute, most of them show something of the result when one operand is known, and they
+do not collapse into a short formula as affine maps do: for a fixed x, `r` turns around the values 0..x, and
+such reversals make up every permutation of the values.
+
+**Depth.** A constant has depth 0, a result is one deeper than the deepest operand that its operation reads.
+The queried value has exactly the wanted depth. So that no identity shortens the path, each result of the
+longest chain is looked at while the chain's first constant, its origin, runs through all values (16 random
+ones if p > 16): it must take at least 3 different values, and not the same ones as an earlier result that
+takes fewer operations. This rules out `max(x, x)`, `|x - x|`, `p-1-(p-1-y)`, `max(x, 0)`, constants that
+always win, and loops that come back to an earlier state; `effective_depth` repeats the check from the text
+alone. Nor may two operations of the chain in a row be the same function of their input as one operation with
+a number: no `max(max(x, 3), 4)`, no `|p-1-x - 2|`. What stays possible: that they agree with one operation on
+those values that happen to arise.
+
+**Families**, all unrolled:
+
+    chain        no live statement reads two computed results
+    convergence  one does: chains that join, or a value that is used again
+    loop         a block of statements stands 2 or more times in a row; depth 4 and more
+    nested       so does a block that itself holds a repeated block; depth 6 and more
+
+Dead statements are drawn by the same rules as live ones. Names are drawn from the whole alphabet, or from the
+first letters only, and initial constants from all values, or from the least only, to see what other names and
+other constants do to a model.
+For p <= 10 answers are uniform (the answer is drawn first). `--audit` measures what guessing yields.
+
+The trace copies each statement, fills in the values it reads and gives the result (`CmA4:3,4=4;`), so that
+every next character needs at most one look-up or one operation. The query stands once more at its end.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from data_pipeline.errors import DataError
+from data_pipeline.tasks.generator import check_request, hashed_split, parser, run
+from data_pipeline.tasks.programs.causal_loop_v2_audit import audit
+from data_pipeline.tasks.programs.causal_loop_v2_programs import (
+    FAMILIES,
+    LETTERS,
+    MIN_DEPTH,
+    Draft,
+    Size,
+    draw,
+)
+
+MODULI = range(5, 998)
+VARIABLES = range(3, len(LETTERS) + 1)
+LABEL_MODULUS = 10  # the largest whose values are single characters
+ATTEMPTS = 200_000  # programs drawn for one sample; the rarest kind that exists needs some thousands
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one program. A document is a prompt and its completion, joined as they are."""
+
+    id: str
+    family: str
+    depth: int
+    modulus: int
+    program: str  # without the query
+    question: str  # the queried variable, one capital letter
+    answer: int  # 0..modulus-1
+    values: tuple[int, ...]  # the result of each statement
+    trace: str  # the worked steps, without prompt and answer
+    prompt_trace: str
+    completion_trace: str
+    prompt_direct: str
+    completion_direct: str
+
+    def labelled(self) -> tuple[str, tuple[tuple[int, str], ...]]:
+        """`program?X`, every character one token, and (index, the character to predict at it), in order.
+
+        The targets are the result of a statement at its last character and the answer at the last of all.
+        Raises DataError for a modulus above 10, whose values need several characters.
+        """
+        if self.modulus > LABEL_MODULUS:
+            raise DataError(
+                f"labels are single characters, modulus {self.modulus} is above {LABEL_MODULUS}: lower it"
+            )
+        text = f"{self.program}?{self.question}"
+        first = len(self.program) - 4 * len(self.values) + 3
+        labels = [(first + 4 * i, str(value)) for i, value in enumerate(self.values)]
+        return text, (*labels, (len(text) - 1, str(self.answer)))
+
+
+def generate(
+    num_samples: int,
+    depths: Sequence[int] = tuple(range(1, 9)),
+    families: Sequence[str] = FAMILIES,
+    modulus: int = 7,
+    variables: int = 5,
+    statements: int = 12,
+    names: int = len(LETTERS),
+    constants: int = 0,
+    seed: int = 0,
+    split: str = "train",
+) -> Iterator[Sample]:
+    """Yield `num_samples` samples with `variables` variables, of the first `names` letters, and `statements`
+    statements each. Initial constants are below `constants`, 0: below the modulus.
+
+    Depths are dealt round-robin; for one depth, so are the families that have it. Sample i depends on the
+    arguments other than `num_samples` and on i only. Programs of the two splits are disjoint up to the names
+    of variables. Raises DataError for an argument out of range, a depth that none of the families has, and
+    if no program was found (few variables, few statements).
+    """
+    size = Size(modulus, variables, statements, names, constants or modulus)
+    _check(num_samples, depths, families, size, split)
+    for i in range(num_samples):
+        depth = depths[i % len(depths)]
+        able = [family for family in families if MIN_DEPTH[family] <= depth]
+        yield _sample(i, able[i // len(depths) % len(able)], depth, size, seed, split)
+
+
+def split_of(program: str) -> str:
+    """ "train" or "test": a fixed share of the sha256 of the program, its variables renamed in order."""
+    names = "".join(dict.fromkeys(re.findall("[A-Z]", program)))
+    canonical = program.translate(str.maketrans(names, LETTERS[: len(names)]))
+    return hashed_split(canonical.encode())
+
+
+def execute(program: str, modulus: int = 7) -> dict[str, int]:
+    """Run program text (with or without a final `?X`) and return the final value of every variable.
+
+    Shares nothing with the generator, so it checks it. Raises DataError for text that is not a program, for
+    a number of `modulus` or more and for a variable that has no value.
+    """
+    text = re.sub(r"\?[A-Z]$", "", program)
+    state: dict[str, int] = {}
+
+    def value(operand: str) -> int:
+        if operand.isalpha() and operand not in state:
+            raise DataError(f"program reads {operand} before it has a value: {program!r}")
+        number = state[operand] if operand.isalpha() else int(operand)
+        if number >= modulus:
+            raise DataError(f"number {number} is not below the modulus {modulus}: {program!r}")
+        return number
+
+    position = 0
+    while position < len(text):
+        initial = re.compile(r"([A-Z])([0-9]+)").match(text, position)
+        statement = re.compile(r"([A-Z])([dmrne])([A-Z]|[0-9]+)([A-Z]|[0-9]+)").match(text, position)
+        if initial:
+            state[initial[1]] = value(initial[2])
+        elif statement:
+            target, operator, left, right = statement.groups()
+            y = value(right)
+            if operator == "n":
+                result = modulus - 1 - y
+            elif operator == "e":
+                result = y if y % 2 == 1 else (y + 1) % modulus
+            else:
+                x = value(left)
+                flipped = x - y if y <= x else y
+                result = {"d": abs(x - y), "m": max(x, y), "r": flipped}[operator]
+            state[target] = result
+        else:
+            raise DataError(f"not a causal-loop program at {text[position : position + 4]!r}: {program!r}")
+        position = (initial or statement).end()  # type: ignore[union-attr]
+    if not state:
+        raise DataError(f"empty program {program!r}: give it at least one initial constant")
+    return state
+
+
+def training_document(sample: Sample, trace_fraction: float) -> tuple[str, str]:
+    """Prompt and completion with the trace for `trace_fraction` of the samples, without it for the others.
+
+    The hash of the sample's id decides. Raises DataError for a fraction outside 0..1.
+    """
+    if not 0 <= trace_fraction <= 1:
+        raise DataError(f"trace_fraction {trace_fraction} is not in 0..1: mend the recipe")
+    bucket = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
+    if bucket < trace_fraction * 2**64:
+        return sample.prompt_trace, sample.completion_trace
+    return sample.prompt_direct, sample.completion_direct
+
+
+# ---- generation
+
+
+def _sample(i: int, family: str, depth: int, size: Size, seed: int, split: str) -> Sample:
+    modulus = size.modulus
+    key = f"{family}/{depth}/{modulus}/{size.variables}/{size.statements}"
+    rng = random.Random(f"causal_loop_v2/{seed}/{split}/{key}/{i}")
+    answer = rng.randrange(modulus) if modulus <= LABEL_MODULUS else None  # so that none is more common
+    for _ in range(ATTEMPTS):
+        draft = draw(rng, family, depth, size, answer)
+        if draft is None:
+            continue
+        final = draft.vectors[draft.carrier]
+        columns = [
+            k
+            for k, (value, constant) in enumerate(zip(final, draft.origin_values, strict=True))
+            if constant < size.constants and (answer is None or value == answer)
+        ]
+        for column in rng.sample(columns, len(columns)):
+            initial = {**draft.initial, draft.origin: draft.origin_values[column]}
+            program = "".join([f"{name}{value}" for name, value in initial.items()])
+            program += "".join(["".join(s) for s in draft.body])
+            if split_of(program) == split:
+                values = tuple([vector[column] for vector in draft.results])
+                return _document(f"{split}-{seed}-{i}", family, modulus, initial, draft, program, values)
+    raise DataError(
+        f"no program of family {family}, depth {depth}, {size.variables} variables and {size.statements} "
+        f"statements in {ATTEMPTS} attempts: raise variables or statements, or leave out the family"
+    )
+
+
+def _document(
+    name: str,
+    family: str,
+    modulus: int,
+    initial: dict[str, int],
+    draft: Draft,
+    program: str,
+    values: tuple[int, ...],
+) -> Sample:
+    state = dict(initial)
+    steps = []
+    for s, value in zip(draft.body, values, strict=True):
+        read = ",".join([str(state[x]) if x in state else x for x in s.reads])
+        steps.append(f"{''.join(s)}:{read}={value};")
+        state[s.target] = value
+    question, trace = draft.carrier, "".join(steps)
+    answer, query = state[question], f"{program}?{question}\n"
+    return Sample(
+        id=f"causal_loop_v2-{name}",
+        family=family,
+        depth=draft.depth,
+        modulus=modulus,
+        program=program,
+        question=question,
+        answer=answer,
+        values=values,
+        trace=trace,
+        prompt_trace=f"{query}Trace:",
+        completion_trace=f" {trace}?{question}\nAnswer: {answer}",
+        prompt_direct=f"{query}Answer:",
+        completion_direct=f" {answer}",
+    )
+
+
+def _check(num_samples: int, depths: Sequence[int], families: Sequence[str], size: Size, split: str) -> None:
+    modulus, variables, statements, names, constants = size
+    check_request(num_samples, split)
+    if not families or any(family not in FAMILIES for family in families):
+        raise DataError(
+            f"families {list(families)} must be a non-empty list of {', '.join(FAMILIES)}: mend it"
+        )
+    if modulus not in MODULI:
+        raise DataError(f"modulus {modulus} is not in {MODULI.start}..{MODULI.stop - 1}: mend it")
+    if variables not in VARIABLES:
+        raise DataError(f"variables {variables} is not in {VARIABLES.start}..{VARIABLES.stop - 1}: mend it")
+    if not variables <= names <= len(LETTERS):
+        raise DataError(
+            f"names {names} is not in {variables}..{len(LETTERS)}, with {variables} variables: mend it"
+        )
+    if not 1 <= constants <= modulus:
+        raise DataError(
+            f"constants {constants} is not in 1..{modulus}, the modulus: mend it, 0 takes all values"
+        )
+    least = min(MIN_DEPTH[family] for family in families)
+    if not depths or any(not least <= depth <= statements for depth in depths):
+        raise DataError(
+            f"depths {list(depths)} must be a non-empty list of {least}..{statements} with {statements} "
+            f"statements and families {', '.join(families)}: mend them"
+        )
+
+
+# ---- command line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parser("Write causal-loop samples, one JSON line each.", " over all depths", " at each depth")
+    options.add_argument("--depths", default="1-8", help="FIRST-LAST or comma-separated, dealt round-robin")
+    options.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
+    options.add_argument("--modulus", type=int, default=7)
+    options.add_argument("--variables", type=int, default=5)
+    options.add_argument("--statements", type=int, default=12)
+    options.add_argument("--names", type=int, default=len(LETTERS), help="how many letters name variables")
+    options.add_argument("--constants", type=int, default=0, help="initial ones are below it; 0: all values")
+    given = options.parse_args(argv)
+
+    def samples() -> Iterator[Sample]:
+        size = (given.modulus, given.variables, given.statements, given.names, given.constants)
+        families = given.families.split(",")
+        return generate(given.num_samples, _depths(given.depths), families, *size, given.seed, given.split)
+
+    run(given, samples, _audit_table)
+
+
+def _audit_table(samples: Sequence[Sample]) -> str:
+    rows = audit(samples)
+    lines = ["depth" + "".join(f"{name:>12}" for name in next(iter(rows.values()), {}))]
+    for depth, row in rows.items():
+        shares = [f"{value:12.0f}" if name == "samples" else f"{value:12.3f}" for name, value in row.items()]
+        lines.append(f"{depth:5d}" + "".join(shares))
+    return "\n".join(lines)
+
+
+def _depths(text: str) -> list[int]:
+    if match := re.fullmatch(r"([0-9]+)-([0-9]+)", text):
+        return list(range(int(match[1]), int(match[2]) + 1))
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
+        raise DataError(f"--depths {text!r} must be FIRST-LAST or numbers joined by commas: mend it")
+    return [int(depth) for depth in text.split(",")]

@@ -1,0 +1,75 @@
+"""The tokenizer of a Hugging Face model: a tokenizer.json with a section that names its special tokens, which
+`python -m model.hf import` writes. Needs the optional extra [hf].
+
+Only tokenizers that lose nothing are read, as the byte-level BPE of GPT-2 and Llama 3 is. No text gives a
+special token; of these <step> stands for the space between two steps of a chain of thought.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+
+SECTION = "zeromodel"  # key of the file, see model/hf/special_tokens.py
+IDS = ("pad_id", "bos_id", "eos_id", "bot_id", "eot_id", "step_separator_id")
+# Spaces, case, and forms of Unicode that some tokenizers change.
+PROBE = " a  B\tc\n\n1234 <bot><|endoftext|></s> e\u0301 \ufb01 \u6771 \U0001f600 "
+
+
+class JsonTokenizer:
+    """What data_pipeline.tokenizer.Tokenizer needs of such a file.
+
+    Args:
+        content: of the file.
+        path: named in errors.
+
+    Raises:
+        DataError: the extra is not installed, or the file is damaged, has no section, or loses text.
+    """
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise DataError(
+                f"{path} is a Hugging Face tokenizer, which needs the optional extra: pip install -e '.[hf]'"
+            ) from error
+        try:
+            values = json.loads(content)
+            ids = values.pop(SECTION, None)
+            core = Tokenizer.from_str(json.dumps(values))
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"{path} is not a tokenizer.json ({error}): import its folder again") from error
+        if ids is None:
+            raise DataError(
+                f"{path} does not name its special tokens: convert its folder by python -m model.hf import"
+            )
+        self.vocab_size: int = ids["vocab_size"]
+        self.pad_id, self.bos_id, self.eos_id, self.bot_id, self.eot_id, self.step_separator_id = (
+            int(ids[name]) for name in IDS
+        )
+        self._special = {int(ids[name]) for name in IDS}
+        core.encode_special_tokens = True  # text that looks like a special token stays text
+        self._core = core
+        if (back := self.decode(self.encode(PROBE))) != PROBE:
+            raise DataError(
+                f"{path} gives {back!r} back for {PROBE!r}: only tokenizers that lose nothing can be used, "
+                "such as the byte-level BPE of GPT-2 and Llama 3"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Raises DataError where the vocabulary lets it spell a special token."""
+        ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
+        if not self._special.isdisjoint(ids):
+            raise DataError(f"the text {text[:60]!r} gives a special token: use another tokenizer")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens are skipped, but for <step>."""
+        parts = groupby(ids, key=lambda token: token == self.step_separator_id)
+        return "".join(
+            " " * len(list(part)) if step else self._core.decode(list(part), skip_special_tokens=True)
+            for step, part in parts
+        )

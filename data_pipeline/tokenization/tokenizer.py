@@ -1,0 +1,194 @@
+"""Sentencepiece without loss: decode(encode(text)) == text for every valid Unicode string.
+
+Ids: 0 `<pad>`, 1 `<unk>` (never produced: unknown characters become bytes), 2 `<s>`, 3 `</s>`. A training
+document is [bos] + encode(text) + [eos]. No user-defined symbols: text that looks like `</s>` stays text.
+
+A tokenizer with thought pieces has two more control pieces, 4 `<bot>` and 5 `<eot>`, around a chain of
+thought. Between two steps of the chain stands the space as its byte, `<0x20>`: encode() never gives that
+piece, since a space in a text is sentencepiece's mark for it, so that steps are found in the tokens without
+fail, whatever is written in them.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenization.json_tokenizer import JsonTokenizer
+
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
+BOT_ID, EOT_ID = 4, 5  # begin and end of thought; with thought pieces only
+THOUGHT_PIECES = ["<bot>", "<eot>"]
+STEP_SEPARATOR_ID = EOT_ID + 1 + ord(" ")  # the 256 bytes follow the control pieces
+MODEL_TYPES = ("unigram", "bpe")
+NUM_THREADS = 2  # fixed: the model file's bytes depend on it
+SLICE_LENGTH = 1000  # characters; longer "sentences" would be dropped without a word
+META_SPACE = "\u2581"  # sentencepiece's own mark for a space: the one character it cannot carry itself
+# No piece goes on from another character to a space, so BPE merges every such run by itself. Most are met
+# again: encoded one by one and kept they are faster. In unigram the best path depends on the neighbours.
+_RUNS = re.compile(" *[^ ]+| +")
+KEPT_CHARACTERS = 2**22  # of the runs kept; then they are forgotten
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    model_type: str = "unigram",
+    num_threads: int = NUM_THREADS,
+    thought_pieces: bool = False,
+) -> bytes:
+    """Train on `texts` and return the bytes of a `tokenizer.model`; equal input gives equal bytes.
+
+    `vocab_size` is an upper limit: a small corpus gives fewer pieces. Raises DataError for an unknown model
+    type, for no text at all and for a vocabulary too small for the 256 bytes, 4 control pieces (6 with
+    `thought_pieces`) and the characters.
+    """
+    if model_type not in MODEL_TYPES:
+        raise DataError(
+            f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}: choose one of them"
+        )
+    slices = _slices(texts)
+    first = next(slices, None)
+    if first is None:
+        raise DataError("no text to train a tokenizer on: check the sources of the recipe")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chain(first, slices),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            num_threads=num_threads,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * SLICE_LENGTH,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            control_symbols=THOUGHT_PIECES if thought_pieces else [],
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+            reason = f"its bytes, control pieces and characters need {needed[1]}, raise tokenizer.vocab_size"
+        raise DataError(f"no tokenizer of vocab_size {vocab_size} from this text: {reason}") from error
+    return model.getvalue()
+
+
+class Tokenizer:
+    """A `tokenizer.model`: one that `train_tokenizer` wrote, or one of a Hugging Face model (see
+    json_tokenizer.py). Raises DataError if the file is missing or neither of them.
+
+    `bot_id`, `eot_id` and `step_separator_id` are None where it was trained without thought pieces.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"tokenizer {path} does not exist: build the data first or mend the path")
+        content = path.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        core: _SentencePiece | JsonTokenizer
+        core = JsonTokenizer(content, path) if content[:1] == b"{" else _SentencePiece(content, path)
+        self._core = core
+        self.vocab_size = core.vocab_size
+        self.pad_id, self.bos_id, self.eos_id = core.pad_id, core.bos_id, core.eos_id
+        self.bot_id: int | None = core.bot_id
+        self.eot_id: int | None = core.eot_id
+        self.step_separator_id: int | None = core.step_separator_id
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of `text`. Raises DataError for a lone surrogate."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text has a lone surrogate at character {error.start}, not valid Unicode: remove it"
+            ) from error
+        return [self.bos_id] * bos + self._core.encode(text) + [self.eos_id] * eos
+
+    def encode_batch(self, texts: Iterable[str], bos: bool = False, eos: bool = False) -> list[list[int]]:
+        return [self.encode(text, bos, eos) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; pad, unk, bos, eos, bot and eot are skipped. Raises DataError for an id outside
+        the vocabulary.
+        """
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(f"token id {token} is not in 0..{self.vocab_size - 1}: wrong tokenizer?")
+        return self._core.decode([int(token) for token in ids])
+
+
+class _SentencePiece:
+    """The content of a file that `train_tokenizer` wrote; `path` is named in errors. Raises DataError."""
+
+    def __init__(self, content: bytes, path: Path) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(content)
+        except RuntimeError as error:
+            raise DataError(
+                f"{path} is not a sentencepiece model ({len(content)} bytes): build it again"
+            ) from error
+        ids = [self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id()]
+        if ids != [PAD_ID, BOS_ID, EOS_ID]:
+            raise DataError(f"{path} has pad, bos, eos ids {ids}, not [0, 2, 3]: train it with data_pipeline")
+        self.vocab_size: int = self._processor.vocab_size()
+        self.pad_id, self.bos_id, self.eos_id = PAD_ID, BOS_ID, EOS_ID
+        # A text with "<bot>" in it may have taught a piece of that name, so the id and its type are asked.
+        thought = self._processor.is_control(BOT_ID)
+        self.bot_id = BOT_ID if thought else None
+        self.eot_id = EOT_ID if thought else None
+        self.step_separator_id = STEP_SEPARATOR_ID if thought else None
+        self._last_control_id = EOT_ID if thought else EOS_ID
+        scores = [self._processor.get_score(i) for i in range(self._last_control_id + 1, self.vocab_size)]
+        self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
+        self._kept: dict[str, list[int]] = {}
+        self._kept_characters = 0
+        self._meta_space_ids = [
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, part in enumerate(text.split(META_SPACE)):
+            if i:
+                ids += self._meta_space_ids
+            ids += self._encode_runs(part) if self._is_bpe else self._processor.encode(part)
+        return ids
+
+    def _encode_runs(self, text: str) -> list[int]:
+        if self._kept_characters > KEPT_CHARACTERS:
+            self._kept, self._kept_characters = {}, 0
+        runs = _RUNS.findall(text)
+        new = [run for run in set(runs) if run not in self._kept]
+        self._kept.update(zip(new, self._processor.encode(new, num_threads=1), strict=True))
+        self._kept_characters += sum(map(len, new))
+        return [token for run in runs for token in self._kept[run]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([token for token in ids if token > self._last_control_id])
+        return text
+
+
+def _slices(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), SLICE_LENGTH):
+            yield text[start : start + SLICE_LENGTH]
+
+
+def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest

@@ -1,0 +1,235 @@
+"""What a looped model does at one depth: right or wrong, how sure, how long, and whether it settles.
+
+Shape legend: B batch, T tokens of the longest row, V vocabulary, D hidden, U loops, N steps run, P labelled
+positions of a batch.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.tokenization.encode import CharacterIds, encode_labelled
+from eval.scoring.core import Scorer
+from eval.scoring.inference import with_halting
+from model import ZeroModel
+from model.cache import LatentCache
+from model.loop_trace import loop_figures, loop_sums
+from model.losses import IGNORE_INDEX
+
+ROUNDS = 5  # timed passes of each of the two models, after one that is not
+
+
+class Row(NamedTuple):
+    """One sample as the model reads it; the last labelled position is that of the answer."""
+
+    tokens: list[int]  # bos and one token a character
+    positions: list[int]  # of the labels, rising
+    targets: list[int]  # what to predict there
+
+
+class Outcome(NamedTuple):
+    """All samples at one depth."""
+
+    predictions: list[list[int]]  # most likely token at each labelled position
+    losses: list[list[float]]  # cross-entropy there, nats
+    answer_steps: list[float]  # steps run at the answer's position, mean over the loops; empty without loops
+    figures: dict[str, Any]  # latent_terms.loop_figures and `ponder_cost`, over all tokens; {} without loops
+
+
+class _Batch(NamedTuple):
+    samples: list[int]
+    tokens: Tensor  # (B, T)
+    mask: Tensor  # (B, T), False under padding
+    places: tuple[Tensor, Tensor]  # row and column of each labelled position, each (P,)
+    counts: list[int]  # labelled positions of each row
+
+
+def encode_rows(name: str, documents: Sequence[LabelledDocument], scorer: Scorer) -> list[Row]:
+    """The documents as data_pipeline.build writes them, without the eos that nothing follows.
+
+    Raises DataError for a character that is not one token, ValueError for a text that is too long.
+    """
+    ids, rows = CharacterIds(name, scorer.tokenizer), []
+    for document in documents:
+        tokens, _, labels = encode_labelled(document, ids)
+        assert labels is not None
+        places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
+        rows.append(Row(list(tokens[:-1]), places, [labels[place] for place in places]))
+    longest = max(len(row.tokens) for row in rows)
+    if longest > scorer.max_length:
+        raise ValueError(
+            f"task {name}: a text has {longest} tokens, more than the model's max_position_embeddings"
+            f" {scorer.max_length}: shorten it by --task_options"
+        )
+    return rows
+
+
+def _batches(scorer: Scorer, rows: Sequence[Row], what: str) -> Iterator[_Batch]:
+    for samples in scorer.batches([len(row.tokens) for row in rows], what):
+        tokens, mask = scorer.pad([rows[i].tokens for i in samples], left=False)
+        counts = [len(rows[i].positions) for i in samples]
+        lines = [line for line, count in enumerate(counts) for _ in range(count)]
+        columns = [position for i in samples for position in rows[i].positions]
+        places = (torch.tensor(lines), torch.tensor(columns))
+        yield _Batch(samples, tokens, mask, places, counts)
+
+
+@torch.inference_mode()
+def measure(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> Outcome:
+    """Runs all rows at a depth of `num_steps`, at which adaptive halting may stop earlier.
+
+    Raises ValueError if the model gives anything but finite log-probabilities.
+    """
+    predictions, losses = ([list[Any]() for _ in rows] for _ in range(2))
+    steps = [0.0] * len(rows)
+    sums, cost, num_tokens = torch.zeros(3, num_steps, dtype=torch.float64), 0.0, 0
+    looped = scorer.model.config.recurrence.placement != "none"
+    for batch in _batches(scorer, rows, f"{num_steps} steps"):
+        out = scorer.model(batch.tokens, attention_mask=batch.mask, num_steps=num_steps)
+        logits = out.logits[batch.places].float()  # (P, V)
+        targets = torch.tensor([t for i in batch.samples for t in rows[i].targets], device=logits.device)
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        if not loss.isfinite().all():
+            raise ValueError(
+                f"at {num_steps} steps the model gives a cross-entropy of {loss.max().item()}:"
+                " its weights or activations overflow"
+            )
+        for i, chosen, nats in zip(
+            batch.samples, logits.argmax(-1).split(batch.counts), loss.split(batch.counts), strict=True
+        ):
+            predictions[i], losses[i] = chosen.tolist(), nats.tolist()
+        if not looped:
+            continue
+        answers = [rows[i].positions[-1] for i in batch.samples]
+        mean_steps = out.num_iterations.double().mean(0)[range(len(answers)), answers]
+        for i, value in zip(batch.samples, mean_steps.tolist(), strict=True):
+            steps[i] = value
+        # A pass ends early once every token of the batch has halted.
+        found = loop_sums(out.num_iterations, out.halt_probs, out.residuals, batch.mask).cpu()
+        sums += F.pad(found, (0, num_steps - found.shape[1]))
+        cost += float(out.ponder_cost[:, batch.mask].double().mean(0).sum())
+        num_tokens += int(batch.mask.sum())
+    if not looped:
+        return Outcome(predictions, losses, [], {})
+    return Outcome(predictions, losses, steps, {**loop_figures(sums), "ponder_cost": cost / num_tokens})
+
+
+class PathIndependence(NamedTuple):
+    """What becomes of three starts, per sample and labelled position."""
+
+    agrees: list[list[float]]  # 1 where all three have the same most likely token
+    distance: list[list[float]]  # of final hidden states: mean over the pairs of 2 |a - b| / (|a| + |b|)
+
+
+@torch.inference_mode()
+def path_independence(scorer: Scorer, rows: Sequence[Row], num_steps: int, seed: int) -> PathIndependence:
+    """Block loops from their input, as always, and from the noise of `seed` and `seed` + 1."""
+    agrees, distances = ([list[float]() for _ in rows] for _ in range(2))
+    for batch in _batches(scorer, rows, "path independence"):
+        chosen, hidden = [], []
+        for start in (None, seed, seed + 1):
+            out = scorer.model(batch.tokens, attention_mask=batch.mask, num_steps=num_steps, noise_seed=start)
+            chosen.append(out.logits[batch.places].argmax(-1))
+            hidden.append(out.hidden[batch.places].float())  # (P, D)
+        same = ((chosen[0] == chosen[1]) & (chosen[0] == chosen[2])).float()
+        far = torch.stack([_distance(a, b) for a, b in combinations(hidden, 2)]).mean(0)
+        for i, s, d in zip(batch.samples, same.split(batch.counts), far.split(batch.counts), strict=True):
+            agrees[i], distances[i] = s.tolist(), d.tolist()
+    return PathIndependence(agrees, distances)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """(P, D), (P, D) -> (P,), from 0 for equal to 2 for opposite ones."""
+    return 2 * (a - b).norm(dim=-1) / (a.norm(dim=-1) + b.norm(dim=-1))
+
+
+def fixed_depth(model: ZeroModel) -> ZeroModel:
+    """A model that always runs all steps, of the same weights (shared) less those that decide on halting."""
+    return with_halting(model, kind="fixed", expectation=None, ponder_weight=None, stability_weight=0.0)
+
+
+@torch.inference_mode()
+def halting_time(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> dict[str, dict[str, float]]:
+    """Median seconds with halting and at the fixed depth `num_steps`, in turns.
+
+    `batch`: one pass over the first batch of rows, which ends early only when all its tokens have halted.
+    `decode`: the first row token by token over a cache, where every token ends when it has halted.
+    `time_saved` is 1 - seconds_halting / seconds_fixed.
+    """
+    tokens, mask = scorer.pad([row.tokens for row in rows[: scorer.batch_size]], left=False)
+    single = tokens[:1, : len(rows[0].tokens)]
+
+    def batch(model: ZeroModel) -> None:
+        model(tokens, attention_mask=mask, num_steps=num_steps)
+
+    def decode(model: ZeroModel) -> None:
+        cache = LatentCache()
+        for token in single.split(1, dim=1):
+            model(token, num_steps=num_steps, cache=cache)
+
+    runs: dict[str, tuple[Callable[[ZeroModel], None], int]] = {
+        "batch": (batch, len(tokens)),
+        "decode": (decode, 1),
+    }
+    return {name: {**_compared(scorer, run), "batch_size": size} for name, (run, size) in runs.items()}
+
+
+def _compared(scorer: Scorer, run: Callable[[ZeroModel], None]) -> dict[str, float]:
+    models = {"seconds_halting": scorer.model, "seconds_fixed": fixed_depth(scorer.model)}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(1 + ROUNDS):
+        for name, model in models.items():
+            _wait(scorer.device)
+            start = time.perf_counter()
+            run(model)
+            _wait(scorer.device)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    saved = 1 - medians["seconds_halting"] / medians["seconds_fixed"]
+    return {**medians, "time_saved": saved, "rounds": ROUNDS}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def unrolled_parameters(model: ZeroModel, num_steps: int) -> int:
+    """Parameters of the model if every run of a layer had weights of its own; a loop's own few count once."""
+    runs = (model.config.runs_of_layer(i, num_steps) for i in range(model.config.num_hidden_layers))
+    layers: Any = model.model.layers
+    repeated = sum(
+        (n - 1) * sum(p.numel() for p in layer.parameters()) for n, layer in zip(runs, layers, strict=True)
+    )
+    return sum(p.numel() for p in model.parameters()) + repeated
+
+
+def pooled(values: Sequence[Sequence[float]]) -> list[float]:
+    """One number a sample, whose mean is the mean over all positions of all samples.
+
+    Positions of one sample depend on each other, so that the standard error must come from samples: these are
+    the linearised values of a ratio (Cochran, Sampling Techniques, 3rd edition, section 6.3).
+    """
+    count = sum(len(row) for row in values)
+    mean = sum(sum(row) for row in values) / count
+    return [mean + (sum(row) - mean * len(row)) * len(values) / count for row in values]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Correlation of the ranks, ties at their mean rank; None if one of the two is constant."""
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]

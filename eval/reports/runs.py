@@ -1,0 +1,232 @@
+"""What the report reads: run folders and results files, as runs with their results."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.looping.measures import unrolled_parameters
+from eval.scoring.core import Score
+from model import ModelConfig, ZeroModel
+
+# The metric by which a task is drawn: the first of these that it has, else its first where higher is better.
+MAIN_METRICS = (
+    "acc_norm,none",
+    "acc,none",
+    "exact_match,strict-match",
+    "exact_match,stripped",
+    "exact_match,none",
+    "exact_match,trace",
+)
+THOUGHTS = "thoughts_"  # names of the results of eval/thoughts.py, whose settings have a section of their own
+PARTS_OF_A_RUN = ("metrics.jsonl", "config.yaml", "export", "eval")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task at one depth and number of shots, out of a results file."""
+
+    task: str  # plain name
+    group: str | None  # the task it is a part of
+    metrics: dict[str, Score]  # "metric,filter" -> score, the first one first
+    rising: tuple[str, ...]  # the metrics of which more is better
+    main: str | None  # the one to draw; None: it has no accuracy
+    baselines: dict[str, Score]  # what guessing reaches in it
+    num_documents: int
+    num_fewshot: int
+    depth: int | str | None  # loop steps, "adaptive", or None without recurrence
+    is_own_depth: bool  # that the model has if nobody asks for another
+    is_plain: bool  # its own depth, and the shots that the task has or the whole call had
+    mean_steps: float | None  # loop steps of an answer
+    num_samples: int  # that voted; 0: none
+
+    @property
+    def accuracy(self) -> Score | None:
+        return None if self.main is None else self.metrics[self.main]
+
+    @property
+    def steps(self) -> float | None:
+        """Loop steps of an answer: measured, else asked for."""
+        return self.depth if self.mean_steps is None and isinstance(self.depth, int) else self.mean_steps
+
+    @property
+    def vote(self) -> Score | None:
+        """Accuracy of the majority of its samples."""
+        return self.metrics.get(f"exact_match,maj@{self.num_samples}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, or a results file without one."""
+
+    name: str
+    folder: Path | None
+    metrics: list[dict[str, Any]]  # lines of metrics.jsonl
+    reports: dict[Path, dict[str, Any]]  # results files, oldest first
+    results: list[Result]  # of all of them; of equal settings the newest
+    model: ModelConfig | None
+    model_problem: str | None = None  # why there is none
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are of optimizer steps."""
+        return [line for line in self.metrics if "eval" not in line and "eval_failed" not in line]
+
+    def top_results(self) -> list[Result]:
+        """Of whole tasks, at the model's own depth."""
+        return [r for r in self.results if r.group is None and r.is_own_depth]
+
+    def plain_results(self) -> list[Result]:
+        """Of whole tasks, at the model's own depth and the tasks' own shots; of several votes the newest."""
+        return list({(r.task, r.num_fewshot): r for r in self.top_results() if r.is_plain}.values())
+
+    def unrolled_parameters(self) -> int | None:
+        """Parameters if every loop step had weights of its own."""
+        if self.model is None:
+            return None
+        with torch.device("meta"):
+            return unrolled_parameters(ZeroModel(self.model), self.model.recurrence.num_steps)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs at these paths, and a line for each path that holds none.
+
+    Raises ValueError if a path does not exist, a file of a run is damaged, or there is no run at all.
+    """
+    runs, left_out = [], []
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"no run folder or results file {path}: give the output_dir of a training run")
+        run = _read_folder(path, alone=len(paths) == 1) if path.is_dir() else _read_file(path)
+        if run is None:
+            left_out.append(f"left out: {path} is no run folder and no results file")
+        else:
+            runs.append(run)
+    if not runs:
+        raise ValueError(f"{left_out[0].removeprefix('left out: ')}: give the output_dir of a training run")
+    return _with_different_names(runs), left_out
+
+
+def _read_folder(folder: Path, alone: bool) -> Run | None:
+    if not alone and not any((folder / part).exists() for part in PARTS_OF_A_RUN):
+        return None
+    reports = {path: read_json(path) for path in sorted((folder / "eval").glob("results_*.json"))}
+    model, problem = _read_model(folder / "export" / "config.json")
+    metrics = read_json_lines(folder / "metrics.jsonl")
+    results = newest_results(reports.values())
+    return Run(folder.resolve().name, folder, metrics, reports, results, model, problem)
+
+
+def _read_file(path: Path) -> Run | None:
+    report = read_json(path) if path.suffix == ".json" else {}
+    if "results" not in report:
+        return None
+    folder = path.resolve().parent
+    name = folder.parent.name if folder.name == "eval" else folder.name
+    return Run(name, None, [], {path: report}, newest_results([report]), None)
+
+
+def _read_model(path: Path) -> tuple[ModelConfig | None, str | None]:
+    if not path.is_file():
+        return None, "export/config.json is not there (the run has not exported yet)."
+    values = read_json(path)
+    try:
+        return ModelConfig.from_dict(values), None
+    except ValueError as error:  # of an older version: its scores are worth showing all the same
+        return None, f"export/config.json cannot be read: {error}"
+
+
+def _with_different_names(runs: list[Run]) -> list[Run]:
+    names: dict[str, int] = {}
+    renamed = []
+    for run in runs:
+        names[run.name] = count = names.get(run.name, 0) + 1
+        name = run.name if count == 1 else f"{run.name} ({count})"
+        renamed.append(Run(**{**vars(run), "name": name}))
+    return renamed
+
+
+def newest_results(reports: Iterable[dict[str, Any]]) -> list[Result]:
+    """All but those of thoughts, in the order of their first appearance; of equal settings the last one."""
+    found: dict[tuple[Any, ...], Result] = {}
+    for report in reports:
+        for result in read_results(report):
+            if not result.task.startswith(THOUGHTS):
+                found[result.task, result.depth, result.num_fewshot, result.num_samples] = result
+    return list(found.values())
+
+
+def read_results(report: dict[str, Any]) -> list[Result]:
+    """The entries of one results file. Raises ValueError if it lacks one of lm-eval's fields."""
+    try:
+        parents = {
+            part: _config(report, name).get("task", name)
+            for name, parts in report["group_subtasks"].items()
+            for part in parts
+        }
+        return [_read_result(report, name, parents.get(name)) for name in report["results"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a results file lacks what eval/run.py writes ({error!r}): evaluate again"
+        ) from None
+
+
+def _config(report: dict[str, Any], name: str) -> dict[str, Any]:
+    config: dict[str, Any] = report["configs"][name]
+    return config
+
+
+def _read_result(report: dict[str, Any], name: str, group: str | None) -> Result:
+    entry, config = report["results"][name], _config(report, name)
+    task, depth = config.get("task", name), entry.get("depth")
+    own = report["results"].get(task, {}).get("depth", report["config"].get("num_steps"))
+    metrics = {}
+    for key, value in entry.items():
+        metric, _, filter_name = key.partition(",")
+        if filter_name and not metric.endswith("_stderr"):
+            stderr = entry[f"{metric}_stderr,{filter_name}"]
+            metrics[key] = Score(value, None if stderr == "N/A" else stderr)
+    higher = report["higher_is_better"][name]
+    rising = tuple(key for key in metrics if higher[key.split(",")[0]])
+    return Result(
+        task=task,
+        group=group,
+        metrics=metrics,
+        rising=rising,
+        main=next((key for key in MAIN_METRICS if key in rising), next(iter(rising), None)),
+        baselines={kind: Score(**score) for kind, score in report["baselines"][name].items()},
+        num_documents=report["n-samples"][name]["effective"],
+        num_fewshot=report["n-shot"][name],
+        depth=depth,
+        is_own_depth=depth is None or depth == own,
+        is_plain=name == task,
+        mean_steps=entry.get("mean_steps"),
+        num_samples=config.get("num_samples", 0),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError, naming the file, if it is not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): delete it or write it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object is needed")
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """One object a line; none if there is no file. Raises ValueError, naming file and line, for a bad one."""
+    if not path.is_file():
+        return []
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}): mend or remove the line") from None
+    return lines

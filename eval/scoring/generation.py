@@ -1,0 +1,109 @@
+"""What the tasks answered by generation share: greedy answers, and the majority vote over sampled ones."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from data_pipeline.sources.readers import Problem
+from eval.scoring.cli import Options
+from eval.scoring.core import Scorer
+from eval.scoring.results import taken
+
+# Of the samples that vote: self-consistency's own for language models (Wang et al. 2022, arXiv:2203.11171,
+# section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones fall apart.
+TEMPERATURE = 0.7
+
+
+class Ballot(NamedTuple):
+    """What one sampled response says."""
+
+    answer: str | None  # None: it holds no answer, and does not vote
+    right: float  # 1.0 if that is the right answer
+
+
+def majority_vote(ballots: Sequence[Ballot]) -> float:
+    """1.0 if the most common answer is right, of equally common ones that seen first; 0.0 without any."""
+    votes = Counter(ballot.answer for ballot in ballots if ballot.answer is not None)
+    if not votes:
+        return 0.0
+    winner, _ = votes.most_common(1)[0]  # of equals the first that was counted
+    return next(ballot.right for ballot in ballots if ballot.answer == winner)
+
+
+def sample_votes(
+    scorer: Scorer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    options: Options,
+    ballot: Callable[[int, str], Ballot],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Samples `options.samples` responses to each prompt; `ballot` reads (number of the prompt, response).
+
+    Sample k of a prompt is the same for any number of samples above k.
+
+    Returns:
+        What each prompt's sample line gets, {} without samples, and what `configs` gets: how it was sampled,
+        and the seconds that all the votes took for one answer.
+    """
+    K, n = options.samples, len(prompts)
+    if not K:
+        return [{} for _ in prompts], {"num_samples": 0}
+    responses = scorer.generate(list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed)
+    counted = taken(scorer)
+    lines = []
+    for i in range(n):
+        own = responses[i::n]
+        ballots = [ballot(i, response) for response in own]
+        lines.append(
+            {
+                "sampled_resps": own,
+                "votes": [vote.answer for vote in ballots],
+                maj_key(K): majority_vote(ballots),
+            }
+        )
+    facts = {"num_samples": K, "temperature": TEMPERATURE, "seconds_per_vote": counted["seconds"] / n}
+    return lines, facts
+
+
+def maj_key(num_samples: int) -> str:
+    """The metric of the vote, as lm-eval names it."""
+    return f"exact_match,maj@{num_samples}"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A task's problems and how its answers are made and read."""
+
+    problems: Sequence[Problem]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    grade: Callable[[Problem, str], dict[str, Any]]  # the sample line of a response
+    ballot: Callable[[dict[str, Any]], Ballot]  # what such a line says in a vote
+
+    def run(self, scorer: Scorer, options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The sample lines of the greedy answers, with the votes if asked for, and fields of TaskResult."""
+        prompts = [problem.prompt for problem in self.problems]
+        responses = scorer.generate(prompts, self.max_new_tokens, self.stop)
+        counted = taken(scorer)
+        votes, facts = sample_votes(
+            scorer,
+            prompts,
+            self.max_new_tokens,
+            self.stop,
+            options,
+            lambda i, response: self.ballot(self.grade(self.problems[i], response)),
+        )
+        lines = [
+            self.grade(problem, response) | vote
+            for problem, response, vote in zip(self.problems, responses, votes, strict=True)
+        ]
+        config = {"max_new_tokens": self.max_new_tokens, "until": self.stop, **facts}
+        return lines, {**counted, "config": config}
+
+
+def values_of(samples: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[float]]:
+    """The per-sample values of these metrics, and of the vote where there was one."""
+    voted = [key for key in samples[0] if key.startswith("exact_match,maj@")]
+    return {key: [sample[key] for sample in samples] for key in (*keys, *voted)}

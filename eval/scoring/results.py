@@ -1,0 +1,225 @@
+"""What a task hands back, and how it is written: lm-eval's results file, its samples files, a table."""
+
+import hashlib
+import json
+import platform
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval.scoring.core import Score, Scorer, mean_score
+from model import ZeroModel
+
+TABLE_HEADER = ("task", "n", "shots", "filter", "metric", "value", "stderr", "to beat")
+
+
+class Setting(NamedTuple):
+    """Where on the curves of one call a result lies."""
+
+    depth: int | str | None = None  # a number, "adaptive", or None for a model without recurrence
+    num_steps: int | None = None  # loop steps at most
+    suffix: str = ""  # of the task's name, which tells the results of one call apart
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task's scores. `values` holds a list of per-sample values under lm-eval's key "metric,filter"."""
+
+    task: str
+    values: dict[str, list[float]]
+    num_documents: int  # in the data, before --limit
+    baselines: dict[str, Score]  # what guessing reaches: chance, the majority answer, ...
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    # "metric,filter" -> what is no mean over the samples
+    totals: dict[str, float | Score] = field(default_factory=dict)
+    num_fewshot: int = 0
+    default_fewshot: int = 0  # lm-eval's own number
+    num_truncated: int = 0
+    steps: Sequence[float] = ()  # loop steps of each answer; empty without recurrence
+    seconds: float | None = None  # in the model, for all answers together; None: not measured apart
+    config: dict[str, Any] = field(default_factory=dict)
+    data_files: Sequence[Path] = ()
+    subtasks: Sequence[str] = ()
+    version: int = 1
+    setting: Setting = Setting()
+
+    @property
+    def num_samples(self) -> int:
+        return len(next(iter(self.values.values()), self.samples))
+
+    @property
+    def name(self) -> str:
+        """The task's key in a results file."""
+        return self.task + self.setting.suffix
+
+
+def taken(scorer: Scorer) -> dict[str, Any]:
+    """The fields of TaskResult that the scorer has counted since the last call."""
+    return {
+        "num_truncated": scorer.take_truncated(),
+        "steps": scorer.take_steps(),
+        "seconds": scorer.take_seconds(),
+    }
+
+
+def majority(answers: Iterable[Hashable]) -> Score:
+    """What the most common of the right answers reaches, given to every problem. Takes at least one."""
+    counts = Counter(answers)
+    return Score(max(counts.values()) / counts.total())
+
+
+def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str, Any]) -> dict[str, Any]:
+    """Everything a results file holds, in the shape of lm-eval's; `config` is what the user asked for.
+
+    A standard error that a single sample cannot have is "N/A", as in lm-eval. Beyond lm-eval, `baselines`
+    has what guessing reaches; each task's entry in `results` has `depth`, `mean_steps` and
+    `seconds_per_answer` (None: not known), and in `configs` `task` (the name without the setting),
+    `num_steps`, `num_samples` voted over (0: none), `num_truncated` and its data's sha256.
+    """
+    return {
+        "results": {result.name: _metrics(result) for result in results},
+        "baselines": {
+            result.name: {name: score._asdict() for name, score in result.baselines.items()}
+            for result in results
+        },
+        "group_subtasks": {
+            result.name: [name + result.setting.suffix for name in result.subtasks] for result in results
+        },
+        "configs": {
+            result.name: {
+                "num_samples": 0,
+                **result.config,
+                "task": result.task,
+                "depth": result.setting.depth,
+                "num_steps": result.setting.num_steps,
+                "num_fewshot": result.num_fewshot,
+                "num_truncated": result.num_truncated,
+                "data_sha256": {path.name: file_sha256(path) for path in result.data_files},
+            }
+            for result in results
+        },
+        "versions": {result.name: result.version for result in results},
+        "n-shot": {result.name: result.num_fewshot for result in results},
+        "higher_is_better": {
+            result.name: {
+                **{key.split(",")[0]: True for key in result.values},
+                **{key.split(",")[0]: False for key in result.totals},
+            }
+            for result in results
+        },
+        "n-samples": {
+            result.name: {"original": result.num_documents, "effective": result.num_samples}
+            for result in results
+        },
+        "config": {**_model_facts(scorer), **config},
+        "environment": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "numpy", "sentencepiece", "zeromodel")},
+        },
+    }
+
+
+def _model_facts(scorer: Scorer) -> dict[str, Any]:
+    model = scorer.model
+    has_bos = bool(scorer.tokenizer.encode("", bos=True))
+    return {
+        "model": "zeromodel" if isinstance(model, ZeroModel) else "hf",
+        "model_num_parameters": sum(p.numel() for p in model.parameters()),
+        "model_dtype": str(next(model.parameters()).dtype),
+        "num_steps": model.config.recurrence.num_steps,
+        "max_length": scorer.max_length,
+        "bos_policy": "one bos id before every context" if has_bos else "none, as the tokenizer",
+        "tokenizer_sha256": scorer.tokenizer.sha256,
+        "batch_size": scorer.batch_size,
+        "device": str(scorer.device),
+    }
+
+
+def _metrics(result: TaskResult) -> dict[str, Any]:
+    scores = {key: mean_score(values) for key, values in result.values.items()}
+    scores |= {key: x if isinstance(x, Score) else Score(x) for key, x in result.totals.items()}
+    entry: dict[str, Any] = {"alias": result.name}
+    for key, score in scores.items():
+        metric, filter_name = key.split(",")
+        entry[key] = score.value
+        entry[f"{metric}_stderr,{filter_name}"] = "N/A" if score.stderr is None else score.stderr
+    return entry | {
+        "depth": result.setting.depth,
+        "mean_steps": mean_score(result.steps).value if result.steps else None,
+        "seconds_per_answer": None if result.seconds is None else result.seconds / result.num_samples,
+    }
+
+
+def write_report(
+    directory: Path, report: dict[str, Any], results: Sequence[TaskResult], log_samples: bool
+) -> Path:
+    """Writes results_<timestamp>.json, whose path it returns, and samples_<task>_<timestamp>.jsonl."""
+    directory.mkdir(parents=True, exist_ok=True)
+    timestamp = datetime.now().isoformat().replace(":", "-")
+    path = directory / f"results_{timestamp}.json"
+    path.write_text(
+        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    if log_samples:
+        for result in results:
+            if not result.samples:  # a subtask's samples are in the file of its group
+                continue
+            lines = [json.dumps(sample | _hashes(sample), ensure_ascii=False) for sample in result.samples]
+            samples_path = directory / f"samples_{result.name}_{timestamp}.jsonl"
+            samples_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _hashes(sample: dict[str, Any]) -> dict[str, str]:
+    return {f"{key}_hash": hashlib.sha256(sample[key].encode()).hexdigest() for key in ("prompt", "target")}
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The rows under TABLE_HEADER, one for each task and metric, from what a results file holds.
+
+    What guessing reaches stands beside the metrics it is measured in: the first, and those of its direction.
+    """
+    rows: list[tuple[str, ...]] = []
+    for task, metrics in report["results"].items():
+        keys = [key for key in metrics if "," in key and not key.split(",")[0].endswith("_stderr")]
+        beat = ", ".join(f"{name} {_percent(s)}" for name, s in report["baselines"][task].items())
+        higher = report["higher_is_better"][task]
+        for key in keys:
+            metric, filter_name = key.split(",")
+            stderr = metrics[f"{metric}_stderr,{filter_name}"]
+            rows.append(
+                (
+                    task,
+                    str(report["n-samples"][task]["effective"]),
+                    str(report["n-shot"][task]),
+                    filter_name,
+                    metric,
+                    f"{metrics[key]:.4g}",
+                    stderr if isinstance(stderr, str) else f"{stderr:{'.4f' if stderr < 100 else '.4g'}}",
+                    beat if key == keys[0] or higher[metric] else "",
+                )
+            )
+    return rows
+
+
+def _percent(score: dict[str, float | None]) -> str:
+    stderr = score["stderr"]
+    return f"{score['value']:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    heading = [cell.ljust(width) for cell, width in zip(header, widths, strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, rule, *padded))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,170 @@
+"""What the review asked for: loss weights, steps, examples, convergence, generalisation, few-shot, votes."""
+
+import json
+from collections.abc import Sequence
+
+from experiments.reporting.records import Record, settings_of, steps_of
+from experiments.reporting.tables import COSTS, NOTHING, cost_cells, number, score_text
+from experiments.reporting.text import Section, Table
+
+ITERATIONS, EXAMPLES = "steps", "examples"  # what studies/iterations.yaml and examples.yaml vary
+
+
+def varied(record: Record) -> tuple[str, object]:
+    ((key, value),) = record["variant"].items()
+    return key, value
+
+
+def by_value(
+    records: Sequence[Record], key: str
+) -> dict[tuple[str, str, str, str], dict[float, list[Record]]]:
+    """Of what varies `key`: by task, size, budget and group, the seeds of each value, values rising."""
+    found: dict[tuple[str, str, str, str], dict[float, list[Record]]] = {}
+    for record in sorted((r for r in records if varied(r)[0] == key), key=lambda r: float(str(varied(r)[1]))):
+        place = (record["task"], record["size"], record["budget"], record["group"])
+        found.setdefault(place, {}).setdefault(float(str(varied(record)[1])), []).append(record)
+    return found
+
+
+def study_section(title: str, said: str, records: Sequence[Record], keys: Sequence[str]) -> Section:
+    """A table of every cell that varies one of the keys."""
+    own = [record for record in records if varied(record)[0] in keys]
+    rows = []
+    places: dict[tuple[str, ...], list[Record]] = {}
+    for record in own:
+        key, value = varied(record)
+        name = f"{key.rpartition('.')[2]} = {json.dumps(value)}"
+        places.setdefault(
+            (record["task"], record["size"], record["budget"], record["group"], name), []
+        ).append(record)
+    for place, seeds in places.items():
+        rank = score_text(seeds, "spearman_steps_depth")
+        scores = (score_text(seeds, "accuracy"), score_text(seeds, "ood_accuracy"), rank)
+        rows.append((*place, *scores, *cost_cells(seeds)))
+    places_header = ("task", "size", "steps of training", "group", "varied")
+    scores_header = ("accuracy", "beyond the trained depth", "Spearman of steps and depth")
+    table = Table((*places_header, *scores_header, *COSTS), rows)
+    return Section(title, [said, table] if rows else [])
+
+
+def convergence_section(records: Sequence[Record]) -> Section:
+    """Whether the loops settle."""
+    rows = []
+    for setting, groups in settings_of([r for r in records if "convergence" in r]).items():
+        for group, seeds in groups.items():
+            rows.append(
+                (
+                    str(setting),
+                    group,
+                    _mean_of(seeds, "residuals", 1),
+                    _mean_of(seeds, "residuals", 2),
+                    _mean_of(seeds, "convergence_ratio", 1),
+                    _of(seeds, "path_independence"),
+                    _of(seeds, "overthinking_gap"),
+                    *cost_cells(seeds),
+                )
+            )
+    header = (
+        *("task, size, budget", "group", "relative change in the last of R steps", "in the last of 2R"),
+        *("ratio of changes", "path independence", "overthinking gap", *COSTS),
+    )
+    said = (
+        "Relative change of the state in the last step (0: a fixed point), and the ratio of one change to "
+        "the one before (below 1: it shrinks). Path independence: share of labels on which three starts "
+        "agree. "
+        "Overthinking gap: the best accuracy of all steps tested less that at 4R, never below 0."
+    )
+    return Section("Convergence", [said, Table(header, rows)] if rows else [])
+
+
+def _mean_of(records: Sequence[Record], key: str, times: int) -> str:
+    """Mean over seeds of a figure at `times` R steps, of a list its last."""
+    values = []
+    for record in records:
+        found = record["convergence"].get(str(times * record["trained_steps"]), {}).get(key)
+        last = found[-1] if isinstance(found, list) and found else found
+        if isinstance(last, int | float):
+            values.append(float(last))
+    return _mean(values)
+
+
+def _of(records: Sequence[Record], key: str) -> str:
+    return _mean([record["convergence"][key] for record in records if key in record["convergence"]])
+
+
+def _mean(values: Sequence[float]) -> str:
+    return number(sum(values) / len(values)) if values else NOTHING
+
+
+def gaps_section(records: Sequence[Record]) -> Section:
+    """Tests unlike the training, at the trained steps."""
+    parts = []
+    for setting, groups in settings_of([r for r in records if r.get("gaps")]).items():
+        names = list(dict.fromkeys(name for seeds in groups.values() for r in seeds for name in r["gaps"]))
+        rows = [
+            (
+                group,
+                score_text(seeds, "accuracy"),
+                *(score_text([_flat(r, name) for r in seeds], "gap") for name in names),
+                *cost_cells(seeds),
+            )
+            for group, seeds in groups.items()
+        ]
+        parts.append(Section(str(setting), [Table(("group", "as trained", *names, *COSTS), rows)]))
+    return Section("Generalisation gaps", [], parts)
+
+
+def by_shots(records: Sequence[Record]) -> dict[tuple[str, str, str, str], dict[float, list[Record]]]:
+    """By task, size, budget and group, the seeds at each number of exemplars, with the accuracy there."""
+    found: dict[tuple[str, str, str, str], dict[float, list[Record]]] = {}
+    for record in (r for r in records if "few_shot" in r):
+        place = (record["task"], record["size"], record["budget"], record["group"])
+        few = record["few_shot"]
+        for shots, value in few["accuracy"].items():
+            same = {"accuracy": {steps_of(record): value}, "guesses": few["guesses"]}
+            found.setdefault(place, {}).setdefault(float(shots), []).append(record | same)
+    return found
+
+
+def few_shot_section(records: Sequence[Record]) -> Section:
+    """Questions to models of text, after so many solved ones."""
+    parts = []
+    for setting, groups in settings_of([r for r in records if "few_shot" in r]).items():
+        first = next(iter(groups.values()))[0]["few_shot"]
+        shots = list(first["accuracy"])
+        guesses = ", ".join(f"{way} {number(value)}" for way, value in first["guesses"].items())
+        said = f"{first['task']}, the first {first['num_samples']:,} questions. Guessing reaches: {guesses}."
+        cut = {k: n for k, n in first["num_truncated"].items() if n}
+        if cut:
+            said += " Of the prompts, one an answer to choose, some were cut from the left to fit: "
+            said += ", ".join(f"{n:,} ({k}-shot)" for k, n in cut.items()) + "."
+        rows = []
+        for group, seeds in groups.items():
+            scores = ([r | {"few": r["few_shot"]["accuracy"][k]} for r in seeds] for k in shots)
+            rows.append((group, *(score_text(found, "few") for found in scores), *cost_cells(seeds)))
+        header = ("group", *(f"{k}-shot" for k in shots), *COSTS)
+        parts.append(Section(str(setting), [said, Table(header, rows)]))
+    return Section("Few-shot", [], parts)
+
+
+def votes_section(records: Sequence[Record]) -> Section:
+    """Majority votes of sampled chains of thought."""
+    parts = []
+    for setting, groups in settings_of([r for r in records if r.get("votes")]).items():
+        counts = sorted({int(k) for seeds in groups.values() for r in seeds for k in r["votes"]})
+        rows = [
+            (
+                group,
+                score_text(seeds, "accuracy"),
+                *(score_text([{**r, "vote": r["votes"].get(str(k))} for r in seeds], "vote") for k in counts),
+                *cost_cells(seeds),
+            )
+            for group, seeds in groups.items()
+        ]
+        header = ("group", "greedy", *(f"majority of {k}" for k in counts), *COSTS)
+        parts.append(Section(str(setting), [Table(header, rows)]))
+    return Section("Test-time scaling by majority vote", [], parts)
+
+
+def _flat(record: Record, gap: str) -> Record:
+    return {**record, "gap": record["gaps"].get(gap)}

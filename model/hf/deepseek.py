@@ -1,0 +1,325 @@
+"""Export to and import from Hugging Face's DeepseekV3 format; import of GPT-2 and Llama (see hf_dense.py).
+
+    python -m model.hf export --checkpoint runs/NAME/export --out DIR
+    python -m model.hf import --hf DIR --out DIR
+
+Without recurrence a ZeroModel is a DeepSeek-V3, and the names differ in two places only: experts lie
+stacked as w1, w3, w2 (gate, up, down), and multi-token prediction has a place of its own. transformers calls
+the modules of multi-token prediction unexpected, so they get a file that it does not read; vLLM reads it.
+
+Shapes: E experts, D hidden, V vocabulary.
+"""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config.model import ModelConfig, YarnConfig
+from model.hf.dense import DENSE, import_dense
+from model.hf.files import (
+    MTP_NAME,
+    check_config,
+    read_json,
+    read_weights,
+    rope_parameters,
+    save,
+    take,
+    write_json,
+)
+from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
+from model.pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_pretrained, save_weights
+from model.transformer import ZeroModel
+
+OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for
+
+# Fields of the same name and meaning on both sides.
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "num_attention_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "num_nextn_predict_layers",
+)
+# Fields whose other values the network here does not compute, with the only value it does.
+_FIXED: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+}
+_PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_MTP_PARTS = {"norm.": "shared_head.norm.", "layer.": "", "enorm.": "enorm.", "hnorm.": "hnorm."}
+
+
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the Hugging Face folder, with the keys that vLLM reads beside those of transformers.
+
+    Raises:
+        ValueError: the format cannot hold this model.
+    """
+    refusals = (
+        (config.recurrence.placement != "none", f"recurrence.placement={config.recurrence.placement}"),
+        (config.embedding_mixing > 0, f"embedding_mixing={config.embedding_mixing}"),
+        (config.num_pause_tokens > 0, f"num_pause_tokens={config.num_pause_tokens}"),
+        (config.num_memory_tokens > 0, f"num_memory_tokens={config.num_memory_tokens}"),
+        (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
+        (not config.use_mla, "use_mla=false"),
+        (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
+        (
+            not config.is_moe_layer(config.num_hidden_layers) and config.num_nextn_predict_layers > 0,
+            "multi-token prediction with a dense layer",
+        ),
+    )
+    for refused, what in refusals:
+        if refused:
+            raise ValueError(f"the DeepseekV3 format has no place for {what}; only models without it export")
+    dense = config.first_k_dense_replace if config.use_moe else config.num_hidden_layers
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **_FIXED,
+        **{name: getattr(config, name) for name in _SHARED},
+        "num_key_value_heads": config.num_attention_heads,
+        "first_k_dense_replace": dense,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _hf_rope_scaling(config),
+        "attention_dropout": 0.0,
+        "ep_size": 1,
+        "use_cache": True,
+        "bos_token_id": BOS_TOKEN_ID,
+        "eos_token_id": EOS_TOKEN_ID,
+        "pad_token_id": PAD_TOKEN_ID,
+        "torch_dtype": "float32",
+        OWN_CONFIG: config.to_dict(),
+    }
+
+
+def _hf_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
+    yarn = config.rope_scaling  # with latent attention nothing else
+    return None if yarn is None else {"rope_type": "yarn", **dataclasses.asdict(yarn)}
+
+
+def config_from_hf(values: dict[str, Any]) -> ModelConfig:
+    """The config of a Hugging Face folder; for one that hf_config wrote exactly the one it was given.
+
+    Raises:
+        ValueError: another kind of model, or one that the network here does not compute.
+    """
+    needed = (*_SHARED, "first_k_dense_replace")
+    check_config(values, "DeepseekV3", _FIXED, [name for name in needed if name not in _DEFAULTS])
+    if OWN_CONFIG in values:
+        own = ModelConfig.from_dict(values[OWN_CONFIG])
+        written = hf_config(own)
+        for name in needed:
+            if values.get(name, _DEFAULTS.get(name)) != written[name]:
+                raise ValueError(
+                    f"config.json has {name}={values.get(name)!r}, but its section {OWN_CONFIG!r} says "
+                    f"{written[name]!r}; delete the section or make them agree"
+                )
+        return own
+    values = _DEFAULTS | values
+    theta, yarn = _rope_from_hf(values)
+    return ModelConfig(
+        **{name: values[name] for name in _SHARED},
+        first_k_dense_replace=values["first_k_dense_replace"],
+        rope_theta=theta,
+        rope_scaling=yarn,
+    )
+
+
+_DEFAULTS: dict[str, Any] = {"num_nextn_predict_layers": 0, "q_lora_rank": None, "initializer_range": 0.02}
+
+
+def _rope_from_hf(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
+    theta, kind, rope = rope_parameters(values)
+    if kind == "default":
+        return theta, None
+    known = [field.name for field in dataclasses.fields(YarnConfig)]
+    odd = sorted(set(rope) - set(known))
+    if kind != "yarn" or odd:
+        what = f"keys {', '.join(odd)}" if kind == "yarn" else f"rope_type={kind!r}"
+        raise ValueError(f"config.json scales positions by {what}; only yarn with {', '.join(known)} is read")
+    # What transformers assumes where a key is absent.
+    absent: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
+    return theta, YarnConfig(**(absent | rope))
+
+
+def to_hf(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of ours under the names that lie on disk in the Hugging Face format; views, no copies."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        name = _mtp_to_hf(config, name)
+        match = re.fullmatch(r"(.*\.mlp\.experts)\.(w[123])", name)
+        if match is None:
+            out[name] = tensor
+        else:
+            for expert, weight in enumerate(tensor):
+                out[f"{match[1]}.{expert}.{_PROJECTIONS[match[2]]}.weight"] = weight
+    for prefix in _shared_expert_prefixes(config):
+        out |= _empty_shared_experts(config, prefix, state["lm_head.weight"].dtype)
+    L = config.num_hidden_layers
+    for layer in range(L, L + config.num_nextn_predict_layers):  # the copies that vLLM looks for
+        out[f"model.layers.{layer}.embed_tokens.weight"] = state["model.embed_tokens.weight"]
+        out[f"model.layers.{layer}.shared_head.head.weight"] = state["lm_head.weight"]
+    return out
+
+
+def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of to_hf.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    tensors = dict(tensors)
+    for prefix in _shared_expert_prefixes(config):
+        for name in _empty_shared_experts(config, prefix, torch.float32):
+            tensors.pop(name, None)
+    with torch.device("meta"):
+        expected = ZeroModel(config).state_dict()
+    L, state = config.num_hidden_layers, {}
+    for name, like in expected.items():
+        on_disk = _mtp_to_hf(config, name)
+        match = re.fullmatch(r"(.*\.mlp\.experts)\.(w[123])", on_disk)
+        if match is None:
+            state[name] = take(tensors, on_disk, like.shape)
+        else:
+            parts = (f"{match[1]}.{e}.{_PROJECTIONS[match[2]]}.weight" for e in range(len(like)))
+            state[name] = torch.stack([take(tensors, part, like.shape[1:]) for part in parts])
+    for layer in range(L, L + config.num_nextn_predict_layers):
+        for copy, original in (
+            (f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight"),
+            (f"model.layers.{layer}.shared_head.head.weight", "lm_head.weight"),
+        ):
+            if copy in tensors and not torch.equal(tensors.pop(copy), state[original]):
+                raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
+    if tensors:
+        raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} among them")
+    return state
+
+
+def _mtp_to_hf(config: ModelConfig, name: str) -> str:
+    """model.mtp.K.X -> model.layers.{L+K}.X' ; any other name stays."""
+    match = re.fullmatch(r"model\.mtp\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    rest = match[2]
+    for ours, theirs in _MTP_PARTS.items():
+        if rest.startswith(ours):
+            rest = theirs + rest.removeprefix(ours)
+            break
+    return f"model.layers.{config.num_hidden_layers + int(match[1])}.{rest}"
+
+
+def _shared_expert_prefixes(config: ModelConfig) -> list[str]:
+    """Layers without shared experts: transformers builds them with width 0 and wants their weights."""
+    if config.n_shared_experts or not config.has_experts:
+        return []
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    return [f"model.layers.{i}.mlp.shared_experts" for i in layers if config.is_moe_layer(i)]
+
+
+def _empty_shared_experts(config: ModelConfig, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    D = config.hidden_size
+    shapes = {"gate_proj": (0, D), "up_proj": (0, D), "down_proj": (D, 0)}
+    return {f"{prefix}.{name}.weight": torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+
+
+def export_folder(checkpoint: Path, out: Path) -> None:
+    """Writes the Hugging Face folder of an export/ folder of ours; the weights come last.
+
+    Raises:
+        ValueError, FileNotFoundError: see load_pretrained, hf_config and write_tokenizer.
+    """
+    model = load_pretrained(checkpoint)
+    values, tokenizer = hf_config(model.config), checkpoint / TOKENIZER_NAME
+    if not tokenizer.is_file():
+        raise FileNotFoundError(f"{tokenizer} is missing; export the checkpoint again")
+    tensors = to_hf(model.config, model.state_dict())
+    dtype = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer, out / TOKENIZER_NAME)
+    write_tokenizer(tokenizer, out, model.config.max_position_embeddings)
+    write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype})
+    first_mtp = model.config.num_hidden_layers
+    beyond = {name for name in tensors if _layer_number(name) >= first_mtp}
+    if beyond:
+        save(out / MTP_NAME, {name: tensors[name] for name in beyond})
+    save(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
+
+
+def import_folder(hf: Path, out: Path) -> None:
+    """Writes an export/ folder of ours from a Hugging Face folder.
+
+    Raises:
+        ValueError, FileNotFoundError: a file is missing or damaged, or the model is of another kind.
+    """
+    values = read_json(hf / CONFIG_NAME)
+    kind = str(values.get("model_type", _FIXED["model_type"]))
+    if kind not in (_FIXED["model_type"], *DENSE):
+        known = ", ".join((_FIXED["model_type"], *DENSE))
+        raise ValueError(f"config.json has model_type={kind!r}; only {known} can be imported")
+    if kind in DENSE:
+        import_dense(values, hf, out)
+        return
+    config = config_from_hf(values)
+    state = from_hf(config, read_weights(hf))
+    if (hf / TOKENIZER_NAME).is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(hf / TOKENIZER_NAME, out / TOKENIZER_NAME)
+    else:
+        print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one beside the weights", file=sys.stderr)
+    save_weights(out, config, state)
+
+
+def _layer_number(name: str) -> int:
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def main() -> None:
+    """The command line, export and import; a user's mistake ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description="Convert to and from Hugging Face's DeepseekV3 format.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a folder that transformers and vLLM read")
+    export.add_argument("--checkpoint", type=Path, required=True, help="export/ folder of a run")
+    read = commands.add_parser("import", help="read such a folder, or one of GPT-2 or Llama")
+    read.add_argument("--hf", type=Path, required=True, help="folder in the Hugging Face format")
+    for command in (export, read):
+        command.add_argument("--out", type=Path, required=True, help="folder to write")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "export":
+            export_folder(arguments.checkpoint, arguments.out)
+        else:
+            import_folder(arguments.hf, arguments.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {arguments.out}")

@@ -1,0 +1,203 @@
+"""Import of Hugging Face folders of GPT-2 and Llama kind, as models with plain attention and dense layers.
+
+Their values and names, the transposed matrices of GPT-2, and the halves that Llama rotates where the network
+here rotates neighbours, are those of transformers' modeling_gpt2.py and modeling_llama.py. Dropout is not
+taken over. The embedding, and a head of its own, get rows for the special tokens that hf_special_tokens.py
+adds.
+
+Shapes: D hidden, V vocabulary.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config.model import ModelConfig
+from model.hf.files import check_config, read_weights, rope_parameters, take, write_json
+from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
+from model.pretrained import TOKENIZER_NAME, save_weights
+from model.transformer import ZeroModel
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NOISE_SEED = 0
+
+_GPT2_FIXED: dict[str, Any] = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+_GPT2_TOP = {"wte": "embed_tokens", "wpe": "embed_positions", "ln_f": "norm"}
+_GPT2_LAYER = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+_LLAMA_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+def gpt2_config(values: dict[str, Any]) -> ModelConfig:
+    """The config of a GPT-2's config.json.
+
+    Raises:
+        ValueError: a size is missing, or the network here does not compute this model.
+    """
+    if values.get("activation_function") == "gelu_pytorch_tanh":  # the same function
+        values = {**values, "activation_function": "gelu_new"}
+    needed = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+    check_config(values, "GPT-2", _GPT2_FIXED, needed)
+    return ModelConfig(
+        vocab_size=values["vocab_size"],
+        hidden_size=values["n_embd"],
+        num_hidden_layers=values["n_layer"],
+        max_position_embeddings=values["n_positions"],
+        initializer_range=values.get("initializer_range", 0.02),
+        norm="layer_norm",
+        rms_norm_eps=values.get("layer_norm_epsilon", 1e-5),
+        position_embedding="learned",
+        tie_word_embeddings=values.get("tie_word_embeddings", True),
+        use_bias=True,
+        num_attention_heads=values["n_head"],
+        use_mla=False,
+        use_moe=False,
+        hidden_act="gelu",
+        intermediate_size=values.get("n_inner") or 4 * values["n_embd"],
+    )
+
+
+def llama_config(values: dict[str, Any]) -> ModelConfig:
+    """The config of a Llama's config.json.
+
+    Raises:
+        ValueError: a size is missing, or the network here does not compute this model.
+    """
+    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    check_config(values, "Llama", _LLAMA_FIXED, needed)
+    theta, kind, rope = rope_parameters(values)
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"config.json scales positions by rope_type={kind!r}; only llama3 is read")
+    return ModelConfig.from_dict(
+        {
+            **{name: values[name] for name in needed},
+            "max_position_embeddings": values.get("max_position_embeddings", 2048),
+            "initializer_range": values.get("initializer_range", 0.02),
+            "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+            "rope_theta": theta,
+            "rope_scaling": {"rope_type": kind, **rope} if kind == "llama3" else None,
+            "tie_word_embeddings": values.get("tie_word_embeddings", False),
+            "num_key_value_heads": values.get("num_key_value_heads"),
+            "head_dim": values.get("head_dim"),
+            "use_mla": False,
+            "use_moe": False,
+        }
+    )
+
+
+def gpt2_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2's tensors under our names.
+
+    Raises:
+        ValueError: see _complete.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        name = name.removeprefix("transformer.")  # missing in the folders of 2019
+        match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        if match is None or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # masks
+            continue
+        layer, part, kind = match.groups()
+        if layer is None:
+            found[f"model.{_GPT2_TOP[part]}.{kind}" if part in _GPT2_TOP else name] = value
+            continue
+        prefix = f"model.layers.{layer}"
+        value = value.T if value.dim() == 2 else value  # (in, out) on disk
+        if part == "attn.c_attn":
+            for third, projection in zip(value.tensor_split(3), ("q_proj", "k_proj", "v_proj"), strict=True):
+                found[f"{prefix}.self_attn.{projection}.{kind}"] = third.clone()
+        else:
+            found[f"{prefix}.{_GPT2_LAYER.get(part, part)}.{kind}"] = value
+    return _complete(config, found)
+
+
+def llama_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Llama's tensors, which have our names, with every head's halves (i, i + R/2) as pairs (2i, 2i+1).
+
+    Raises:
+        ValueError: see _complete.
+    """
+    found = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    state = _complete(config, found)
+    for name, value in state.items():
+        if re.search(r"self_attn\.[qk]_proj\.weight$", name):
+            halves = value.unflatten(0, (-1, 2, config.plain_head_dim // 2))
+            state[name] = halves.transpose(1, 2).flatten(0, 2)
+    return state
+
+
+def _complete(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's state.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, or has no place in the model.
+    """
+    with torch.device("meta"):
+        expected = ZeroModel(config).state_dict()
+    tied = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
+    state = {name: take(tensors, name, like.shape) for name, like in expected.items()}
+    if tied is not None and not torch.equal(tied, state[EMBEDDING]):
+        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; mend one of them")
+    if tensors:
+        raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} among them")
+    return state
+
+
+def with_rows(weight: Tensor, tokens: SpecialTokens) -> Tensor:
+    """weight (V, D) of embedding or head -> (V', D), with a row for every special token that was added.
+
+    A new row is the mean of the known tokens' rows plus normal noise of their standard deviation in every
+    column, so that new tokens resemble known ones and differ from each other.
+    """
+    known = weight[: tokens.known].float()
+    grown = weight.new_zeros(tokens.ids[VOCAB_SIZE], weight.shape[1])
+    grown[: len(weight)] = weight
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    noise = torch.randn(len(tokens.added), weight.shape[1], generator=generator)
+    grown[tokens.added] = (known.mean(0) + known.std(0) * noise).to(weight.dtype)
+    return grown
+
+
+Importer = tuple[
+    Callable[[dict[str, Any]], ModelConfig], Callable[[ModelConfig, dict[str, Tensor]], dict[str, Tensor]]
+]
+DENSE: dict[str, Importer] = {  # by model_type
+    "gpt2": (gpt2_config, gpt2_state),
+    "llama": (llama_config, llama_state),
+}
+
+
+def import_dense(values: dict[str, Any], hf: Path, out: Path) -> None:
+    """Writes an export/ folder of ours, the tokenizer first.
+
+    Args:
+        values: config.json, of a model_type in DENSE.
+
+    Raises:
+        ValueError, FileNotFoundError: a file is missing or damaged, or the model is of another kind.
+    """
+    read_config, read_state = DENSE[values["model_type"]]
+    config = read_config(values)
+    tokenizer, tokens = add_special_tokens(hf, values)
+    state = read_state(config, read_weights(hf))
+    for name in (EMBEDDING, HEAD):
+        if name in state:
+            state[name] = with_rows(state[name], tokens)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / TOKENIZER_NAME, tokenizer)
+    grown = {**config.to_dict(), "vocab_size": tokens.ids[VOCAB_SIZE]}
+    save_weights(out, ModelConfig.from_dict(grown), state)

@@ -1,0 +1,86 @@
+"""The special tokens that training needs, in the tokenizer.json of a Hugging Face folder.
+
+<pad>, <bot>, <eot> and <step> are added where they are missing. Which id has which task is written into a
+section of the file's own, which data_pipeline/tokenization/json_tokenizer.py reads.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.hf.files import read_json
+
+SECTION = "zeromodel"  # key of the file
+VOCAB_SIZE = "vocab_size"
+ADDED = {"pad_id": "<pad>", "bot_id": "<bot>", "eot_id": "<eot>", "step_separator_id": "<step>"}
+
+
+class SpecialTokens(NamedTuple):
+    """What was added to a vocabulary."""
+
+    ids: dict[str, int]  # the section: by task, and the vocabulary's size
+    known: int  # tokens before
+    added: list[int]  # ids that are new
+
+
+def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any], SpecialTokens]:
+    """The folder's tokenizer.json with the special tokens and the section.
+
+    Args:
+        values: config.json.
+
+    Raises:
+        ValueError, FileNotFoundError: the file is missing, of another kind, or does not fit the model.
+    """
+    path = hf / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; write it by transformers' AutoTokenizer.from_pretrained(DIR)"
+            ".save_pretrained(DIR)"
+        )
+    tokenizer = read_json(path)
+    model = tokenizer.get("model") or {}
+    kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's file of 2020 has no type
+    if kind != "BPE":
+        raise ValueError(f"{path} holds a tokenizer of type {kind!r}; only BPE is read")
+    listed = list(tokenizer.get("added_tokens") or [])
+    special = {token["content"]: int(token["id"]) for token in listed if token["special"]}
+    vocabulary = model["vocab"] | {token["content"]: int(token["id"]) for token in listed}
+    known = size = max(vocabulary.values()) + 1
+    if known > values["vocab_size"]:
+        raise ValueError(
+            f"{path} has {known} tokens, but config.json has vocab_size={values['vocab_size']}; use files of "
+            "one model"
+        )
+    ids = _document_ends(hf, values, special)
+    for task, name in ADDED.items():
+        if name in vocabulary and name not in special:
+            raise ValueError(f"{path} has {name} as an ordinary token, which a text can hold; rename it")
+        if name not in special:
+            special[name] = size
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+            listed.append({"id": size, "content": name, **flags, "special": True})
+            size += 1
+        ids[task] = special[name]
+    ids[VOCAB_SIZE] = max(size, values["vocab_size"])
+    changed = {"added_tokens": listed, "truncation": None, "padding": None, SECTION: ids}
+    return {**tokenizer, **changed}, SpecialTokens(ids, known, list(range(known, size)))
+
+
+def _document_ends(hf: Path, values: dict[str, Any], special: dict[str, int]) -> dict[str, int]:
+    """Ids of the tokens before and after a document; without one for the start the other's (GPT-2)."""
+    path, found = hf / "tokenizer_config.json", dict[str, int | None]()
+    named = read_json(path) if path.is_file() else {}
+    for end in ("bos", "eos"):
+        token, number = named.get(f"{end}_token"), values.get(f"{end}_token_id")
+        if token is None:
+            found[end] = number[0] if isinstance(number, list) else number
+        else:
+            found[end] = special.get(token["content"] if isinstance(token, dict) else token)
+    eos = found["eos"]
+    bos = eos if found["bos"] is None else found["bos"]
+    if bos is None or eos is None or not {bos, eos} <= set(special.values()):
+        raise ValueError(
+            f"{hf} has bos id {bos} and eos id {eos}, which are not special tokens of its tokenizer.json; "
+            "name them as bos_token and eos_token in tokenizer_config.json"
+        )
+    return {"bos_id": bos, "eos_id": eos}

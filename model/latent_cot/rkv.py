@@ -1,0 +1,310 @@
+"""R-KV: which tokens of a KV cache to keep (arXiv 2505.24133, section 3; github.com/Zefan-Cai/R-KV, rkv/).
+
+A token's score is lambda I - (1 - lambda) R: what recent queries attend to is important, what later keys
+repeat is redundant. Two uses: compressing the cache while generating (CacheCompressor), and choosing the
+tokens of a chain of thought that a student distils (select; KaVa, arXiv 2510.02312).
+
+Where paper and code differ or are silent:
+- lambda is the paper's 0.1; the code's default is 0.07.
+- From the code: of a key's similar neighbours (cosine above 0.5) one, the latest, is zeroed; attention is
+  max-pooled over 7 places after the mean over queries; the maximum over the query heads of a group is taken
+  of the logits; keys are compared as the cache holds them, rotated.
+- A key without a similar neighbour has nothing zeroed. The code then zeroes its similarity to the first key,
+  a side effect of how it looks the neighbour up.
+- The prompt stays whole, so neither I nor R looks at it: both are over the generated tokens.
+
+Shapes: B batch, T queries, S candidates, H query heads, G key-value heads (latent attention: H), K key width,
+W numbers per cached token, n kept.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.cache import LatentCache, Slot
+from model.layers import rotate, rotations, wide
+
+if TYPE_CHECKING:
+    from model.config.model import ModelConfig
+    from model.transformer import ZeroModel
+
+OBSERVATION_WINDOW = 8  # last tokens, whose queries judge the others and which always stay
+POOL = 7  # places that share the largest attention among them
+SIMILAR = 0.5  # cosine above which two keys say the same
+IMPORTANCE_SHARE = 0.1  # lambda
+POLICIES = ("rkv", "random", "uniform")
+
+
+def importance(
+    query: Tensor, keys: Tensor, mask: Tensor, query_mask: Tensor, scale: float, pool: int = POOL
+) -> Tensor:
+    """Attention of the queries onto the candidates alone: (B, G, S), 0 where no query is real.
+
+    Args:
+        query: (B, T, H, K), rotated as the keys are; all of them after all candidates.
+        keys: (B, S, G, K); H a multiple of G.
+        mask: (B, S) booleans, False: padding, gets no attention.
+        query_mask: (B, T) booleans, False: padding, left out of the mean.
+        scale: factor on query-key products.
+        pool: width of the max-pool over places, odd; 1: none.
+    """
+    grouped = wide(query).unflatten(2, (keys.shape[2], -1))
+    logits = scale * torch.einsum("btgnk,bsgk->bgnts", grouped, wide(keys)).amax(2)
+    weights = _softmax(logits, mask[:, None, None]) * query_mask[:, None, :, None]
+    mean = weights.sum(2) / query_mask.sum(1).clamp(min=1)[:, None, None]
+    return F.max_pool1d(mean, pool, stride=1, padding=pool // 2)
+
+
+def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
+    """How much the other keys resemble each key: (B, G, S), sums to 1 over a row's real places.
+
+    Of the keys that resemble a key the latest is not held against: the last copy of a repetition stays.
+
+    Args:
+        keys: (B, S, G, K).
+        mask: (B, S) booleans, False: padding, neither compared nor counted.
+    """
+    unit = F.normalize(wide(keys), dim=-1).transpose(1, 2)
+    place = torch.arange(keys.shape[1], device=keys.device)
+    compared = mask[:, None, :, None] & mask[:, None, None, :] & (place != place[:, None])
+    cosine = (unit @ unit.mT).masked_fill(~compared, 0)
+    latest = torch.where(cosine > SIMILAR, place, -1).amax(-1, keepdim=True)
+    cosine = cosine.masked_fill(place == latest, 0)
+    mean = cosine.sum(-2) / mask.sum(1).clamp(min=1)[:, None, None]
+    return _softmax(mean, mask[:, None])
+
+
+def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last dimension's real places; 0 elsewhere, and everywhere where none is real."""
+    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
+
+
+def select(
+    importance: Tensor,
+    keys: Tensor,
+    mask: Tensor,
+    budget: int,
+    lambda_: float = IMPORTANCE_SHARE,
+    policy: str = "rkv",
+    seed: int = 0,
+    shared: bool = False,
+) -> Tensor:
+    """The candidates to keep.
+
+    Args:
+        importance: (B, G, S), larger is kept longer; read by policy rkv alone.
+        keys: (B, S, G, K), compared with each other; of them the other policies read the shape alone.
+        mask: (B, S) booleans, False: padding.
+        budget: candidates to keep of every row and head.
+        lambda_: share of the importance in the score; the rest is the redundancy's.
+        policy: rkv | random | uniform (evenly spaced over the row's real candidates). The last two do not
+            depend on padding, on a row's place in the batch or on the batch's size.
+        seed: of policy random; the same places of all rows are drawn, so that it should change by step.
+        shared: one choice for all heads, by their mean score.
+
+    Returns:
+        (B, G, n) int64, or (B, 1, n) if shared, n = min(budget, S), in temporal order. Where a row has fewer
+        real candidates than n, they come first and padding follows, which the caller masks by
+        mask[:, None].expand(-1, G, -1).gather(2, indices).
+
+    Raises:
+        ValueError: unknown policy, or a budget below 1.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy={policy} is unknown; choose one of {', '.join(POLICIES)}")
+    if budget < 1:
+        raise ValueError(f"budget={budget} candidates must be at least 1")
+    if policy == "rkv":
+        score = joint_score(importance, redundancy(keys, mask), lambda_)
+    else:
+        score = _blind_score(mask, keys.shape[2], budget, policy, seed)
+    return best(score.mean(1, keepdim=True) if shared else score, mask, budget)
+
+
+def joint_score(importance: Tensor, redundancy: Tensor, lambda_: float) -> Tensor:
+    """lambda I - (1 - lambda) R, the score by which the paper evicts."""
+    return lambda_ * importance - (1 - lambda_) * redundancy
+
+
+def _blind_score(mask: Tensor, heads: int, budget: int, policy: str, seed: int) -> Tensor:
+    """Scores (B, G, S) of the policies that look at no content, by a candidate's rank in its row."""
+    rank = (mask.long().cumsum(1) - 1).clamp(min=0)
+    if policy == "uniform":  # of n candidates those where floor(budget rank / n) goes up, in integers
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        rises = (rank + 1) * budget // count > rank * budget // count
+        return rises.float()[:, None].expand(-1, heads, -1)
+    # Drawn place by place, so that longer rows continue the draws of shorter ones.
+    draws = torch.rand(mask.shape[1], heads, generator=torch.Generator().manual_seed(seed))
+    return draws.to(mask.device)[rank].transpose(1, 2)
+
+
+def best(score: Tensor, mask: Tensor, budget: int) -> Tensor:
+    """Places (B, G, n) of the highest scores (B, G, S), see select; of equal ones the earlier."""
+    S = score.shape[2]
+    order = score.masked_fill(~mask[:, None], float("-inf")).sort(dim=-1, descending=True, stable=True)
+    kept = order.indices[..., : min(budget, S)]
+    padding = ~mask[:, None].expand_as(score).gather(2, kept)
+    return (kept + S * padding).sort(dim=-1).values % S
+
+
+def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer's attention reads from its cache.
+
+    Args:
+        layer: its number.
+        held: (B, S, W), a slot of a LatentCache.
+
+    Returns:
+        Rotated keys (B, S, G, K) and values (B, S, G, V); of latent attention those of all H heads,
+        reconstructed from the latents.
+    """
+    c = model.config
+    if not c.use_mla:
+        keys, values = held.unflatten(-1, (-1, c.plain_head_dim)).chunk(2, 2)
+        return keys, values
+    attention: Any = model.model.layers[layer].self_attn
+    latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+    expanded = attention.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
+    k_nope, values = expanded.split([c.qk_nope_head_dim, c.v_head_dim], -1)
+    k_rope = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
+    return torch.cat((k_nope, k_rope), -1), values
+
+
+def expanded_keys(model: "ZeroModel", layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cached_keys with any rotation by positions (B or 1, S) taken back: keys before RoPE, and values."""
+    keys, values = cached_keys(model, layer, held)
+    if model.config.learned_positions:
+        return keys, values
+    width = model.config.rotary_dim
+    turned_back = rotate(keys[..., -width:], rotations(positions, model.config).reciprocal())
+    return torch.cat((keys[..., :-width], turned_back), -1), values
+
+
+class CacheCompressor:
+    """Keeps a cache at the prompt and at most budget + buffer generated tokens.
+
+    Whenever so many are held they are cut to `budget`, among them the last OBSERVATION_WINDOW. Every slot
+    (layer, loop step) chooses for itself; in plain attention every key-value head as well. Latent attention
+    makes one choice per slot, for its heads share the latents. Of a slot that several loop steps read, the
+    queries of all of them count.
+
+    Tokens keep the positions they were read at, so a cache's length says no longer where the next one is.
+    Of what the embeddings' convolution has read, the last tokens stay: it looks at no others.
+
+    Args:
+        model: the model that reads.
+        tokens: (B, T) int64, the prompt, not yet read.
+        attention_mask: (B, T), 1 where a token is real; None: all.
+        cache: empty; this collects its queries.
+        budget: generated tokens to keep.
+        buffer: tokens to generate between two cuts.
+
+    Raises:
+        ValueError: budget or buffer too small, or a model that caches more than keys and values.
+    """
+
+    def __init__(
+        self,
+        model: "ZeroModel",
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        cache: LatentCache,
+        budget: int,
+        buffer: int,
+    ) -> None:
+        _check(model.config, budget, buffer)
+        self.model, self.cache, self.budget, self.limit = model, cache, budget, budget + buffer
+        self.prompt_length = tokens.shape[1]
+        real = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
+        self.position = real.sum(1, keepdim=True) - 1  # (B, 1), of the last token read
+        self.window: deque[dict[Slot, list[Tensor]]] = deque(maxlen=OBSERVATION_WINDOW)
+
+    def next_position(self) -> Tensor:
+        """(B, 1) position of the next generated token."""
+        self.position = self.position + 1
+        return self.position
+
+    def after_pass(self, attention_mask: Tensor | None) -> Tensor | None:
+        """To be called after every pass; cuts the cache where it is full.
+
+        Args:
+            attention_mask: (B, S) of the cached tokens.
+
+        Returns:
+            That of the tokens now cached.
+        """
+        if self.cache.queries is not None:  # not of the prompt
+            self.window.append(self.cache.queries)
+        self.cache.queries = {}
+        generated = self.cache.length - self.prompt_length
+        if generated < self.limit:
+            return attention_mask
+        if attention_mask is None:
+            rows = self.position.shape[0]
+            real = torch.ones(rows, generated, dtype=torch.bool, device=self.position.device)
+        else:
+            real = attention_mask[:, self.prompt_length :].bool()
+        self.cache.keep(self.prompt_length, lambda slot, held: self._places(slot, held, real))
+        if attention_mask is None:
+            return None
+        # Every slot and head keeps its real tokens first, and all of them where they are few.
+        kept = torch.arange(self.budget, device=real.device) < real.sum(1, keepdim=True)
+        return torch.cat((attention_mask[:, : self.prompt_length], kept.to(attention_mask.dtype)), 1)
+
+    def _places(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
+        """Kept places of a slot's generated tokens held (B, S, W): (B, parts of W, budget)."""
+        if slot[0] == "embedding":
+            last = torch.arange(held.shape[1] - self.budget, held.shape[1], device=held.device)
+            return last.expand(len(held), 1, -1)
+        layer, recent = int(slot[0]), OBSERVATION_WINDOW
+        keys, _ = cached_keys(self.model, layer, held)
+        score = joint_score(
+            F.pad(self._importance(slot, keys[:, :-recent], real), (0, recent)),
+            redundancy(keys, real),
+            IMPORTANCE_SHARE,
+        )
+        if self.model.config.use_mla:
+            score = score.mean(1, keepdim=True)
+        score[..., -recent:] = float("inf")
+        places = best(score, real, self.budget)
+        return places if self.model.config.use_mla else places.repeat(1, 2, 1)  # of keys, and of values
+
+    def _importance(self, slot: Slot, candidates: Tensor, real: Tensor) -> Tensor:
+        """(B, G, S) of candidates (B, S, G, K) in the eyes of the last tokens' queries."""
+        asked = [query for queries in self.window for query in queries.get(slot, [])]
+        if not asked:  # a loop step that none of the last tokens reached
+            return candidates.new_zeros(len(candidates), candidates.shape[2], candidates.shape[1])
+        attention: Any = self.model.model.layers[int(slot[0])].self_attn
+        query = torch.cat(asked, 1)
+        # A row whose last tokens are padding has ended: nobody reads what it keeps.
+        every = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+        return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
+
+
+def _check(config: "ModelConfig", budget: int, buffer: int) -> None:
+    if budget <= OBSERVATION_WINDOW or buffer < 1:
+        raise ValueError(
+            f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least "
+            f"{OBSERVATION_WINDOW + 1}, since the last {OBSERVATION_WINDOW} tokens always stay, and the "
+            "buffer at least 1"
+        )
+    halting = config.recurrence.halting
+    averages = config.recurrence.placement != "none" and halting.kind != "fixed"
+    for refused, name in (
+        (config.num_memory_tokens, f"num_memory_tokens={config.num_memory_tokens}"),
+        (config.num_pause_tokens, f"num_pause_tokens={config.num_pause_tokens}"),
+        (config.embedding_mixing > budget, f"embedding_mixing={config.embedding_mixing}"),
+        (
+            config.recurrence.position_mixing,
+            f"recurrence.position_mixing={config.recurrence.position_mixing}",
+        ),
+        (averages and halting.granularity != "token", f"halting.granularity={halting.granularity}"),
+    ):
+        if refused:
+            raise ValueError(
+                f"kv_budget={budget} drops keys and values of single tokens, but a model with {name} needs "
+                "more of every token it has read; leave kv_budget out"
+            )

@@ -1,0 +1,172 @@
+"""What a loop reports of itself: how long each token ran, how much its state moved, and the terms of the loss
+that weigh this. Weights and names of the terms stand in losses.py.
+
+Shapes: B batch, T tokens, W width of the state, N loop steps.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.config.recurrence import HaltingConfig
+from model.layers import wide
+
+LATENT_TERMS = ("ponder", "stability", "sparsity", "information")
+TEMPERATURE = 0.1  # of the contrastive bound on information
+
+
+class LoopTrace(NamedTuple):
+    """One loop of one forward pass."""
+
+    halt_probs: Tensor  # (B, T, N) fp32, p_n
+    num_iterations: Tensor  # (B, T) int64, steps executed
+    ponder_cost: Tensor  # (B, T) fp32: expected steps; for act, steps and remainder (Graves 2016, eq. 14)
+    residuals: Tensor  # (N,) fp32, mean |s_n - s_(n-1)| / |s_(n-1)| over the tokens that ran step n
+    terms: Tensor  # (4,) fp32, LATENT_TERMS: means over the tokens of a row, summed over the rows
+
+
+def relative_change(before: Tensor, after: Tensor) -> Tensor:
+    """|after - before| / |before| of states (B, T, W) -> (B, T) fp32."""
+    before, after = wide(before), wide(after)
+    return (after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)
+
+
+def loop_trace(
+    config: HaltingConfig,
+    probabilities: list[Tensor],
+    executed: list[Tensor],
+    states: list[Tensor],
+    out: Tensor,
+    segment: Tensor | None,
+    token_mask: Tensor | None,
+) -> LoopTrace:
+    """Sums a pass up.
+
+    Args:
+        probabilities, executed: (B, T) of each of the N steps, see Halting.
+        states: (B, T, W), the initial one and that after each step.
+        out: (B, T, W), what the loop hands on.
+        segment: (B, S), see attention_backends.segments; only the last T places count.
+        token_mask: (B, T), False under padding; None: no padding.
+    """
+    p, ran = wide(torch.stack(probabilities, -1)), torch.stack(executed, -1)
+    real = torch.ones_like(ran[..., 0]) if token_mask is None else token_mask
+    steps = ran.sum(-1)
+    numbers = torch.arange(1, p.shape[-1] + 1, device=p.device)
+    final = (steps[..., None] == numbers).float()
+    cost = steps + (p * final).sum(-1) if config.kind == "act" else (p * numbers).sum(-1)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.stability_weight > 0):
+        changes = torch.stack([relative_change(a, b) for a, b in zip(states, states[1:], strict=False)], -1)
+    counted = (ran & real[..., None]).float()
+    residuals = (changes.detach() * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)
+    zero = torch.zeros_like(cost)
+    terms = (
+        _ponder(config, p, cost) if config.learned else zero,
+        _stability(p, changes) if config.stability_weight else zero,
+        hoyer_square(out) if config.sparsity_weight else zero,
+        _lost_information(states, segment, real) if config.information_weight else zero,
+    )
+    weights = real / real.sum(1, keepdim=True).clamp(min=1)
+    sums = torch.stack([(term * weights).sum() for term in terms])
+    return LoopTrace(p, steps, cost, residuals, sums)
+
+
+def _ponder(config: HaltingConfig, p: Tensor, cost: Tensor) -> Tensor:
+    """(B, T) cost of thinking, of probabilities (B, T, N).
+
+    act: steps + remainder (Graves 2016, eq. 14), whose gradient is the remainder's. ponder: KL(p || truncated
+    geometric) (PonderNet, eq. 8). entropy: -H(p), which is the divergence from a uniform prior but for log N
+    (Ouro, arXiv 2510.25741, eq. 4).
+    """
+    if config.kind == "act":
+        return cost
+    log_p = p.clamp(min=1e-12).log()
+    if config.kind == "entropy":
+        return (p * log_p).sum(-1)
+    steps = torch.arange(p.shape[-1], device=p.device)
+    prior = (config.ponder_prior * (1 - config.ponder_prior) ** steps).float()
+    return (p * (log_p - (prior / prior.sum()).log())).sum(-1)
+
+
+def _stability(p: Tensor, changes: Tensor) -> Tensor:
+    """(B, T): squared relative change of each step, times the probability of having halted before it.
+
+    Counts after halting only: penalising every change would reward doing nothing.
+    """
+    halted = (p.cumsum(-1) - p).detach()
+    return (halted * changes.square()).sum(-1)
+
+
+def hoyer_square(x: Tensor) -> Tensor:
+    """(..., W) -> (...): (|x|_1 / |x|_2)^2 from 1..W brought to 0..1; 0 is one non-zero number, 1 all equal
+    (Yang et al. 2020, eq. 4).
+    """
+    x = wide(x)
+    ratio = x.abs().sum(-1).square() / x.square().sum(-1).clamp(min=1e-12)
+    return (ratio - 1) / max(x.shape[-1] - 1, 1)
+
+
+def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor) -> Tensor:
+    """(B, T): minus a lower bound, in nats, of the information that successive states share.
+
+    InfoNCE (van den Oord et al. 2018, eq. 5): a state must be told from those of the document's other tokens
+    by the state before it; log(tokens) - loss bounds the information from below. Mean over the steps.
+    """
+    B, T = real.shape
+    document = torch.zeros(B, T, device=real.device) if segment is None else segment[:, -T:].expand(B, T)
+    same = (document[:, :, None] == document[:, None, :]) & real[:, :, None] & real[:, None, :]
+    same = same | torch.eye(T, dtype=torch.bool, device=real.device)
+    tokens, total = same.sum(-1).log(), torch.zeros((), device=real.device)
+    for before, after in zip(states, states[1:], strict=False):
+        unit_before, unit_after = (F.normalize(wide(s), dim=-1) for s in (before, after))
+        likeness = (unit_after @ unit_before.transpose(1, 2) / TEMPERATURE).masked_fill(~same, float("-inf"))
+        loss = likeness.logsumexp(-1) - likeness.diagonal(dim1=1, dim2=2)
+        total = total + loss - tokens
+    return total / (len(states) - 1)
+
+
+def loop_sums(
+    num_iterations: Tensor, halt_probs: Tensor, residuals: Tensor, real: Tensor | None = None
+) -> Tensor:
+    """What loop_figures needs of one batch, to be added up over batches and ranks.
+
+    Args:
+        num_iterations: (U, B, T) of U loops, see LoopTrace.
+        halt_probs: (U, B, T, N).
+        residuals: (U, N).
+        real: (B, T), False under padding; None: no padding.
+
+    Returns:
+        (3, N) fp64: tokens that stopped after each step, their probability, change times tokens that ran.
+    """
+    N = halt_probs.shape[-1]
+    real = torch.ones_like(num_iterations[0], dtype=torch.bool) if real is None else real
+    steps = num_iterations[:, real]
+    ran = torch.stack([(steps > n).sum(1) for n in range(N)], -1).double()
+    stopped = ran.sum(0) - torch.cat((ran.sum(0)[1:], ran.new_zeros(1)))
+    probability = halt_probs[:, real].double().sum((0, 1))
+    return torch.stack((stopped, probability, (residuals.double() * ran).sum(0)))
+
+
+def loop_figures(sums: Tensor) -> dict[str, float | list[float]]:
+    """Means of loop_sums, (3, N).
+
+    `steps_mean`; `steps_histogram`, the share of tokens that stopped after each step; `halting_distribution`,
+    mean p_n; `residuals`, mean relative change in each step, of the tokens that ran it; `convergence_ratio`,
+    that of the last step over that of the first.
+    """
+    stopped, probability, moved = sums
+    ran = stopped.flip(0).cumsum(0).flip(0)
+    steps = torch.arange(1, len(stopped) + 1, device=sums.device)
+    residuals = moved / ran.clamp(min=1)
+    last = int((ran > 0).sum()) - 1
+    tokens = stopped.sum().clamp(min=1)
+    return {
+        "steps_mean": float((stopped * steps).sum() / tokens),
+        "steps_histogram": (stopped / tokens).tolist(),
+        "halting_distribution": (probability / tokens).tolist(),
+        "residuals": residuals.tolist(),
+        "convergence_ratio": float(residuals[last] / residuals[0].clamp(min=1e-12)),
+    }
