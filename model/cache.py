@@ -5,16 +5,12 @@ Shapes: B batch, T new tokens, S cached tokens, W numbers per token.
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.config.model import ModelConfig
-    from model.memory import MemoryState
-
 from model.config.recurrence import RecurrenceConfig
+from model.memory import MemoryState
 
 Slot = tuple[int | str, int]  # (layer or named place, loop step)
 
@@ -205,21 +201,6 @@ def kept_keys(
     if config.virtual_layers is not None and len(previous) == config.virtual_layers:
         return (*previous[:-1], new)
     return (*previous, new)
-
-
-def decodes_exactly(config: "ModelConfig", num_steps: int) -> bool:
-    """Whether tokens read in several passes over a cache give what one pass over all of them gives.
-
-    For the loops' caches see kept_keys. A recurrent memory is a state: what it has read cannot be moved or
-    shared, so that it counts as inexact.
-    """
-    r = config.recurrence
-    if config.num_memory_tokens:
-        return False
-    if r.placement != "block":
-        return True
-    all_kept = r.cache in ("per_step", "parallel") and num_steps <= (r.virtual_layers or num_steps)
-    return all_kept or r.cache == "first"
 
 
 def slot_of(config: RecurrenceConfig, step: int) -> int:

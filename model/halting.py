@@ -9,17 +9,14 @@ Shapes: B batch, T tokens, S cached and new tokens, W width of the state, N loop
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backends.attention import AttentionContext
 from model.config.recurrence import HaltingConfig
 from model.layers import Linear, wide
-
-if TYPE_CHECKING:
-    from model.backends.attention import AttentionContext
 
 # An untrained unit halts with probability 0.12 a step, so that learning starts from many steps.
 HALTING_BIAS = -2.0
@@ -54,7 +51,7 @@ class Halting:
         config: HaltingConfig,
         unit: HaltingUnit | None,
         active: bool,
-        context: "AttentionContext",
+        context: AttentionContext,
         place: str,
         num_steps: int,
         predict: Callable[[Tensor], Tensor] | None = None,

@@ -4,7 +4,6 @@ Shapes: B batch, T prompt tokens, n new tokens, S cached tokens.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,7 @@ from torch import Tensor
 
 from model.cache import LatentCache
 from model.generate import PAD_TOKEN_ID, check_length
-
-if TYPE_CHECKING:
-    from model.transformer import ZeroModel
+from model.transformer import ZeroModel
 
 
 @dataclass
@@ -36,7 +33,7 @@ class _Drafter:
     as a place that `real` masks like padding, so rows may advance at different speeds.
     """
 
-    def __init__(self, model: "ZeroModel", real: Tensor, num_steps: int | None) -> None:
+    def __init__(self, model: ZeroModel, real: Tensor, num_steps: int | None) -> None:
         self.model, self.real, self.num_steps = model, real, num_steps
         self.caches = LatentCache(limited=False), LatentCache(limited=False)
 
@@ -76,7 +73,7 @@ class _Drafter:
 
 @torch.no_grad()
 def generate_speculatively(
-    model: "ZeroModel",
+    model: ZeroModel,
     tokens: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,

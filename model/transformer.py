@@ -4,7 +4,7 @@ Shapes: B batch, T new tokens, S cached and new tokens, D hidden, V vocabulary.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from model.cache import LatentCache, full_mask
 from model.config.execution import ExecutionConfig, attention_backend
 from model.config.model import ModelConfig
 from model.decoder import AUX_TERMS
+from model.export_files import save_weights
 from model.generate import generate
 from model.initialization import initialize
+from model.interface import ModelOutput
 from model.latent_cot.modules import LatentThoughts
 from model.layer_stack import Transformer, TransformerOutput, no_aux
 from model.layers import rotations
@@ -26,23 +28,6 @@ from model.losses import IGNORE_INDEX, plain_loss_terms, total_loss
 from model.moe import MoE
 from model.mtp import shifted
 from model.recurrence import stacked_traces
-
-
-class ModelOutput(NamedTuple):
-    """Logits and hidden states when no targets are given; otherwise the loss of this batch and its terms.
-
-    A named tuple, since ZeRO-3 looks for tensors in tuples and dicts only.
-    """
-
-    logits: Tensor | None = None  # (B, T, V), or of the last logits_to_keep places
-    hidden: Tensor | None = None  # (B, T, D), normed
-    loss: Tensor | None = None  # normalised by this batch's own counts
-    loss_sums: dict[str, Tensor] | None = None  # one scalar per term of losses.loss_terms, not normalised
-    # Of the U loops, without recurrence None; see latent_terms.LoopTrace
-    halt_probs: Tensor | None = None  # (U, B, T, N)
-    num_iterations: Tensor | None = None  # (U, B, T)
-    ponder_cost: Tensor | None = None  # (U, B, T)
-    residuals: Tensor | None = None  # (U, N)
 
 
 class ZeroModel(nn.Module):
@@ -360,13 +345,16 @@ class ZeroModel(nn.Module):
         """Whether the loss of `training_step` is another one than that of the step before."""
         return False
 
+    def attention_layer(self, layer: int) -> Any:
+        """The attention of decoder layer number `layer`."""
+        decoder: Any = self.model.layers[layer]
+        return decoder.self_attn
+
     def moe_layers(self) -> list[MoE]:
         return [m for m in self.modules() if isinstance(m, MoE)]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json."""
-        from model.pretrained import save_weights
-
         save_weights(Path(directory), self.config, self.state_dict())
 
 

@@ -37,6 +37,10 @@ class HFConfig:
     places_per_token: int = 1
     num_memory_tokens: int = 0
 
+    def decodes_exactly(self, num_steps: int) -> bool:
+        """See ModelConfig.decodes_exactly: nothing loops here."""
+        return True
+
 
 class HFTokenizer:
     """A tokenizer of transformers with the methods of data_pipeline.tokenizer.Tokenizer.

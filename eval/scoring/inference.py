@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline.tokenization.tokenizer import PAD_ID, Tokenizer
 from model import ZeroModel
 from model.cache import LatentCache
-from model.transformer import ModelOutput
+from model.interface import ModelOutput
 
 ADAPTIVE = "adaptive"
 Depth = int | str | None  # loop steps, ADAPTIVE, or None: as the model is configured

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.config.model import ModelConfig, YarnConfig
+from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
 from model.hf.dense import DENSE, import_dense
 from model.hf.files import (
     MTP_NAME,
@@ -34,7 +35,7 @@ from model.hf.files import (
     write_json,
 )
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
-from model.pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_pretrained, save_weights
+from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
 
 OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for

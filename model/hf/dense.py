@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from model.config.model import ModelConfig
+from model.export_files import TOKENIZER_NAME, save_weights
 from model.hf.files import check_config, read_weights, rope_parameters, take, write_json
 from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
-from model.pretrained import TOKENIZER_NAME, save_weights
 from model.transformer import ZeroModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -18,18 +18,15 @@ W numbers per cached token, n kept.
 """
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import LatentCache, Slot
+from model.config.model import ModelConfig
+from model.interface import LanguageModel
 from model.layers import rotate, rotations, wide
-
-if TYPE_CHECKING:
-    from model.config.model import ModelConfig
-    from model.transformer import ZeroModel
 
 OBSERVATION_WINDOW = 8  # last tokens, whose queries judge the others and which always stay
 POOL = 7  # places that share the largest attention among them
@@ -150,7 +147,7 @@ def best(score: Tensor, mask: Tensor, budget: int) -> Tensor:
     return (kept + S * padding).sort(dim=-1).values % S
 
 
-def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, Tensor]:
+def cached_keys(model: LanguageModel, layer: int, held: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer's attention reads from its cache.
 
     Args:
@@ -165,7 +162,7 @@ def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, T
     if not c.use_mla:
         keys, values = held.unflatten(-1, (-1, c.plain_head_dim)).chunk(2, 2)
         return keys, values
-    attention: Any = model.model.layers[layer].self_attn
+    attention = model.attention_layer(layer)
     latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     expanded = attention.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
     k_nope, values = expanded.split([c.qk_nope_head_dim, c.v_head_dim], -1)
@@ -173,7 +170,7 @@ def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, T
     return torch.cat((k_nope, k_rope), -1), values
 
 
-def expanded_keys(model: "ZeroModel", layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cached_keys with any rotation by positions (B or 1, S) taken back: keys before RoPE, and values."""
     keys, values = cached_keys(model, layer, held)
     if model.config.learned_positions:
@@ -208,7 +205,7 @@ class CacheCompressor:
 
     def __init__(
         self,
-        model: "ZeroModel",
+        model: LanguageModel,
         tokens: Tensor,
         attention_mask: Tensor | None,
         cache: LatentCache,
@@ -277,14 +274,14 @@ class CacheCompressor:
         asked = [query for queries in self.window for query in queries.get(slot, [])]
         if not asked:  # a loop step that none of the last tokens reached
             return candidates.new_zeros(len(candidates), candidates.shape[2], candidates.shape[1])
-        attention: Any = self.model.model.layers[int(slot[0])].self_attn
+        attention = self.model.attention_layer(int(slot[0]))
         query = torch.cat(asked, 1)
         # A row whose last tokens are padding has ended: nobody reads what it keeps.
         every = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
         return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
 
 
-def _check(config: "ModelConfig", budget: int, buffer: int) -> None:
+def _check(config: ModelConfig, budget: int, buffer: int) -> None:
     if budget <= OBSERVATION_WINDOW or buffer < 1:
         raise ValueError(
             f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least "

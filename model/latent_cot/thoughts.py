@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import LatentCache, decodes_exactly
+from model.cache import LatentCache
 from model.config.latent_cot import check_iterations
 from model.transformer import ZeroModel
 
@@ -131,7 +131,7 @@ def _checked(
     if num_latents is not None and num_latents < 1:
         raise ValueError(f"num_latents={num_latents} must be at least 1")
     check_iterations(settings, num_iterations)
-    if not decodes_exactly(model.config, steps):
+    if not model.config.decodes_exactly(steps):
         raise ValueError(
             f"num_steps={steps} exceeds model.recurrence.virtual_layers="
             f"{model.config.recurrence.virtual_layers}: the question's cache would not be exact; lower it"
