@@ -74,11 +74,11 @@ def recomputed_flops_per_token(
         return units + sum(_layer_flops(config, i, sequence_length) for i in looped) * steps
     if checkpointing != "block":
         return 0.0
-    places, length = _places_per_token(config, sequence_length)
+    positions, length = _positions_per_token(config, sequence_length)
     total = 0.0 if r.placement == "block" else units + 2.0 * _key_weights(config)  # inside the layers
     for layer in range(config.num_hidden_layers):
         runs = config.runs_of_layer(layer, steps, training=True)
-        total += _layer_flops(config, layer, length) * runs * places
+        total += _layer_flops(config, layer, length) * runs * positions
     module = _layer_flops(config, config.num_hidden_layers, length) + 4.0 * config.hidden_size**2
     return total + config.num_nextn_predict_layers * module
 
@@ -87,17 +87,17 @@ def _forward_flops(config: ModelConfig, sequence_length: int, steps: int, traini
     readouts = steps if training and config.recurrence.expectation == "loss" else 1
     total = 2.0 * config.vocab_size * config.hidden_size * readouts
     total += 2.0 * (_recurrence_weights(config) * steps + _key_weights(config))
-    places, length = _places_per_token(config, sequence_length)
+    positions, length = _positions_per_token(config, sequence_length)
     for layer in range(config.num_hidden_layers):
         runs = config.runs_of_layer(layer, steps, training)
-        total += _layer_flops(config, layer, length) * runs * places
+        total += _layer_flops(config, layer, length) * runs * positions
     return total
 
 
-def _places_per_token(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
-    """Places that the layers compute for each token, and the mean number of places that they attend to."""
+def _positions_per_token(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """Positions that the layers compute per token, and the mean number of positions they attend to."""
     if config.segment_length is None:
-        factor = config.places_per_token
+        factor = config.positions_per_token
         return factor, factor * sequence_length
     full, rest = divmod(sequence_length, config.segment_length)
     lengths = [config.segment_length] * full + [rest] * (rest > 0)

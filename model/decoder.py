@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from model.backends.attention import AttentionContext
 from model.checkpointing import recomputed
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.context import AttentionContext
 from model.layers import call, feed_forward, layer_norm
 from model.loop_trace import LoopTrace
 from model.moe import MoE

@@ -56,7 +56,7 @@ def generate(
         ValueError: prompt and continuation exceed max_position_embeddings, or an impossible option.
     """
     cache = LatentCache() if cache is None else cache
-    check_length(model, tokens, max_new_tokens, cache.length // model.config.places_per_token)
+    check_length(model, tokens, max_new_tokens, cache.length // model.config.positions_per_token)
     choose = _chooser(temperature, top_k, top_p, seed, tokens.device)
     attention_mask = without_padding(attention_mask)
     prompt_length, step_input, position_ids = tokens.shape[1], tokens, None

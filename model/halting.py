@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext
 from model.config.recurrence import HaltingConfig
+from model.context import AttentionContext
 from model.layers import Linear, wide
 
 # An untrained unit halts with probability 0.12 a step, so that learning starts from many steps.

@@ -6,9 +6,9 @@ Shapes: B batch, T tokens, D hidden.
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.context import AttentionContext
 from model.decoder import DecoderLayer, LayerOutput
 from model.layers import Linear, layer_norm
 from model.losses import IGNORE_INDEX

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext
 from model.cache import slot_of
 from model.causal_mixing import CausalMixing
 from model.checkpointing import recomputed
 from model.config.model import ModelConfig
+from model.context import AttentionContext
 from model.halting import Halting, HaltingUnit
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.loop_trace import LoopTrace, loop_trace

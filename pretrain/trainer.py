@@ -294,7 +294,7 @@ class Trainer:
         c = self.model_config
         layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
         runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
-        return real_tokens * c.places_per_token * c.num_experts_per_tok * runs
+        return real_tokens * c.positions_per_token * c.num_experts_per_tok * runs
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float:

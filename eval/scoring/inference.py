@@ -95,7 +95,7 @@ class Engine:
     def __init__(self, model: ZeroModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.device = next(model.parameters()).device
-        self.places = model.config.places_per_token
+        self.places = model.config.positions_per_token
         self._variants: dict[str, ZeroModel] = {}  # by kind of halting
         self._prefix: tuple[tuple[list[int], Depth], LatentCache] | None = None
 

@@ -257,8 +257,8 @@ class ModelConfig:
         return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
 
     @property
-    def places_per_token(self) -> int:
-        """Places of the row that a token takes: its own and its pauses."""
+    def positions_per_token(self) -> int:
+        """Positions of a sequence that a token takes: its own and those of its pauses."""
         return 1 + self.num_pause_tokens
 
     @property

@@ -66,7 +66,7 @@ def alone(scorer: Scorer, request: tuple[str, str], model: ZeroModel, num_steps:
     total = log_probs.gather(-1, torch.tensor(target)[:, None]).sum().item()
     if out.num_iterations is None:
         return total, None
-    places = model.config.places_per_token
+    places = model.config.positions_per_token
     return total, out.num_iterations[:, 0, places - 1 :: places][:, -len(target) :].double().mean().item()
 
 

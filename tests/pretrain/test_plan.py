@@ -135,7 +135,7 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int:
         return x
 
     tokens = torch.zeros(rows, length, dtype=torch.int64)
-    context = model._context(tokens, None, None, None, None)
+    context = model.attention_context(tokens)
     context.statistics, context.num_steps = True, config.recurrence.num_steps
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = model.model(model.model.embed(tokens, context), context)
