@@ -177,13 +177,13 @@ def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     if cu_seqlens is None:
         return positions
-    place = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
-    document = torch.searchsorted(cu_seqlens, place, right=True) - 1
+    column = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
+    document = torch.searchsorted(cu_seqlens, column, right=True) - 1
     return positions - positions.gather(1, cu_seqlens.long().gather(1, document))
 
 
 def segments(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B, S) numbers; a query sees the keys of its own number at or before its own place.
+    """(B, S) numbers; a query sees the keys of its own number at or before its own position.
 
     Documents count from 0. Every padded token has a negative number of its own: nobody sees it but itself,
     for a query without any key would turn into NaN.
@@ -192,20 +192,20 @@ def segments(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         real: (B, S) booleans, False under padding.
         cu_seqlens: (B, n) starts of the documents of each row, padded with S; None: one document.
     """
-    place = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
+    column = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
     document = (
-        torch.zeros_like(place)
+        torch.zeros_like(column)
         if cu_seqlens is None
-        else torch.searchsorted(cu_seqlens, place, right=True) - 1
+        else torch.searchsorted(cu_seqlens, column, right=True) - 1
     )
-    return torch.where(real, document, -1 - place)
+    return torch.where(real, document, -1 - column)
 
 
 def visible_keys(segment: Tensor, query_length: int) -> Tensor:
     """segments (B, S) -> (B, 1, T, S) booleans for the last T = query_length tokens."""
-    place = torch.arange(segment.shape[1], device=segment.device)
+    column = torch.arange(segment.shape[1], device=segment.device)
     first = segment.shape[1] - query_length
-    causal = place <= place[first:, None]
+    causal = column <= column[first:, None]
     return ((segment[:, first:, None] == segment[:, None, :]) & causal)[:, None]
 
 

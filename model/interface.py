@@ -17,7 +17,7 @@ class ModelOutput(NamedTuple):
     A named tuple, since ZeRO-3 looks for tensors in tuples and dicts only.
     """
 
-    logits: Tensor | None = None  # (B, T, V), or of the last logits_to_keep places
+    logits: Tensor | None = None  # (B, T, V), or of the last logits_to_keep positions
     hidden: Tensor | None = None  # (B, T, D), normed
     loss: Tensor | None = None  # normalised by this batch's own counts
     loss_sums: dict[str, Tensor] | None = None  # one scalar per term of losses.loss_terms, not normalised

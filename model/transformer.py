@@ -79,10 +79,10 @@ class ZeroModel(nn.Module):
                 cu_seqlens padding must be a segment of its own, as the loader gives it.
             position_ids: (B, T); default: counted from the start of each document, padding left out.
             cu_seqlens: (B, n) int32, starts of the documents packed into each row, 0 first, padded with T.
-            targets: (B, T) int64, the token to predict at each place or losses.IGNORE_INDEX.
+            targets: (B, T) int64, the token to predict at each position, or losses.IGNORE_INDEX.
             num_steps: loop steps; default: the config's.
             cache: latents of earlier tokens; extended in place.
-            logits_to_keep: form the logits of the last so many places only; 0: of all.
+            logits_to_keep: form the logits of the last so many positions only; 0: all.
             noise_seed: start block loops from noise, to see whether they forget where they started.
             inputs_embeds: (B, T, D) in place of the tokens' embeddings.
             states: gets the output (B, T, D) of every run of a decoder layer, in their order.

@@ -26,7 +26,7 @@ def blockwise_mask(mask: Tensor) -> BlockwiseMask:
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """softmax(scale * query key^T + mask) value, each query seeing keys at or before its own place only."""
+    """softmax(scale * query key^T + mask) value, where each query sees keys up to its own position."""
 
     @staticmethod
     def forward(

@@ -2,7 +2,7 @@
 
 Their values and names, the transposed matrices of GPT-2, and the halves that Llama rotates where the network
 here rotates neighbours, are those of transformers' modeling_gpt2.py and modeling_llama.py. Dropout is not
-taken over. The embedding, and a head of its own, get rows for the special tokens that hf_special_tokens.py
+taken over. The embedding, and a head of its own, get rows for the special tokens that special_tokens.py
 adds.
 
 Shapes: D hidden, V vocabulary.

@@ -7,8 +7,8 @@ tokens of a chain of thought that a student distils (select; KaVa, arXiv 2510.02
 Where paper and code differ or are silent:
 - lambda is the paper's 0.1; the code's default is 0.07.
 - From the code: of a key's similar neighbours (cosine above 0.5) one, the latest, is zeroed; attention is
-  max-pooled over 7 places after the mean over queries; the maximum over the query heads of a group is taken
-  of the logits; keys are compared as the cache holds them, rotated.
+  max-pooled over 7 candidates after the mean over queries; the maximum over the query heads of a group is
+  taken of the logits; keys are compared as the cache holds them, rotated.
 - A key without a similar neighbour has nothing zeroed. The code then zeroes its similarity to the first key,
   a side effect of how it looks the neighbour up.
 - The prompt stays whole, so neither I nor R looks at it: both are over the generated tokens.
@@ -29,7 +29,7 @@ from model.interface import LanguageModel
 from model.layers import rotate, rotations, wide
 
 OBSERVATION_WINDOW = 8  # last tokens, whose queries judge the others and which always stay
-POOL = 7  # places that share the largest attention among them
+POOL = 7  # neighbouring candidates that share the largest attention among them
 SIMILAR = 0.5  # cosine above which two keys say the same
 IMPORTANCE_SHARE = 0.1  # lambda
 POLICIES = ("rkv", "random", "uniform")
@@ -46,7 +46,7 @@ def importance(
         mask: (B, S) booleans, False: padding, gets no attention.
         query_mask: (B, T) booleans, False: padding, left out of the mean.
         scale: factor on query-key products.
-        pool: width of the max-pool over places, odd; 1: none.
+        pool: width of the max-pool over candidates, odd; 1: none.
     """
     grouped = wide(query).unflatten(2, (keys.shape[2], -1))
     logits = scale * torch.einsum("btgnk,bsgk->bgnts", grouped, wide(keys)).amax(2)
@@ -56,7 +56,7 @@ def importance(
 
 
 def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
-    """How much the other keys resemble each key: (B, G, S), sums to 1 over a row's real places.
+    """How much the other keys resemble each key: (B, G, S), sums to 1 over a row's real candidates.
 
     Of the keys that resemble a key the latest is not held against: the last copy of a repetition stays.
 
@@ -65,17 +65,17 @@ def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
         mask: (B, S) booleans, False: padding, neither compared nor counted.
     """
     unit = F.normalize(wide(keys), dim=-1).transpose(1, 2)
-    place = torch.arange(keys.shape[1], device=keys.device)
-    compared = mask[:, None, :, None] & mask[:, None, None, :] & (place != place[:, None])
+    index = torch.arange(keys.shape[1], device=keys.device)
+    compared = mask[:, None, :, None] & mask[:, None, None, :] & (index != index[:, None])
     cosine = (unit @ unit.mT).masked_fill(~compared, 0)
-    latest = torch.where(cosine > SIMILAR, place, -1).amax(-1, keepdim=True)
-    cosine = cosine.masked_fill(place == latest, 0)
+    latest = torch.where(cosine > SIMILAR, index, -1).amax(-1, keepdim=True)
+    cosine = cosine.masked_fill(index == latest, 0)
     mean = cosine.sum(-2) / mask.sum(1).clamp(min=1)[:, None, None]
     return _softmax(mean, mask[:, None])
 
 
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension's real places; 0 elsewhere, and everywhere where none is real."""
+    """Softmax over the last dimension's real entries; 0 elsewhere, and everywhere where none is real."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
 
 
@@ -98,8 +98,8 @@ def select(
         budget: candidates to keep of every row and head.
         lambda_: share of the importance in the score; the rest is the redundancy's.
         policy: rkv | random | uniform (evenly spaced over the row's real candidates). The last two do not
-            depend on padding, on a row's place in the batch or on the batch's size.
-        seed: of policy random; the same places of all rows are drawn, so that it should change by step.
+            depend on padding, on a row's index in the batch or on the batch's size.
+        seed: of policy random; every row gets the same draws, so it should change with the step.
         shared: one choice for all heads, by their mean score.
 
     Returns:
@@ -133,13 +133,13 @@ def _blind_score(mask: Tensor, heads: int, budget: int, policy: str, seed: int) 
         count = mask.sum(1, keepdim=True).clamp(min=1)
         rises = (rank + 1) * budget // count > rank * budget // count
         return rises.float()[:, None].expand(-1, heads, -1)
-    # Drawn place by place, so that longer rows continue the draws of shorter ones.
+    # Drawn candidate by candidate, so that longer rows continue the draws of shorter ones.
     draws = torch.rand(mask.shape[1], heads, generator=torch.Generator().manual_seed(seed))
     return draws.to(mask.device)[rank].transpose(1, 2)
 
 
 def best(score: Tensor, mask: Tensor, budget: int) -> Tensor:
-    """Places (B, G, n) of the highest scores (B, G, S), see select; of equal ones the earlier."""
+    """Indices (B, G, n) of the highest scores (B, G, S), see select; of equal ones the earlier."""
     S = score.shape[2]
     order = score.masked_fill(~mask[:, None], float("-inf")).sort(dim=-1, descending=True, stable=True)
     kept = order.indices[..., : min(budget, S)]
@@ -244,15 +244,15 @@ class CacheCompressor:
             real = torch.ones(rows, generated, dtype=torch.bool, device=self.position.device)
         else:
             real = attention_mask[:, self.prompt_length :].bool()
-        self.cache.keep(self.prompt_length, lambda slot, held: self._places(slot, held, real))
+        self.cache.keep(self.prompt_length, lambda slot, held: self._kept_entries(slot, held, real))
         if attention_mask is None:
             return None
         # Every slot and head keeps its real tokens first, and all of them where they are few.
         kept = torch.arange(self.budget, device=real.device) < real.sum(1, keepdim=True)
         return torch.cat((attention_mask[:, : self.prompt_length], kept.to(attention_mask.dtype)), 1)
 
-    def _places(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
-        """Kept places of a slot's generated tokens held (B, S, W): (B, parts of W, budget)."""
+    def _kept_entries(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
+        """Which of a slot's generated tokens held (B, S, W) to keep: (B, parts of W, budget)."""
         if slot[0] == "embedding":
             last = torch.arange(held.shape[1] - self.budget, held.shape[1], device=held.device)
             return last.expand(len(held), 1, -1)
@@ -266,8 +266,8 @@ class CacheCompressor:
         if self.model.config.use_mla:
             score = score.mean(1, keepdim=True)
         score[..., -recent:] = float("inf")
-        places = best(score, real, self.budget)
-        return places if self.model.config.use_mla else places.repeat(1, 2, 1)  # of keys, and of values
+        kept = best(score, real, self.budget)
+        return kept if self.model.config.use_mla else kept.repeat(1, 2, 1)  # of keys, and of values
 
     def _importance(self, slot: Slot, candidates: Tensor, real: Tensor) -> Tensor:
         """(B, G, S) of candidates (B, S, G, K) in the eyes of the last tokens' queries."""

@@ -17,7 +17,8 @@ from transformers.modeling_layers import MtpModel
 from data_pipeline.tokenization.tokenizer import train_tokenizer
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.cache import LatentCache
-from model.hf.deepseek import export_folder, hf_config, import_folder, main
+from model.hf.__main__ import main
+from model.hf.deepseek import export_folder, hf_config, import_folder
 
 from .conftest import BLOCK
 

@@ -154,7 +154,7 @@ def test_the_command_needs_neither_transformers_nor_the_tokenizers(tmp_path):
     gpt2_folder(tmp_path / "hf")
     blocked = "import sys; sys.modules['transformers'] = sys.modules['tokenizers'] = None; "
     run = f"sys.argv[1:] = {['import', '--hf', str(tmp_path / 'hf'), '--out', str(tmp_path / 'ours')]!r}; "
-    code = blocked + run + "from model.hf import main; main()"
+    code = blocked + run + "from model.hf.__main__ import main; main()"
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=paths)
     assert done.returncode == 0, done.stderr
