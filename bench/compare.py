@@ -51,6 +51,7 @@ from tqdm import tqdm
 from common.errors import user_errors
 from model import ModelConfig, ZeroModel
 from model.config.execution import ExecutionConfig
+from model.counts import num_parameters
 from model.hf.deepseek import hf_config, to_hf
 
 TASKS = ("train", "prefill", "decode", "memory")
@@ -324,7 +325,7 @@ def _print_results(arguments: argparse.Namespace, config: ModelConfig, results: 
     here = machine()
     where = here["gpu"] if arguments.device == "cuda" else f"{here['cpu']}, {here['threads']} threads"
     print(
-        f"\n{config.num_parameters() / 1e6:,.1f}M parameters, rows of {arguments.length} tokens; {where}; ",
+        f"\n{num_parameters(config) / 1e6:,.1f}M parameters, rows of {arguments.length} tokens; {where}; ",
         end="",
     )
     print(f"torch {here['torch']}, transformers {here['transformers']}; ", end="")

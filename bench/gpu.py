@@ -39,7 +39,7 @@ from tqdm import tqdm
 from common.errors import user_errors
 from model import ModelConfig
 from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig
-from model.counts import training_flops_per_token
+from model.counts import num_parameters, training_flops_per_token
 from pretrain.metrics import PEAK_TFLOPS
 
 PACKAGES = {"flash_attn": ("flash-attn",), "megablocks": ("megablocks", "grouped_gemm")}
@@ -165,7 +165,7 @@ def _print_results(
     arguments: argparse.Namespace, config: ModelConfig, peak: float | None, results: list[dict[str, Any]]
 ) -> None:
     here, known = _machine(arguments), f"{peak:g} TFLOP/s" if peak else "unknown: give --peak_tflops"
-    sizes = [f"{config.num_parameters(active) / 1e9:.2f}B" for active in (False, True)]
+    sizes = [f"{num_parameters(config, active) / 1e9:.2f}B" for active in (False, True)]
     print(
         f"\n{sizes[0]} parameters, {sizes[1]} active; {arguments.batch} x {arguments.length} tokens in bf16"
     )

@@ -21,7 +21,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import with_method
 from distill.student import Student
 from model import ModelConfig
-from model.pretrained import TOKENIZER_NAME, WEIGHTS_NAME, load_config
+from model.export_files import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
 from pretrain.lora import NEW
 from pretrain.main import Run, argument_parser, prepare, start

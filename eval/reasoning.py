@@ -36,6 +36,7 @@ from eval.scoring.cli import USER_ERRORS, make_parser, positive_integer
 from eval.scoring.core import Score, Scorer, mean_score
 from eval.scoring.results import TaskResult, build_report, write_report
 from eval.scoring.training_data import decontamination, read_training_data
+from model.counts import flops_per_token
 
 
 def depths_to_test(model_steps: int, looped: bool, wanted: Sequence[int] | None) -> list[int]:
@@ -163,7 +164,7 @@ def facts(
         ranked = adaptive and len(depths) == len(rows)
         by_steps[n] = {
             "unrolled_parameters": unrolled_parameters(scorer.model, n),
-            "flops_per_token": config.flops_per_token(length, n),
+            "flops_per_token": flops_per_token(config, length, n),
             **outcome.figures,
             "answer_steps_mean": mean_score(outcome.answer_steps).value if looped else None,
             "depth_correlation": spearman(outcome.answer_steps, depths) if ranked else None,

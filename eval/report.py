@@ -33,6 +33,7 @@ from eval.reports.thoughts import thoughts_section
 from eval.scoring.cli import USER_ERRORS, Parser
 from eval.scoring.core import Score
 from eval.scoring.results import TABLE_HEADER, format_table, table_rows
+from model.counts import num_parameters
 
 LEVEL = re.compile(r"causal_loop_level(\d+)")
 LEVEL_HEADER = ("level", "n", "with trace", "without trace", "majority", "one step")
@@ -101,7 +102,7 @@ def run_row(run: Run) -> tuple[str, ...]:
 
     sizes: list[int | None] = [None, None, None]
     if run.model is not None:
-        sizes = [run.model.num_parameters(), run.model.num_parameters(active=True), run.unrolled_parameters()]
+        sizes = [num_parameters(run.model), num_parameters(run.model, active=True), run.unrolled_parameters()]
     said = [report["config"].get("decontamination") for report in run.reports.values()]
     return (
         run.name,
@@ -121,8 +122,8 @@ def run_section(run: Run, folder: Path) -> str:
     config_path, metrics, config = folder / "config.yaml", run.steps, run.model
     if config is not None:
         rows += [
-            ("parameters", f"{config.num_parameters():,}"),
-            ("parameters active per token", f"{config.num_parameters(active=True):,}"),
+            ("parameters", f"{num_parameters(config):,}"),
+            ("parameters active per token", f"{num_parameters(config, active=True):,}"),
             ("parameters, loops unrolled", f"{run.unrolled_parameters():,}"),
             ("recurrence", f"{config.recurrence.placement}, {config.recurrence.num_steps} steps"),
         ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model import ModelConfig
-from model.counts import training_flops_per_token
+from model.counts import flops_per_token, num_parameters, training_flops_per_token
 
 Model = dict[str, Any]  # keys of model.config.ModelConfig
 
@@ -69,8 +69,8 @@ def _solved(shape: Shape, changes: Model, key: str, active: bool = False) -> Mod
     Raises:
         ValueError: no width from 1 on has so few.
     """
-    wanted = shape.config(_fixed(shape)).num_parameters(active)
-    one, two = (shape.config({**changes, key: width}).num_parameters(active) for width in (1, 2))
+    wanted = num_parameters(shape.config(_fixed(shape)), active)
+    one, two = (num_parameters(shape.config({**changes, key: width}), active) for width in (1, 2))
     width = 1 + round((wanted - one) / (two - one))
     if width < 1:
         raise ValueError(
@@ -198,8 +198,8 @@ def measured(what: str, config: ModelConfig, sequence_length: int, tokens: int) 
     if what == "training_flops":
         return training_flops_per_token(config, sequence_length) * tokens
     if what == "inference_flops":
-        return config.flops_per_token(sequence_length)
-    return config.num_parameters(active=what == "active_parameters")
+        return flops_per_token(config, sequence_length)
+    return num_parameters(config, active=what == "active_parameters")
 
 
 def unequal(pair: Pair, a: float, b: float) -> str | None:

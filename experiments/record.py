@@ -40,7 +40,7 @@ import torch
 from eval.looping.measures import unrolled_parameters
 from experiments.matrix import Matrix, Plan
 from model import ModelConfig, ZeroModel
-from model.counts import training_flops_per_token
+from model.counts import flops_per_token, num_parameters, training_flops_per_token
 
 RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or was given up
 LAST = 50  # steps that final_loss is the mean of
@@ -84,10 +84,10 @@ def _sizes(plan: Plan, folder: Path) -> dict[str, Any]:
     with torch.device("meta"):
         unrolled = unrolled_parameters(ZeroModel(model), trained)
     return {
-        "parameters": model.num_parameters(),
-        "active_parameters": model.num_parameters(active=True),
+        "parameters": num_parameters(model),
+        "active_parameters": num_parameters(model, active=True),
         "unrolled_parameters": unrolled,
-        "inference_flops_per_token": {str(n): model.flops_per_token(length, n) for n in tested},
+        "inference_flops_per_token": {str(n): flops_per_token(model, length, n) for n in tested},
         "trained_steps": trained,
     }
 

@@ -1,7 +1,8 @@
 """The network. Imports torch and safetensors, nothing else."""
 
 from model.config.model import ModelConfig, RecurrenceConfig
+from model.interface import ModelOutput
 from model.pretrained import load_pretrained
-from model.transformer import ModelOutput, ZeroModel
+from model.transformer import ZeroModel
 
 __all__ = ["ModelConfig", "ModelOutput", "RecurrenceConfig", "ZeroModel", "load_pretrained"]

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext, attend, sdpa
+from model.backends.attention import attend, sdpa
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.context import AttentionContext
 from model.layers import Linear, RMSNorm, attention_scale, rotate, upcasts, whole_weight
 from model.loop_trace import LoopTrace
 from model.recurrence import LatentRefinement

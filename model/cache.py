@@ -5,18 +5,14 @@ Shapes: B batch, T new tokens, S cached tokens, W numbers per token.
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.config.model import ModelConfig
-    from model.memory import MemoryState
-
 from model.config.recurrence import RecurrenceConfig
+from model.memory import MemoryState
 
-Slot = tuple[int | str, int]  # (layer or named place, loop step)
+Slot = tuple[int | str, int]  # (layer or name of a loop, loop step)
 
 
 class LatentCache:
@@ -37,7 +33,7 @@ class LatentCache:
         # Rotated queries (B, T, H, width) of the passes so far, by the slot they read; None: not collected
         self.queries: dict[Slot, list[Tensor]] | None = None
         self._slots: dict[Slot, Tensor] = {}
-        self._shared = 0  # first places, whose tensors a branch has too: not to be written over
+        self._shared = 0  # first entries, which a branch holds too: they must not be overwritten
 
     def append(self, slot: Slot, values: Tensor) -> Tensor:
         """Adds values (B, T, W) after the tokens held and returns all of them, (B, S, W).
@@ -96,51 +92,51 @@ class LatentCache:
         self._slots = dict(branch._slots)
 
     def _trim(self) -> None:
-        """Drops spare places, so that the next append copies instead of writing into shared tensors."""
+        """Drops spare entries, so that the next append copies instead of writing into shared tensors."""
         self._slots = {slot: _first(held, self.length) for slot, held in self._slots.items()}
         self._shared = self.length
 
     def keep(self, first: int, choose: Callable[[Slot, Tensor], Tensor]) -> None:
-        """Forgets places from `first` on, in every slot others but equally many; in place.
+        """From `first` on keeps some entries, equally many in every slot, and forgets the others; in place.
 
-        Keys keep the rotation by the position they were read at, which is no longer their place.
+        Keys keep the rotation by the position they were read at, which is no longer their index.
 
         Args:
-            first: places before it stay.
-            choose: given a slot and what it holds from `first` on, (B, S, W), returns the places to keep,
+            first: entries before it stay.
+            choose: given a slot and what it holds from `first` on, (B, S, W), returns which entries to keep,
                 (B, P, n) int64 counted from `first`: each of the P equal parts of the W numbers has its own.
         """
-        assert self._shared <= first <= self.length  # places that a branch shares are not written over
+        assert self._shared <= first <= self.length  # entries that a branch shares are not overwritten
         kept = 0
         for slot, held in self._slots.items():
             later = held[:, first : self.length]
-            places = choose(slot, later).transpose(1, 2)
-            parts = later.unflatten(-1, (places.shape[2], -1))
-            kept = places.shape[1]
-            index = places[..., None].expand(-1, -1, -1, parts.shape[-1])
+            chosen = choose(slot, later).transpose(1, 2)
+            parts = later.unflatten(-1, (chosen.shape[2], -1))
+            kept = chosen.shape[1]
+            index = chosen[..., None].expand(-1, -1, -1, parts.shape[-1])
             held[:, first : first + kept] = parts.gather(1, index).flatten(2)
         self.length = first + kept
 
     def gathered(self, rows: Tensor, ends: Tensor, lengths: Tensor, room: int = 0) -> "LatentCache":
         """A cache of some of the rows, in any order and number, each moved to the right end.
 
-        Keys are rotated by their token's position, not by its place, so they may be moved.
+        Keys are rotated by their token's position, not by their index here, so they may be moved.
 
         Args:
             rows: (N,) int64, the row that each new one copies.
-            ends: (N,) int64, the place after its last token.
-            lengths: (N,) int64, how many places before that it keeps; left of them is padding.
-            room: places to reserve. A place is a token, or with pauses one of its several places.
+            ends: (N,) int64, the index after its last token.
+            lengths: (N,) int64, how many entries before that it keeps; left of them is padding.
+            room: entries to reserve. A token has one, or with pauses one per position.
         """
         width = int(lengths.max())
-        places = (ends[:, None] - width + torch.arange(width, device=ends.device)).clamp(min=0)
+        entries = (ends[:, None] - width + torch.arange(width, device=ends.device)).clamp(min=0)
         cache = LatentCache(self.limited)
         cache.length = width
         if self.memory is not None:
             cache.memory = type(self.memory)(*(part[rows] for part in self.memory))
         for slot, held in self._slots.items():
             cache._slots[slot] = kept = held.new_empty(len(rows), width + room, held.shape[2])
-            kept[:, :width] = held[rows[:, None], places]
+            kept[:, :width] = held[rows[:, None], entries]
         return cache
 
     def numel(self) -> int:
@@ -148,9 +144,9 @@ class LatentCache:
         return sum(s[:, : self.length].numel() for s in self._slots.values())
 
 
-def _first(held: Tensor, places: int) -> Tensor:
-    """The first places of (B, S, W); a slice of all of them would cost a copy in backward."""
-    return held if held.shape[1] == places else held[:, :places]
+def _first(held: Tensor, count: int) -> Tensor:
+    """The first `count` entries of (B, S, W); a slice of all of them would cost a copy in backward."""
+    return held if held.shape[1] == count else held[:, :count]
 
 
 def full_mask(attention_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
@@ -205,21 +201,6 @@ def kept_keys(
     if config.virtual_layers is not None and len(previous) == config.virtual_layers:
         return (*previous[:-1], new)
     return (*previous, new)
-
-
-def decodes_exactly(config: "ModelConfig", num_steps: int) -> bool:
-    """Whether tokens read in several passes over a cache give what one pass over all of them gives.
-
-    For the loops' caches see kept_keys. A recurrent memory is a state: what it has read cannot be moved or
-    shared, so that it counts as inexact.
-    """
-    r = config.recurrence
-    if config.num_memory_tokens:
-        return False
-    if r.placement != "block":
-        return True
-    all_kept = r.cache in ("per_step", "parallel") and num_steps <= (r.virtual_layers or num_steps)
-    return all_kept or r.cache == "first"
 
 
 def slot_of(config: RecurrenceConfig, step: int) -> int:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext
 from model.cache import Slot
+from model.context import AttentionContext
 
 
 class CausalMixing(nn.Module):

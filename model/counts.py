@@ -1,12 +1,9 @@
 """Parameters and FLOPs of a config, from its sizes alone."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from model.config.model import ModelConfig
+from model.config.model import ModelConfig
 
 
-def num_parameters(config: "ModelConfig", active: bool = False) -> int:
+def num_parameters(config: ModelConfig, active: bool = False) -> int:
     """Distinct parameters, those of multi-token prediction and latent thoughts included.
 
     Args:
@@ -29,7 +26,7 @@ def num_parameters(config: "ModelConfig", active: bool = False) -> int:
     return total
 
 
-def flops_per_token(config: "ModelConfig", sequence_length: int, num_steps: int | None = None) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int, num_steps: int | None = None) -> float:
     """Forward FLOPs of one token that predicts the next, attention over the full sequence (PaLM, appendix B).
 
     Args:
@@ -41,7 +38,7 @@ def flops_per_token(config: "ModelConfig", sequence_length: int, num_steps: int 
 
 
 def training_flops_per_token(
-    config: "ModelConfig", sequence_length: int, num_steps: int | None = None
+    config: ModelConfig, sequence_length: int, num_steps: int | None = None
 ) -> float:
     """FLOPs of one token's forward and backward pass (twice the forward), multi-token prediction included."""
     d = config.hidden_size
@@ -59,7 +56,7 @@ def training_flops_per_token(
 
 
 def recomputed_flops_per_token(
-    config: "ModelConfig", checkpointing: str, sequence_length: int, num_steps: int | None = None
+    config: ModelConfig, checkpointing: str, sequence_length: int, num_steps: int | None = None
 ) -> float:
     """FLOPs of one token's forward pass that a training step computes a second time.
 
@@ -77,30 +74,30 @@ def recomputed_flops_per_token(
         return units + sum(_layer_flops(config, i, sequence_length) for i in looped) * steps
     if checkpointing != "block":
         return 0.0
-    places, length = _places_per_token(config, sequence_length)
+    positions, length = _positions_per_token(config, sequence_length)
     total = 0.0 if r.placement == "block" else units + 2.0 * _key_weights(config)  # inside the layers
     for layer in range(config.num_hidden_layers):
         runs = config.runs_of_layer(layer, steps, training=True)
-        total += _layer_flops(config, layer, length) * runs * places
+        total += _layer_flops(config, layer, length) * runs * positions
     module = _layer_flops(config, config.num_hidden_layers, length) + 4.0 * config.hidden_size**2
     return total + config.num_nextn_predict_layers * module
 
 
-def _forward_flops(config: "ModelConfig", sequence_length: int, steps: int, training: bool) -> float:
+def _forward_flops(config: ModelConfig, sequence_length: int, steps: int, training: bool) -> float:
     readouts = steps if training and config.recurrence.expectation == "loss" else 1
     total = 2.0 * config.vocab_size * config.hidden_size * readouts
     total += 2.0 * (_recurrence_weights(config) * steps + _key_weights(config))
-    places, length = _places_per_token(config, sequence_length)
+    positions, length = _positions_per_token(config, sequence_length)
     for layer in range(config.num_hidden_layers):
         runs = config.runs_of_layer(layer, steps, training)
-        total += _layer_flops(config, layer, length) * runs * places
+        total += _layer_flops(config, layer, length) * runs * positions
     return total
 
 
-def _places_per_token(config: "ModelConfig", sequence_length: int) -> tuple[float, float]:
-    """Places that the layers compute for each token, and the mean number of places that they attend to."""
+def _positions_per_token(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """Positions that the layers compute per token, and the mean number of positions they attend to."""
     if config.segment_length is None:
-        factor = config.places_per_token
+        factor = config.positions_per_token
         return factor, factor * sequence_length
     full, rest = divmod(sequence_length, config.segment_length)
     lengths = [config.segment_length] * full + [rest] * (rest > 0)
@@ -108,7 +105,7 @@ def _places_per_token(config: "ModelConfig", sequence_length: int) -> tuple[floa
     return sum(segments) / sequence_length, sum(n * n for n in segments) / sum(segments)
 
 
-def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
+def _layer_parameters(config: ModelConfig, layer: int, experts: int) -> int:
     norms = 2 * _layer_norm(config)
     if config.use_mla:
         norms += _norm(config, config.kv_lora_rank) + _norm(config, config.q_lora_rank or 0)
@@ -118,29 +115,29 @@ def _layer_parameters(config: "ModelConfig", layer: int, experts: int) -> int:
     return norms + weights + _biases(config)
 
 
-def _layer_flops(config: "ModelConfig", layer: int, sequence_length: float) -> float:
+def _layer_flops(config: ModelConfig, layer: int, sequence_length: float) -> float:
     weights = _attention_weights(config) + _feed_forward_weights(config, layer, config.num_experts_per_tok)
     widths = config.qk_head_dim + config.v_head_dim if config.use_mla else 2 * config.plain_head_dim
     return 2.0 * (weights + sequence_length * config.num_attention_heads * widths)
 
 
-def _norm(config: "ModelConfig", width: int) -> int:
+def _norm(config: ModelConfig, width: int) -> int:
     return width if config.rms_norm_affine else 0
 
 
-def _layer_norm(config: "ModelConfig") -> int:
+def _layer_norm(config: ModelConfig) -> int:
     """Of one norm of hidden states, see layers.layer_norm."""
     return 2 * config.hidden_size if config.norm == "layer_norm" else _norm(config, config.hidden_size)
 
 
-def _biases(config: "ModelConfig") -> int:
+def _biases(config: ModelConfig) -> int:
     """Of a layer's plain attention and its feed-forward layer without a gate."""
     heads = config.num_attention_heads + 2 * config.kv_heads
     outputs = heads * config.plain_head_dim + config.intermediate_size + 2 * config.hidden_size
     return outputs if config.use_bias else 0
 
 
-def _attention_weights(config: "ModelConfig") -> int:
+def _attention_weights(config: ModelConfig) -> int:
     d, h = config.hidden_size, config.num_attention_heads
     if not config.use_mla:
         return d * config.plain_head_dim * 2 * (h + config.kv_heads)
@@ -153,7 +150,7 @@ def _attention_weights(config: "ModelConfig") -> int:
     return query + latent + key_value + h * config.v_head_dim * d
 
 
-def _feed_forward_weights(config: "ModelConfig", layer: int, experts: int) -> int:
+def _feed_forward_weights(config: ModelConfig, layer: int, experts: int) -> int:
     d = config.hidden_size
     if not config.is_moe_layer(layer):
         return (3 if config.hidden_act == "silu" else 2) * d * config.intermediate_size
@@ -161,12 +158,12 @@ def _feed_forward_weights(config: "ModelConfig", layer: int, experts: int) -> in
     return (experts + config.n_shared_experts) * expert + d * config.n_routed_experts
 
 
-def _thought_parameters(config: "ModelConfig") -> int:
+def _thought_parameters(config: ModelConfig) -> int:
     d, thoughts = config.hidden_size, config.latent_cot
     return d * thoughts.has_embedding + (2 * d * d + 4 * d) * thoughts.projects
 
 
-def _units(config: "ModelConfig") -> tuple[int, int]:
+def _units(config: ModelConfig) -> tuple[int, int]:
     """Latent Reasoning Units of a model, and the width of their state."""
     r = config.recurrence
     ranges = r.layer_ranges(config.num_hidden_layers)
@@ -176,13 +173,13 @@ def _units(config: "ModelConfig") -> tuple[int, int]:
     return sum(last - first + 1 for first, last in ranges), width
 
 
-def _halting_heads(config: "ModelConfig") -> int:
+def _halting_heads(config: ModelConfig) -> int:
     """Halting logits of a unit."""
     halting = config.recurrence.halting
     return {"token": 1, "sequence": 1, "mixed": 2}[halting.granularity] if halting.learned else 0
 
 
-def _recurrence_weights(config: "ModelConfig") -> int:
+def _recurrence_weights(config: ModelConfig) -> int:
     """Matrix weights of all units, used once per step (the query's projection, used once, aside)."""
     (units, width), r = _units(config), config.recurrence
     matrices = (r.injection in ("concat", "gate")) + (r.update == "gated")
@@ -192,7 +189,7 @@ def _recurrence_weights(config: "ModelConfig") -> int:
     return units * total
 
 
-def _key_weights(config: "ModelConfig") -> int:
+def _key_weights(config: ModelConfig) -> int:
     """Matrix weights of units inside attention that are used once a pass: queries in, keys out."""
     (units, width), r = _units(config), config.recurrence
     query = config.num_attention_heads * (config.qk_head_dim if config.use_mla else config.plain_head_dim)
@@ -205,7 +202,7 @@ def _key_weights(config: "ModelConfig") -> int:
     return units * total
 
 
-def _recurrence_parameters(config: "ModelConfig") -> int:
+def _recurrence_parameters(config: ModelConfig) -> int:
     (units, width), r = _units(config), config.recurrence
     vectors = (1 + r.state_norm) * _norm(config, width) + _halting_heads(config)
     vectors += width * ((r.injection == "gate") + (r.update == "gated") + r.iteration_embedding)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from model.backends.attention import AttentionContext
 from model.checkpointing import recomputed
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
-from model.layers import call, feed_forward, layer_norm
+from model.context import AttentionContext
+from model.layers import feed_forward, layer_norm, maybe_compiled
 from model.loop_trace import LoopTrace
 from model.moe import MoE
 
@@ -56,13 +56,13 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
         compiled = self.compile_dense and context.cache is None  # over a cache lengths grow
-        attention = call(self.self_attn, compiled, self.input_layernorm(x), context)
+        attention = maybe_compiled(self.self_attn, compiled, self.input_layernorm(x), context)
         x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
         normed, statistics = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
             out, statistics = self.mlp(normed, context.token_mask, context.statistics)
         else:
-            out = call(self.mlp, self.compile_dense, normed)
+            out = maybe_compiled(self.mlp, self.compile_dense, normed)
         x = x + (self.mlp_output_layernorm(out) if self.sandwich else out)
         aux = None if statistics is None else torch.stack((statistics.balance, statistics.router_z))
         load = None if statistics is None else statistics.load

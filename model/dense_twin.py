@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from model.config.model import PRESETS, ModelConfig, RecurrenceConfig
+from model.counts import flops_per_token, num_parameters
 
 TOLERANCE = 0.01
 WIDTHS = ("intermediate_size", "moe_intermediate_size")
@@ -40,7 +41,7 @@ def dense_twin(config: ModelConfig, by: str, sequence_length: int = SEQUENCE_LEN
         raise ValueError(f"by={by!r} is unknown; choose parameters or flops")
 
     def measure(model: ModelConfig) -> float:
-        return model.num_parameters() if by == "parameters" else model.flops_per_token(sequence_length)
+        return num_parameters(model) if by == "parameters" else flops_per_token(model, sequence_length)
 
     def distance(model: ModelConfig) -> float:
         return abs(measure(model) / measure(config) - 1)
@@ -121,12 +122,12 @@ def _reset(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _table(config: ModelConfig, twin: ModelConfig, sequence_length: int) -> str:
     rows = [
-        ("parameters", config.num_parameters(), twin.num_parameters()),
-        ("active a token", config.num_parameters(active=True), twin.num_parameters(active=True)),
+        ("parameters", num_parameters(config), num_parameters(twin)),
+        ("active a token", num_parameters(config, active=True), num_parameters(twin, active=True)),
         (
             f"forward FLOPs a token at {sequence_length:,} tokens",
-            config.flops_per_token(sequence_length),
-            twin.flops_per_token(sequence_length),
+            flops_per_token(config, sequence_length),
+            flops_per_token(twin, sequence_length),
         ),
     ]
     lines = [f"{'':44}{'given':>18}{'dense':>18}{'ratio':>9}"]

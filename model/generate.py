@@ -4,22 +4,19 @@ Shapes: B batch, T prompt tokens, n new tokens, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.cache import LatentCache
+from model.interface import LanguageModel
 from model.latent_cot.rkv import CacheCompressor
-
-if TYPE_CHECKING:
-    from model.transformer import ZeroModel
 
 PAD_TOKEN_ID = 0
 
 
 def generate(
-    model: "ZeroModel",
+    model: LanguageModel,
     tokens: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -59,7 +56,7 @@ def generate(
         ValueError: prompt and continuation exceed max_position_embeddings, or an impossible option.
     """
     cache = LatentCache() if cache is None else cache
-    check_length(model, tokens, max_new_tokens, cache.length // model.config.places_per_token)
+    check_length(model, tokens, max_new_tokens, cache.length // model.config.positions_per_token)
     choose = _chooser(temperature, top_k, top_p, seed, tokens.device)
     attention_mask = without_padding(attention_mask)
     prompt_length, step_input, position_ids = tokens.shape[1], tokens, None
@@ -84,6 +81,7 @@ def generate(
         if compressor is not None:
             attention_mask = compressor.after_pass(attention_mask)
             position_ids = compressor.next_position()
+        assert output.logits is not None
         step_input = choose(output.logits[:, -1]).masked_fill(ended[:, None], PAD_TOKEN_ID)
         tokens = torch.cat((tokens, step_input), 1)
         if attention_mask is not None:
@@ -97,7 +95,7 @@ def generate(
     return tokens
 
 
-def check_length(model: "ZeroModel", tokens: Tensor, max_new_tokens: int, held: int = 0) -> None:
+def check_length(model: LanguageModel, tokens: Tensor, max_new_tokens: int, held: int = 0) -> None:
     """Refuses a prompt (B, T) after `held` cached tokens whose continuation would be too long."""
     limit = model.config.max_position_embeddings
     if tokens.shape[1] < 1 or max_new_tokens < 0:

@@ -9,17 +9,14 @@ Shapes: B batch, T tokens, S cached and new tokens, W width of the state, N loop
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config.recurrence import HaltingConfig
+from model.context import AttentionContext
 from model.layers import Linear, wide
-
-if TYPE_CHECKING:
-    from model.backends.attention import AttentionContext
 
 # An untrained unit halts with probability 0.12 a step, so that learning starts from many steps.
 HALTING_BIAS = -2.0
@@ -44,7 +41,7 @@ class Halting:
         unit: the learned logits; None for the kinds without.
         active: whether this pass halts anybody; a training-free exit does so at inference only.
         context: of the pass.
-        place: names the loop in the cache.
+        name: of the loop, for its slots in the cache.
         num_steps: N.
         predict: states (B, T, W) -> logits (B, T, V), for the divergence of predictions.
     """
@@ -54,13 +51,13 @@ class Halting:
         config: HaltingConfig,
         unit: HaltingUnit | None,
         active: bool,
-        context: "AttentionContext",
-        place: str,
+        context: AttentionContext,
+        name: str,
         num_steps: int,
         predict: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.config, self.unit, self.active, self.context = config, unit, active, context
-        self.place, self.num_steps, self.predict = place, num_steps, predict
+        self.name, self.num_steps, self.predict = name, num_steps, predict
         self.running: Tensor | None = None  # (B, T) tokens that execute the next step; None: all
         self.probabilities: list[Tensor] = []  # p_n, each (B, T)
         self.executed: list[Tensor] = []  # booleans, each (B, T)
@@ -142,12 +139,12 @@ class Halting:
         T = signal.shape[1]
         cache = self.context.cache
         if cache is not None:
-            signal = cache.append((f"{self.place}.halting", step), signal[..., None])[..., 0]
+            signal = cache.append((f"{self.name}.halting", step), signal[..., None])[..., 0]
         return document_mean(signal, self.context.segment)[:, -T:]
 
 
 def document_mean(signal: Tensor, segment: Tensor | None) -> Tensor:
-    """Causal mean (B, S) of signal (B, S) within segments (B, S), see attention_backends.segments.
+    """Causal mean (B, S) of signal (B, S) within segments (B, S), see context.segments.
 
     Padding keeps its own value. None: one document a row.
     """
@@ -156,9 +153,9 @@ def document_mean(signal: Tensor, segment: Tensor | None) -> Tensor:
     B, S = signal.shape
     real = segment >= 0
     document = segment.clamp(min=0).expand(B, S)
-    place = torch.arange(S, device=signal.device).expand(B, S)
+    column = torch.arange(S, device=signal.device).expand(B, S)
     first = torch.full((B, S), S, device=signal.device).scatter_reduce(
-        1, document, torch.where(real, place, S), "amin"
+        1, document, torch.where(real, column, S), "amin"
     )
     begin = first.gather(1, document).clamp(max=S - 1)
     sums = F.pad((signal * real).cumsum(1), (1, 0))

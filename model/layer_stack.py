@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext, LoopStep
 from model.causal_mixing import CausalMixing
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.context import AttentionContext, LoopStep
 from model.decoder import AUX_TERMS, DecoderLayer, run_layer
 from model.layers import layer_norm
 from model.loop_trace import LoopTrace

@@ -191,7 +191,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         rotation = rotation.unsqueeze(2)
     pairs = wide(x)
     if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
-        pairs = pairs.contiguous()  # a view as complex numbers must start at even places
+        pairs = pairs.contiguous()  # a view as complex numbers must start at even offsets
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
@@ -290,8 +290,8 @@ def feed_forward(config: ModelConfig) -> SwiGLU | UngatedFeedForward:
     return UngatedFeedForward(config)
 
 
-def call(module: nn.Module, compiled: bool, *inputs: Any) -> Any:
-    """module(*inputs); in training by torch.compile if `compiled`.
+def maybe_compiled(module: nn.Module, compiled: bool, *inputs: Any) -> Any:
+    """module(*inputs); in training through torch.compile if `compiled`.
 
     All modules of a class share one compiled forward. Decoding stays eager: its lengths grow.
     """

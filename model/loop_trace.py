@@ -48,7 +48,7 @@ def loop_trace(
         probabilities, executed: (B, T) of each of the N steps, see Halting.
         states: (B, T, W), the initial one and that after each step.
         out: (B, T, W), what the loop hands on.
-        segment: (B, S), see attention_backends.segments; only the last T places count.
+        segment: (B, S), see context.segments; only the last T positions count.
         token_mask: (B, T), False under padding; None: no padding.
     """
     p, ran = wide(torch.stack(probabilities, -1)), torch.stack(executed, -1)

@@ -27,7 +27,7 @@ class LossTerm:
 
 
 def _distilled(name: str, counted_in: str) -> LossTerm:
-    """A term of latent chain of thought, see distillation.py: config.distillation's `{name}_weight`."""
+    """A term of latent chain of thought, see latent_cot/targets.py: config.distillation's `{name}_weight`."""
 
     def weight(config: ModelConfig) -> float:
         return 0.0 if config.distillation is None else getattr(config.distillation, f"{name}_weight")
@@ -44,7 +44,7 @@ LOSS_TABLE = (
     LossTerm("router_z", lambda c: c.router_z_loss_weight, "rows", lambda c: c.has_experts),
     # The modules' mean; each is divided by all targets, as in DeepSeek-V3 eq. 24 and 25.
     LossTerm("mtp", lambda c: c.mtp_loss_weight, "targets", lambda c: c.num_nextn_predict_layers > 0),
-    # Of the loops: latent_terms.py. Means over a row's tokens and over the loops.
+    # Of the loops: loop_trace.py. Means over a row's tokens and over the loops.
     LossTerm("ponder", lambda c: c.recurrence.halting.ponder_scale, "rows", lambda c: c.learns_to_halt),
     LossTerm(
         "stability",

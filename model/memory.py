@@ -1,7 +1,7 @@
 """Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06881, eq. 1-3), decoder form: a baseline.
 
 A document is read segment by segment. A segment is [memory | tokens | memory] under causal attention; what
-comes out at the last places is the memory that the next segment starts with. Nothing else passes between
+comes out at the last positions is the memory that the next segment starts with. Nothing else passes between
 segments.
 
 Shapes: B rows, T tokens, N documents, M memory tokens, L segment length, D hidden.
@@ -50,8 +50,7 @@ class RecurrentMemory(nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            segment: (B, T), the document of each token, negative for padding; see
-            attention_backends.segments.
+            segment: (B, T), the document of each token, negative for padding; see context.segments.
             state: of the rows' earlier tokens; then each row is one document.
             all_segments: read as many segments as a row of T tokens can have, so that all ranks take the same
                 number whatever their documents.
@@ -68,16 +67,16 @@ class RecurrentMemory(nn.Module):
             tokens, real = torch.cat((state.tokens, tokens), 1), torch.cat((state.real, real), 1)
             number = rows.expand_as(tokens)
         documents = B if state is not None else None
-        index, place, lengths = _places(number, real, documents)
+        document, offset, lengths = _documents(number, real, documents)
         longest = max(int(lengths.max()) if len(lengths) else 1, 1)
         if all_segments:
             longest = T
         unpacked = tokens.new_zeros(len(lengths), longest)
-        unpacked[index, place] = tokens[real]
+        unpacked[document, offset] = tokens[real]
         memory = self._start(tokens, len(lengths)) if state is None else state.memory
         hidden, memory = self._read(unpacked, lengths, memory, embed, run)
         out = hidden.new_zeros(*tokens.shape, hidden.shape[-1])
-        out[real] = hidden[index, place]
+        out[real] = hidden[document, offset]
         return out[:, -T:], self._open_segment(memory, unpacked, lengths)
 
     def first_state(self, tokens: Tensor) -> MemoryState:
@@ -102,9 +101,9 @@ class RecurrentMemory(nn.Module):
         M, states = memory.shape[1], []
         for first in range(0, tokens.shape[1], self.length):
             part = tokens[:, first : first + self.length]
-            place = torch.arange(first, first + part.shape[1], device=tokens.device)
+            offset = torch.arange(first, first + part.shape[1], device=tokens.device)
             held = torch.ones(len(tokens), M, dtype=torch.bool, device=tokens.device)
-            exists = torch.cat((held, place < lengths[:, None], held), 1)
+            exists = torch.cat((held, offset < lengths[:, None], held), 1)
             hidden = run(torch.cat((memory, embed(part), memory), 1), exists)
             states.append(hidden[:, M:-M])
             full = lengths >= first + self.length
@@ -114,15 +113,15 @@ class RecurrentMemory(nn.Module):
     def _open_segment(self, memory: Tensor, tokens: Tensor, lengths: Tensor) -> MemoryState:
         """The tokens (N, n) after each document's last full segment."""
         done = lengths // self.length * self.length
-        place = torch.arange(self.length, device=tokens.device) + done[:, None]
-        real = place < lengths[:, None]
-        kept = tokens.gather(1, place.clamp(max=tokens.shape[1] - 1))
+        offset = torch.arange(self.length, device=tokens.device) + done[:, None]
+        real = offset < lengths[:, None]
+        kept = tokens.gather(1, offset.clamp(max=tokens.shape[1] - 1))
         width = int((lengths - done).max()) if len(lengths) else 0
         return MemoryState(memory, kept[:, :width], real[:, :width])
 
 
-def _places(number: Tensor, real: Tensor, documents: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each real token goes: its document (n,), its place in it (n,), and all documents' lengths (N,).
+def _documents(number: Tensor, real: Tensor, documents: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each real token goes: its document (n,), its offset in it (n,), and all documents' lengths (N,).
 
     Args:
         number: (B, T), equal within a document, rising in the order of reading.

@@ -3,16 +3,16 @@
 Shapes: N tokens (batch and time flattened), D hidden, E experts, K experts per token, F expert width.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backends.experts import expert_products
 from model.config.execution import ExecutionConfig, expert_backend
 from model.config.model import ModelConfig
-from model.layers import GatedFeedForward, Products, SwiGLU, call, few_rows, linear, product_dtype, wide
+from model.layers import GatedFeedForward, SwiGLU, few_rows, linear, maybe_compiled, product_dtype, wide
 
 
 class Routing(NamedTuple):
@@ -124,7 +124,7 @@ class Experts(nn.Module):
         backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
         if few_rows(x) and len(x):
             return self._decode(x, counts)
-        products = _PRODUCTS[backend](counts)
+        products = expert_products(backend, counts)
         return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, product_dtype(x))
 
     def _decode(self, x: Tensor, counts: Tensor) -> Tensor:
@@ -135,51 +135,6 @@ class Experts(nn.Module):
                 w1, w2, w3 = (w[expert].to(dtype) for w in (self.w1, self.w2, self.w3))
                 outputs.append(w2 @ (F.silu(w1 @ columns) * (w3 @ columns)))
         return torch.cat(outputs, 1).T.to(x.dtype)
-
-
-def _loop(counts: Tensor) -> Products:
-    """Expert by expert: the reference of the tests, and what every size and dtype can use."""
-    sizes = counts.tolist()
-    return Products(
-        forward=lambda rows, weight: torch.cat(
-            [r @ w.T for r, w in zip(rows.split(sizes), weight, strict=True)]
-        ),
-        to_rows=lambda grad, weight: torch.cat(
-            [g @ w for g, w in zip(grad.split(sizes), weight, strict=True)]
-        ),
-        to_weight=lambda grad, rows: torch.stack(
-            [g.T @ r for g, r in zip(grad.split(sizes), rows.split(sizes), strict=True)]
-        ),
-    )
-
-
-def _grouped_mm(counts: Tensor) -> Products:
-    """torch's grouped matrix products."""
-    ends = counts.cumsum(0).int()
-    return Products(
-        forward=lambda rows, weight: F.grouped_mm(rows, weight.transpose(1, 2), offs=ends),
-        to_rows=lambda grad, weight: F.grouped_mm(grad, weight, offs=ends),
-        to_weight=lambda grad, rows: F.grouped_mm(grad.T, rows, offs=ends),
-    )
-
-
-def _megablocks(counts: Tensor) -> Products:
-    """The grouped products of megablocks' grouped MLP (GPU, bf16)."""
-    from megablocks.grouped_gemm_util import backend  # type: ignore[import-not-found]
-
-    sizes = counts.cpu()
-    return Products(
-        forward=lambda rows, weight: backend.gmm(rows, weight, sizes, trans_b=True),
-        to_rows=lambda grad, weight: backend.gmm(grad, weight, sizes),
-        to_weight=lambda grad, rows: backend.gmm(grad, rows, sizes, trans_a=True),
-    )
-
-
-_PRODUCTS: dict[str, Callable[[Tensor], Products]] = {
-    "loop": _loop,
-    "grouped_mm": _grouped_mm,
-    "megablocks": _megablocks,
-}
 
 
 class MoE(nn.Module):
@@ -232,7 +187,7 @@ class MoE(nn.Module):
         rows = Permute.apply(rows, back, order).unflatten(0, (len(tokens), -1))
         out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
         if self.config.n_shared_experts:
-            out = out + call(self.shared_experts, self.execution.compile, tokens)
+            out = out + maybe_compiled(self.shared_experts, self.execution.compile, tokens)
         return out.view_as(x), self._statistics(routing, x.shape[0], token_mask) if statistics else None
 
     def _statistics(self, routing: Routing, B: int, token_mask: Tensor | None) -> MoEStatistics:

@@ -6,9 +6,9 @@ Shapes: B batch, T tokens, D hidden.
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.context import AttentionContext
 from model.decoder import DecoderLayer, LayerOutput
 from model.layers import Linear, layer_norm
 from model.losses import IGNORE_INDEX
@@ -47,16 +47,16 @@ class MTPModule(nn.Module):
         self.layer.count(load)
 
 
-def shifted(tokens: Tensor, targets: Tensor, segment: Tensor, places: int) -> tuple[Tensor, Tensor]:
-    """What module number `places` reads and predicts at each place.
+def shifted(tokens: Tensor, targets: Tensor, segment: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """What the module that predicts `shift` tokens further ahead reads and predicts at each position.
 
     Args:
         tokens, targets: (B, T) of the model.
-        segment: (B, T), equal numbers for the tokens of one document, see attention_backends.segments.
+        segment: (B, T), equal numbers for the tokens of one document, see context.segments.
 
     Returns:
         (B, T) tokens to embed and (B, T) targets; where the document ends sooner, IGNORE_INDEX.
     """
-    beyond = segment.roll(-places, 1) != segment
-    beyond[:, -places:] = True
-    return tokens.roll(-places, 1), targets.roll(-places, 1).masked_fill(beyond, IGNORE_INDEX)
+    beyond = segment.roll(-shift, 1) != segment
+    beyond[:, -shift:] = True
+    return tokens.roll(-shift, 1), targets.roll(-shift, 1).masked_fill(beyond, IGNORE_INDEX)

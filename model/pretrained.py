@@ -1,51 +1,12 @@
-"""Exported checkpoints: a folder with model.safetensors and config.json."""
+"""Loads a model from the files of an exported checkpoint."""
 
-import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
-from model.config.model import ModelConfig
+from model.export_files import CONFIG_NAME, WEIGHTS_NAME, load_config
 from model.transformer import ZeroModel
-
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
-# What lies beside them for evaluation; pretrain/export.py writes them.
-TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
-
-
-def save_weights(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Writes the two files, each under a temporary name that is then renamed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights, text = directory / WEIGHTS_NAME, json.dumps(config.to_dict(), indent=2) + "\n"
-    save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, f"{weights}.tmp")
-    os.replace(f"{weights}.tmp", weights)
-    (directory / f"{CONFIG_NAME}.tmp").write_text(text)
-    os.replace(directory / f"{CONFIG_NAME}.tmp", directory / CONFIG_NAME)
-
-
-def load_config(directory: str | Path) -> ModelConfig:
-    """Reads config.json.
-
-    Raises:
-        FileNotFoundError: the folder or the file is missing.
-        ValueError: not a config of ours.
-    """
-    path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give the export/ folder of a run as the checkpoint")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); export the checkpoint again") from None
-    if "model_type" in values:
-        raise ValueError(
-            f"{path} describes a Hugging Face model; convert it first: python -m model.hf import --hf "
-            f"{directory} --out DIR"
-        )
-    return ModelConfig.from_dict(values)
 
 
 def load_pretrained(directory: str | Path) -> ZeroModel:

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext
 from model.cache import slot_of
 from model.causal_mixing import CausalMixing
 from model.checkpointing import recomputed
 from model.config.model import ModelConfig
+from model.context import AttentionContext
 from model.halting import Halting, HaltingUnit
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.loop_trace import LoopTrace, loop_trace
@@ -59,16 +59,16 @@ class LatentReasoningUnit(nn.Module):
 
     Args:
         width: W.
-        place: names the loop in the cache.
-        layers: whose keys and values the loop keeps there.
+        name: of the loop, for its slots in the cache.
+        layers: whose keys and values the loop keeps in the cache.
         recompute_steps: activation checkpointing of every step.
     """
 
     def __init__(
-        self, config: ModelConfig, width: int, place: str, layers: Sequence[int], recompute_steps: bool
+        self, config: ModelConfig, width: int, name: str, layers: Sequence[int], recompute_steps: bool
     ) -> None:
         super().__init__()
-        self.config, self.place, self.layers = config.recurrence, place, layers
+        self.config, self.name, self.layers = config.recurrence, name, layers
         self.recompute_steps = recompute_steps
         r = self.config
         if r.state_norm:
@@ -102,7 +102,7 @@ class LatentReasoningUnit(nn.Module):
         r, N = self.config, context.num_steps
         active = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
         lens = None if predict is None else lambda state: predict(self.output_norm(state))
-        halting = Halting(r.halting, self.halting, active, context, self.place, N, lens)
+        halting = Halting(r.halting, self.halting, active, context, self.name, N, lens)
         state = initial if first_state is None else first_state
         states, extras, kept = [state], list[Any](), dict[int, tuple[Tensor, ...]]()
         for step in range(N):
@@ -187,9 +187,9 @@ class LatentReasoningUnit(nn.Module):
             return
         last = slot_of(self.config, done - 1)
         for step in range(done, context.num_steps):
-            names = [f"{self.place}.mixing"]
+            names = [f"{self.name}.mixing"]
             if step < context.num_steps - 1:  # nobody decides about halting after the last
-                names.append(f"{self.place}.halting")
+                names.append(f"{self.name}.halting")
             for name in names:
                 context.cache.repeat((name, done - 1), (name, step), num_tokens)
             if slot_of(self.config, step) != last:
@@ -226,8 +226,8 @@ class LatentRefinement(nn.Module):
     ) -> None:
         super().__init__()
         r = config.recurrence
-        self.place = f"layer{layer}"
-        self.unit = LatentReasoningUnit(config, width, self.place, (), recompute)
+        self.name = f"layer{layer}"
+        self.unit = LatentReasoningUnit(config, width, self.name, (), recompute)
         self.norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
         self.core = SwiGLU(width, r.latent_intermediate_size or 2 * width)
         if r.position_mixing:
@@ -246,7 +246,7 @@ class LatentRefinement(nn.Module):
                 # Neighbours of a token that has halted see what it showed in its last step.
                 shown = x if running is None or not kept else torch.where(running[..., None], x, kept[0][0])
                 kept = {0: (shown,)}
-                x = x + self.mixing(shown, context, (f"{self.place}.mixing", step))
+                x = x + self.mixing(shown, context, (f"{self.name}.mixing", step))
             if condition is not None:
                 x = x + condition
             return CoreOutput(x + self.core(self.norm(x)), kept)

@@ -4,7 +4,6 @@ Shapes: B batch, T prompt tokens, n new tokens, S cached tokens.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +11,7 @@ from torch import Tensor
 
 from model.cache import LatentCache
 from model.generate import PAD_TOKEN_ID, check_length
-
-if TYPE_CHECKING:
-    from model.transformer import ZeroModel
+from model.transformer import ZeroModel
 
 
 @dataclass
@@ -33,10 +30,10 @@ class _Drafter:
     """The model, the module that drafts, and their caches.
 
     Both caches hold the same tokens. A rejected token of a row whose neighbours' was accepted stays behind
-    as a place that `real` masks like padding, so rows may advance at different speeds.
+    as a position that `real` masks like padding, so rows may advance at different speeds.
     """
 
-    def __init__(self, model: "ZeroModel", real: Tensor, num_steps: int | None) -> None:
+    def __init__(self, model: ZeroModel, real: Tensor, num_steps: int | None) -> None:
         self.model, self.real, self.num_steps = model, real, num_steps
         self.caches = LatentCache(limited=False), LatentCache(limited=False)
 
@@ -54,11 +51,11 @@ class _Drafter:
         return output.logits.argmax(-1), output.hidden
 
     def draft(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """States of the last k places and the tokens (B, k) after them -> guesses (B, k) of what follows."""
+        """States of the last k tokens and the tokens (B, k) after them -> guesses (B, k) of what follows."""
         return self.model.draft(hidden, tokens, self._mask(), self.caches[1]).argmax(-1)
 
-    def extend(self, places: int) -> None:
-        self.real = F.pad(self.real, (0, places), value=True)
+    def extend(self, num_tokens: int) -> None:
+        self.real = F.pad(self.real, (0, num_tokens), value=True)
 
     def reject_last(self, accepted: Tensor) -> None:
         """Masks the last token of rows (B,) that did not accept it, or forgets it if no row did."""
@@ -76,7 +73,7 @@ class _Drafter:
 
 @torch.no_grad()
 def generate_speculatively(
-    model: "ZeroModel",
+    model: ZeroModel,
     tokens: Tensor,
     max_new_tokens: int,
     attention_mask: Tensor | None = None,
@@ -147,8 +144,8 @@ class _Written:
     def append(self, token: Tensor, rows: Tensor) -> None:
         """Writes token (B,) to those of the rows (B,) that have not ended."""
         rows = rows & ~self.ended
-        place = torch.where(rows, self.length, self.limit)
-        self.tokens.scatter_(1, place[:, None], token[:, None])
+        column = torch.where(rows, self.length, self.limit)
+        self.tokens.scatter_(1, column[:, None], token[:, None])
         self.length += rows
         self.ended |= self.length >= self.limit
         if self.eos_token_id is not None:

@@ -4,45 +4,28 @@ Shapes: B batch, T new tokens, S cached and new tokens, D hidden, V vocabulary.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.backends.attention import AttentionContext, flex_mask, row_boundaries, segments, visible_keys
-from model.backends.blockwise import hidden_keys
 from model.cache import LatentCache, full_mask
-from model.config.execution import ExecutionConfig, attention_backend
+from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.context import AttentionContext, build_context, segments
 from model.decoder import AUX_TERMS
+from model.export_files import save_weights
 from model.generate import generate
 from model.initialization import initialize
+from model.interface import ModelOutput
 from model.latent_cot.modules import LatentThoughts
 from model.layer_stack import Transformer, TransformerOutput, no_aux
-from model.layers import rotations
 from model.lm_head import LMHead
 from model.loop_trace import LATENT_TERMS
 from model.losses import IGNORE_INDEX, plain_loss_terms, total_loss
 from model.moe import MoE
 from model.mtp import shifted
 from model.recurrence import stacked_traces
-
-
-class ModelOutput(NamedTuple):
-    """Logits and hidden states when no targets are given; otherwise the loss of this batch and its terms.
-
-    A named tuple, since ZeRO-3 looks for tensors in tuples and dicts only.
-    """
-
-    logits: Tensor | None = None  # (B, T, V), or of the last logits_to_keep places
-    hidden: Tensor | None = None  # (B, T, D), normed
-    loss: Tensor | None = None  # normalised by this batch's own counts
-    loss_sums: dict[str, Tensor] | None = None  # one scalar per term of losses.loss_terms, not normalised
-    # Of the U loops, without recurrence None; see latent_terms.LoopTrace
-    halt_probs: Tensor | None = None  # (U, B, T, N)
-    num_iterations: Tensor | None = None  # (U, B, T)
-    ponder_cost: Tensor | None = None  # (U, B, T)
-    residuals: Tensor | None = None  # (U, N)
 
 
 class ZeroModel(nn.Module):
@@ -96,10 +79,10 @@ class ZeroModel(nn.Module):
                 cu_seqlens padding must be a segment of its own, as the loader gives it.
             position_ids: (B, T); default: counted from the start of each document, padding left out.
             cu_seqlens: (B, n) int32, starts of the documents packed into each row, 0 first, padded with T.
-            targets: (B, T) int64, the token to predict at each place or losses.IGNORE_INDEX.
+            targets: (B, T) int64, the token to predict at each position, or losses.IGNORE_INDEX.
             num_steps: loop steps; default: the config's.
             cache: latents of earlier tokens; extended in place.
-            logits_to_keep: form the logits of the last so many places only; 0: of all.
+            logits_to_keep: form the logits of the last so many positions only; 0: all.
             noise_seed: start block loops from noise, to see whether they forget where they started.
             inputs_embeds: (B, T, D) in place of the tokens' embeddings.
             states: gets the output (B, T, D) of every run of a decoder layer, in their order.
@@ -107,8 +90,18 @@ class ZeroModel(nn.Module):
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
         """
-        given = (tokens, attention_mask, position_ids, cu_seqlens, num_steps, cache, noise_seed)
-        out, context = self.read(*given, inputs_embeds, states, statistics=targets is not None)
+        out, context = self.read(
+            tokens,
+            attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            num_steps=num_steps,
+            cache=cache,
+            noise_seed=noise_seed,
+            inputs_embeds=inputs_embeds,
+            states=states,
+            statistics=targets is not None,
+        )
         loops = stacked_traces(out.traces)
         report = {} if loops is None else {name: getattr(loops, name) for name in _REPORTED}
         if targets is None:
@@ -133,6 +126,7 @@ class ZeroModel(nn.Module):
         self,
         tokens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        *,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_steps: int | None = None,
@@ -162,7 +156,7 @@ class ZeroModel(nn.Module):
             assert inputs_embeds is not None
             tokens = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.int64)  # for their shape
         self._check_length(tokens, cu_seqlens, cache)
-        places = self.config.places_per_token
+        repeats = self.config.positions_per_token
         if self.config.num_memory_tokens:
             if inputs_embeds is not None or states is not None:
                 raise ValueError("a recurrent memory reads tokens only; leave inputs_embeds and states out")
@@ -171,16 +165,22 @@ class ZeroModel(nn.Module):
         else:
             # Backward may run layers again: they must find the cache as it was before this pass.
             before = cache.branch() if cache is not None and cache.differentiable else cache
-            context = self._context(tokens, attention_mask, position_ids, cu_seqlens, before)
+            context = self.attention_context(
+                tokens,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cu_seqlens=cu_seqlens,
+                cache=before,
+            )
             context.statistics, context.num_steps, context.states = statistics, steps, states
             predict = self._predict if self._compares_predictions() else None
             embedded = self.model.embed(tokens, context, inputs_embeds)
             out = self.model(embedded, context, predict, noise_seed)
-            out = out._replace(hidden=out.hidden[:, places - 1 :: places])  # of a token's places the last
+            out = out._replace(hidden=out.hidden[:, repeats - 1 :: repeats])  # a token's last position
             if cache is not None and before is not None and before is not cache:
                 cache.adopt(before)
         if cache is not None:
-            cache.advance(tokens.shape[1] * places)
+            cache.advance(tokens.shape[1] * repeats)
         return out, context
 
     def _read_segments(
@@ -201,7 +201,7 @@ class ZeroModel(nn.Module):
             state = memory.first_state(tokens) if cache.memory is None else cache.memory
 
         def run(x: Tensor, exists: Tensor) -> Tensor:
-            return self.model(x, self._context(exists.long(), exists, None, None, None)).hidden
+            return self.model(x, self.attention_context(exists.long(), attention_mask=exists)).hidden
 
         hidden, state = memory(tokens, segment, self.model.embed_tokens, run, state, all_segments)
         if cache is not None:
@@ -259,51 +259,18 @@ class ZeroModel(nn.Module):
             (B, T, V), predictions of the tokens after `tokens`.
         """
         self._check_length(tokens, None, cache)
-        context = self._context(tokens, attention_mask, None, None, cache)
+        context = self.attention_context(tokens, attention_mask=attention_mask, cache=cache)
         further, _ = self.model.predict_further(0, hidden, tokens, context)
         cache.advance(tokens.shape[1])
         return self.lm_head(further)
 
-    def _context(
-        self,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cu_seqlens: Tensor | None,
-        cache: LatentCache | None,
-    ) -> AttentionContext:
-        """What the layers share."""
-        past = cache.length if cache is not None else 0
-        places = self.config.places_per_token
-        if places > 1:
-            tokens = tokens.repeat_interleave(places, 1)
-            if attention_mask is not None:
-                attention_mask = attention_mask.repeat_interleave(places, 1)
-            if cu_seqlens is not None:
-                cu_seqlens = cu_seqlens * places
-            if position_ids is not None:
-                offsets = torch.arange(places, device=tokens.device)
-                position_ids = (position_ids[..., None] * places + offsets).flatten(1)
-        B, S = len(tokens), past + tokens.shape[1]
-        plain = attention_mask is None and cu_seqlens is None
-        segment, token_mask = None, None
-        if not plain:
-            real = full_mask(attention_mask, B, S, tokens.device)
-            segment = segments(real, cu_seqlens)
-            token_mask = None if attention_mask is None else real[:, past:]
-            position_ids = _positions(real, cu_seqlens)[:, past:] if position_ids is None else position_ids
-        elif position_ids is None:
-            position_ids = torch.arange(past, S, device=tokens.device)[None]
-        context = AttentionContext(None, "sdpa", None, token_mask, cache=cache, segment=segment)
-        if self.config.learned_positions:
-            context.positions = position_ids
-        else:
-            context.rotation = rotations(position_ids, self.config)
-        self._choose_backend(context, tokens, segment, cu_seqlens)
-        return context
+    def attention_context(self, tokens: Tensor, **given: Any) -> AttentionContext:
+        """What the layers share in a pass over tokens (B, T); see context.build_context."""
+        dtype = self.model.embed_tokens.weight.dtype
+        return build_context(self.config, self.execution, dtype, tokens, **given)
 
     def _check_length(self, tokens: Tensor, cu_seqlens: Tensor | None, cache: LatentCache | None) -> None:
-        past = 0 if cache is None else cache.length // self.config.places_per_token
+        past = 0 if cache is None else cache.length // self.config.positions_per_token
         length = past + tokens.shape[1]
         if self.config.max_position_embeddings < length and (cache is None or cache.limited):
             raise ValueError(
@@ -312,43 +279,6 @@ class ZeroModel(nn.Module):
             )
         if cu_seqlens is not None and past:
             raise ValueError("cu_seqlens describes whole rows and cannot be used with a filled cache")
-
-    def _choose_backend(
-        self, context: AttentionContext, tokens: Tensor, segment: Tensor | None, cu_seqlens: Tensor | None
-    ) -> None:
-        """Fills in what the attention backend needs.
-
-        flex takes whole rows, varlen and flash_attn whole rows whose padding, if any, is its own segment; all
-        else goes through sdpa.
-        """
-        (B, T), dtype = tokens.shape, self.model.embed_tokens.weight.dtype
-        backend = attention_backend(self.execution.attention, tokens.device.type, dtype)
-        past = context.cache.length if context.cache is not None else 0
-        if self.config.recurrence.cache == "parallel":  # the keys of several steps need a mask of their own
-            context.mask = visible_keys(tokens.new_zeros(1, past + T) if segment is None else segment, T)
-            return
-        if backend == "flex" and tokens.device.type == "cpu" and torch.is_grad_enabled():
-            raise ValueError(
-                "execution.attention=flex has no gradients on a CPU; use torch.no_grad() or attention=sdpa"
-            )
-        if backend == "flex" and not past:
-            segment = tokens.new_zeros(B, T) if segment is None else segment
-            context.backend, context.block_mask = backend, flex_mask(segment)
-        elif (
-            backend in ("varlen", "flash_attn")
-            and not past
-            and (context.token_mask is None or cu_seqlens is not None)
-        ):
-            context.backend, context.boundaries = backend, row_boundaries(B, T, cu_seqlens, tokens.device)
-        elif backend == "blockwise" and not past:
-            context.backend = backend
-            if segment is not None:
-                context.mask = visible_keys(segment, T)
-                context.hidden = hidden_keys(context.mask)
-        elif segment is not None:
-            context.mask = visible_keys(segment, T)
-        elif past and T > 1:
-            context.mask = visible_keys(tokens.new_zeros(1, past + T), T)
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int = 64, **options: Any) -> Tensor:
@@ -360,24 +290,17 @@ class ZeroModel(nn.Module):
         """Whether the loss of `training_step` is another one than that of the step before."""
         return False
 
+    def attention_layer(self, layer: int) -> Any:
+        """The attention of decoder layer number `layer`."""
+        decoder: Any = self.model.layers[layer]
+        return decoder.self_attn
+
     def moe_layers(self) -> list[MoE]:
         return [m for m in self.modules() if isinstance(m, MoE)]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model.safetensors and config.json."""
-        from model.pretrained import save_weights
-
         save_weights(Path(directory), self.config, self.state_dict())
 
 
 _REPORTED = ("halt_probs", "num_iterations", "ponder_cost", "residuals")
-
-
-def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B, S) positions: padding is not counted (Hugging Face's rule), documents start at 0."""
-    positions = (real.long().cumsum(1) - 1).clamp(min=0)
-    if cu_seqlens is None:
-        return positions
-    place = torch.arange(real.shape[1], device=real.device).expand_as(real).contiguous()
-    document = torch.searchsorted(cu_seqlens, place, right=True) - 1
-    return positions - positions.gather(1, cu_seqlens.long().gather(1, document))

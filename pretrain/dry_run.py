@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from model.counts import training_flops_per_token
+from model.counts import flops_per_token, num_parameters, training_flops_per_token
 from pretrain.config import check_layout
 from pretrain.planning.communication import gather_schedule
 from pretrain.planning.layout import Layout, model_parts
@@ -38,14 +38,14 @@ def describe(run: "Run") -> str:
     gathering = gather_schedule(model, parts, layout) if layout.stage == 3 else None
     predicted = memory(model, parts, layout, gathering, skew=1.0)
     length = config.data.sequence_length
-    forward, training = model.flops_per_token(length), training_flops_per_token(model, length)
+    forward, training = flops_per_token(model, length), training_flops_per_token(model, length)
     source = "the first step" if run.resume_from is None else str(run.resume_from)
     adapters = "" if config.lora is None else " without lora, with which it is less"
     lines = [
         resolved.rstrip(),
         "",
         f"starts from      {source}, ends after step {config.max_steps}",
-        f"parameters       {model.num_parameters():,} ({model.num_parameters(active=True):,} active a token)",
+        f"parameters       {num_parameters(model):,} ({num_parameters(model, active=True):,} active a token)",
         f"FLOPs a token    {forward:.4g} forward, {training:.4g} in training, "
         f"at {model.recurrence.num_steps} loop steps",
         f"a step           {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",

@@ -24,7 +24,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Loader
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
-from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME
+from model.counts import num_parameters
+from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig, check_layout, load_ds_config, load_run_config
@@ -346,7 +347,7 @@ def _write_run_folder(run: Run, trained: int) -> None:
     shutil.copyfile(run.loader.tokenizer_path, run.folder / TOKENIZER_NAME)
     described = json.dumps(describe_data(run.loader.manifest), indent=2)
     (run.folder / TRAINING_DATA_NAME).write_text(described + "\n")
-    counts = run.model_config.num_parameters(), run.model_config.num_parameters(active=True)
+    counts = num_parameters(run.model_config), num_parameters(run.model_config, active=True)
     peak, how = peak_tflops(run.config, run.model_config), "" if run.config.lora is None else " (LoRA)"
     unknown = "no MFU" if run.config.peak_tflops else "no MFU: set peak_tflops"
     print(

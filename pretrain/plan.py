@@ -19,6 +19,7 @@ from common.errors import user_errors
 from model import ModelConfig
 from model.config.execution import CHECKPOINTING
 from model.config.model import PRESETS
+from model.counts import num_parameters
 from pretrain.config import load_run_config
 from pretrain.planning.layout import Hardware, Loads
 from pretrain.planning.search import Plan, describe, search
@@ -137,7 +138,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def as_text(name: str, config: ModelConfig, plan: Plan, hardware: Hardware) -> str:
     """A page on one layout."""
     layout, usable = plan.layout, hardware.usable_bytes / 1e9
-    total, active = config.num_parameters(), config.num_parameters(active=True)
+    total, active = num_parameters(config), num_parameters(config, active=True)
     lines = [
         f"{name}: {total:,} parameters, {active:,} active a token",
         f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens a step",

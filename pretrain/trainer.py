@@ -16,11 +16,11 @@ from torch import Tensor
 from data_pipeline.loading.loader import Batch, Loader
 from model import ModelConfig
 from model.counts import recomputed_flops_per_token, training_flops_per_token
+from model.interface import ModelOutput
 from model.latent_cot.targets import loss_counts
 from model.loop_trace import loop_figures, loop_sums
 from model.losses import loss_terms, total_loss
 from model.recurrence import sample_depth
-from model.transformer import ModelOutput
 from pretrain.checkpoint import Saver, TrainingState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
@@ -294,7 +294,7 @@ class Trainer:
         c = self.model_config
         layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
         runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
-        return real_tokens * c.places_per_token * c.num_experts_per_tok * runs
+        return real_tokens * c.positions_per_token * c.num_experts_per_tok * runs
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float:

@@ -22,6 +22,7 @@ from eval.reports.html import html_table, missing, note, show
 from eval.reports.runs import MAIN_METRICS, Result, Run
 from eval.scoring.core import Score
 from model import ModelConfig
+from model.counts import flops_per_token
 
 PUBLISHED = Path(__file__).with_name("published.json")
 Panels = dict[str, tuple[Curves, Guesses]]
@@ -182,7 +183,7 @@ def votes_beside_depth(runs: Sequence[Run]) -> str:
 def _cost(model: ModelConfig, result: Result) -> float:
     """FLOPs of a token at the result's steps over those at the model's own depth."""
     length, own = model.max_position_embeddings, model.recurrence.num_steps
-    one, two = (model.flops_per_token(length, n) for n in (1, 2))
+    one, two = (flops_per_token(model, length, n) for n in (1, 2))
     steps = own if result.steps is None else result.steps
     return (one + (steps - 1) * (two - one)) / (one + (own - 1) * (two - one))
 

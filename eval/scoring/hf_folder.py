@@ -34,8 +34,12 @@ class HFConfig:
     vocab_size: int
     max_position_embeddings: int
     recurrence: RecurrenceConfig = RecurrenceConfig()
-    places_per_token: int = 1
+    positions_per_token: int = 1
     num_memory_tokens: int = 0
+
+    def decodes_exactly(self, num_steps: int) -> bool:
+        """See ModelConfig.decodes_exactly: nothing loops here."""
+        return True
 
 
 class HFTokenizer:

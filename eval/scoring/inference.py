@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline.tokenization.tokenizer import PAD_ID, Tokenizer
 from model import ZeroModel
 from model.cache import LatentCache
-from model.transformer import ModelOutput
+from model.interface import ModelOutput
 
 ADAPTIVE = "adaptive"
 Depth = int | str | None  # loop steps, ADAPTIVE, or None: as the model is configured
@@ -95,7 +95,7 @@ class Engine:
     def __init__(self, model: ZeroModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.device = next(model.parameters()).device
-        self.places = model.config.places_per_token
+        self.places = model.config.positions_per_token
         self._variants: dict[str, ZeroModel] = {}  # by kind of halting
         self._prefix: tuple[tuple[list[int], Depth], LatentCache] | None = None
 

@@ -15,8 +15,7 @@ from eval.scoring.inference import ADAPTIVE, Answer, Depth, Engine, GenerateJob,
 from eval.scoring.journal import Journal, request_key
 from eval.scoring.workers import Workers, load_engine
 from model import ZeroModel
-from model.cache import decodes_exactly
-from model.pretrained import TOKENIZER_NAME, load_config
+from model.export_files import TOKENIZER_NAME, load_config
 
 # Sharing fewer tokens than this saves less than another pass over the layers costs.
 MIN_SHARED_TOKENS = 8
@@ -37,7 +36,7 @@ class Scorer:
     was cut from the left, because it did not fit into the model's positions, are counted: `take_truncated`.
 
     Tokens that requests share are read once: a context by its continuations, and what all contexts begin with
-    (exemplars) by the whole call. Where a cache would change the result (model.cache.decodes_exactly), every
+    (exemplars) by the whole call. Where a cache would change the result (ModelConfig.decodes_exactly), every
     request is read as a whole row.
     """
 
@@ -267,7 +266,7 @@ class Scorer:
 
     def _exact(self) -> bool:
         config = self.model.config
-        return decodes_exactly(config, self.num_steps or config.recurrence.num_steps)
+        return config.decodes_exactly(self.num_steps or config.recurrence.num_steps)
 
     def _shared_prefix(self, rows: Sequence[list[int]]) -> list[int]:
         """What all rows begin with, but for those that were cut; empty if it is too short to pay."""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from model.pretrained import TRAINING_DATA_NAME
+from model.export_files import TRAINING_DATA_NAME
 
 
 def read_training_data(checkpoint: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.hf_folder import is_hf_folder, load_hf_engine
 from eval.scoring.inference import Answer, Engine, Job
 from model import load_pretrained
-from model.pretrained import TOKENIZER_NAME
+from model.export_files import TOKENIZER_NAME
 
 
 class Workers:

@@ -204,7 +204,7 @@ def answer_batch(
         new, passes = whole[:, tokens.shape[1] :], 1
     seconds = (_now(device) - start) / len(prompts)
     width = next(model.parameters()).element_size()
-    token_bytes = width * cache.numel() * model.config.places_per_token // (len(prompts) * cache.length)
+    token_bytes = width * cache.numel() * model.config.positions_per_token // (len(prompts) * cache.length)
     answered = []
     for prompt, line in zip(prompts, new.tolist(), strict=True):
         own = line[: line.index(eos) + 1] if eos in line else line

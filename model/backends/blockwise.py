@@ -12,32 +12,32 @@ from torch import Tensor
 QUERIES = 128  # queries a block; more compute hidden scores, fewer make small products
 
 
-class Hidden(NamedTuple):
-    """What queries may not see beside what is later."""
+class BlockwiseMask(NamedTuple):
+    """Which keys the queries see, where that is less than all keys up to their own."""
 
     mask: Tensor  # (B, 1, T, T) booleans, True: visible
     begins: list[int]  # for each block the first key that any of its queries sees
 
 
-def hidden_keys(mask: Tensor) -> Hidden:
+def blockwise_mask(mask: Tensor) -> BlockwiseMask:
     """From a causal mask (B, 1, T, T) in which every query sees some key."""
     first_key = mask[:, 0].byte().argmax(-1).amin(0)  # (T,)
-    return Hidden(mask, [int(block.min()) for block in first_key.split(QUERIES)])
+    return BlockwiseMask(mask, [int(block.min()) for block in first_key.split(QUERIES)])
 
 
 class BlockwiseAttention(torch.autograd.Function):
-    """softmax(scale * query key^T + mask) value, each query seeing keys at or before its own place only."""
+    """softmax(scale * query key^T + mask) value, where each query sees keys up to its own position."""
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Hidden | None, scale: float
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: BlockwiseMask | None, scale: float
     ) -> Tensor:
         """query, key (N, T, K), value (N, T, V), N a multiple of B -> (N, T, V)."""
         ctx.save_for_backward(query, key, value)
-        ctx.hidden, ctx.scale = hidden, scale
+        ctx.mask, ctx.scale = mask, scale
         out = torch.empty_like(value)
-        for begin, start, end in _blocks(query, hidden):
-            weights = _weights(query, key, hidden, scale, begin, start, end)
+        for begin, start, end in _blocks(query, mask):
+            weights = _weights(query, key, mask, scale, begin, start, end)
             torch.bmm(weights, value[:, begin:end], out=out[:, start:end])
         return out
 
@@ -46,8 +46,8 @@ class BlockwiseAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         scale, grad = ctx.scale, grads[0].contiguous()
         grad_query, grad_key, grad_value = (torch.zeros_like(x) for x in (query, key, value))
-        for begin, start, end in _blocks(query, ctx.hidden):
-            weights = _weights(query, key, ctx.hidden, scale, begin, start, end)
+        for begin, start, end in _blocks(query, ctx.mask):
+            weights = _weights(query, key, ctx.mask, scale, begin, start, end)
             rows = grad[:, start:end]
             grad_value[:, begin:end].baddbmm_(weights.transpose(1, 2), rows)
             grad_weights = rows @ value[:, begin:end].transpose(1, 2)
@@ -57,25 +57,25 @@ class BlockwiseAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-def _blocks(query: Tensor, hidden: Hidden | None) -> list[tuple[int, int, int]]:
+def _blocks(query: Tensor, mask: BlockwiseMask | None) -> list[tuple[int, int, int]]:
     """First key, first query and end of every block."""
     T = query.shape[1]
     starts = range(0, T, QUERIES)
-    begins = [0] * len(starts) if hidden is None else hidden.begins
+    begins = [0] * len(starts) if mask is None else mask.begins
     return [(b, start, min(start + QUERIES, T)) for b, start in zip(begins, starts, strict=True)]
 
 
 def _weights(
-    query: Tensor, key: Tensor, hidden: Hidden | None, scale: float, begin: int, start: int, end: int
+    query: Tensor, key: Tensor, mask: BlockwiseMask | None, scale: float, begin: int, start: int, end: int
 ) -> Tensor:
     """Attention weights (N, end - start, end - begin) of the queries start..end."""
     N, rows, keys = len(query), end - start, end - begin
     scores = query.new_empty(N, rows, keys)
     scores.baddbmm_(query[:, start:end], key[:, begin:end].transpose(1, 2), beta=0, alpha=scale)
-    if hidden is None:
+    if mask is None:
         later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
         scores[:, :, start - begin :].masked_fill_(later, float("-inf"))
     else:
-        invisible = ~hidden.mask[:, :, start:end, begin:end]  # causal too
+        invisible = ~mask.mask[:, :, start:end, begin:end]  # causal too
         scores.view(len(invisible), -1, rows, keys).masked_fill_(invisible, float("-inf"))
     return scores.softmax(-1)

@@ -1,6 +1,7 @@
 """DistillationConfig: which passes a student of latent chain of thought takes, and what each loss weighs.
 
-What the methods of the literature set here stands in distill/methods.py; the losses are in distillation.py.
+distill/methods.py says what the methods of the literature set here; the losses are in
+latent_cot/targets.py.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""LatentCoTConfig: thoughts in place of a chain of thought's tokens."""
+"""LatentCoTConfig: thoughts instead of a chain of thought's tokens."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ PROJECTIONS = (None, "mlp", "none")
 class LatentCoTConfig:
     """Latent thoughts between <bot> and <eot>. See model/latent_cot/thoughts.py for the formulas."""
 
-    num_latents: int = 0  # c, places of thought; 0: none, and no parameters for them
-    # jacobi: all places at once, each from the one before in the iteration before (PCCoT) | sequential: one
+    num_latents: int = 0  # c, latents in a thought; 0: none, and no parameters for them
+    # jacobi: all latents at once, each from the one before in the iteration before (PCCoT) | sequential: one
     # after another (Coconut, CODI) | none: learned embeddings (pause) | lotus: all at once, each its own
     feedback: str = "jacobi"
     # jacobi: T, after iteration 0 (default 3; 0 is `none`) | lotus: R (default 6). The others have none

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.nearest import nearest
-from model import counts
-from model.cache import decodes_exactly
 from model.config.distillation import DistillationConfig
 from model.config.latent_cot import LatentCoTConfig, check_latent_cot
 from model.config.presets import PRESETS
@@ -208,7 +206,7 @@ class ModelConfig:
                 f"{refused} num_pause_tokens={self.num_pause_tokens} and num_memory_tokens="
                 f"{self.num_memory_tokens}, baselines of their own; set both to 0"
             )
-        if not decodes_exactly(self, self.recurrence.num_steps):
+        if not self.decodes_exactly(self.recurrence.num_steps):
             raise ValueError(
                 f"{refused} recurrence.cache={self.recurrence.cache} and virtual_layers="
                 f"{self.recurrence.virtual_layers}: thoughts are read over the question's cache, which only "
@@ -259,8 +257,8 @@ class ModelConfig:
         return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
 
     @property
-    def places_per_token(self) -> int:
-        """Places of the row that a token takes: its own and its pauses."""
+    def positions_per_token(self) -> int:
+        """Positions of a sequence that a token takes: its own and those of its pauses."""
         return 1 + self.num_pause_tokens
 
     @property
@@ -282,6 +280,20 @@ class ModelConfig:
         looped = r.range_of(layer, self.num_hidden_layers) is not None
         read_out = training and r.expectation == "loss" and layer > ranges[-1][1]
         return num_steps if looped or read_out else 1
+
+    def decodes_exactly(self, num_steps: int) -> bool:
+        """Whether tokens read in several passes over a cache give the results of one pass over all of them.
+
+        For the loops' caches see cache.kept_keys. A recurrent memory is a state: what it has read cannot be
+        moved or shared, so it counts as inexact.
+        """
+        r = self.recurrence
+        if self.num_memory_tokens:
+            return False
+        if r.placement != "block":
+            return True
+        all_kept = r.cache in ("per_step", "parallel") and num_steps <= (r.virtual_layers or num_steps)
+        return all_kept or r.cache == "first"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -308,14 +320,6 @@ class ModelConfig:
             if values.get(key) is not None:
                 values[key] = _section(values[key], section, f"model.{key}")
         return cls(**values)
-
-    def num_parameters(self, active: bool = False) -> int:
-        """See counts.num_parameters."""
-        return counts.num_parameters(self, active)
-
-    def flops_per_token(self, sequence_length: int, num_steps: int | None = None) -> float:
-        """See counts.flops_per_token."""
-        return counts.flops_per_token(self, sequence_length, num_steps)
 
 
 _POSITIVE = (

@@ -1,7 +1,4 @@
-"""Export to and import from Hugging Face's DeepseekV3 format; import of GPT-2 and Llama (see hf_dense.py).
-
-    python -m model.hf export --checkpoint runs/NAME/export --out DIR
-    python -m model.hf import --hf DIR --out DIR
+"""Export to and import from Hugging Face's DeepseekV3 format; dense models go on to dense.py.
 
 Without recurrence a ZeroModel is a DeepSeek-V3, and the names differ in two places only: experts lie
 stacked as w1, w3, w2 (gate, up, down), and multi-token prediction has a place of its own. transformers calls
@@ -10,7 +7,6 @@ the modules of multi-token prediction unexpected, so they get a file that it doe
 Shapes: E experts, D hidden, V vocabulary.
 """
 
-import argparse
 import dataclasses
 import re
 import shutil
@@ -22,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model.config.model import ModelConfig, YarnConfig
+from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
 from model.hf.dense import DENSE, import_dense
 from model.hf.files import (
     MTP_NAME,
@@ -34,7 +31,7 @@ from model.hf.files import (
     write_json,
 )
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
-from model.pretrained import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_pretrained, save_weights
+from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
 
 OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for
@@ -301,25 +298,3 @@ def import_folder(hf: Path, out: Path) -> None:
 def _layer_number(name: str) -> int:
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
-
-
-def main() -> None:
-    """The command line, export and import; a user's mistake ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Convert to and from Hugging Face's DeepseekV3 format.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write a folder that transformers and vLLM read")
-    export.add_argument("--checkpoint", type=Path, required=True, help="export/ folder of a run")
-    read = commands.add_parser("import", help="read such a folder, or one of GPT-2 or Llama")
-    read.add_argument("--hf", type=Path, required=True, help="folder in the Hugging Face format")
-    for command in (export, read):
-        command.add_argument("--out", type=Path, required=True, help="folder to write")
-    arguments = parser.parse_args()
-    try:
-        if arguments.command == "export":
-            export_folder(arguments.checkpoint, arguments.out)
-        else:
-            import_folder(arguments.hf, arguments.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"wrote {arguments.out}")

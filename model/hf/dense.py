@@ -2,7 +2,7 @@
 
 Their values and names, the transposed matrices of GPT-2, and the halves that Llama rotates where the network
 here rotates neighbours, are those of transformers' modeling_gpt2.py and modeling_llama.py. Dropout is not
-taken over. The embedding, and a head of its own, get rows for the special tokens that hf_special_tokens.py
+taken over. The embedding, and a head of its own, get rows for the special tokens that special_tokens.py
 adds.
 
 Shapes: D hidden, V vocabulary.
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from model.config.model import ModelConfig
+from model.export_files import TOKENIZER_NAME, save_weights
 from model.hf.files import check_config, read_weights, rope_parameters, take, write_json
 from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
-from model.pretrained import TOKENIZER_NAME, save_weights
 from model.transformer import ZeroModel
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

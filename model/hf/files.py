@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.pretrained import WEIGHTS_NAME
+from model.export_files import WEIGHTS_NAME
 
 MTP_NAME = "mtp.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -18,9 +18,9 @@ class Projection(nn.Sequential):
 
 
 class LatentThoughts(nn.Module):
-    """One learned embedding that all places share, and the projection that feeds hidden states back.
+    """One learned embedding that all latents share, and the projection that feeds hidden states back.
 
-    Positions tell the places apart, so that their number can be changed at test time.
+    Positions tell the latents apart, so their number can change at test time.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -31,16 +31,16 @@ class LatentThoughts(nn.Module):
         if self.config.projects:
             self.projection = Projection(D)
 
-    def initial(self, places: Tensor) -> Tensor:
-        """Latents of iteration 0 for places (B, c) of zeros, int64 -> (B, c, D)."""
-        out: Tensor = self.embedding(places)
+    def initial(self, ids: Tensor) -> Tensor:
+        """Latents of iteration 0 for ids (B, c), int64, all 0 -> (B, c, D)."""
+        out: Tensor = self.embedding(ids)
         return out
 
     def project(self, hidden: Tensor) -> Tensor:
-        """Hidden states (B, n, D) -> latents (B, n, D) of the places after them."""
+        """Hidden states (B, n, D) -> latents (B, n, D) of the positions after them."""
         return self.projection(hidden) if self.config.projects else hidden
 
-    def feed_back(self, first: Tensor, places: Tensor, hidden: Tensor) -> Tensor:
+    def feed_back(self, first: Tensor, ids: Tensor, hidden: Tensor) -> Tensor:
         """The next iteration's latents (B, c, D), from the hidden states (B, c, D) of this one.
 
         jacobi: z_1 stays, z_i = prj(h_(i-1)) (PCCoT, arXiv 2506.18582, section 3). lotus: E + h_i (LOTUS,
@@ -48,8 +48,8 @@ class LatentThoughts(nn.Module):
 
         Args:
             first: (B, 1, D), the projected state at <bot>.
-            places: (B, c) zeros.
+            ids: (B, c), all 0.
         """
         if self.config.feedback == "lotus":
-            return self.initial(places) + hidden
+            return self.initial(ids) + hidden
         return torch.cat((first, self.project(hidden[:, :-1])), 1)

@@ -7,8 +7,8 @@ tokens of a chain of thought that a student distils (select; KaVa, arXiv 2510.02
 Where paper and code differ or are silent:
 - lambda is the paper's 0.1; the code's default is 0.07.
 - From the code: of a key's similar neighbours (cosine above 0.5) one, the latest, is zeroed; attention is
-  max-pooled over 7 places after the mean over queries; the maximum over the query heads of a group is taken
-  of the logits; keys are compared as the cache holds them, rotated.
+  max-pooled over 7 candidates after the mean over queries; the maximum over the query heads of a group is
+  taken of the logits; keys are compared as the cache holds them, rotated.
 - A key without a similar neighbour has nothing zeroed. The code then zeroes its similarity to the first key,
   a side effect of how it looks the neighbour up.
 - The prompt stays whole, so neither I nor R looks at it: both are over the generated tokens.
@@ -18,21 +18,18 @@ W numbers per cached token, n kept.
 """
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import LatentCache, Slot
+from model.config.model import ModelConfig
+from model.interface import LanguageModel
 from model.layers import rotate, rotations, wide
 
-if TYPE_CHECKING:
-    from model.config.model import ModelConfig
-    from model.transformer import ZeroModel
-
 OBSERVATION_WINDOW = 8  # last tokens, whose queries judge the others and which always stay
-POOL = 7  # places that share the largest attention among them
+POOL = 7  # neighbouring candidates that share the largest attention among them
 SIMILAR = 0.5  # cosine above which two keys say the same
 IMPORTANCE_SHARE = 0.1  # lambda
 POLICIES = ("rkv", "random", "uniform")
@@ -49,7 +46,7 @@ def importance(
         mask: (B, S) booleans, False: padding, gets no attention.
         query_mask: (B, T) booleans, False: padding, left out of the mean.
         scale: factor on query-key products.
-        pool: width of the max-pool over places, odd; 1: none.
+        pool: width of the max-pool over candidates, odd; 1: none.
     """
     grouped = wide(query).unflatten(2, (keys.shape[2], -1))
     logits = scale * torch.einsum("btgnk,bsgk->bgnts", grouped, wide(keys)).amax(2)
@@ -59,7 +56,7 @@ def importance(
 
 
 def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
-    """How much the other keys resemble each key: (B, G, S), sums to 1 over a row's real places.
+    """How much the other keys resemble each key: (B, G, S), sums to 1 over a row's real candidates.
 
     Of the keys that resemble a key the latest is not held against: the last copy of a repetition stays.
 
@@ -68,17 +65,17 @@ def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
         mask: (B, S) booleans, False: padding, neither compared nor counted.
     """
     unit = F.normalize(wide(keys), dim=-1).transpose(1, 2)
-    place = torch.arange(keys.shape[1], device=keys.device)
-    compared = mask[:, None, :, None] & mask[:, None, None, :] & (place != place[:, None])
+    index = torch.arange(keys.shape[1], device=keys.device)
+    compared = mask[:, None, :, None] & mask[:, None, None, :] & (index != index[:, None])
     cosine = (unit @ unit.mT).masked_fill(~compared, 0)
-    latest = torch.where(cosine > SIMILAR, place, -1).amax(-1, keepdim=True)
-    cosine = cosine.masked_fill(place == latest, 0)
+    latest = torch.where(cosine > SIMILAR, index, -1).amax(-1, keepdim=True)
+    cosine = cosine.masked_fill(index == latest, 0)
     mean = cosine.sum(-2) / mask.sum(1).clamp(min=1)[:, None, None]
     return _softmax(mean, mask[:, None])
 
 
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension's real places; 0 elsewhere, and everywhere where none is real."""
+    """Softmax over the last dimension's real entries; 0 elsewhere, and everywhere where none is real."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
 
 
@@ -101,8 +98,8 @@ def select(
         budget: candidates to keep of every row and head.
         lambda_: share of the importance in the score; the rest is the redundancy's.
         policy: rkv | random | uniform (evenly spaced over the row's real candidates). The last two do not
-            depend on padding, on a row's place in the batch or on the batch's size.
-        seed: of policy random; the same places of all rows are drawn, so that it should change by step.
+            depend on padding, on a row's index in the batch or on the batch's size.
+        seed: of policy random; every row gets the same draws, so it should change with the step.
         shared: one choice for all heads, by their mean score.
 
     Returns:
@@ -136,13 +133,13 @@ def _blind_score(mask: Tensor, heads: int, budget: int, policy: str, seed: int) 
         count = mask.sum(1, keepdim=True).clamp(min=1)
         rises = (rank + 1) * budget // count > rank * budget // count
         return rises.float()[:, None].expand(-1, heads, -1)
-    # Drawn place by place, so that longer rows continue the draws of shorter ones.
+    # Drawn candidate by candidate, so that longer rows continue the draws of shorter ones.
     draws = torch.rand(mask.shape[1], heads, generator=torch.Generator().manual_seed(seed))
     return draws.to(mask.device)[rank].transpose(1, 2)
 
 
 def best(score: Tensor, mask: Tensor, budget: int) -> Tensor:
-    """Places (B, G, n) of the highest scores (B, G, S), see select; of equal ones the earlier."""
+    """Indices (B, G, n) of the highest scores (B, G, S), see select; of equal ones the earlier."""
     S = score.shape[2]
     order = score.masked_fill(~mask[:, None], float("-inf")).sort(dim=-1, descending=True, stable=True)
     kept = order.indices[..., : min(budget, S)]
@@ -150,7 +147,7 @@ def best(score: Tensor, mask: Tensor, budget: int) -> Tensor:
     return (kept + S * padding).sort(dim=-1).values % S
 
 
-def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, Tensor]:
+def cached_keys(model: LanguageModel, layer: int, held: Tensor) -> tuple[Tensor, Tensor]:
     """What a layer's attention reads from its cache.
 
     Args:
@@ -165,7 +162,7 @@ def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, T
     if not c.use_mla:
         keys, values = held.unflatten(-1, (-1, c.plain_head_dim)).chunk(2, 2)
         return keys, values
-    attention: Any = model.model.layers[layer].self_attn
+    attention = model.attention_layer(layer)
     latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
     expanded = attention.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
     k_nope, values = expanded.split([c.qk_nope_head_dim, c.v_head_dim], -1)
@@ -173,7 +170,7 @@ def cached_keys(model: "ZeroModel", layer: int, held: Tensor) -> tuple[Tensor, T
     return torch.cat((k_nope, k_rope), -1), values
 
 
-def expanded_keys(model: "ZeroModel", layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cached_keys with any rotation by positions (B or 1, S) taken back: keys before RoPE, and values."""
     keys, values = cached_keys(model, layer, held)
     if model.config.learned_positions:
@@ -208,7 +205,7 @@ class CacheCompressor:
 
     def __init__(
         self,
-        model: "ZeroModel",
+        model: LanguageModel,
         tokens: Tensor,
         attention_mask: Tensor | None,
         cache: LatentCache,
@@ -247,15 +244,15 @@ class CacheCompressor:
             real = torch.ones(rows, generated, dtype=torch.bool, device=self.position.device)
         else:
             real = attention_mask[:, self.prompt_length :].bool()
-        self.cache.keep(self.prompt_length, lambda slot, held: self._places(slot, held, real))
+        self.cache.keep(self.prompt_length, lambda slot, held: self._kept_entries(slot, held, real))
         if attention_mask is None:
             return None
         # Every slot and head keeps its real tokens first, and all of them where they are few.
         kept = torch.arange(self.budget, device=real.device) < real.sum(1, keepdim=True)
         return torch.cat((attention_mask[:, : self.prompt_length], kept.to(attention_mask.dtype)), 1)
 
-    def _places(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
-        """Kept places of a slot's generated tokens held (B, S, W): (B, parts of W, budget)."""
+    def _kept_entries(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
+        """Which of a slot's generated tokens held (B, S, W) to keep: (B, parts of W, budget)."""
         if slot[0] == "embedding":
             last = torch.arange(held.shape[1] - self.budget, held.shape[1], device=held.device)
             return last.expand(len(held), 1, -1)
@@ -269,22 +266,22 @@ class CacheCompressor:
         if self.model.config.use_mla:
             score = score.mean(1, keepdim=True)
         score[..., -recent:] = float("inf")
-        places = best(score, real, self.budget)
-        return places if self.model.config.use_mla else places.repeat(1, 2, 1)  # of keys, and of values
+        kept = best(score, real, self.budget)
+        return kept if self.model.config.use_mla else kept.repeat(1, 2, 1)  # of keys, and of values
 
     def _importance(self, slot: Slot, candidates: Tensor, real: Tensor) -> Tensor:
         """(B, G, S) of candidates (B, S, G, K) in the eyes of the last tokens' queries."""
         asked = [query for queries in self.window for query in queries.get(slot, [])]
         if not asked:  # a loop step that none of the last tokens reached
             return candidates.new_zeros(len(candidates), candidates.shape[2], candidates.shape[1])
-        attention: Any = self.model.model.layers[int(slot[0])].self_attn
+        attention = self.model.attention_layer(int(slot[0]))
         query = torch.cat(asked, 1)
         # A row whose last tokens are padding has ended: nobody reads what it keeps.
         every = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
         return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
 
 
-def _check(config: "ModelConfig", budget: int, buffer: int) -> None:
+def _check(config: ModelConfig, budget: int, buffer: int) -> None:
     if budget <= OBSERVATION_WINDOW or buffer < 1:
         raise ValueError(
             f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least "

@@ -3,7 +3,7 @@
 A traced document is `[bos] question <bot> trace <eot> answer [eos]`. Every distance is a number a document,
 formed from that document alone, so that neither the batch, its order nor its padding changes it.
 
-Shapes: b rows, T places of a row, N documents, W width of a gathered part, D hidden, M latents, G key-value
+Shapes: b rows, T columns of a row, N documents, W width of a gathered part, D hidden, M latents, G key-value
 heads.
 """
 
@@ -41,8 +41,8 @@ def find_traces(tokens: Tensor, cu_seqlens: Tensor, config: DistillationConfig) 
     eot_row, eot = (tokens == config.eot_id).nonzero(as_tuple=True)
     bounds = cu_seqlens.long().contiguous()
     segment, eot_segment = (
-        torch.searchsorted(bounds[rows], places[:, None], right=True)
-        for rows, places in ((row, bot), (eot_row, eot))
+        torch.searchsorted(bounds[rows], columns[:, None], right=True)
+        for rows, columns in ((row, bot), (eot_row, eot))
     )
     whole = row.shape == eot_row.shape and bool(
         ((row == eot_row) & (segment == eot_segment)[:, 0] & (bot < eot)).all()
@@ -68,9 +68,9 @@ def gathered(
     length = stop - first
     width = int(length.max()) if len(row) else 0
     offset = torch.arange(width, device=values.device)
-    places = first[:, None] + offset - (width - length[:, None] if left else 0)
-    real = (places >= first[:, None]) & (places < stop[:, None])
-    return values[row[:, None], places.clamp(0, values.shape[1] - 1)], real
+    columns = first[:, None] + offset - (width - length[:, None] if left else 0)
+    real = (columns >= first[:, None]) & (columns < stop[:, None])
+    return values[row[:, None], columns.clamp(0, values.shape[1] - 1)], real
 
 
 def stage(config: DistillationConfig, num_latents: int, step: int) -> tuple[int, int | None]:
@@ -86,9 +86,9 @@ def stage(config: DistillationConfig, num_latents: int, step: int) -> tuple[int,
 
 
 def rest_start(tokens: Tensor, traces: Traces, config: DistillationConfig, steps: int | None) -> Tensor:
-    """(N,) place in the row of what follows the first `steps` steps of each trace; None: all of them.
+    """(N,) column of what follows the first `steps` steps of each trace; None: all of them.
 
-    Between two steps stands one config.step_id. After the last step this is the place of <eot>.
+    Between two steps stands one config.step_id. After the last step this is the column of <eot>.
     """
     if steps is None:
         return traces.eot
@@ -147,7 +147,7 @@ def spread(teacher: Tensor, real: Tensor, kind: str) -> Tensor:
 
 
 def hidden_loss(student: list[Tensor], teacher: list[Tensor], config: DistillationConfig) -> Tensor:
-    """CODI, eq. 4: states (N, D) of every run of a layer at one place -> (N,), mean over features and runs.
+    """CODI, eq. 4: states (N, D) at one position by every run of a layer -> (N,), mean over features and runs
 
     The teacher's are detached.
     """
@@ -204,14 +204,14 @@ def latent_targets(tokens: Tensor, traces: Traces, config: DistillationConfig, n
     those between steps among them.
     """
     trace, real = gathered(tokens, traces.row, traces.bot + 1, traces.eot)
-    place = torch.arange(trace.shape[1], device=tokens.device).expand_as(trace)
+    latent = torch.arange(trace.shape[1], device=tokens.device).expand_as(trace)
     if config.latent_block:
         between = trace == config.step_id
         step = between.long().cumsum(1)
-        within = place - torch.where(between, place + 1, 0).cummax(1).values
+        within = latent - torch.where(between, latent + 1, 0).cummax(1).values
         real = real & ~between & (within < config.latent_block)
-        place = step * config.latent_block + within
-    real = real & (place < num_latents)
+        latent = step * config.latent_block + within
+    real = real & (latent < num_latents)
     out = torch.full((len(trace), num_latents + 1), IGNORE_INDEX, device=tokens.device)
-    out.scatter_(1, torch.where(real, place, num_latents), torch.where(real, trace, IGNORE_INDEX))
+    out.scatter_(1, torch.where(real, latent, num_latents), torch.where(real, trace, IGNORE_INDEX))
     return out[:, :num_latents]

@@ -7,8 +7,8 @@
     none        z = E (pause tokens, arXiv 2310.02226)
     lotus       z^1 = E; z^t = E + h^(t-1), t = 2..R (LOTUS, arXiv 2606.31779)
 
-h are the final normed hidden states of a pass over all places with the question's cache. After t iterations
-jacobi's first t places are those of `sequential`, so T >= c equals it.
+h are the final normed hidden states of a pass over all latents with the question's cache. After t iterations
+jacobi's first t latents equal those of `sequential`, so T >= c equals it.
 
 Shapes: B batch, T question tokens, c latents, D hidden.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.cache import LatentCache, decodes_exactly
+from model.cache import LatentCache
 from model.config.latent_cot import check_iterations
 from model.transformer import ZeroModel
 
@@ -27,7 +27,7 @@ from model.transformer import ZeroModel
 class Thoughts(NamedTuple):
     """What thinking leaves, ready for <eot> and the answer."""
 
-    cache: LatentCache  # of the question and the latents of the last iteration, T + c places
+    cache: LatentCache  # of the question and the latents of the last iteration, T + c positions
     attention_mask: Tensor | None  # (B, T + c); None: nothing is padded
     hidden: Tensor  # (B, c, D) of the last iteration, normed
     iterations: int  # that the slowest row took, counted as num_iterations; 0 where the kind has none
@@ -131,7 +131,7 @@ def _checked(
     if num_latents is not None and num_latents < 1:
         raise ValueError(f"num_latents={num_latents} must be at least 1")
     check_iterations(settings, num_iterations)
-    if not decodes_exactly(model.config, steps):
+    if not model.config.decodes_exactly(steps):
         raise ValueError(
             f"num_steps={steps} exceeds model.recurrence.virtual_layers="
             f"{model.config.recurrence.virtual_layers}: the question's cache would not be exact; lower it"
@@ -162,12 +162,12 @@ def _all_at_once(
 ) -> tuple[_Iteration, list[float]]:
     """Parallel feedback; also the latents' change by each iteration after the first pass."""
     unit, settings = thinker.model.latent_thoughts, thinker.model.config.latent_cot
-    places = torch.zeros(len(bot), c, dtype=torch.int64, device=bot.device)
+    ids = torch.zeros(len(bot), c, dtype=torch.int64, device=bot.device)
     first = unit.project(bot)
-    last, changes = thinker.run(unit.initial(places), thinker.cache), list[Tensor]()
+    last, changes = thinker.run(unit.initial(ids), thinker.cache), list[Tensor]()
     running = torch.ones(len(bot), dtype=torch.bool, device=bot.device)
     for _ in range(iterations - (settings.feedback == "lotus")):
-        latents = unit.feed_back(first, places, last.hidden)
+        latents = unit.feed_back(first, ids, last.hidden)
         change = _relative_change(last.latents, latents)
         if tolerance:
             running = running & (change >= tolerance)

@@ -197,7 +197,7 @@ def _all_to_all(
     """Rows to their experts and back, with the counts before them (int64)."""
     runs = expert_runs(config)
     shares = [[1.0] * layout.ep for _ in runs] if loads is None else rank_shares(loads, layout.ep)
-    rows = layout.micro_tokens * config.places_per_token * config.num_experts_per_tok
+    rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
     row_bytes = config.hidden_size * layout.element_bytes
     sent = dict.fromkeys(("forward", "backward"), 0.0)
     calls = dict.fromkeys(sent, 0)

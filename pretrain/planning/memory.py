@@ -46,7 +46,7 @@ def memory(
     shard = kept["optimizer"] // 12
     # AdamW's fp32 gradient and one temporary of the fused-by-list update.
     step = {"optimizer step": 8 * shard}
-    rows = layout.micro_tokens * config.places_per_token * config.num_experts_per_tok
+    rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
     buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other travels
     vocabulary = config.vocab_size
     backward = {
@@ -67,7 +67,7 @@ def memory(
 
 def activation_bytes(config: ModelConfig, layout: Layout, skew: float = 1.0) -> int:
     """What backward needs of a micro-batch's forward pass, at its fullest moment."""
-    tokens, width = layout.micro_tokens * config.places_per_token, layout.element_bytes
+    tokens, width = layout.micro_tokens * config.positions_per_token, layout.element_bytes
     d, policy = config.hidden_size, layout.checkpointing
     total, working, looped_working = 0.0, 0.0, 0.0
     runs = {layer: run for layer, run in zip(_moe_layers(config), expert_runs(config), strict=True)}

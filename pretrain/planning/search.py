@@ -128,7 +128,7 @@ def _flops(config: ModelConfig, layout: Layout, skew: float) -> tuple[float, flo
     tokens = layout.micro_tokens * layout.accumulation
     runs = expert_runs(config)
     expert = 6.0 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok
-    extra = (skew - 1) * expert * sum(n for n, _, _ in runs) * config.places_per_token
+    extra = (skew - 1) * expert * sum(n for n, _, _ in runs) * config.positions_per_token
     forward = counts.training_flops_per_token(config, layout.sequence_length) / 3 + extra
     again = 0.0
     if layout.checkpointing == "block":

@@ -14,7 +14,7 @@ from data_pipeline.loading.loader import Loader
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.main import prepare_distillation
 from model import ModelConfig, ZeroModel, load_pretrained
-from model.pretrained import TOKENIZER_NAME, save_weights
+from model.export_files import TOKENIZER_NAME, save_weights
 from pretrain.export import export_run
 
 from ..conftest import ROOT

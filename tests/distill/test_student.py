@@ -14,10 +14,10 @@ from distill.methods import METHODS, with_method
 from distill.student import Student
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.config.execution import ExecutionConfig
+from model.export_files import WEIGHTS_NAME
 from model.latent_cot.targets import hidden_loss, kv_loss, loss_counts
 from model.latent_cot.thoughts import think
 from model.losses import loss_terms, total_loss
-from model.pretrained import WEIGHTS_NAME
 
 from .traces import BOS, BOT, EOT, IDS, PREFIX, STEP, TRACE, VOCABULARY, Document, documents, packed
 

@@ -14,7 +14,6 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.inference import ADAPTIVE
 from eval.scoring.scorer import Scorer, cut_at_stop
 from model import ModelConfig, ZeroModel
-from model.cache import decodes_exactly
 
 from ..model.conftest import SMALL
 from ..model.loops import EVERY, EXACT
@@ -67,7 +66,7 @@ def alone(scorer: Scorer, request: tuple[str, str], model: ZeroModel, num_steps:
     total = log_probs.gather(-1, torch.tensor(target)[:, None]).sum().item()
     if out.num_iterations is None:
         return total, None
-    places = model.config.places_per_token
+    places = model.config.positions_per_token
     return total, out.num_iterations[:, 0, places - 1 :: places][:, -len(target) :].double().mean().item()
 
 
@@ -149,10 +148,10 @@ def test_which_caches_are_exact(make):
     for name, options in MODELS.items():
         config = make(**options).model.config
         kept = name not in ("memory", "virtual") and config.recurrence.cache in EXACT
-        assert decodes_exactly(config, 4) == kept, name
+        assert config.decodes_exactly(4) == kept, name
     virtual = make(**MODELS["virtual"]).model.config
-    assert decodes_exactly(virtual, 2)
-    assert not decodes_exactly(virtual, 3)
+    assert virtual.decodes_exactly(2)
+    assert not virtual.decodes_exactly(3)
 
 
 def test_ended_rows_leave_the_batch(make, monkeypatch):

@@ -13,7 +13,8 @@ from eval.reports.runs import Result, Run, read_results, read_runs
 from eval.reports.scores import babi_table
 from eval.scoring.core import Score
 from model import load_pretrained
-from model.pretrained import load_config
+from model.counts import flops_per_token, num_parameters
+from model.export_files import load_config
 
 from .test_report import Page, metrics_lines, write_metrics
 
@@ -138,7 +139,7 @@ def test_the_page_about_several_runs(run, other, tmp_path, run_script, capsys):
     config = load_config(run / "export")
     model = load_pretrained(run / "export")
     layer = sum(p.numel() for p in model.model.layers[1].parameters())  # the looped one, run twice
-    sizes = [config.num_parameters(), config.num_parameters(active=True), config.num_parameters() + layer]
+    sizes = [num_parameters(config), num_parameters(config, active=True), num_parameters(config) + layer]
     assert table_row(page, "looped")[:9] == [
         "looped", *(f"{size:,}" for size in sizes), "4", "4,000", "1.2500", "1.2500",
         "13-grams of the test sets removed",
@@ -221,7 +222,7 @@ def test_votes_and_depth_are_compared_at_equal_flops(run, drawn):
     assert votes == [(4, pytest.approx(0.14), False), (16, pytest.approx(0.26), False)]
     config = load_config(run / "export")
     length = config.max_position_embeddings
-    cost = config.flops_per_token(length, 8) / config.flops_per_token(length, OWN_DEPTH)
+    cost = flops_per_token(config, length, 8) / flops_per_token(config, length, OWN_DEPTH)
     deeper = points(panels, "gsm8k, 5-shot", "looped, loop steps")
     assert deeper == [(1, 0.1, False), (pytest.approx(cost), 0.05, False)]
     assert panels["gsm8k, 5-shot"][0]["looped, majority vote"].dashed

@@ -51,7 +51,7 @@ def test_attention_follows_the_equations(build):
         x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             torch.nn.init.uniform_(layer.kv_a_layernorm.weight, 0.5, 1.5)
-            context = model._context(torch.zeros(2, 9, dtype=torch.long), None, None, None, None)
+            context = model.attention_context(torch.zeros(2, 9, dtype=torch.long))
             expected = torch.stack([literal_attention(layer, row) for row in x])
             torch.testing.assert_close(layer(x, context).out, expected, rtol=0, atol=2e-5)
 
@@ -82,6 +82,6 @@ def test_grouped_query_attention_follows_its_definition(build):
         layer = model.model.layers[0].self_attn
         x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
-            context = model._context(torch.zeros(2, 9, dtype=torch.long), None, None, None, None)
+            context = model.attention_context(torch.zeros(2, 9, dtype=torch.long))
             expected = torch.stack([literal_grouped_query_attention(layer, row) for row in x])
             torch.testing.assert_close(layer(x, context).out, expected, rtol=0, atol=2e-5)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import ModelConfig, ZeroModel
-from model.backends.attention import AttentionContext, attend, segments, visible_keys
-from model.backends.blockwise import hidden_keys
+from model.backends.attention import attend
+from model.backends.blockwise import blockwise_mask
 from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
+from model.context import AttentionContext, segments, visible_keys
 
 from .conftest import SMALL
 
@@ -108,7 +109,7 @@ def test_blockwise_attention_equals_sdpa_in_value_and_gradient(lengths, rows, pa
     results = []
     for backend in ("sdpa", "blockwise"):
         with patch("model.backends.blockwise.QUERIES", queries):
-            context = AttentionContext(torch.empty(0), backend, mask, None, hidden=hidden_keys(mask))
+            context = AttentionContext(backend=backend, mask=mask, blockwise_mask=blockwise_mask(mask))
             out = attend(*inputs, context, 0.4)
             results.append((out, *torch.autograd.grad(out, inputs, upstream)))
     for expected, found in zip(*results, strict=True):

@@ -24,7 +24,7 @@ def literal_memory_pass(model, document: torch.Tensor) -> torch.Tensor:
     for start in range(0, len(document), length):
         part = document[None, start : start + length]
         x = torch.cat((memory, net.embed_tokens(part), memory), 1)
-        context = model._context(torch.zeros(x.shape[:2], dtype=torch.long), None, None, None, None)
+        context = model.attention_context(torch.zeros(x.shape[:2], dtype=torch.long))
         hidden = net(x, context).hidden
         logits.append(model.lm_head(hidden[0, 2:-2]))
         memory = hidden[:, -2:]

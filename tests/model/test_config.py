@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
 from model.config.model import PRESETS
-from model.counts import training_flops_per_token
+from model.counts import flops_per_token, num_parameters, training_flops_per_token
 
 from .conftest import BLOCK, SMALL, VARIANTS
 
@@ -15,12 +15,12 @@ from .conftest import BLOCK, SMALL, VARIANTS
 def test_parameter_counts_equal_the_built_model(build, variant):
     model = build(variant)
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
-    assert config.num_parameters() == parameters
+    assert num_parameters(config) == parameters
     idle = config.n_routed_experts - config.num_experts_per_tok
     further = sum(p.numel() for p in model.model.mtp.parameters()) if config.num_nextn_predict_layers else 0
     layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
     unused = sum(idle * e.experts.w1[0].numel() * 3 for e in model.moe_layers()[:layers])
-    assert config.num_parameters(active=True) == parameters - unused - further
+    assert num_parameters(config, active=True) == parameters - unused - further
 
 
 # Torch counts 0 for fused CPU attention and grouped products: math attention, and experts in a loop.
@@ -36,7 +36,7 @@ def test_flops_equal_torchs_counter_to_one_percent(build, variant, steps):
         model(tokens, attention_mask=mask, num_steps=steps, logits_to_keep=0)
     c, expected = model.config, counter.get_total_flops()
     layers = sum(c.runs_of_layer(i, steps) for i in range(c.num_hidden_layers))
-    assert abs(c.flops_per_token(T, steps) * B * T / (expected - _padding(c, B, T) * layers) - 1) < 0.01
+    assert abs(flops_per_token(c, T, steps) * B * T / (expected - _padding(c, B, T) * layers) - 1) < 0.01
 
 
 @pytest.mark.parametrize("variant", ["deepseek", "multi_token", "plain", "loop"])

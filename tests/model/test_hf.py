@@ -17,7 +17,8 @@ from transformers.modeling_layers import MtpModel
 from data_pipeline.tokenization.tokenizer import train_tokenizer
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.cache import LatentCache
-from model.hf.deepseek import export_folder, hf_config, import_folder, main
+from model.hf.__main__ import main
+from model.hf.deepseek import export_folder, hf_config, import_folder
 
 from .conftest import BLOCK
 
@@ -190,7 +191,7 @@ def test_multi_token_prediction_equals_transformers(tmp_path):
     assert not [name for name in report.missing_keys if name.startswith("layers.")]
     tokens = torch.randint(4, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(13)[None]
-    context = ours._context(tokens, None, None, None, None)
+    context = ours.attention_context(tokens)
     found = expected = ours(tokens).hidden
     for k in range(2):
         ahead = tokens.roll(-k - 1, 1)

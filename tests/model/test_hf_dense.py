@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import load_pretrained
+from model.counts import num_parameters
+from model.export_files import load_config
 from model.hf.deepseek import import_folder
-from model.pretrained import load_config
 
 from ..conftest import ROOT
 from .hf_folders import GPT2_END, LLAMA3_ROPE, gpt2_folder, llama_folder
@@ -40,7 +41,7 @@ def test_logits_equal_transformers(kind, tmp_path):
     theirs = make(tmp_path / "hf", **changes)
     import_folder(tmp_path / "hf", tmp_path / "ours")
     ours, V = load_pretrained(tmp_path / "ours"), known_tokens(tmp_path / "hf")
-    assert ours.config.num_parameters() == sum(p.numel() for p in ours.parameters())
+    assert num_parameters(ours.config) == sum(p.numel() for p in ours.parameters())
     tokens = torch.randint(V, (3, 300), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
     mask[0, :7], mask[1, :290] = 0, 0
@@ -153,7 +154,7 @@ def test_the_command_needs_neither_transformers_nor_the_tokenizers(tmp_path):
     gpt2_folder(tmp_path / "hf")
     blocked = "import sys; sys.modules['transformers'] = sys.modules['tokenizers'] = None; "
     run = f"sys.argv[1:] = {['import', '--hf', str(tmp_path / 'hf'), '--out', str(tmp_path / 'ours')]!r}; "
-    code = blocked + run + "from model.hf import main; main()"
+    code = blocked + run + "from model.hf.__main__ import main; main()"
     paths = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=paths)
     assert done.returncode == 0, done.stderr

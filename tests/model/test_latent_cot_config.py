@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel, load_pretrained
+from model.counts import num_parameters
 from model.hf.deepseek import hf_config
 from model.latent_cot.thoughts import think
 
@@ -14,11 +15,11 @@ from .thoughts import FEEDBACKS, C, make, questions
 def test_weights_survive_a_round_trip_and_are_counted(tmp_path):
     for feedback, settings in FEEDBACKS.items():
         model = make("latent_moe", feedback).float()
-        assert model.config.num_parameters() == sum(p.numel() for p in model.parameters())
+        assert num_parameters(model.config) == sum(p.numel() for p in model.parameters())
         thoughts = sum(p.numel() for p in model.latent_thoughts.parameters())
         bare = ModelConfig.from_dict({**SMALL})
-        assert bare.num_parameters() == model.config.num_parameters() - thoughts
-        assert bare.num_parameters(active=True) == model.config.num_parameters(active=True)
+        assert num_parameters(bare) == num_parameters(model.config) - thoughts
+        assert num_parameters(bare, active=True) == num_parameters(model.config, active=True)
         model.save_pretrained(tmp_path / feedback)
         loaded = load_pretrained(tmp_path / feedback)
         assert (

@@ -31,7 +31,7 @@ def make(**options) -> ZeroModel:
 def literal_decode(model: ZeroModel, cache: LatentCache, token: torch.Tensor) -> torch.Tensor:
     """Logits (V,) of one more token (1,): every step attends to what the cache keeps of the others' steps."""
     net, lru, c = model.model, model.model.recurrence[0], model.config
-    context = model._context(token[None], None, None, None, cache)
+    context = model.attention_context(token[None], cache=cache)
 
     def layer(number: int, x: torch.Tensor, step: int, kept):
         block, attention = net.layers[number], net.layers[number].self_attn

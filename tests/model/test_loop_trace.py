@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel
-from model.backends.attention import segments
 from model.cache import kept_keys, slot_of
 from model.config.recurrence import HaltingConfig, RecurrenceConfig
+from model.context import segments
 from model.halting import document_mean
 from model.loop_trace import hoyer_square, loop_trace
 

@@ -185,7 +185,7 @@ def test_left_padded_rows_generate_what_they_generate_alone(name):
 def test_gradients_equal_finite_differences(name, tokens):
     torch.set_default_dtype(torch.float64)
     try:
-        section = copy.deepcopy(EVERY[name])  # stability holds a factor fixed, see test_latent_terms.py
+        section = copy.deepcopy(EVERY[name])  # stability holds a factor fixed, see test_loop_trace.py
         section["halting"] |= {"sparsity_weight": 0.1, "information_weight": 0.1}
         if learned(name):
             section["halting"]["ponder_weight"] = 0.1

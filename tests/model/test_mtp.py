@@ -19,7 +19,7 @@ STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=to
 def literal_mtp_loss(model: ZeroModel, document: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Eq. 21-25 for one document (T,): sum over modules and places, divided by the modules."""
     T, total = len(document), torch.zeros(())
-    context = model._context(document[None], None, None, None, None)
+    context = model.attention_context(document[None])
     context.num_steps = model.config.recurrence.num_steps
     hidden = model.model(model.model.embed(document[None], context), context).hidden
     for k, module in enumerate(model.model.mtp, 1):

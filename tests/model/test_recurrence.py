@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from model import ModelConfig
-from model.backends.attention import AttentionContext
+from model.context import AttentionContext
 from model.recurrence import sample_depth
 
 from .conftest import BLOCK, SMALL
@@ -18,7 +18,7 @@ from .conftest import BLOCK, SMALL
 def test_the_loop_equals_its_unrolling(build, tokens, variant, steps):
     model = build(variant)
     net, lru = model.model, model.model.recurrence[0]
-    context = model._context(tokens, None, None, None, None)
+    context = model.attention_context(tokens)
     prelude = net.layers[0](net.embed_tokens(tokens), context).hidden
     state = prelude
     for _ in range(steps):
@@ -84,5 +84,5 @@ def test_mixing_embeddings_is_a_causal_convolution(build, tokens):
     network = build("embedding_mixing").model
     x, kernel = network.embed_tokens(tokens).transpose(1, 2), network.embedding_mixing.weight.T.flip(1)
     mixed = F.conv1d(F.pad(x, (3, 0)), kernel[:, None], groups=len(kernel))
-    context = AttentionContext(torch.empty(0), "sdpa", None, None)
+    context = AttentionContext()
     torch.testing.assert_close(network.embed(tokens, context), (x + mixed).transpose(1, 2))

@@ -12,6 +12,7 @@ import torch
 
 from model import ModelConfig, ZeroModel
 from model.config.execution import ExecutionConfig
+from model.counts import flops_per_token, num_parameters
 from pretrain.plan import main
 from pretrain.planning.communication import Collective, collectives, gather_schedule
 from pretrain.planning.layout import Hardware, Layout, ZeroSettings, model_parts
@@ -134,7 +135,7 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int:
         return x
 
     tokens = torch.zeros(rows, length, dtype=torch.int64)
-    context = model._context(tokens, None, None, None, None)
+    context = model.attention_context(tokens)
     context.statistics, context.num_steps = True, config.recurrence.num_steps
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         out = model.model(model.model.embed(tokens, context), context)
@@ -167,7 +168,7 @@ def test_activations_are_what_autograd_keeps(monkeypatch, given):
 def test_the_modules_hold_all_parameters(model):
     config = ModelConfig.from_dict({"preset": model})
     held = sum(part.held(1) for part in model_parts(config).values())
-    assert held == config.num_parameters()
+    assert held == num_parameters(config)
 
 
 # 16 GPUs on two nodes, 16 bytes. A ring sends 15/16 of the full tensor from every GPU; of it 1/2 (of two
@@ -205,9 +206,9 @@ def test_step_time_by_hand():
     """One GPU: 3 x the forward FLOPs at 40% of 989 TFLOP/s, then AdamW over 30 bytes a parameter."""
     config = ModelConfig.from_dict({"preset": "small"})
     predicted = plan(config, Layout(gpus=1, micro_batch_size=4, accumulation=3), Hardware())
-    flops = 3 * config.flops_per_token(2048) * 3 * 4 * 2048
+    flops = 3 * flops_per_token(config, 2048) * 3 * 4 * 2048
     assert predicted.seconds["compute"] == pytest.approx(flops / (0.4 * 989e12))
-    update = 30 * config.num_parameters() / (0.7 * 3.35e12)
+    update = 30 * num_parameters(config) / (0.7 * 3.35e12)
     assert predicted.step_seconds == pytest.approx(predicted.seconds["compute"] + update, rel=1e-6)
     assert predicted.limit == "compute"
 
