@@ -24,7 +24,8 @@ from model import ModelConfig
 from model.pretrained import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
 from pretrain.lora import NEW
-from pretrain.main import Run, argument_parser, prepare, start
+from pretrain.main import argument_parser, start
+from pretrain.setup import Run, prepare
 
 
 def main() -> None:
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def prepare_distillation(arguments: argparse.Namespace) -> Run:
-    """As pretrain.main.prepare, of a run of a Student.
+    """As pretrain.setup.prepare, of a run of a Student.
 
     Raises:
         ValueError, OSError: one line for the user.

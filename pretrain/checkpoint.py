@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -26,14 +26,24 @@ from torch import Tensor
 
 from model import ModelConfig
 
-if TYPE_CHECKING:  # the offline export reads checkpoints without an engine
-    from pretrain.engine import Engine
-
 T = TypeVar("T")
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
 EMA = "ema"  # folder of the moving average, if the run keeps one: NAME.safetensors for every parameter
 Manifest = dict[str, dict[str, Any]]  # file -> bytes, sha256
 ALL, NONE = slice(None), slice(0)  # parts of a checkpoint's files
+
+
+class Checkpointed(Protocol):
+    """What is saved, and the ranks that save it: an Engine."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
+
+    def checkpoint_buffers(self) -> dict[str, Tensor]:
+        """Tensors that are equal on every rank and in none of those files."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
 
 
 class CheckpointError(ValueError):
@@ -65,7 +75,7 @@ class Saver:
         keep_every: those whose step is a multiple of it stay as well; 0: none.
     """
 
-    def __init__(self, engine: "Engine", run: Path, keep_last: int, keep_every: int, rank: int) -> None:
+    def __init__(self, engine: Checkpointed, run: Path, keep_last: int, keep_every: int, rank: int) -> None:
         self.engine, self.run, self.rank = engine, run, rank
         self.keep_last, self.keep_every = keep_last, keep_every
         # At exit Python waits for the thread, whatever ended the run: a save that was begun is finished.
@@ -128,7 +138,7 @@ class Saver:
         rotate(self.run, int(folder.name[5:]), self.keep_last, self.keep_every, self.in_use)
 
 
-def together(engine: "Engine", work: Callable[[], T]) -> list[T]:
+def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
     """Does work, which must not communicate, on every rank and returns the results of all ranks.
 
     Raises:
@@ -283,7 +293,7 @@ def damage(folder: Path, part: slice = ALL) -> str | None:
     return None
 
 
-def damage_on_any_rank(engine: "Engine", folder: Path, rank: int, world_size: int) -> str | None:
+def damage_on_any_rank(engine: Checkpointed, folder: Path, rank: int, world_size: int) -> str | None:
     """`damage`, each file read by one rank only: a large run's checkpoint is terabytes; all ranks call it."""
     found = together(engine, lambda: damage(folder, slice(rank, None, world_size)))
     return next((problem for problem in found if problem is not None), None)

@@ -5,7 +5,6 @@ JSON owns ZeRO stage, precision, offload and communication, and says "auto" for 
 """
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ from common.nearest import nearest
 from data_pipeline.loading.sample_order import Stage
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
-from pretrain.evaluation import EvaluationConfig
-from pretrain.lora import LoraConfig
 
 
 @dataclass
@@ -77,6 +74,72 @@ class StabilityConfig:
     # Steps skipped one after another, after which the run ends. More than half the window: what lasts longer
     # than that is no spike.
     max_skipped: int = 50
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 0  # steps between two evaluations, a multiple of save_every; 0: never
+    tasks: str = "gsm8k,logiqa,babi,arc"  # as eval/run.py takes them
+    limit: int = 100  # problems per data file
+    num_fewshot: int | None = None  # default: each task's own
+    timeout_seconds: float = 1800.0  # after which an evaluation is killed; the end of a run waits no longer
+    data: str | None = None  # folder of the data sets; default: $DATA_ROOT, else data
+    # cpu | cuda: rank 0's GPU. Not by default: training sizes its batches to that memory, and all other ranks
+    # wait for the one whose kernels take turns with another process.
+    device: str = "cpu"
+
+    def check(self, save_every: int, optimizer: str) -> None:
+        """Raises ValueError for the first value that makes no sense."""
+        for name, value, allowed, fits in (
+            ("every_steps", self.every_steps, "at least 0", self.every_steps >= 0),
+            ("limit", self.limit, "at least 1", self.limit >= 1),
+            (
+                "num_fewshot",
+                self.num_fewshot,
+                "at least 0",
+                self.num_fewshot is None or self.num_fewshot >= 0,
+            ),
+            ("timeout_seconds", self.timeout_seconds, "above 0", self.timeout_seconds > 0),
+            ("device", self.device, "cpu or cuda", self.device in ("cpu", "cuda")),
+        ):
+            if not fits:
+                raise ValueError(f"evaluation.{name}={value} must be {allowed}")
+        if self.every_steps % save_every:
+            raise ValueError(
+                f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
+                "but checkpoints are what is evaluated; change one of them"
+            )
+        if self.every_steps and optimizer == "muon":
+            raise ValueError(
+                "evaluation.every_steps does not go with optimizer.kind=muon, whose checkpoints cannot be "
+                "exported while the run goes on; set it to 0 and evaluate the export at the end"
+            )
+
+
+@dataclass
+class LoraConfig:
+    """Defaults: those KaVa and CODI (arXiv 2502.21074) were published with."""
+
+    r: int = 128  # rank
+    alpha: int = 32  # the adapters' output is scaled by alpha / r
+    dropout: float = 0.1  # of the adapters' input
+
+    def check(self, ep_size: int, optimizer: str) -> None:
+        """Raises ValueError, one line, for values out of range and for what LoRA does not go with."""
+        for name, value, allowed, fits in (
+            ("r", self.r, "at least 1", self.r >= 1),
+            ("alpha", self.alpha, "above 0", self.alpha > 0),
+            ("dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1),
+        ):
+            if not fits:
+                raise ValueError(f"lora.{name}={value} must be {allowed}")
+        if ep_size > 1:
+            raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
+        if optimizer != "adamw":
+            raise ValueError(
+                f"optimizer.kind={optimizer} is for whole matrices, but lora trains factors of them; "
+                "set it to adamw"
+            )
 
 
 @dataclass
@@ -331,78 +394,6 @@ def check_layout(config: RunConfig, model: ModelConfig, world_size: int) -> tupl
     rows = config.global_batch_size // world_size
     micro = next(m for m in range(min(config.micro_batch_size, rows), 0, -1) if rows % m == 0)
     return micro, rows // micro
-
-
-# Keys of the DeepSpeed JSON that are filled from the YAML, with the YAML's key.
-_OWNED_BY_YAML = {
-    "train_batch_size": "global_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size",
-    "gradient_clipping": "optimizer.clip",
-}
-_REFUSED = {
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.schedule",
-    "expert_parallel": "ep_size",
-    "wandb": "wandb.mode",
-}
-
-
-def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and fills its "auto" values (DeepSpeed itself resolves none).
-
-    Raises:
-        ValueError: not JSON, or a key that the YAML owns is set there too.
-        FileNotFoundError: no such file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--ds_config {path} does not exist; ds_configs/ has some to start from")
-    try:
-        values = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from None
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ValueError(
-            f"zero_optimization.stage={stage} in {path} is not supported: without ZeRO DeepSpeed clips "
-            "expert gradients wrongly and tells no gradient norm; choose 1, 2 or 3"
-        )
-    if values.get("fp16", {}).get("enabled"):
-        raise ValueError(f"fp16 is enabled in {path}, but its loss scaling is not supported; enable bf16")
-    for key, yaml_key in _OWNED_BY_YAML.items():
-        if values.get(key, "auto") != "auto":
-            raise ValueError(
-                f"{key}={values[key]!r} in {path} is also set by {yaml_key} of the YAML; "
-                'write "auto" in the JSON and set it in the YAML'
-            )
-    for key, yaml_key in _REFUSED.items():
-        if key in values:
-            raise ValueError(
-                f"section {key!r} in {path} is also set by {yaml_key} of the YAML; delete it from the JSON"
-            )
-    values["train_batch_size"] = config.global_batch_size
-    values["train_micro_batch_size_per_gpu"] = micro
-    values["gradient_accumulation_steps"] = accumulation
-    values["gradient_clipping"] = config.optimizer.clip
-    _fit_to_optimizer(values, config.optimizer, path)
-    return values
-
-
-def _fit_to_optimizer(values: dict[str, Any], optimizer: OptimizerConfig, path: str) -> None:
-    """What the optimizer asks of the ZeRO settings; fills in the one that has a choice."""
-    zero = values["zero_optimization"]
-    stage, half = zero["stage"], values.get("bf16", {}).get("enabled")
-    if stage == 1 and half and values.get("data_types", {}).get("grad_accum_dtype") == "fp32":
-        # An optimizer of its own in DeepSpeed, which takes no hold of a step that is to be skipped.
-        raise ValueError(
-            f"data_types.grad_accum_dtype=fp32 with bf16 and stage 1 in {path} is not supported; "
-            "set zero_optimization.stage to 2 or 3"
-        )
-    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses anything else.
-    if optimizer.kind == "muon" and stage == 3 and zero.setdefault("reduce_scatter", False):
-        raise ValueError(
-            f"reduce_scatter=true in {path} does not go with optimizer.kind=muon under ZeRO-3; delete it"
-        )
 
 
 def _key(error: Exception) -> str:

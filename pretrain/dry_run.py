@@ -1,7 +1,6 @@
 """What a run would be, without starting it: `pretrain/main.py --dry-run`."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -10,12 +9,10 @@ from pretrain.config import check_layout
 from pretrain.planning.communication import gather_schedule
 from pretrain.planning.layout import Layout, model_parts
 from pretrain.planning.memory import memory
-
-if TYPE_CHECKING:
-    from pretrain.main import Run
+from pretrain.setup import Run
 
 
-def describe(run: "Run") -> str:
+def describe(run: Run) -> str:
     """The resolved config, parameters, FLOPs and the memory of a rank, part by part.
 
     Memory is what plan_memory predicts for even loads of the experts, in the precision of the DeepSpeed JSON.

@@ -1,11 +1,9 @@
 """Task scores while training goes on, by a process of their own over a checkpoint.
 
-The process reads the checkpoint's files, so that no rank gathers weights for it; it exports them and becomes
-eval/run.py. Its failure, slowness or death is a line of the log and `eval_failed` in metrics.jsonl, no more.
+The process, evaluate_checkpoint.py, reads the checkpoint's files, so that no rank gathers weights for it. Its
+failure, slowness or death is a line of the log and `eval_failed` in metrics.jsonl, no more.
 """
 
-import argparse
-import ctypes
 import json
 import os
 import re
@@ -15,58 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import user_errors
+from pretrain.config import EvaluationConfig
 
-EVAL_SCRIPT = Path(__file__).parents[1] / "eval" / "run.py"
+PROCESS = Path(__file__).with_name("evaluate_checkpoint.py")
 # What a launcher tells a rank: a process that believed it would wait for ranks that nobody starts.
 LAUNCHER_VARIABLE = re.compile(r"(.*_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC)_.*")
-NICENESS = 10  # about a tenth of a core where ranks want all of them: training hardly notices, scores arrive
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PROGRESS_SECONDS = 60.0  # between two lines while the end of a run waits
-
-
-@dataclass
-class EvaluationConfig:
-    every_steps: int = 0  # steps between two evaluations, a multiple of save_every; 0: never
-    tasks: str = "gsm8k,logiqa,babi,arc"  # as eval/run.py takes them
-    limit: int = 100  # problems per data file
-    num_fewshot: int | None = None  # default: each task's own
-    timeout_seconds: float = 1800.0  # after which an evaluation is killed; the end of a run waits no longer
-    data: str | None = None  # folder of the data sets; default: $DATA_ROOT, else data
-    # cpu | cuda: rank 0's GPU. Not by default: training sizes its batches to that memory, and all other ranks
-    # wait for the one whose kernels take turns with another process.
-    device: str = "cpu"
-
-    def check(self, save_every: int, optimizer: str) -> None:
-        """Raises ValueError for the first value that makes no sense."""
-        for name, value, allowed, fits in (
-            ("every_steps", self.every_steps, "at least 0", self.every_steps >= 0),
-            ("limit", self.limit, "at least 1", self.limit >= 1),
-            (
-                "num_fewshot",
-                self.num_fewshot,
-                "at least 0",
-                self.num_fewshot is None or self.num_fewshot >= 0,
-            ),
-            ("timeout_seconds", self.timeout_seconds, "above 0", self.timeout_seconds > 0),
-            ("device", self.device, "cpu or cuda", self.device in ("cpu", "cuda")),
-        ):
-            if not fits:
-                raise ValueError(f"evaluation.{name}={value} must be {allowed}")
-        if self.every_steps % save_every:
-            raise ValueError(
-                f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
-                "but checkpoints are what is evaluated; change one of them"
-            )
-        if self.every_steps and optimizer == "muon":
-            raise ValueError(
-                "evaluation.every_steps does not go with optimizer.kind=muon, whose checkpoints cannot be "
-                "exported while the run goes on; set it to 0 and evaluate the export at the end"
-            )
 
 
 class Evaluator:
@@ -158,7 +113,7 @@ class Evaluator:
         flags = ["--tasks", c.tasks, "--limit", str(c.limit)]
         flags += [] if c.num_fewshot is None else ["--num_fewshot", str(c.num_fewshot)]
         flags += [] if c.data is None else ["--data", c.data]
-        return [sys.executable, __file__, *own, "--", *flags]
+        return [sys.executable, str(PROCESS), *own, "--", *flags]
 
     def _environment(self) -> dict[str, str]:
         kept = {name: v for name, v in os.environ.items() if not LAUNCHER_VARIABLE.fullmatch(name)}
@@ -218,27 +173,3 @@ def _last_words(log: Path) -> str:
         return str(error)
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it said nothing"])[-1][:500]
-
-
-def main() -> None:
-    """The process: exports a checkpoint, then becomes eval/run.py."""
-    parser = argparse.ArgumentParser(description="Score one checkpoint of a run, as its trainer does.")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="for the results")
-    parser.add_argument("flags", nargs="*", help="after --: further flags of eval/run.py")
-    arguments = parser.parse_args()
-    if sys.platform == "linux":  # a trainer that is killed leaves no process behind; holds after execv too
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.nice(NICENESS)
-    export = arguments.folder / "work" / "export"
-    with user_errors(ValueError, OSError):
-        from pretrain.export import export_run
-
-        export_run(arguments.run, arguments.step, export)
-        paths = ["--checkpoint", str(export), "--output_path", str(arguments.folder)]
-        os.execv(sys.executable, [sys.executable, str(EVAL_SCRIPT), *paths, *arguments.flags])
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ Checkpoints hold what is trained. The weights it goes with lie beside them, once
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.layers import Linear
+from pretrain.config import LoraConfig
 
 NEW = "latent_thoughts."  # the parameters that a model has from here on
 BASE = "base.safetensors"  # in the run's folder: the weights that training started from
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names them
-
-
-@dataclass
-class LoraConfig:
-    """Defaults: those KaVa and CODI (arXiv 2502.21074) were published with."""
-
-    r: int = 128  # rank
-    alpha: int = 32  # the adapters' output is scaled by alpha / r
-    dropout: float = 0.1  # of the adapters' input
-
-    def check(self, ep_size: int, optimizer: str) -> None:
-        """Raises ValueError, one line, for values out of range and for what LoRA does not go with."""
-        for name, value, allowed, fits in (
-            ("r", self.r, "at least 1", self.r >= 1),
-            ("alpha", self.alpha, "above 0", self.alpha > 0),
-            ("dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1),
-        ):
-            if not fits:
-                raise ValueError(f"lora.{name}={value} must be {allowed}")
-        if ep_size > 1:
-            raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
-        if optimizer != "adamw":
-            raise ValueError(
-                f"optimizer.kind={optimizer} is for whole matrices, but lora trains factors of them; "
-                "set it to adamw"
-            )
 
 
 def identity(config: LoraConfig, weights: Path | None) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from distill.student import Student
 from model import ModelConfig
 from model.latent_cot.targets import loss_counts
 from model.losses import total_loss
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import LoraConfig, RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
-from pretrain.lora import LoraConfig, adapt
+from pretrain.lora import adapt
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3

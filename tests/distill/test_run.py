@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from distill.main import prepare_distillation
 from model import load_pretrained
-from pretrain.main import prepare
+from pretrain.setup import prepare
 
 from ..conftest import ROOT
 from ..pretrain.conftest import Launch

@@ -16,7 +16,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from model import ModelConfig, ZeroModel
 from model.hf.deepseek import hf_config, to_hf
 from model.losses import total_loss
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases

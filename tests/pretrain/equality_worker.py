@@ -16,7 +16,8 @@ from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.execution import ExecutionConfig
 from model.config.recurrence import HaltingConfig
 from model.losses import IGNORE_INDEX, total_loss
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases

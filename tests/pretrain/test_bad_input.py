@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.tokenization.tokenizer import train_tokenizer
 from pretrain import checkpoint
-from pretrain.main import prepare
+from pretrain.setup import prepare
 
 from ..conftest import ROOT, TINY
 from .conftest import finish

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from pretrain import checkpoint
-from pretrain.config import load_run_config
-from pretrain.evaluation import EvaluationConfig, Evaluator, main
+from pretrain.config import EvaluationConfig, load_run_config
+from pretrain.evaluate_checkpoint import main
+from pretrain.evaluation import Evaluator
 from pretrain.export import export_run
 
 from ..conftest import ROOT
@@ -98,7 +99,7 @@ def test_an_evaluator_that_hangs_is_killed_and_two_ranks_end_well(begin, trainin
     run = tmp_path / "run"
     options = ["max_steps=3", "save_every=2", "eval_every=0", *SHORT, "evaluation.every_steps=2"]
     process = begin(2, *training(run, *options, "evaluation.timeout_seconds=5"))
-    stop_when_seen(run, "pretrain/evaluation.py")
+    stop_when_seen(run, "pretrain/evaluate_checkpoint.py")
     done = finish(process)
     assert (run / "DONE").is_file()
     assert [r["step"] for r in lines(run) if "loss" in r] == [1, 2, 3]
@@ -106,7 +107,7 @@ def test_an_evaluator_that_hangs_is_killed_and_two_ranks_end_well(begin, trainin
     expected = "killed after evaluation.timeout_seconds=5; raise it or lower evaluation.limit"
     assert failed == {"step": 2, "eval_failed": expected, "tokens": 2 * 8 * 64}
     assert f"evaluation of step 2: eval_failed, {expected}" in done.stdout
-    assert not evaluators(run, "pretrain/evaluation.py")
+    assert not evaluators(run, "pretrain/evaluate_checkpoint.py")
     assert not (run / "eval/step-2/work").exists()
 
 
@@ -117,7 +118,7 @@ def test_nobody_waits_for_a_process_that_hangs(six_steps, tmp_path):
     evaluator.poll(checkpoint_written=False)
     assert evaluator.process is None
     evaluator.poll(checkpoint_written=True)
-    stop_when_seen(run, "pretrain/evaluation.py")
+    stop_when_seen(run, "pretrain/evaluate_checkpoint.py")
     evaluator.poll(checkpoint_written=True)
     assert records == []
     evaluator.deadline = time.monotonic()  # the time is over
@@ -126,7 +127,7 @@ def test_nobody_waits_for_a_process_that_hangs(six_steps, tmp_path):
         "killed after evaluation.timeout_seconds=1800"
     ]
     evaluator.finish(lambda: None)
-    assert not evaluators(run, "pretrain/evaluation.py")
+    assert not evaluators(run, "pretrain/evaluate_checkpoint.py")
     assert (evaluator.step, evaluator.process, len(records)) == (None, None, 1)
 
 
@@ -221,7 +222,7 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "nice", lambda increment: 0)  # this process is the test's own
     monkeypatch.setattr("ctypes.CDLL", lambda name: type("libc", (), {"prctl": lambda *_: 0})())
     folders = ["--run", str(tmp_path), "--step", "2", "--folder", str(tmp_path / "eval")]
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *folders])
+    monkeypatch.setattr(sys, "argv", ["evaluate_checkpoint.py", *folders])
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no checkpoint of step 2; it has none")

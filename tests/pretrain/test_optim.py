@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.recurrence import HaltingConfig
-from pretrain.config import OptimizerConfig, load_ds_config, load_run_config
+from pretrain.config import OptimizerConfig, load_run_config
+from pretrain.ds_config import load_ds_config
 from pretrain.export import export_run
 from pretrain.optim import learning_rate, parameter_groups
 
