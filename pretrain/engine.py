@@ -1,16 +1,11 @@
 """The DeepSpeed engine: optimizer, one optimizer step, checkpoint files, full weights.
 
-With process_group.py and expert_parallel.py the only file that imports deepspeed.
+With universal.py, process_group.py and expert_parallel.py the only file that imports deepspeed.
 """
 
-import argparse
 import copy
-import copyreg
-import io
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,20 +13,16 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
     set_z3_leaf_modules,
 )
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -39,7 +30,7 @@ from torch import Tensor, nn
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
 from model.moe import MoE
-from pretrain.checkpoint import EMA, read
+from pretrain.checkpoint import EMA
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage
 from pretrain.expert_parallel import (
@@ -54,6 +45,7 @@ from pretrain.lora import adapt, seed_dropout
 from pretrain.optim import parameter_groups
 from pretrain.process_group import device, rank, world_size
 from pretrain.stability import SpikeGuard
+from pretrain.universal import no_pickle_code
 
 T = TypeVar("T")
 
@@ -294,26 +286,6 @@ class Engine:
         with self.average.in_place():
             yield from self.full_weights()
 
-    def load_universal(self, folder: Path, step: int) -> None:
-        """Loads what convert_to_universal wrote, under any layout, as DeepSpeed's load_checkpoint does.
-
-        That itself reads weights and optimizer from the folder, but asks for files that are there for one
-        ZeRO stage only.
-        """
-        zero3 = self.deepspeed.zero_optimization_partition_weights()
-        if zero3:
-            self.deepspeed.optimizer.checkpoint_event_prologue()
-        with no_pickle_code():
-            self.deepspeed.optimizer.load_state_dict(None, checkpoint_folder=str(folder))
-        if zero3:
-            self.deepspeed.optimizer.checkpoint_event_epilogue()
-        else:
-            self.deepspeed.optimizer.update_lp_params()
-        for state in self.optimizer.state.values():
-            # ZeRO-3 gives all parameters one tensor, and each would add its own 1 to it in every step.
-            state["step"] = copy.deepcopy(state["step"])
-        self.deepspeed.global_steps = step
-
     def full_shapes(self) -> dict[str, torch.Size]:
         """Shape of every trained parameter over all ranks."""
         shapes = {}
@@ -409,64 +381,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # after compiler.compile is set
 
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
-
-
-def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
-    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name.
-
-    Returns:
-        The folder, inside scratch.
-
-    Raises:
-        ValueError: the checkpoint is of a run with Muon; DeepSpeed converts the states of Adam only.
-    """
-    if read(checkpoint)[0].optimizer == "muon":
-        raise ValueError(
-            f"checkpoint {checkpoint} holds Muon's momentum, which DeepSpeed's Universal Checkpoint lacks; "
-            "resume the run with the ranks, ep_size and ZeRO stage it has, and it exports at its end"
-        )
-    folder = scratch / "universal"
-    arguments = argparse.Namespace(
-        input_folder=str(checkpoint),
-        output_folder=str(folder),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
-    return folder
-
-
-def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and full fp32 value of every parameter of a Universal Checkpoint (flat, if ZeRO-3 wrote it)."""
-    for path in sorted((folder / "zero").glob("*/fp32.pt")):
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
-
-
-# Python 3.11.2, Debian 12's, would write an enumeration as a call of getattr, which nobody should allow.
-copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-
-
-@contextmanager
-def no_pickle_code() -> Iterator[None]:
-    """DeepSpeed's checkpoint files are read without executing pickled code.
-
-    DeepSpeed asks for weights_only=False in many places; torch's own switch overrules it, and the few
-    DeepSpeed classes its files really hold are allowed by name.
-    """
-    previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(
-            [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
-        ):
-            yield
-    finally:
-        if previous is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = previous

@@ -65,8 +65,8 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         FileNotFoundError: no such run or step.
         ValueError: the checkpoint is not whole, or holds pickled code.
     """
-    from pretrain.elastic import require_no_pickle_code
-    from pretrain.engine import convert_to_universal, universal_weights
+    # Imported late: deepspeed takes seconds, which a run with a misspelt key should not wait for.
+    from pretrain.universal import convert_to_universal, require_no_pickle_code, universal_weights
 
     if step is None:
         folder, _ = checkpoint.newest(run)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain import checkpoint, engine
+from pretrain import checkpoint, universal
 from pretrain.export import export_run
 
 from .conftest import finish, unlink_buffer
@@ -161,7 +161,7 @@ def test_a_malicious_checkpoint_is_not_executed(six_steps, train, tmp_path):
 
 def test_what_a_checkpoint_holds_is_written_without_a_call():
     """On every Python: 3.11.2 would write getattr(ZeroStageEnum, "weights")."""
-    stage = engine.ZeroStageEnum
+    stage = universal.ZeroStageEnum
     assert copyreg.dispatch_table[stage](stage.weights) == (stage, (3,))
 
 
