@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from common.files import sync_folder, write_file
 from model import ModelConfig
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ class Saver:
         try:
             together(self.engine, lambda: _create_anew(folder) if first else None)
             written = together(
-                self.engine, lambda: {name: _write_file(folder / name, files[name]) for name in files}
+                self.engine, lambda: {name: _write_digested(folder / name, files[name]) for name in files}
             )
             manifest = {name: entry for part in written for name, entry in part.items()}
             together(self.engine, lambda: self._seal(folder, manifest) if first else None)
@@ -134,7 +135,7 @@ class Saver:
     def _seal(self, folder: Path, manifest: Manifest) -> None:
         """Makes a folder whose files are on disk a checkpoint."""
         seal(folder, manifest)
-        _write_atomically(folder.parent / "latest", folder.name + "\n")
+        write_file(folder.parent / "latest", f"{folder.name}\n".encode())
         rotate(self.run, int(folder.name[5:]), self.keep_last, self.keep_every, self.in_use)
 
 
@@ -184,10 +185,10 @@ class _Digesting:
         return len(data)
 
     def flush(self) -> None:
-        """torch asks for it; the end of _write_file does it."""
+        """torch asks for it; the end of _write_digested does it."""
 
 
-def _write_file(path: Path, content: Any) -> dict[str, Any]:
+def _write_digested(path: Path, content: Any) -> dict[str, Any]:
     """Bytes as they are, anything else as torch.save writes it; on disk on return.
 
     Returns:
@@ -212,27 +213,8 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest: from now on the folder is a checkpoint, if its files fit."""
-    _write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2))
-    _sync_folder(folder.parent)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    sync_folder(folder.parent)
 
 
 def rotate(run: Path, step: int, keep_last: int, keep_every: int, in_use: int | None = None) -> None:

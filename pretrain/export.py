@@ -5,8 +5,6 @@ Offline, in one process: python pretrain/export.py --run runs/NAME [--step N] [-
 """
 
 import argparse
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import user_errors
+from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.files import Manifest
 from model import ModelConfig, ZeroModel
@@ -51,8 +50,7 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
         if name == TOKENIZER_NAME or (run / name).is_file():
-            shutil.copyfile(run / name, folder / f"{name}.tmp")
-            os.replace(folder / f"{name}.tmp", folder / name)
+            write_file(folder / name, (run / name).read_bytes())
     save_weights(folder, config, weights)
 
 

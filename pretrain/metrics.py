@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.files import write_file
 from model import ModelConfig
 from pretrain.config import RunConfig
 
@@ -61,8 +62,7 @@ class MetricsLog:
         self.config, self.start_step, self.started = config, start_step, time.perf_counter()
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)  # killed here, a run still has its history
+        write_file(path, "".join(kept).encode())  # killed here, a run still has its history
         self.file = path.open("a")
         self.bar = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None)
         self.wandb = _start_wandb(config, run)

@@ -2,11 +2,11 @@
 
     python pretrain/plan.py --model large --gpus 256 --ep 8
 
---model is a preset or a YAML of a run, of which the model is read. What is not given (ep, ZeRO stage,
+--model is a preset, or the YAML of a run whose model is read. Whatever is not given (ep, ZeRO stage,
 micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of
-GPUs the best layout of each is listed. Bytes follow from the model and from what DeepSpeed sends
-(plan_communication.py, plan_memory.py: tested against it on 2 and 4 CPU ranks). STEP TIMES ARE PREDICTED AND
-UNVERIFIED, see plan_search.py.
+GPUs the best layout for each is listed. Bytes follow from the model and from what DeepSpeed sends
+(planning/communication.py and planning/memory.py, tested against it on 2 and 4 CPU ranks). STEP TIMES ARE
+PREDICTED AND UNVERIFIED, see planning/search.py.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from model.config.execution import CHECKPOINTING
 from model.config.model import PRESETS
 from pretrain.config import load_run_config
 from pretrain.planning.layout import Hardware, Loads
-from pretrain.planning.search import Plan, describe, search
+from pretrain.planning.search import LayoutPlan, describe, search
 
 SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
 
@@ -123,7 +123,7 @@ def read_loads(path: Path) -> Loads:
     return loads
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
+def as_dict(plan: LayoutPlan) -> dict[str, Any]:
     """All of a plan as JSON takes it: bytes, seconds, tokens."""
     return {
         **dataclasses.asdict(plan),
@@ -134,7 +134,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def as_text(name: str, config: ModelConfig, plan: Plan, hardware: Hardware) -> str:
+def as_text(name: str, config: ModelConfig, plan: LayoutPlan, hardware: Hardware) -> str:
     """A page on one layout."""
     layout, usable = plan.layout, hardware.usable_bytes / 1e9
     total, active = config.num_parameters(), config.num_parameters(active=True)
@@ -175,7 +175,7 @@ COLUMNS = (
 )
 
 
-def as_table(plans: list[Plan], hardware: Hardware) -> str:
+def as_table(plans: list[LayoutPlan], hardware: Hardware) -> str:
     """Markdown, a line per size; GB are per GPU, sent in a step."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for p in plans:

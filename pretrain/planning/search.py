@@ -1,6 +1,6 @@
 """Step time of a layout, and the search for the best one. STEP TIMES ARE PREDICTED AND UNVERIFIED.
 
-No GPU run has been compared with them: they are the stated figures of plan_layout.Hardware times assumed
+No GPU run has been compared with them: they are the stated figures of layout.Hardware times assumed
 fractions. In forward ZeRO's gathers overlap the arithmetic, in backward its gathers and reductions do, by the
 assumed fraction `overlap`; ZeRO-1 reduces, and so overlaps, in the last micro-batch only. Tokens on their way
 to experts are waited for. So is what follows the last backward: AdamW, bound by memory bandwidth, and the
@@ -22,7 +22,7 @@ RESOURCES = ("compute", "NVLink", "network", "memory bandwidth", "latency")
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """A layout and what is predicted of it."""
 
     layout: Layout
@@ -56,7 +56,7 @@ def plan(
     hardware: Hardware,
     loads: Loads | None = None,
     parts: dict[str, Part] | None = None,
-) -> Plan:
+) -> LayoutPlan:
     """Predicts one layout.
 
     Args:
@@ -68,7 +68,7 @@ def plan(
     gathering = gather_schedule(config, parts, layout) if layout.stage == 3 else None
     traffic = collectives(config, parts, layout, loads)
     links = [c.links(layout) for c in traffic]
-    return Plan(
+    return LayoutPlan(
         layout,
         memory(config, parts, layout, gathering, skew),
         traffic,
@@ -158,7 +158,7 @@ def _transfer(traffic: list[Collective], layout: Layout, hardware: Hardware) -> 
 
 def search(
     config: ModelConfig, hardware: Hardware, rows: int, fixed: dict[str, Any], loads: Loads | None = None
-) -> Plan:
+) -> LayoutPlan:
     """The layout of most predicted tokens/s that fits; equal ones: the one with most memory left.
 
     Args:
