@@ -15,7 +15,7 @@ from pretrain.setup import Run
 def describe(run: Run) -> str:
     """The resolved config, parameters, FLOPs and the memory of a rank, part by part.
 
-    Memory is what planning/memory.py predicts for evenly loaded experts, in the precision of the DeepSpeed JSON.
+    Memory is predicted by planning/memory.py, for even expert loads in the precision of the DeepSpeed JSON.
     """
     config, model, state = run.config, run.model_config, run.state
     resolved = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "model": model.to_dict()}))
