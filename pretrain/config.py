@@ -1,7 +1,7 @@
-"""RunConfig: the whole description of a training run. YAML files, later over earlier, plus `a.b=c` overrides.
+"""RunConfig, the whole description of a training run: YAML files, later over earlier, and `a.b=c` overrides.
 
-The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping and ep_size. The DeepSpeed
-JSON owns ZeRO stage, precision, offload and communication, and says "auto" for the rest.
+The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping and ep_size. The DeepSpeed JSON
+(ds_config.py) owns ZeRO stage, precision, offload and communication, and says "auto" for the rest.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ class DataConfig:
     path: str = "???"  # folder that data_pipeline/build.py wrote, or its URL
     sequence_length: int = 512  # tokens per row
     packing: str = "concat"  # concat: cut every sequence_length tokens | best_fit: documents whole, padded
-    # Weights of the sources from so many tokens of the run on: [{tokens: 0, weights: {SOURCE: WEIGHT}}, ...];
-    # default: the recipe's. The validation loss always has the recipe's.
+    # Source weights, each list entry from a token count of the run onwards:
+    # [{tokens: 0, weights: {SOURCE: WEIGHT}}, ...]; default: the recipe's, which validation always uses.
     stages: list[Stage] = field(default_factory=list)
-    shuffle_shards: int = 0  # shards shuffled together, which suits a data.path of a URL; 0: all
-    max_damaged_rows: int = 0  # rows a rank may leave out because their shard is damaged; one more: an error
+    shuffle_shards: int = 0  # shards shuffled together, for a data.path that is a URL; 0: all
+    max_damaged_rows: int = 0  # rows of damaged shards that a rank may skip; one more is an error
     cache: str | None = None  # local folder for the shards of a URL
-    cache_bytes: int | None = None  # of shards in it, beyond which the oldest are deleted; default: no limit
+    cache_bytes: int | None = None  # limit above which its oldest shards are deleted; default: no limit
     tokenizer: str | None = None  # sentencepiece model; default: the one in `path`
 
 
@@ -57,7 +57,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices; norms, biases and embeddings are not decayed
     clip: float = 1.0  # limit of the global gradient norm; 0: no clipping
     # Share of the past in an exponential moving average of the weights, exported to export_ema/; null: none.
-    # A run resumed from a checkpoint without an average starts one at that checkpoint's weights.
+    # Resumed from a checkpoint without an average, a run starts one at that checkpoint's weights.
     ema_decay: float | None = None
 
     def decay_length(self, max_steps: int) -> int:
@@ -67,12 +67,12 @@ class OptimizerConfig:
 
 @dataclass
 class StabilityConfig:
-    """Steps that are skipped; see stability.py. A loss or gradient that is not finite always is."""
+    """Which steps are skipped, see stability.py. A loss or gradient that is not finite always is."""
 
     max_zscore: float | None = 10.0  # robust z-score of loss or gradient norm above which it is a spike
-    window: int = 64  # steps that it is compared with
-    # Steps skipped one after another, after which the run ends. More than half the window: what lasts longer
-    # than that is no spike.
+    window: int = 64  # past steps that a step is compared with
+    # Consecutive skipped steps that end the run. More than half the window: whatever lasts longer is a new
+    # level, not a spike.
     max_skipped: int = 50
 
 
@@ -82,14 +82,14 @@ class EvaluationConfig:
     tasks: str = "gsm8k,logiqa,babi,arc"  # as eval/run.py takes them
     limit: int = 100  # problems per data file
     num_fewshot: int | None = None  # default: each task's own
-    timeout_seconds: float = 1800.0  # after which an evaluation is killed; the end of a run waits no longer
+    timeout_seconds: float = 1800.0  # after which an evaluation is killed; a run's end waits no longer
     data: str | None = None  # folder of the data sets; default: $DATA_ROOT, else data
-    # cpu | cuda: rank 0's GPU. Not by default: training sizes its batches to that memory, and all other ranks
-    # wait for the one whose kernels take turns with another process.
+    # cpu | cuda: rank 0's GPU. Not the default: training sizes its batches to that memory, and all other
+    # ranks would wait for the one that shares its GPU.
     device: str = "cpu"
 
     def check(self, save_every: int, optimizer: str) -> None:
-        """Raises ValueError for the first value that makes no sense."""
+        """Raises ValueError for the first value out of range, and for what does not go together."""
         for name, value, allowed, fits in (
             ("every_steps", self.every_steps, "at least 0", self.every_steps >= 0),
             ("limit", self.limit, "at least 1", self.limit >= 1),
@@ -107,25 +107,25 @@ class EvaluationConfig:
         if self.every_steps % save_every:
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
-                "but checkpoints are what is evaluated; change one of them"
+                "but only checkpoints are evaluated; change one of them"
             )
         if self.every_steps and optimizer == "muon":
             raise ValueError(
                 "evaluation.every_steps does not go with optimizer.kind=muon, whose checkpoints cannot be "
-                "exported while the run goes on; set it to 0 and evaluate the export at the end"
+                "exported during the run; set it to 0 and evaluate the export at the end"
             )
 
 
 @dataclass
 class LoraConfig:
-    """Defaults: those KaVa and CODI (arXiv 2502.21074) were published with."""
+    """Defaults: those published for KaVa and CODI (arXiv 2502.21074)."""
 
     r: int = 128  # rank
     alpha: int = 32  # the adapters' output is scaled by alpha / r
     dropout: float = 0.1  # of the adapters' input
 
     def check(self, ep_size: int, optimizer: str) -> None:
-        """Raises ValueError, one line, for values out of range and for what LoRA does not go with."""
+        """Raises ValueError, one line, for values out of range and for settings incompatible with LoRA."""
         for name, value, allowed, fits in (
             ("r", self.r, "at least 1", self.r >= 1),
             ("alpha", self.alpha, "above 0", self.alpha > 0),
@@ -137,7 +137,7 @@ class LoraConfig:
             raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
         if optimizer != "adamw":
             raise ValueError(
-                f"optimizer.kind={optimizer} is for whole matrices, but lora trains factors of them; "
+                f"optimizer.kind={optimizer} needs whole matrices, but lora trains their factors; "
                 "set it to adamw"
             )
 
@@ -158,14 +158,14 @@ class RunConfig:
     ep_size: int = 1  # ranks that share one set of experts
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     keep_last: int = 2  # newest checkpoints that are kept
-    keep_every: int = 0  # checkpoints of steps divisible by it are kept as well; 0: none
+    keep_every: int = 0  # checkpoints whose step is a multiple of it are kept as well; 0: none
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
     time_limit_minutes: float | None = None  # after which the run stops with a checkpoint; None: never
     eval_every: int = 0  # steps between validation losses; 0: never
     eval_batches: int = 8  # global batches of one validation
     log_every: int = 10  # steps between step lines (metrics.jsonl has every step)
-    profile_step: int | None = None  # step of which output_dir/profile/ gets a trace, for chrome://tracing
-    peak_tflops: float | None = None  # per device, for MFU; default: known from the GPU's name, else no MFU
+    profile_step: int | None = None  # step traced to output_dir/profile/, for chrome://tracing
+    peak_tflops: float | None = None  # per device, for MFU; default: looked up by the GPU's name, else no MFU
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
@@ -177,7 +177,7 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of an optimizer step over all ranks, padding included."""
+        """Tokens of an optimizer step over all ranks, padding included."""
         return self.global_batch_size * self.data.sequence_length
 
 
@@ -192,7 +192,7 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
         The run's config. Its `model` dict is type-checked, but vocab_size may still be missing.
 
     Raises:
-        ValueError: one line naming the key, its value and the mend, and the file if one alone is wrong.
+        ValueError: one line naming the key, its value and the fix, and the file if a single one is wrong.
         FileNotFoundError: no such YAML.
     """
     layers = [_read_layer(path) for path in ([paths] if isinstance(paths, str) else paths)]
@@ -227,7 +227,7 @@ def _read_layer(path: str) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
     try:
-        values: Any = OmegaConf.to_container(loaded)  # another file may hold what an interpolation refers to
+        values: Any = OmegaConf.to_container(loaded)  # unresolved: an interpolation may refer to another file
         reject_unknown_keys(values, RunConfig)
         _typed_model(values.get("model", {}))
         _merged(RunConfig, values)
@@ -237,7 +237,7 @@ def _read_layer(path: str) -> DictConfig:
 
 
 def _typed(cls: type, values: dict[str, Any]) -> Any:
-    """An instance of dataclass `cls` with `values` converted to the fields' types."""
+    """An instance of dataclass `cls` from `values`, converted to the fields' types."""
     merged = _merged(cls, values)
     try:
         return OmegaConf.to_object(merged)
@@ -257,7 +257,7 @@ def _merged(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _typed_model(values: dict[str, Any]) -> dict[str, Any]:
-    """The given model keys with their types checked; defaults and presets are left to ModelConfig."""
+    """The given model keys, type-checked; defaults and presets are left to ModelConfig."""
     reject_unknown_keys(values, ModelConfig, "model.")
     return _restrict(OmegaConf.to_container(_merged(ModelConfig, values, "model.")), values)
 
@@ -270,7 +270,7 @@ def _restrict(typed: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
-    """Raises ValueError for the first key that no field of dataclass `cls` reads, with the nearest name."""
+    """Raises ValueError for the first key that is not a field of dataclass `cls`, with the nearest name."""
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
@@ -309,8 +309,8 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"stability.{key}={number} must be at least {least}")
     if stability.max_zscore is not None and stability.max_skipped <= stability.window // 2 + 1:
         raise ValueError(
-            f"stability.max_skipped={stability.max_skipped} must be above half of stability.window="
-            f"{stability.window} and 1, or a change of level that lasts ends the run; raise it"
+            f"stability.max_skipped={stability.max_skipped} must exceed half of stability.window="
+            f"{stability.window} plus 1, or a lasting change of level ends the run; raise it"
         )
     limit = config.time_limit_minutes
     if limit is not None and limit <= 0:
@@ -324,7 +324,7 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
     if Path(config.output_dir).resolve() == Path(config.data.path).resolve():
         raise ValueError(
-            f"output_dir={config.output_dir} is the folder of the data, data.path; give the run its own"
+            f"output_dir={config.output_dir} is also data.path, the folder of the data; give the run its own"
         )
     if config.data.sequence_length < 2:
         raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")
@@ -360,11 +360,11 @@ def _check_optimizer(o: OptimizerConfig, max_steps: int) -> None:
     if o.schedule == "wsd" and o.warmup_steps + decay > end:
         raise ValueError(
             f"optimizer.warmup_steps={o.warmup_steps} and wsd_decay_steps={decay} do not fit into the {end} "
-            "steps until min_lr; lower one of them or raise max_steps"
+            "steps before min_lr; lower one of them or raise max_steps"
         )
     if o.kind == "muon" and o.clip > 0:
-        # DeepSpeed clips after Muon, whose update has the same norm whatever the gradient's: a limit below
-        # that norm would only lower the learning rate.
+        # DeepSpeed clips after Muon, whose update has the same norm whatever the gradient: a limit below it
+        # would only lower the learning rate.
         raise ValueError(
             f"optimizer.clip={o.clip} would scale Muon's update, not its gradient; set optimizer.clip=0"
         )
@@ -379,7 +379,7 @@ def check_layout(config: RunConfig, model: ModelConfig, world_size: int) -> tupl
     if world_size % config.ep_size:
         raise ValueError(
             f"ep_size={config.ep_size} does not divide the {world_size} ranks; "
-            f"choose ep_size from the divisors of {world_size} or start another number of ranks"
+            f"choose ep_size from the divisors of {world_size} or start a different number of ranks"
         )
     if model.n_routed_experts % config.ep_size:
         raise ValueError(

@@ -1,7 +1,4 @@
-"""The DeepSpeed JSON: what it may set, and what the run's YAML fills in.
-
-The JSON owns ZeRO stage, precision, offload and communication; see pretrain/config.py for the rest.
-"""
+"""The DeepSpeed JSON: what it may set, and what the run's YAML fills in; config.py says who owns what."""
 
 import json
 from pathlib import Path
@@ -41,7 +38,7 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
     if stage not in (1, 2, 3):
         raise ValueError(
             f"zero_optimization.stage={stage} in {path} is not supported: without ZeRO DeepSpeed clips "
-            "expert gradients wrongly and tells no gradient norm; choose 1, 2 or 3"
+            "expert gradients wrongly and reports no gradient norm; choose 1, 2 or 3"
         )
     if values.get("fp16", {}).get("enabled"):
         raise ValueError(f"fp16 is enabled in {path}, but its loss scaling is not supported; enable bf16")
@@ -65,16 +62,16 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
 
 
 def _fit_to_optimizer(values: dict[str, Any], optimizer: OptimizerConfig, path: str) -> None:
-    """What the optimizer asks of the ZeRO settings; fills in the one that has a choice."""
+    """Checks what the optimizer requires of the ZeRO settings, and fills in reduce_scatter."""
     zero = values["zero_optimization"]
     stage, half = zero["stage"], values.get("bf16", {}).get("enabled")
     if stage == 1 and half and values.get("data_types", {}).get("grad_accum_dtype") == "fp32":
-        # An optimizer of its own in DeepSpeed, which takes no hold of a step that is to be skipped.
+        # DeepSpeed uses a separate optimizer here, in which judge_grad_norm cannot skip a step.
         raise ValueError(
             f"data_types.grad_accum_dtype=fp32 with bf16 and stage 1 in {path} is not supported; "
             "set zero_optimization.stage to 2 or 3"
         )
-    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses anything else.
+    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses reduce_scatter.
     if optimizer.kind == "muon" and stage == 3 and zero.setdefault("reduce_scatter", False):
         raise ValueError(
             f"reduce_scatter=true in {path} does not go with optimizer.kind=muon under ZeRO-3; delete it"

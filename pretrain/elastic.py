@@ -1,7 +1,7 @@
 """Resuming under any layout: another number of ranks, ep_size or ZeRO stage.
 
 Everything a step sees is a function of (config, step), so the state to carry over is weights, optimizer and
-routers' biases. DeepSpeed's own files fit one layout; for another they go through its Universal Checkpoint.
+router biases. DeepSpeed's own files fit one layout; for another they become a Universal Checkpoint.
 """
 
 import shutil
@@ -24,13 +24,13 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
 
     Args:
         wanted: the state whose layout the engine has.
-        run: the run's folder, where a conversion puts its files for the time of loading.
+        run: the run's folder, which holds a conversion's files while they are loaded.
 
     Returns:
         Optimizer steps done.
 
     Raises:
-        CheckpointError: the files hold pickled code, or there is no room to convert them.
+        CheckpointError: the files hold pickled code, or the disk is too full to convert them.
     """
     found, buffers = checkpoint.read(folder)
     first = rank() == 0
@@ -40,13 +40,13 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
         together(engine, lambda: _convert(engine, folder, scratch) if first else None)
         load_universal(engine.deepspeed, scratch / "universal", found.step)
         engine.load_average(folder)
-        engine.barrier()  # nobody reads any more
+        engine.barrier()  # until every rank has read its part
         if first:
             shutil.rmtree(scratch)
     else:
         engine.load(folder)
     for name, buffer in engine.checkpoint_buffers().items():
-        kept = min(buffer.shape[-1], buffers[name].shape[-1])  # of the guard's history: its window may change
+        kept = min(buffer.shape[-1], buffers[name].shape[-1])  # the guard's window may have changed
         buffer[..., -kept:] = buffers[name][..., -kept:]
     return found.step
 
@@ -54,7 +54,7 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
 def _check(folder: Path, scratch: Path) -> None:
     require_no_pickle_code(folder)
     if scratch.exists():
-        shutil.rmtree(scratch)  # of a start that was killed while it converted
+        shutil.rmtree(scratch)  # of a start that was killed while converting
 
 
 def _convert(engine: Engine, folder: Path, scratch: Path) -> None:
@@ -62,5 +62,5 @@ def _convert(engine: Engine, folder: Path, scratch: Path) -> None:
     try:
         make_universal_complete(convert_to_universal(folder, scratch), engine.full_shapes())
     except (OSError, RuntimeError):
-        shutil.rmtree(scratch)  # it would only keep the disk full
+        shutil.rmtree(scratch)  # a partial conversion only wastes disk space
         raise

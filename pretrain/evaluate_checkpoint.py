@@ -1,4 +1,4 @@
-"""The process that scores one checkpoint of a run, see evaluation.py: exports it, then becomes eval/run.py.
+"""Scores one checkpoint of a run, for evaluation.py: exports it, then becomes eval/run.py.
 
 python pretrain/evaluate_checkpoint.py --run runs/NAME --step N --folder DIR [-- FLAGS OF eval/run.py]
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from common.errors import user_errors
 
 EVAL_SCRIPT = Path(__file__).parents[1] / "eval" / "run.py"
-NICENESS = 10  # about a tenth of a core where ranks want all of them: training hardly notices, scores arrive
+NICENESS = 10  # about a tenth of a core while ranks use all of them: training hardly notices
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for the results")
     parser.add_argument("flags", nargs="*", help="after --: further flags of eval/run.py")
     arguments = parser.parse_args()
-    if sys.platform == "linux":  # a trainer that is killed leaves no process behind; holds after execv too
+    if sys.platform == "linux":  # dies with a trainer that is killed; survives execv
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.nice(NICENESS)
     export = arguments.folder / "work" / "export"

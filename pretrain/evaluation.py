@@ -1,7 +1,7 @@
-"""Task scores while training goes on, by a process of their own over a checkpoint.
+"""Task scores during training, from a separate process that reads a checkpoint.
 
-The process, evaluate_checkpoint.py, reads the checkpoint's files, so that no rank gathers weights for it. Its
-failure, slowness or death is a line of the log and `eval_failed` in metrics.jsonl, no more.
+The process, evaluate_checkpoint.py, reads the checkpoint's files, so that no rank gathers weights for it. If
+it fails, hangs or dies, that is a line in the log and `eval_failed` in metrics.jsonl, nothing more.
 """
 
 import json
@@ -19,9 +19,9 @@ from typing import Any
 from pretrain.config import EvaluationConfig
 
 PROCESS = Path(__file__).with_name("evaluate_checkpoint.py")
-# What a launcher tells a rank: a process that believed it would wait for ranks that nobody starts.
+# Set by launchers for a rank: a process that inherited them would wait for ranks that are never started.
 LAUNCHER_VARIABLE = re.compile(r"(.*_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC)_.*")
-PROGRESS_SECONDS = 60.0  # between two lines while the end of a run waits
+PROGRESS_SECONDS = 60.0  # between two progress lines while a run's end waits
 
 
 class Evaluator:
@@ -29,18 +29,18 @@ class Evaluator:
 
     Args:
         run: the run's folder; an evaluation leaves its results and its log in eval/step-N/ there.
-        write: takes a record for metrics.jsonl: `step` is that of the weights; `eval` holds task -> metric ->
-            value of the whole tasks, or `eval_failed` the reason, in one line.
+        write: takes a record for metrics.jsonl: the weights' `step`, and either `eval`, task -> metric ->
+            value without subtasks, or `eval_failed`, the reason in one line.
     """
 
     def __init__(self, config: EvaluationConfig, run: Path, write: Callable[[dict[str, Any]], None]) -> None:
         self.config, self.run, self.write = config, run, write
-        self.step: int | None = None  # whose checkpoint is waited for or being scored
+        self.step: int | None = None  # whose checkpoint is awaited or being scored
         self.process: subprocess.Popen[bytes] | None = None
         self.killed, self.deadline = False, 0.0
 
     def request(self, step: int) -> None:
-        """Asks for the scores of a checkpoint that is being written; one that is not due is left out."""
+        """Requests scores of a checkpoint that is being written, if the step is due."""
         if self.config.every_steps == 0 or step == 0 or step % self.config.every_steps:
             return
         if self.step is None:
@@ -49,12 +49,12 @@ class Evaluator:
             self._fail(step, f"skipped, the evaluation of step {self.step} is still running")
 
     def resume(self, step: int) -> None:
-        """Asks again for those of the checkpoint that a run continues from, if it ended before they came."""
+        """Requests the scores of the checkpoint that a run resumes from, if it ended before they arrived."""
         if (self.run / "checkpoints" / f"step-{step}").is_dir() and not self._results(step):
             self.request(step)
 
     def poll(self, checkpoint_written: bool) -> None:
-        """Starts, collects or ends what is due; called once a step."""
+        """Starts, collects or kills the process when due; called once per step."""
         if self.step is None:
             return
         if self.process is None:
@@ -67,7 +67,7 @@ class Evaluator:
             self._kill(f"killed after {limit}; raise it or lower evaluation.limit")
 
     def finish(self, stop_reason: Callable[[], str | None]) -> None:
-        """Waits for the last evaluation, at most to its time-out or until there is a reason to stop."""
+        """Waits for the last evaluation until its time-out or a reason to stop."""
         told = -PROGRESS_SECONDS
         while self.step is not None:
             self.poll(checkpoint_written=True)
@@ -77,7 +77,7 @@ class Evaluator:
             if reason is not None and not self.killed:
                 self._kill(f"ended with the run ({reason}); the same command evaluates it again")
             if self.killed and now > self.deadline:
-                return  # even SIGKILL leaves a process that waits for a dead disk
+                return  # even SIGKILL does not end a process that waits for a dead disk
             if now - told >= PROGRESS_SECONDS and not self.killed:
                 left = max(0.0, self.deadline - now)
                 print(f"waiting for the scores of step {self.step}, at most {left:.0f} s more", flush=True)
@@ -90,7 +90,7 @@ class Evaluator:
     def _start(self, step: int) -> None:
         folder = self._folder(step)
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not end
+            shutil.rmtree(folder, ignore_errors=True)  # left by an attempt that did not finish
             folder.mkdir(parents=True)
             with (folder / "log.txt").open("wb") as log:
                 self.process = subprocess.Popen(
@@ -99,7 +99,7 @@ class Evaluator:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a process group, to be killed with all that it started
+                    start_new_session=True,  # its own process group, to be killed with all its children
                 )
         except OSError as error:
             self._close(step)
@@ -141,12 +141,12 @@ class Evaluator:
     def _kill(self, reason: str) -> None:
         assert self.process is not None
         assert self.step is not None
-        os.killpg(self.process.pid, signal.SIGKILL)  # not yet waited for, so the number is still its own
+        os.killpg(self.process.pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
         self.killed, self.deadline = True, time.monotonic() + 5.0
         self._fail(self.step, reason)
 
     def _close(self, step: int) -> None:
-        """Makes room for the next one; the export, as large as the model, goes."""
+        """Makes room for the next evaluation and deletes the export, which is as large as the model."""
         shutil.rmtree(self._folder(step) / "work", ignore_errors=True)
         self.step, self.process = None, None
 
@@ -161,12 +161,12 @@ class Evaluator:
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """The scores and standard errors of a task; one that a single sample cannot have is left out."""
+    """Scores and standard errors of a task, without those that a single sample cannot have."""
     return {key: v for key, v in entry.items() if "," in key and isinstance(v, int | float)}
 
 
 def _last_words(log: Path) -> str:
-    """The line that a user's mistake leaves, else the last line; progress bars end in carriage returns."""
+    """The last `error: ` line, else the last line; splits at the carriage returns of progress bars too."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError as error:

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None:
-    """What follows the command line: prepares a run, then describes or trains it."""
+    """Prepares a run, then describes it (--dry-run) or trains it."""
     join_slurm_step()
     with user_errors(ValueError, OSError):
         run = prepare_run()
@@ -63,26 +63,28 @@ def _parse() -> argparse.Namespace:
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that every command which trains has."""
+    """The flags of every command that trains."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--config",
         required=True,
         action="append",
-        help="YAML of the run, see pretrain/configs/; given again, later files override earlier ones",
+        help="YAML of the run, see pretrain/configs/; repeatable, later files override earlier ones",
     )
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
-    parser.add_argument("--dry-run", action="store_true", help="say what the run would be and what it takes")
-    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="describe the run and what it needs; do not start it"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config keys to override")
     return parser
 
 
 def _verified(run: Run, engine: "Engine") -> Path | None:
-    """The checkpoint to continue from, whole to the checksums; with resume=auto perhaps an older one.
+    """The checkpoint to resume from, its checksums verified; with resume=auto perhaps an older one.
 
     Raises:
-        ValueError: the one that the user named is damaged.
+        ValueError: the checkpoint that the user named is damaged.
     """
     folder = run.resume_from
     while folder is not None:
@@ -99,14 +101,14 @@ def _verified(run: Run, engine: "Engine") -> Path | None:
 
 
 def _train(run: Run) -> None:
-    # Imported late: deepspeed takes seconds, which a user with a misspelt key should not wait for.
+    # Imported late: deepspeed takes seconds, and a misspelt key should fail sooner.
     from pretrain import elastic
     from pretrain.engine import Engine
     from pretrain.process_group import init_process_group
     from pretrain.trainer import Trainer, TrainingError
 
     stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=run.rank == 0)
-    stop_requests.install()  # before the minutes that a large model takes to start
+    stop_requests.install()  # before a large model's minutes of start-up
     init_process_group()
     weights = None if run.weights is None else load_file(run.weights)
     engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
@@ -130,7 +132,7 @@ def _train(run: Run) -> None:
             if run.config.lora is not None and weights is not None:
                 lora.save_base(run.folder, weights)
     engine.barrier()
-    # All ranks judge the training and its checkpoints alike, but one alone may read a damaged shard.
+    # All ranks raise the first two errors together, but one rank alone may read a damaged shard.
     with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
     if trainer.step == run.config.max_steps:
@@ -144,7 +146,7 @@ def _train(run: Run) -> None:
 
 
 def _finish(run: Run, engine: "Engine") -> None:
-    """The export and the marker of a run that reached its last step."""
+    """Writes the exports and DONE of a run that reached its last step."""
     _export(run, "export", engine.full_weights())
     if engine.average is not None:
         _export(run, "export_ema", engine.averaged_weights())
@@ -154,7 +156,7 @@ def _finish(run: Run, engine: "Engine") -> None:
 
 
 def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Gathers tensors on all ranks and writes them on the first as a folder of the run."""
+    """Gathers tensors on all ranks and exports them on rank 0 to a folder of the run."""
     weights = {}
     for key, value in tensors:
         if run.rank == 0:
@@ -169,7 +171,7 @@ def _write_run_folder(run: Run, trained: int) -> None:
     """config.yaml and ds_config.json as resolved, environment.json, the tokenizer.
 
     Args:
-        trained: parameters that are.
+        trained: number of trained parameters.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "DONE").unlink(missing_ok=True)
@@ -184,11 +186,11 @@ def _write_run_folder(run: Run, trained: int) -> None:
     peak, how = peak_tflops(run.config, run.model_config), "" if run.config.lora is None else " (LoRA)"
     unknown = "no MFU" if run.config.peak_tflops else "no MFU: set peak_tflops"
     print(
-        f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active a token), "
+        f"{run.folder}: {counts[0]:,} parameters ({counts[1]:,} active per token), "
         f"{trained:,} trained{how}, "
         f"{run.state.world_size} ranks, ep_size {run.config.ep_size}, ZeRO stage {run.state.zero_stage}, "
-        f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens a step, "
-        + (unknown if peak is None else f"MFU and HFU of {peak:g} TFLOP/s a device")
+        f"{run.config.global_batch_size} x {run.config.data.sequence_length} tokens per step, "
+        + (unknown if peak is None else f"MFU and HFU of {peak:g} TFLOP/s per device")
     )
 
 

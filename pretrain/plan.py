@@ -1,4 +1,4 @@
-"""Predicts memory, communication and step time of a training run on GPUs that are not here.
+"""Predicts memory, communication and step time of a training run on GPUs that are not available here.
 
     python pretrain/plan.py --model large --gpus 256 --ep 8
 
@@ -51,7 +51,7 @@ def _parse() -> argparse.Namespace:
         "--gpus", type=int, required=True, nargs="+", help="one number, or several for a table"
     )
     parser.add_argument("--ep", type=int, help="GPUs that share one set of experts; default: searched")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="of ZeRO; default: searched")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage; default: searched")
     parser.add_argument("--micro_batch_size", type=int, help="rows a GPU computes at once; default: searched")
     parser.add_argument(
         "--checkpointing", choices=CHECKPOINTING, help="default: the better of none and block"
@@ -59,7 +59,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--global_batch_size", type=int, default=2048, help="rows per step, over all GPUs")
     parser.add_argument(
-        "--loads", type=Path, help="metrics.jsonl whose last expert_load is used; default: even"
+        "--loads", type=Path, help="metrics.jsonl whose last expert_load is used; default: even loads"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -67,13 +67,13 @@ def _parse() -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="NAME=VALUE",
-        help="figures other than an H100's: " + ", ".join(f.name for f in dataclasses.fields(Hardware)),
+        help="figures that replace an H100's: " + ", ".join(f.name for f in dataclasses.fields(Hardware)),
     )
     return parser.parse_args()
 
 
 def read_model(name: str) -> ModelConfig:
-    """The model of a preset or of a YAML; a YAML without vocab_size has ModelConfig's default.
+    """The model of a preset or of a YAML; without vocab_size a YAML gets ModelConfig's default.
 
     Raises:
         ValueError, FileNotFoundError: one line.
@@ -88,7 +88,7 @@ def read_model(name: str) -> ModelConfig:
 
 
 def read_hardware(overrides: list[str]) -> Hardware:
-    """An H100 with the given figures in place of its own.
+    """An H100 with the given figures instead of its own.
 
     Raises:
         ValueError: not NAME=VALUE, an unknown name, or not a positive number.
@@ -97,18 +97,18 @@ def read_hardware(overrides: list[str]) -> Hardware:
     for override in overrides:
         name, _, value = override.partition("=")
         if name not in fields:
-            raise ValueError(f"--hardware {override} names none of {', '.join(fields)}")
+            raise ValueError(f"--hardware {override} is not one of {', '.join(fields)}")
         try:
             values[name] = int(value) if fields[name] is int else float(value)
         except ValueError:
-            raise ValueError(f"--hardware {override} needs a number; write e.g. {name}=1e9") from None
+            raise ValueError(f"--hardware {override} is not a number; write e.g. {name}=1e9") from None
         if not values[name] > 0:
             raise ValueError(f"--hardware {override} must be above 0")
     return Hardware(**values)
 
 
 def read_loads(path: Path) -> Loads:
-    """Experts' shares in every MoE layer, from the last line of a run's metrics.jsonl.
+    """Expert shares in every MoE layer, from the last line of a run's metrics.jsonl.
 
     Raises:
         ValueError: the file records none.
@@ -124,7 +124,7 @@ def read_loads(path: Path) -> Loads:
 
 
 def as_dict(plan: LayoutPlan) -> dict[str, Any]:
-    """All of a plan as JSON takes it: bytes, seconds, tokens."""
+    """A plan for JSON: bytes, seconds, tokens."""
     return {
         **dataclasses.asdict(plan),
         "memory_bytes": plan.memory_bytes,
@@ -139,13 +139,13 @@ def as_text(name: str, config: ModelConfig, plan: LayoutPlan, hardware: Hardware
     layout, usable = plan.layout, hardware.usable_bytes / 1e9
     total, active = config.num_parameters(), config.num_parameters(active=True)
     lines = [
-        f"{name}: {total:,} parameters, {active:,} active a token",
-        f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens a step",
+        f"{name}: {total:,} parameters, {active:,} active per token",
+        f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens per step",
         "",
         f"memory per GPU               {plan.memory_bytes / 1e9:8.2f} GB of {usable:.1f}",
         *(f"  {part:27}{size / 1e9:8.2f} GB" for part, size in plan.memory.items()),
         "",
-        "a step's communication       as logged  group, phase",
+        "communication per step       as logged  group, phase",
         *(f"  {c.operation:27}{c.bytes / 1e9:8.2f} GB  {c.group}, {c.phase}" for c in plan.traffic),
         f"  sent over NVLink           {plan.nvlink_bytes / 1e9:8.2f} GB per GPU",
         f"  sent over the network      {plan.network_bytes / 1e9:8.2f} GB per GPU",
@@ -176,7 +176,7 @@ COLUMNS = (
 
 
 def as_table(plans: list[LayoutPlan], hardware: Hardware) -> str:
-    """Markdown, a line per size; GB are per GPU, sent in a step."""
+    """A Markdown table, a line per size; GB are per GPU, those sent are per step."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for p in plans:
         layout = p.layout

@@ -1,4 +1,4 @@
-"""From configs, data and checkpoint to a `Run`: all that can be checked before any process group exists."""
+"""Prepares a Run from configs, data and checkpoint: everything checked before a process group exists."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from pretrain.ds_config import load_ds_config
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run is made of, checked, before any process group exists."""
+    """Everything a run consists of, checked before any process group exists."""
 
     config: RunConfig
     model_config: ModelConfig
@@ -27,9 +27,9 @@ class Run:
     validation: Loader | None
     micro_batch_size: int
     state: TrainingState  # of step 0; a checkpoint must agree with it
-    resume_from: Path | None  # whole by its files' sizes
+    resume_from: Path | None  # its files' sizes are right; checksums are still to be compared
     model_class: type[ZeroModel] = ZeroModel
-    weights: Path | None = None  # safetensors in place of initial weights; a checkpoint goes before them
+    weights: Path | None = None  # safetensors to start from; a checkpoint takes precedence
 
     @property
     def folder(self) -> Path:
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def rank(self) -> int:
-        """As the launcher says, also before the process group exists."""
+        """As set by the launcher, so known before the process group exists."""
         return int(os.environ.get("RANK", "0"))
 
 
@@ -51,7 +51,7 @@ def prepare(
     """Reads and checks configs, data and checkpoint for this rank.
 
     Args:
-        complete: fills in what of the config's `model` follows from the data.
+        complete: fills in the keys of the config's `model` that follow from the data.
         weights: see Run.
 
     Raises:
@@ -64,7 +64,7 @@ def prepare(
         complete(config, loader)
     model_config = build_model_config(config, loader.vocab_size)
     if complete is None and model_config.distillation is not None:
-        raise ValueError("model.distillation is what distill/main.py trains; start that, or leave it out")
+        raise ValueError("model.distillation is for distill/main.py; start that, or leave it out")
     micro, accumulation = check_layout(config, model_config, world_size)
     ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
     state = TrainingState(
@@ -106,14 +106,14 @@ def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader
         ours, theirs = Tokenizer(Path(config.data.tokenizer)), Tokenizer(loader.tokenizer_path)
         if ours.sha256 != theirs.sha256:
             raise ValueError(
-                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not write the "
+                f"data.tokenizer={config.data.tokenizer} (sha256 {ours.sha256[:12]}) did not encode the "
                 f"shards in {config.data.path} (sha256 {theirs.sha256[:12]}); leave data.tokenizer out"
             )
     return loader
 
 
 def build_model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The model of a run: its vocabulary is the tokenizer's."""
+    """The model of a run; its vocab_size is the tokenizer's."""
     given = config.model.get("vocab_size", vocab_size)
     if given != vocab_size:
         raise ValueError(
@@ -131,9 +131,9 @@ def build_model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
 def choose_checkpoint(
     config: RunConfig, state: TrainingState, announce: bool, below: float = math.inf
 ) -> Path | None:
-    """The checkpoint to continue from, compatible with this run; None: start from the first step.
+    """The checkpoint to resume from, compatible with this run; None: start at the first step.
 
-    Its checksums are still to be compared, by all ranks together. Only steps below `below` count.
+    Its checksums are not compared yet: all ranks do that together. Only steps below `below` count.
     """
     run = Path(config.output_dir)
     if config.resume == "none":
@@ -159,8 +159,8 @@ def choose_checkpoint(
     later = [step for step in checkpoint.steps(run) if step > found.step]
     if later and config.resume != "auto":
         raise ValueError(
-            f"output_dir={run} holds checkpoints of later steps ({later[0]}) than {folder}, from which "
-            "resume=auto would go on next time; give another output_dir, or move them away"
+            f"output_dir={run} holds checkpoints of later steps ({later[0]}) than {folder}, which "
+            "resume=auto would use next time; give another output_dir, or move them away"
         )
     if found.step > config.max_steps:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""DeepSpeed's checkpoint files, read safely, and the form of them that fits every layout.
+"""DeepSpeed's checkpoint files, read without running pickled code, and its Universal Checkpoint.
 
-The Universal Checkpoint holds full tensors by name: what another number of ranks, ep_size or ZeRO stage
-resumes from, and what an export without ranks reads.
+A Universal Checkpoint holds full tensors by name: a run with another number of ranks, ep_size or ZeRO stage
+resumes from it, and the offline export reads it.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from torch import Tensor
 
 from pretrain.checkpoint import read
 
-# Python 3.11.2, Debian 12's, would write an enumeration as a call of getattr, which nobody should allow.
+# Python 3.11.2 (Debian 12) would pickle an enumeration as a call to getattr, which no reader should allow.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 @contextmanager
 def no_pickle_code() -> Iterator[None]:
-    """DeepSpeed's checkpoint files are read without executing pickled code.
+    """Inside, DeepSpeed's checkpoint files are read without executing pickled code.
 
-    DeepSpeed asks for weights_only=False in many places; torch's own switch overrules it, and the few
-    DeepSpeed classes its files really hold are allowed by name.
+    DeepSpeed passes weights_only=False in many places; torch's own switch overrides it, and the few
+    DeepSpeed classes that its files hold are allowed by name.
     """
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -51,7 +51,7 @@ def no_pickle_code() -> Iterator[None]:
 
 
 def require_no_pickle_code(checkpoint: Path) -> None:
-    """Reads everything but the tensors' bytes.
+    """Reads every file of a checkpoint, except the tensors' bytes.
 
     Raises:
         ValueError: a file holds more than tensors and plain values.
@@ -63,7 +63,7 @@ def require_no_pickle_code(checkpoint: Path) -> None:
         except UnpicklingError as error:
             raise ValueError(
                 f"{path} holds pickled code, which is never run; "
-                f"delete {checkpoint} to go on from an older checkpoint"
+                f"delete {checkpoint} to resume from an older checkpoint"
             ) from error
 
 
@@ -74,12 +74,12 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         The folder, inside scratch.
 
     Raises:
-        ValueError: the checkpoint is of a run with Muon; DeepSpeed converts the states of Adam only.
+        ValueError: the run uses Muon; DeepSpeed converts only Adam's state.
     """
     if read(checkpoint)[0].optimizer == "muon":
         raise ValueError(
             f"checkpoint {checkpoint} holds Muon's momentum, which DeepSpeed's Universal Checkpoint lacks; "
-            "resume the run with the ranks, ep_size and ZeRO stage it has, and it exports at its end"
+            "resume the run with the same ranks, ep_size and ZeRO stage: it exports when it ends"
         )
     folder = scratch / "universal"
     arguments = argparse.Namespace(
@@ -97,11 +97,11 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
 
 
 def make_universal_complete(folder: Path, shapes: dict[str, torch.Size]) -> None:
-    """Adds to a Universal Checkpoint what a ZeRO stage other than the one that wrote it reads.
+    """Adds to a Universal Checkpoint what ZeRO stages other than the one that wrote it read.
 
-    ZeRO-3 writes flat tensors and the optimizer's step only once, ZeRO-1 and 2 write shaped tensors and the
-    step beside each. The options of the parameter groups are left out: they are those of the run that goes
-    on, and ZeRO-3 would give those of the first group, its weight decay too, to all.
+    ZeRO-3 writes flat tensors and the optimizer's step once; ZeRO-1 and 2 write shaped tensors, each with its
+    step. The options of the parameter groups are left out: the resumed run sets them, and ZeRO-3 would apply
+    those of the first group, including its weight decay, to all.
     """
     path = folder / "zero" / "optimizer_state.pt"
     with no_pickle_code():
@@ -129,8 +129,8 @@ def make_universal_complete(folder: Path, shapes: dict[str, torch.Size]) -> None
 def load_universal(engine: Any, folder: Path, step: int) -> None:
     """Loads a complete Universal Checkpoint under any layout, as DeepSpeed's load_checkpoint does.
 
-    That itself reads weights and optimizer from the folder, but asks for files that are there for one
-    ZeRO stage only.
+    load_checkpoint itself can read weights and optimizer from the folder, but expects files that only one
+    ZeRO stage writes.
 
     Args:
         engine: DeepSpeed's.
@@ -146,7 +146,7 @@ def load_universal(engine: Any, folder: Path, step: int) -> None:
     else:
         engine.optimizer.update_lp_params()
     for state in engine.optimizer.state.values():
-        # ZeRO-3 gives all parameters one tensor, and each would add its own 1 to it in every step.
+        # ZeRO-3 gives all parameters the same tensor, to which each would add its own 1 in every step.
         state["step"] = copy.deepcopy(state["step"])
     engine.global_steps = step
 

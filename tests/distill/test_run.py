@@ -110,5 +110,5 @@ def test_a_coconut_stage_is_as_long_as_the_others(traced_data, tmp_path, monkeyp
     paths = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
     run = prepare_distillation(argparse.Namespace(**paths, overrides=overrides))
     assert run.model_config.distillation.stage_steps == 2
-    with pytest.raises(ValueError, match="is what distill/main.py trains"):
+    with pytest.raises(ValueError, match="is for distill/main.py"):
         prepare(paths["config"], paths["ds_config"], overrides)

@@ -76,7 +76,7 @@ def test_wrong_values(start, override, message):
 
 
 def test_a_run_in_the_folder_of_its_data(start, data_folder):
-    with pytest.raises(ValueError, match="is the folder of the data, data.path; give the run its own"):
+    with pytest.raises(ValueError, match="is also data.path, the folder of the data; give the run its own"):
         start(f"output_dir={data_folder}")
 
 
@@ -121,7 +121,7 @@ def test_unreadable_configs(start, tmp_path):
 def test_a_tokenizer_that_does_not_belong_to_the_shards(start, data_folder, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(["some other text"], 300))
-    with pytest.raises(ValueError, match="other.model .* did not write the *shards"):
+    with pytest.raises(ValueError, match="other.model .* did not encode the *shards"):
         start(f"data.tokenizer={other}")
     copied = tmp_path / "data"
     shutil.copytree(data_folder, copied)

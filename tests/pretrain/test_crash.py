@@ -128,9 +128,9 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(six_steps, 
     content[-len(content) // 3] ^= 4
     victim.write_bytes(content)
     named = train(run, "max_steps=6", f"resume={run}/checkpoints/step-6", check=False)
-    assert f"step-6 is not a whole checkpoint: {victim.name} does not have its checksum" in named.stderr
+    assert f"step-6 is not a whole checkpoint: {victim.name} does not match its checksum" in named.stderr
     done = train(run, "max_steps=6", "save_every=2")
-    assert f"step-6 is not whole ({victim.name} does not have its checksum); trying an older" in done.stdout
+    assert f"step-6 is not whole ({victim.name} does not match its checksum); trying an older" in done.stdout
     ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, six_steps))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

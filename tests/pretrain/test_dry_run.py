@@ -50,7 +50,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(alone, training
 def test_a_profiled_step_leaves_a_trace(alone, training, tmp_path):
     run = tmp_path / "run"
     printed = alone(training(run, "ep_size=1", "max_steps=2", "profile_step=2", "peak_tflops=0.1"))
-    assert "MFU and HFU of 0.1 TFLOP/s a device" in printed
+    assert "MFU and HFU of 0.1 TFLOP/s per device" in printed
     names = {
         event.get("name") for event in json.loads((run / "profile/step-2.json").read_text())["traceEvents"]
     }

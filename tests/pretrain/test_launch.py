@@ -64,7 +64,7 @@ def test_a_port_in_use_is_told_from_a_lost_rank(monkeypatch):
     assert communication_problem(caught.value) == problem
     lost = communication_problem(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     assert lost is not None
-    assert lost.startswith("rank 0 lost another rank, which tells why if it could ([gloo/")
+    assert lost.startswith("rank 0 lost another rank, whose own error says why if it had one ([gloo/")
     assert communication_problem(RuntimeError("something else")) is None
 
 
