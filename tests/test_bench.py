@@ -150,7 +150,7 @@ def test_another_network_is_refused(compare, monkeypatch):
 
     compare._check_same_network(config)
     monkeypatch.setattr(compare, "build", changed)
-    with pytest.raises(ValueError, match="the logits of both differ by"):
+    with pytest.raises(ValueError, match="the two models' logits differ by"):
         compare._check_same_network(config)
 
 

@@ -18,8 +18,8 @@ FLAGS = {"--runs": 2, "--rows": 3, "--length": 64, "--batches": 5, "--memory_bat
 FLAGS |= {"--characters": 60_000, "--prepared": 5_000, "--vocab_size": 400}
 PEERS = {
     "memmap",
-    "webdataset, 1 document a sample",
-    "webdataset, 64 documents a sample",
+    "webdataset, 1 document per sample",
+    "webdataset, 64 documents per sample",
     "webdataset on our shards",
 }
 OURS = {"ours, concat", "ours, best_fit"}
