@@ -1,6 +1,6 @@
-"""Run by test_run.py under the deepspeed launcher: two ranks teach students, and so does plain torch.
+"""Run by test_run.py under the deepspeed launcher: two ranks and plain torch train students.
 
-For every case it prints one JSON line with the largest differences over the steps.
+Prints one JSON line per case, with the largest differences over the steps.
 """
 
 import json
@@ -42,7 +42,7 @@ LORA = LoraConfig(r=4, alpha=8, dropout=0.0)
 
 
 def batch(step: int) -> dict[str, Tensor]:
-    """Rows of unequally many documents; one micro-batch of the first rank has none."""
+    """Rows with different numbers of documents; one micro-batch of the first rank has none."""
     d = documents(6, seed=step)
     return packed([d[:2], [], d[2:5], d[5:]], 160)
 
@@ -63,7 +63,7 @@ def lora(method: str) -> LoraConfig | None:
 
 
 def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
-    """Of another seed, all but the new parameters."""
+    """Weights of another seed, without the new parameters."""
     state = Student(config, seed=5).state_dict()
     return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
 
@@ -95,7 +95,7 @@ def reference(
 def distributed(
     config: ModelConfig, lora: LoraConfig | None
 ) -> tuple[list[dict[str, float]], dict[str, Tensor], int]:
-    """Also the steps that the guard against spikes remembers."""
+    """Also the steps in the spike guard's history."""
     run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())

@@ -1,8 +1,8 @@
-"""Run by test_equality under the deepspeed launcher: two ranks train, and so does plain torch.
+"""Run by test_equality under the deepspeed launcher: two ranks and plain torch train.
 
     equality_worker.py DS_CONFIG eager|compiled
 
-For every case of that kind it prints one JSON line with the largest differences over the steps.
+Prints one JSON line per case of that kind, with the largest differences over the steps.
 """
 
 import copy

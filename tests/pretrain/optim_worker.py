@@ -1,6 +1,6 @@
 """Run by test_optim under the deepspeed launcher: Muon under ZeRO against Muon in plain torch.
 
-For every case it prints one JSON line.
+Prints one JSON line per case.
 """
 
 import copy
