@@ -2,10 +2,10 @@
 
     python bench/compare.py [--device cuda] [--dtypes bf16] [--tasks train,decode] [--out FILE.json]
 
-train is a forward and a backward pass; prefill the prompt up to its last logits; decode what greedy
-generation with a cache does after that; memory the growth of a process of its own over its first training
-step, of whole pages and with the system's allocator, so it varies by a few percent. A target that is missed
-is followed by a profile of both.
+train is a forward and a backward pass; prefill is the prompt up to its last logits; decode is
+greedy generation with a cache after that; memory is the growth of a separate process over its first training
+step, in whole pages and with the system's allocator, so it varies by a few percent. A missed target is
+followed by a profile of both.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from model.hf.deepseek import hf_config, to_hf
 
 TASKS = ("train", "prefill", "decode", "memory")
 NAMES = ("ours", "transformers")
-# Ratios to reach: speed at least so many times theirs, memory at most this share of theirs.
+# Target ratios: speed at least this many times theirs, memory at most this share of theirs.
 TARGETS = {
     ("train", "fp32"): 1.3,
     ("train", "bf16"): 2.0,
@@ -65,10 +65,10 @@ TARGETS = {
     ("memory", "fp32"): 0.6,
     ("memory", "bf16"): 0.6,
 }
-# A training step of transformers that would take longer is timed on fewer rows, of both.
+# If transformers' training step would take longer, both are timed on fewer rows.
 SLOW_SECONDS = 30.0
-MEMORY_RUNS = 3  # at most; every one is a process that builds the model anew
-PROFILED = 10  # operations shown
+MEMORY_RUNS = 3  # at most; each is a process that builds the model
+PROFILED = 10  # number of operations shown
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Result:
     task: str
     dtype: str
     rows: int
-    tokens: int  # of one run; 0 for memory
+    tokens: int  # per run; 0 for memory
     measured: dict[str, list[float]]  # by name: seconds, or bytes for memory
     profiles: dict[str, list[dict[str, Any]]] | None = None  # by name: see _profile
 
@@ -120,11 +120,11 @@ def _parse() -> argparse.Namespace:
     add("--runs", type=int, default=5, help="counted runs of each (default: 5)")
     add("--threads", type=int, default=2, help="of the CPU (default: 2)")
     add("--batch", type=int, help="rows (default: 8)")
-    add("--length", type=int, help="tokens a row, the prompt too (default: 512; on a GPU 2048)")
+    add("--length", type=int, help="tokens per row, also of the prompt (default: 512; on a GPU 2048)")
     add("--new_tokens", type=int, default=33, help="tokens to generate; the first is prefill (default: 33)")
     add("--sizes", type=json_object, default={}, metavar="JSON", help="model config keys to change")
     add("--out", type=Path, metavar="FILE.json", help="machine, versions, command and every timing")
-    add("--memory", choices=NAMES, help="only print, as JSON, the bytes that one training step of this adds")
+    add("--memory", choices=NAMES, help="only print, as JSON, the bytes that one of its training steps adds")
     arguments = parser.parse_args()
     sizes, batch, length = DEFAULTS[arguments.device]
     arguments.sizes = {**sizes, **arguments.sizes}
@@ -135,7 +135,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> ModelConfig:
-    """The model's config. Raises ValueError for a mistake in the flags."""
+    """The model's config. Raises ValueError for a wrong flag."""
     check_device(arguments.device)
     check_choices("dtypes", arguments.dtypes, tuple(DTYPES))
     check_choices("tasks", arguments.tasks, TASKS)
@@ -174,12 +174,12 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def build(name: str, config: ModelConfig, device: str, dtype: str) -> nn.Module:
-    """`ours` or `transformers`, which has its default experts, SDPA and the same weights."""
+    """`ours` or `transformers`, the latter with its default experts, SDPA and the same weights."""
     if name == "ours":
         return our_model(config, device, dtype, ExecutionConfig())
     with tempfile.TemporaryDirectory() as folder:
         tensors = to_hf(config, ZeroModel(config).state_dict())
-        # Copies: safetensors refuses tensors that share memory, as the rows of stacked experts do.
+        # Copies: safetensors refuses tensors that share memory, as rows of stacked experts do.
         save_file({n: t.clone() for n, t in tensors.items()}, Path(folder) / "model.safetensors")
         (Path(folder) / "config.json").write_text(json.dumps(hf_config(config)))
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -188,17 +188,17 @@ def build(name: str, config: ModelConfig, device: str, dtype: str) -> nn.Module:
     model.generation_config.eos_token_id = None  # random weights may choose any token at any time
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # some lie in the mapped file, whose pages count when first read
+        tensor.data = tensor.data.clone()  # some are memory-mapped: pages count when first read
     return model
 
 
 def _check_same_network(config: ModelConfig) -> None:
-    """Raises ValueError unless both give the same logits: the comparison would mean nothing."""
+    """Raises ValueError unless both give the same logits; otherwise the comparison would mean nothing."""
     tokens = random_tokens(config, 1, min(64, config.max_position_embeddings), "cpu")
     ours, theirs = (logits(build(name, config, "cpu", "fp32"), tokens) for name in NAMES)
     difference, limit = (ours - theirs).abs().max().item(), 1e-5 * max(1.0, theirs.abs().max().item())
     if not difference <= limit:
-        raise ValueError(f"the logits of both differ by {difference:.1e} in fp32, more than {limit:.1e}")
+        raise ValueError(f"the two models' logits differ by {difference:.1e} in fp32, more than {limit:.1e}")
     print(f"the same network: in fp32 the logits differ by {difference:.1e}, less than {limit:.1e}")
 
 
@@ -221,7 +221,7 @@ def _compare(arguments: argparse.Namespace, config: ModelConfig, dtype: str) -> 
     models = {name: build(name, config, arguments.device, dtype) for name in NAMES}
     if dtype != "fp32":
         ours, theirs = (logits(model, tokens[:1, :64]) for model in models.values())
-        apart = (ours - theirs).abs()  # large where rounding tips a router's choice
+        apart = (ours - theirs).abs()  # large where rounding changes a router's choice
         most, middle = apart.max().item(), apart.median().item()
         print(f"in {dtype} the logits differ by {most:.1e} at most, {middle:.1e} in the median")
     steps: dict[str, Callable[[], Seconds]] = {}
@@ -247,23 +247,23 @@ def _compare(arguments: argparse.Namespace, config: ModelConfig, dtype: str) -> 
 
 
 def _memory_of(name: str, dtype: str) -> float:
-    """Bytes, from this script in a process of its own.
+    """Bytes, from this script in a separate process.
 
     Raises:
-        ValueError: the process failed; it has said why on stderr.
+        ValueError: the process failed; its stderr says why.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--dtypes", dtype, "--memory", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise ValueError(
             f"the process that measures memory ended with code {done.returncode}, see above; "
-            "mend that or leave memory out of --tasks"
+            "fix that or leave memory out of --tasks"
         )
     return float(json.loads(done.stdout.splitlines()[-1])["bytes"])
 
 
 def _affordable_rows(theirs: nn.Module, tokens: Tensor) -> int:
-    """Rows with which a step of transformers stays below SLOW_SECONDS, judged by a step of one row."""
+    """Rows with which transformers' step takes at most SLOW_SECONDS, extrapolated from a step of one row."""
     one, rows = train_step(theirs, tokens[:1])["train"], len(tokens)
     while rows > 1 and one * rows > SLOW_SECONDS:
         rows //= 2
@@ -293,13 +293,13 @@ def generate(model: nn.Module, tokens: Tensor, new_tokens: int) -> Seconds:
 
 
 def _profile(run: Callable[[], Seconds], task: str, device: str) -> list[dict[str, Any]]:
-    """The operations with most time of their own in seconds, or for memory most bytes of their own."""
+    """The operations with the largest self time in seconds, or for memory the most bytes of their own."""
     side = "device" if device == "cuda" else "cpu"
     key = f"self_{side}_memory_usage" if task == "memory" else f"self_{side}_time_total"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     with profile(activities=activities, profile_memory=task == "memory") as profiler:
         run()
-    # The kernels of a GPU are counted with the operations that start them.
+    # GPU kernels are counted with the operations that launch them.
     rows = [row for row in profiler.key_averages() if row.device_type == DeviceType.CPU]
     rows = sorted(rows, key=lambda row: -getattr(row, key))[:PROFILED]
     unit = 1 if task == "memory" else 1e-6  # given in bytes and microseconds
@@ -307,7 +307,7 @@ def _profile(run: Callable[[], Seconds], task: str, device: str) -> list[dict[st
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """What a figure depends on besides the code."""
     return {
         "command": sys.argv,
         "platform": platform.platform(),
@@ -340,9 +340,7 @@ def _print_results(arguments: argparse.Namespace, config: ModelConfig, results: 
         lines.append(line)
     print_table(lines)
     if any(r.rows < arguments.batch for r in results):
-        print(
-            f"\nFewer than {arguments.batch} rows: a step of transformers would take over {SLOW_SECONDS:g} s."
-        )
+        print(f"\nFewer than {arguments.batch} rows: transformers' step would take over {SLOW_SECONDS:g} s.")
     for r in results:
         if r.profiles:
             _print_profiles(r, r.profiles)

@@ -1,11 +1,11 @@
-"""The data pipeline against others that do the same work, interleaved in one run, one thread, CPU-seconds.
+"""The data pipeline against others doing the same work, interleaved in one run, one thread, in CPU-seconds.
 
     OMP_NUM_THREADS=1 python bench/data.py [--data DIR] [--tasks read,prepare] [--out FILE.json]
 
-read: batches of tokens and targets, without and with document boundaries, out of the page cache; ours, which
-is shuffled and checked and always has boundaries, stands in both. encode, prepare: text to tokens, jsonl to
-packed rows. resume: seconds by the clock from nothing to the batch of step 10^9. memory: growth of the
-resident set. The corpus is text of Wikipedia, or without it pseudo-words, cut to the same lengths.
+read: batches of tokens and targets, without and with document boundaries, from the page cache; ours, which
+is shuffled and checked and always has boundaries, appears in both. encode, prepare: text to tokens, jsonl to
+packed rows. resume: wall-clock seconds from a cold start to the batch of step 10^9. memory: growth of the
+resident set. The corpus is Wikipedia text, or pseudo-words where that is missing, cut to the same lengths.
 """
 
 import argparse
@@ -73,8 +73,8 @@ from data_pipeline.tokenization.tokenizer import MODEL_TYPES, Tokenizer, train_t
 TASKS = ("memory", "resume", "read", "prepare")
 RESUMED_STEP = 10**9
 GROUPED = "transformers + datasets"
-SAME_PIECES = 0.98  # of the documents, in which both tokenizers find the same pieces
-# Smallest ratios to the others, then what holds by itself: MB/CPU-s, seconds, MiB.
+SAME_PIECES = 0.98  # share of documents that both tokenizers split into the same pieces
+# Smallest ratios to the others, then absolute limits: MB/CPU-s, seconds, MiB.
 READ_TARGETS = {MEMMAP: 1.0, ONE: 20.0}
 PREPARE_TARGET, ENCODE_TARGET, RESUME_TARGET, MEMORY_TARGET = 2.0, 4.0, 1.0, 1.0
 
@@ -86,10 +86,10 @@ class Line:
     task: str
     name: str
     unit: str
-    values: list[float]  # of the runs; empty: not measured, `note` says why
-    ratios: dict[str, float] = field(default_factory=dict)  # median of each of ours over this one's
-    target: float | None = None  # of each ratio, or where there are none of the median
-    at_most: bool = False  # the target is a largest value
+    values: list[float]  # one per run; empty: not measured, `note` says why
+    ratios: dict[str, float] = field(default_factory=dict)  # each of our medians over this one's
+    target: float | None = None  # for each ratio, or without ratios for the median
+    at_most: bool = False  # the target is an upper limit
     note: str = ""
 
     @property
@@ -113,13 +113,18 @@ def _parse() -> argparse.Namespace:
     add("--data", type=Path, default=data, help="folder of the data sets (default: DATA_ROOT, else data)")
     add("--tasks", type=listed, default=list(TASKS), help=f"comma-separated (default: {','.join(TASKS)})")
     add("--runs", type=int, default=5, help="counted runs of each (default: 5)")
-    add("--rows", type=int, default=8, help="of a batch (default: 8)")
-    add("--length", type=int, default=2048, help="tokens a row (default: 2048)")
-    add("--batches", type=int, default=500, help="of one run of a reader (default: 500)")
+    add("--rows", type=int, default=8, help="rows per batch (default: 8)")
+    add("--length", type=int, default=2048, help="tokens per row (default: 2048)")
+    add("--batches", type=int, default=500, help="batches per run of a reader (default: 500)")
     add("--characters", type=int, default=20_000_000, help="of the corpus (default: 20 million)")
     add("--prepared", type=int, default=2_000_000, help="characters to prepare (default: 2 million)")
     add("--vocab_size", type=int, default=16384, help="pieces of the tokenizers (default: 16384)")
-    add("--memory_batches", type=int, default=100_000, help="read while memory is watched (default: 10^5)")
+    add(
+        "--memory_batches",
+        type=int,
+        default=100_000,
+        help="batches to watch memory over (default: 10^5)",
+    )
     add("--out", type=Path, metavar="FILE.json", help="machine, versions, command and every timing")
     return parser.parse_args()
 
@@ -158,7 +163,7 @@ def _loader(arguments: argparse.Namespace, data: Path, packing: str) -> Loader:
 
 
 def _memory(arguments: argparse.Namespace, corpus: Corpus) -> list[Line]:
-    """Growth of the resident set once an epoch, and a tenth of the batches, is read."""
+    """Growth of the resident set after a warm-up of an epoch and a tenth of the batches."""
     lines = []
     for packing in PACKINGS:
         loader, count = _loader(arguments, corpus.data, packing), arguments.memory_batches
@@ -192,8 +197,8 @@ def _read(arguments: argparse.Namespace, corpus: Corpus) -> list[Line]:
     concat = loaders["ours, concat"]
     if concat.rows[SOURCE] <= arguments.rows:
         raise ValueError(
-            f"--characters={arguments.characters} make {concat.rows[SOURCE]} rows, which must be more than "
-            f"--rows={arguments.rows}: raise it"
+            f"--characters={arguments.characters} make {concat.rows[SOURCE]} rows, which must exceed "
+            f"--rows={arguments.rows}; raise it"
         )
     plain = Shape(arguments.rows, arguments.length, None)
     tasks = {"read": plain, "read, boundaries": plain._replace(segments=concat.batch(0).cu_seqlens.shape[1])}
@@ -208,9 +213,9 @@ def _read(arguments: argparse.Namespace, corpus: Corpus) -> list[Line]:
     runs: dict[str, Callable[[], Seconds]]
     runs = {name: partial(_timed, partial(_repeat, step, arguments.batches)) for name, step in steps.items()}
     seconds = interleaved(arguments.runs, "read", runs)["cpu"]
-    places = arguments.batches * arguments.rows * arguments.length / 1e6
-    rates = {name: [places / s for s in values] for name, values in seconds.items()}
-    for name, loader in loaders.items():  # padding is no token
+    megatokens = arguments.batches * arguments.rows * arguments.length / 1e6
+    rates = {name: [megatokens / s for s in values] for name, values in seconds.items()}
+    for name, loader in loaders.items():  # padding does not count
         filled = 1 - loader.padded_tokens[SOURCE] / (loader.rows[SOURCE] * arguments.length)
         rates[name] = [rate * filled for rate in rates[name]]
     own = {name: rates[name] for name in loaders}
@@ -239,7 +244,7 @@ def _compared(
     theirs: dict[str, list[float]],
     targets: dict[str, float],
 ) -> list[Line]:
-    """Ours, then theirs with how many times as fast ours are."""
+    """Our lines, then theirs with how many times as fast ours are."""
     lines = [Line(task, name, unit, values) for name, values in own.items()]
     for name, values in theirs.items():
         ratios = {key: statistics.median(v) / statistics.median(values) for key, v in own.items()}
@@ -281,12 +286,12 @@ def _prepare(arguments: argparse.Namespace, corpus: Corpus) -> list[Line]:
 
 
 def _first(texts: list[str], characters: int) -> list[str]:
-    """As many texts as hold so many characters."""
+    """The first texts, until they hold this many characters."""
     return texts[: int(np.searchsorted(np.cumsum([len(text) for text in texts]), characters)) + 1]
 
 
 def _check_same_pieces(kind: str, ours: Tokenizer, theirs: Any, texts: list[str]) -> None:
-    """Raises ValueError unless nearly all texts become the same tokens; ties may be broken otherwise."""
+    """Raises ValueError unless nearly all texts become the same tokens; ties may be broken differently."""
     found = ours.encode_batch(texts, bos=True, eos=True)
     same = sum(map(list.__eq__, found, theirs(texts)["input_ids"])) / len(texts)
     if same < SAME_PIECES:
@@ -295,7 +300,7 @@ def _check_same_pieces(kind: str, ours: Tokenizer, theirs: Any, texts: list[str]
 
 
 def tokenise_and_pack(arguments: argparse.Namespace, jsonl: Path, model: Path) -> None:
-    """From a jsonl file to a data folder with a manifest, and then every row of it, once."""
+    """From a jsonl file to a data folder with a manifest; then reads every row once."""
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), Tokenizer(model)
         shutil.copyfile(model, folder / TOKENIZER)
@@ -318,7 +323,7 @@ def tokenise_and_pack(arguments: argparse.Namespace, jsonl: Path, model: Path) -
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """What a figure depends on besides the code."""
     return {
         "command": sys.argv,
         "platform": platform.platform(),

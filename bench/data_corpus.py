@@ -1,4 +1,4 @@
-"""One corpus in every form that the readers of bench/data.py take, and the check that they read the same."""
+"""One corpus in every form that bench/data.py's readers take, and the check that all read the same."""
 
 import json
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ from data_pipeline.sources.registry import read_documents
 
 SOURCE = "text"
 WIKIPEDIA = "text/enwiki2015-AA.tar.xz"
-# Characters of a document: log-normal with the median and mean (299 and 774 tokens) of a mixed corpus.
+# Characters per document: log-normal with the median and mean (299 and 774 tokens) of a mixed corpus.
 MEDIAN_CHARACTERS, SIGMA = 950.0, 1.38
-LEARNT_BYTES = 4_000_000  # of text, by a tokenizer
-MEMBER = 64  # documents a sample of the tar that has not one document a sample
+LEARNT_BYTES = 4_000_000  # of text that a tokenizer is trained on
+MEMBER = 64  # documents per sample in the tar with several per sample
 MEMMAP, ONE, MANY, SHARDS = PEERS = (
     "memmap",
-    "webdataset, 1 document a sample",
-    f"webdataset, {MEMBER} documents a sample",
+    "webdataset, 1 document per sample",
+    f"webdataset, {MEMBER} documents per sample",
     "webdataset on our shards",
 )
 
@@ -41,7 +41,7 @@ MEMMAP, ONE, MANY, SHARDS = PEERS = (
 class Corpus:
     """The built folder and its documents; `folder` holds every other form of them."""
 
-    kind: str  # of text
+    kind: str  # of the text
     texts: list[str]
     folder: Path
     stream: TokenStream
@@ -53,7 +53,7 @@ class Corpus:
 
 
 def make_corpus(root: Path, folder: Path, characters: int, vocab_size: int) -> Corpus:
-    """Text of Wikipedia below `root`, or pseudo-words where it is not there, built with a BPE tokenizer."""
+    """Wikipedia text below `root`, or pseudo-words where that is missing, built with a BPE tokenizer."""
     real = (root / WIKIPEDIA).is_file()
     texts = list(_cut(_wikipedia(root) if real else _pseudo_words(), characters))
     write_jsonl(folder / "corpus.jsonl", texts)
@@ -79,7 +79,7 @@ def _wikipedia(root: Path) -> Iterator[str]:
 
 
 def _pseudo_words() -> Iterator[str]:
-    """Words as frequent as in a language, by Zipf's law."""
+    """Words with the frequencies of a language, by Zipf's law."""
     generator, letters = np.random.default_rng(0), np.array(list("etaoinshrdlu"))
     words = ["".join(generator.choice(letters, size)) for size in generator.integers(2, 11, 20_000)]
     while True:
@@ -88,7 +88,7 @@ def _pseudo_words() -> Iterator[str]:
 
 
 def _cut(texts: Iterator[str], characters: int) -> Iterator[str]:
-    """Documents of log-normal lengths, `characters` in all or as many as there are."""
+    """Documents of log-normal lengths, `characters` in total or until the texts end."""
     generator, pending, left = np.random.default_rng(1), "", characters
     while left > 0:
         size = min(left, 1 + int(generator.lognormal(np.log(MEDIAN_CHARACTERS), SIGMA)))
@@ -105,12 +105,12 @@ def _cut(texts: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def peer_order(corpus: Corpus, length: int) -> np.ndarray:
-    """Rows that have a target everywhere, shuffled: an epoch of the memmap reader."""
+    """Rows with a target everywhere, shuffled: an epoch of the memmap reader."""
     return np.random.default_rng(0).permutation((len(corpus.flat) - 1) // length)
 
 
 def peer_readers(corpus: Corpus, shape: Shape) -> dict[str, Iterator[Arrays]]:
-    """By the names of PEERS."""
+    """Readers by the names in PEERS."""
     folder, order = corpus.folder, peer_order(corpus, shape.length)
     shards = [corpus.data / shard.file for shard in corpus.stream.shards]
     return {
@@ -122,7 +122,7 @@ def peer_readers(corpus: Corpus, shape: Shape) -> dict[str, Iterator[Arrays]]:
 
 
 def check_peers(corpus: Corpus, shape: Shape) -> None:
-    """Raises ValueError unless an epoch of every reader is the rows of the corpus, in int32."""
+    """Raises ValueError unless an epoch of every reader gives the rows of the corpus, in int32."""
     order = peer_order(corpus, shape.length)
     for name, batches in peer_readers(corpus, shape).items():
         rows = order if name == MEMMAP else np.arange(len(order))
@@ -131,8 +131,8 @@ def check_peers(corpus: Corpus, shape: Shape) -> None:
 
 
 def check_loader(corpus: Corpus, loader: Loader) -> None:
-    """Raises ValueError unless an epoch of a loader is the rows of the corpus, in int32, or of one that
-    packs differently has every token once and every end of a document once without a target.
+    """Raises ValueError unless an epoch of a loader gives the rows of the corpus, in int32. A loader that
+    packs differently must give every token once, and every document's end once without a target.
     """
     rows, documents = loader.rows[SOURCE], len(corpus.stream.prompt_ends)
     packs = loader.padded_tokens[SOURCE] > 0
@@ -156,20 +156,20 @@ def check_loader(corpus: Corpus, loader: Loader) -> None:
 
 
 def _check_rows(corpus: Corpus, name: str, rows: np.ndarray, found: Arrays) -> None:
-    """The rows as they are cut from the corpus, one by one by its index."""
+    """Compares with rows cut from the corpus one by one by its index."""
     T, flat, starts = found.tokens.shape[1], corpus.flat, corpus.stream.document_starts
-    for place, row in enumerate(rows.tolist()):
+    for i, row in enumerate(rows.tolist()):
         first, stop = row * T, row * T + T
         targets = np.full(T, IGNORE_INDEX, dtype=np.int32)
         targets[: len(flat) - first - 1] = flat[first + 1 : stop + 1]
-        same = np.array_equal(found.tokens[place], flat[first:stop])
+        same = np.array_equal(found.tokens[i], flat[first:stop])
         if found.cu_seqlens is not None:
             inside = starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, stop, "left")]
             after = starts[np.searchsorted(starts, first, "right") : np.searchsorted(starts, stop, "right")]
             targets[after - 1 - first] = IGNORE_INDEX
             cu = np.full(found.cu_seqlens.shape[1], T)
             cu[: len(inside) + 1] = [0, *(inside - first)]
-            same &= np.array_equal(found.cu_seqlens[place], cu)
-        same &= np.array_equal(found.targets[place], targets)
+            same &= np.array_equal(found.cu_seqlens[i], cu)
+        same &= np.array_equal(found.targets[i], targets)
         if not same or any(part is not None and part.dtype != np.int32 for part in found):
-            raise ValueError(f"{name}: row {row} is not the corpus's, so the comparison would mean nothing")
+            raise ValueError(f"{name}: row {row} differs from the corpus; the comparison would mean nothing")

@@ -1,4 +1,4 @@
-"""What bench/data.py measures the data pipeline against: the ways in which others do the same work."""
+"""What bench/data.py compares the data pipeline with: other implementations of the same work."""
 
 import importlib.util
 import itertools
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from data_pipeline.shards.files import IGNORE_INDEX
 from data_pipeline.tokenization.tokenizer import BOS_ID, EOS_ID, META_SPACE, UNK_ID
 
-STORED = "<u2"  # how every file here holds a token
+STORED = "<u2"  # how every file here stores a token
 
 
 class Arrays(NamedTuple):
@@ -41,8 +41,8 @@ class Shape(NamedTuple):
 
 
 def memmap_batches(path: Path, order: np.ndarray, shape: Shape) -> Iterator[Arrays]:
-    """nanoGPT's `get_batch` over one file of tokens, without end: every row is a slice of its own at
-    `order` (n,) x T, so that an epoch holds each row once, as with our loader.
+    """nanoGPT's `get_batch` over one file of tokens, endlessly: every row is a separate slice at
+    `order` (n,) x T, so that an epoch has each row once, as with our loader.
     """
     data, (b, T, segments) = np.memmap(path, STORED, mode="r"), shape
     while True:
@@ -54,8 +54,8 @@ def memmap_batches(path: Path, order: np.ndarray, shape: Shape) -> Iterator[Arra
 
 
 def webdataset_batches(tars: Sequence[Path], shape: Shape, headers: bool = False) -> Iterator[Arrays]:
-    """The rows in their order, without end, from samples that stock webdataset reads one after another; no
-    shuffle. `headers`: the samples are members of our shards, see shards.py.
+    """The rows in order, endlessly, from samples that stock webdataset reads one after another, unshuffled.
+    `headers`: the samples are members of our shards, see data_pipeline/shards/files.py.
     """
     while True:
         samples = webdataset.WebDataset([str(path) for path in tars], shardshuffle=False)
@@ -68,7 +68,7 @@ def _stored(payload: bytes, header: bool) -> np.ndarray:
 
 
 def _packed(samples: Iterator[np.ndarray], shape: Shape) -> Iterator[Arrays]:
-    """Tokens end to end, cut into rows; what fills no batch at the end is dropped."""
+    """Tokens end to end, cut into rows; an incomplete last batch is dropped."""
     b, T, segments = shape
     needed = b * T + 1  # the last target is one token on
     pending, at = np.zeros(0, STORED), 0
@@ -85,7 +85,7 @@ def _packed(samples: Iterator[np.ndarray], shape: Shape) -> Iterator[Arrays]:
             pending, at = np.concatenate(parts), 0
         flat = pending[at : at + needed].astype(np.int32)
         at += b * T
-        targets = flat[1:] if segments is None else flat[1:].copy()  # which will differ from the tokens
+        targets = flat[1:] if segments is None else flat[1:].copy()  # they will differ from the tokens
         yield with_boundaries(flat[:-1].reshape(b, T), targets.reshape(b, T), segments)
 
 
@@ -96,7 +96,7 @@ def with_boundaries(tokens: np.ndarray, targets: np.ndarray, segments: int | Non
     b, T = tokens.shape
     ends = tokens == EOS_ID
     targets[ends] = IGNORE_INDEX
-    row, column = np.nonzero(ends[:, :-1])  # an end at the row's edge starts no segment of this row
+    row, column = np.nonzero(ends[:, :-1])  # an end at the row's edge does not start a segment in this row
     counts = np.bincount(row, minlength=b)
     number = np.arange(len(row)) - (np.cumsum(counts) - counts)[row]
     cu = np.full((b, segments), T, dtype=np.int32)
@@ -111,7 +111,7 @@ def write_tokens(path: Path, flat: np.ndarray) -> None:
 
 
 def write_tar(path: Path, flat: np.ndarray, starts: np.ndarray, documents: int) -> None:
-    """A tar with so many documents a member; `starts` (documents + 1,) as of TokenStream."""
+    """A tar with this many documents per member; `starts` (documents + 1,) as in TokenStream."""
     stored, edges = flat.astype(STORED), [*starts[:-1:documents].tolist(), int(starts[-1])]
     with webdataset.TarWriter(str(path), encoder=False) as writer:
         for number, (start, stop) in enumerate(itertools.pairwise(edges)):
@@ -146,13 +146,13 @@ def fast_tokenizer(model: Path) -> Any:
 
 
 def _is_bpe(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """By the scores: those of BPE are the ranks of its merges, whole numbers from 0 down."""
+    """Judged by the scores: BPE's are the ranks of its merges, integers from 0 down."""
     ids = [i for i in range(EOS_ID + 1, processor.vocab_size()) if not processor.is_byte(i)]
     return all(processor.get_score(i).is_integer() for i in ids)
 
 
 def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every split of a piece into two pieces; a piece with a lower id was learnt earlier and goes first."""
+    """Every split of a piece into two pieces; pieces with lower ids were learnt earlier and come first."""
     merges = []
     for piece in sorted(ids, key=ids.__getitem__):
         splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
@@ -162,15 +162,15 @@ def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def datasets_version() -> str | None:
-    """Of the `datasets` library; None: it is not installed."""
+    """Version of the `datasets` library; None: not installed."""
     if importlib.util.find_spec("datasets") is None:
         return None
     return importlib.import_module("datasets").__version__
 
 
 def tokenise_and_group(texts: Path, tokenizer: Any, length: int) -> None:
-    """The preparation of transformers' run_clm.py, its functions as they are there, from a jsonl file with
-    `text` to rows of `length` tokens on the disk, in a folder that is deleted again.
+    """transformers' run_clm.py preprocessing, its functions unchanged, from a jsonl file with `text` to rows
+    of `length` tokens on disk, in a folder that is then deleted.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     datasets: Any = importlib.import_module("datasets")

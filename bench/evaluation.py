@@ -2,11 +2,10 @@
 
     OMP_NUM_THREADS=1 python bench/evaluation.py [--data DIR] [--tasks arc_challenge] [--out FILE.json]
 
-A DeepSeek-V3 of random weights, as a checkpoint of ours and as model/hf exports it; the tokenizer learns
-from the tasks' training files. Random weights seldom end an answer, so that gsm8k_cot is measured with all
-256 tokens, and again with a model whose end-of-text token is made likely. Both run the task's own code here:
-prompts, grading and scores come from eval/, the answers from the two. CPU-seconds (on a GPU seconds by the
-clock), interleaved.
+A DeepSeek-V3 with random weights, as our checkpoint and as exported by model/hf; the tokenizer is trained on
+the tasks' training files. Random weights seldom end an answer, so gsm8k_cot is measured with all 256 tokens,
+and again with a model whose end-of-text token is made likely. Both run the same task code: prompts, grading
+and scores come from eval/, only the answers differ. CPU-seconds (on a GPU wall-clock seconds), interleaved.
 """
 
 import argparse
@@ -51,22 +50,22 @@ from model import ModelConfig, ZeroModel
 from model.hf.deepseek import export_folder
 
 NOT_INSTALLED = "lm-eval's Hugging Face path is not installed: pip install -e '.[lmeval]'"
-# Nats by which two sums of fp32 log-probabilities may differ.
+# Nats by which sums of fp32 log-probabilities may differ.
 TOLERANCE = 1e-3
-# Scale of the end-of-text token's weights in the model that ends its answers, and their seed: found by trial
-# to give answers of 7 to 256 tokens, 96 in the mean of 32.
+# Scale and seed of the end-of-text token's weights in the model that ends its answers, found by trial:
+# answers of 7 to 256 tokens, 96 on average over 32.
 ENDING, ENDING_SEED = 1.1, 1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A task as it is measured."""
+    """How a task is measured."""
 
     task: str
     num_fewshot: int
     limit: int
     target: float
-    ends: bool = False  # whether the model is the one that ends its answers
+    ends: bool = False  # whether to use the model that ends its answers
 
 
 SETTINGS = {
@@ -83,10 +82,10 @@ class Line:
 
     task: str
     documents: int
-    ours: list[float]  # seconds of the runs
+    ours: list[float]  # seconds per run
     theirs: list[float]  # empty: not installed
     target: float
-    scores: dict[str, float]  # the same on both sides, or `differences` says what is not
+    scores: dict[str, float]  # equal on both sides unless `differences` is filled
     differences: list[str]
     note: str
 
@@ -100,7 +99,7 @@ class Line:
 
 
 class Peer(Scorer):
-    """lm-eval's HFLM where a task wants a scorer."""
+    """lm-eval's HFLM in place of our scorer."""
 
     def __init__(self, folder: Path, own: Scorer) -> None:
         from lm_eval.models.huggingface import HFLM
@@ -159,12 +158,10 @@ def _parse() -> argparse.Namespace:
         default=list(SETTINGS),
         help=f"comma-separated (default: {','.join(SETTINGS)})",
     )
-    add("--limit", type=int, help="documents of each task (default: about a minute of lm-eval)")
+    add("--limit", type=int, help="documents per task (default: about a minute of lm-eval)")
     add("--runs", type=int, default=3, help="counted runs of each (default: 3)")
     add("--batch_size", type=int, default=16, help="rows (default: 16)")
-    add(
-        "--sizes", type=json_object, default={}, metavar="JSON", help="fields of the model, above the default"
-    )
+    add("--sizes", type=json_object, default={}, metavar="JSON", help="model config keys to change")
     add("--out", type=Path, metavar="FILE.json", help="machine, versions, command and every timing")
     return parser.parse_args()
 
@@ -224,7 +221,7 @@ def _pair(
 
 
 def _texts(data: Path) -> list[str]:
-    """What the tokenizer learns from: training files, and LogiQA's validation file."""
+    """The tokenizer's training text: training files, and LogiQA's validation file."""
     problems = [
         *read_arc(data / "arc/ARC-Challenge-Train.jsonl"),
         *read_gsm8k(data / "gsm8k/train.jsonl"),
@@ -262,7 +259,7 @@ def _line(
 
 
 def differences(ours: TaskResult, theirs: TaskResult) -> list[str]:
-    """Documents whose answer or score is not the same on both sides, in words."""
+    """Documents whose answers or scores differ between the two, described."""
     found = []
     for i, (a, b) in enumerate(zip(ours.samples, theirs.samples, strict=True)):
         first, second = a["resps"], b["resps"]
@@ -280,7 +277,7 @@ def differences(ours: TaskResult, theirs: TaskResult) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on beside the code."""
+    """What a figure depends on besides the code."""
     return {
         "command": sys.argv,
         "platform": platform.platform(),

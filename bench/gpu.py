@@ -1,11 +1,11 @@
-"""Training throughput and model FLOPs utilisation of every attention and every experts backend, on a GPU.
+"""Training throughput and model FLOPs utilisation of every attention and expert backend, on a GPU.
 
     python bench/gpu.py [--batch 8] [--length 2048] [--runs 10] [--out FILE.json]
 
-A forward and a backward pass in bf16 of a model of about 1B parameters with 64 experts, 6 of them a token's.
-Every backend runs in a process of its own, so that one that fails leaves the others alone: the table then
-gives its package's version and the error. MFU counts the model's FLOPs, none of a recomputation, with
-attention over the full sequence (PaLM, arXiv 2204.02311, appendix B). `--device cpu` only tries the script.
+A forward and a backward pass in bf16 of a model of about 1B parameters with 64 experts, 6 of them per token.
+Every backend runs in a separate process, so that a failure does not affect the others: the table then gives
+its package's version and the error. MFU counts the model's FLOPs, without recomputation, with attention over
+the full sequence (PaLM, arXiv 2204.02311, appendix B). `--device cpu` only tests the script.
 """
 
 import argparse
@@ -59,11 +59,16 @@ def _parse() -> argparse.Namespace:
     add("--experts", type=listed, default=listed("grouped_mm,loop,megablocks"), help="comma-separated")
     add("--runs", type=int, default=10, help="counted runs of each (default: 10)")
     add("--batch", type=int, help="rows (default: 8)")
-    add("--length", type=int, help="tokens a row (default: 2048)")
+    add("--length", type=int, help="tokens per row (default: 2048)")
     add("--sizes", type=json_object, default={}, metavar="JSON", help="model config keys to change")
     add("--peak_tflops", type=float, help="dense bf16 peak of the device (default: known from its name)")
     add("--out", type=Path, metavar="FILE.json", help="machine, versions, command and every timing")
-    add("--only", nargs=2, metavar=("ATTENTION", "EXPERTS"), help="only print, as JSON, what these two give")
+    add(
+        "--only",
+        nargs=2,
+        metavar=("ATTENTION", "EXPERTS"),
+        help="only print, as JSON, these two's figures",
+    )
     arguments = parser.parse_args()
     sizes, batch, length = DEFAULTS[arguments.device]
     arguments.sizes = {**sizes, **arguments.sizes}
@@ -99,18 +104,18 @@ def _run(arguments: argparse.Namespace) -> None:
 def _measure(
     arguments: argparse.Namespace, config: ModelConfig, attention: str, experts: str
 ) -> dict[str, Any]:
-    """Seconds of the counted training steps, and the bytes that one more adds at its peak."""
+    """Seconds of the counted training steps, and the peak bytes that another one adds."""
     execution = ExecutionConfig(attention=attention, experts=experts)
     model = our_model(config, arguments.device, "bf16", execution)
     tokens = random_tokens(config, arguments.batch, arguments.length, arguments.device)
     label = f"attention {attention}, experts {experts}"
     seconds = interleaved(arguments.runs, label, {"ours": lambda: train_step(model, tokens)})["train"]
-    # Memory last: what compiling and tuning took in the first step is not the step's.
+    # Memory last: the first step's compiling and tuning do not belong to a step.
     return {"seconds": seconds["ours"], "bytes": memory_growth(model, tokens)}
 
 
 def _in_own_process(attention: str, experts: str) -> dict[str, Any]:
-    """What _measure gives, or the error that ended it."""
+    """The result of _measure, or the error that ended it."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", attention, experts]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     pair = {"attention": attention, "experts": experts}
@@ -136,7 +141,7 @@ def _peak_tflops(device: str) -> float | None:
 
 
 def _versions(result: dict[str, Any]) -> str:
-    """Of the package behind a backend: torch's own unless it brings another."""
+    """Version of the package behind a backend: torch, unless it has its own."""
     packages = [p for name in (result["attention"], result["experts"]) for p in PACKAGES.get(name, ())]
     return ", ".join(_version(package) for package in packages or ["torch"])
 
@@ -170,7 +175,7 @@ def _print_results(
         f"\n{sizes[0]} parameters, {sizes[1]} active; {arguments.batch} x {arguments.length} tokens in bf16"
     )
     print(f"{here['device']}, torch {here['torch']}, CUDA {here['cuda']}; dense bf16 peak {known}")
-    print(f"medians of {arguments.runs} (smallest-largest); memory is what a step adds at its peak\n")
+    print(f"medians of {arguments.runs} (smallest-largest); memory is the peak that a step adds\n")
     head = ("attention", "experts", "version", "tokens/s", "MFU", "step MiB", "error")
     lines: list[tuple[str, ...]] = [head]
     for r in results:

@@ -38,7 +38,7 @@ CPU_SIZES: dict[str, Any] = {
     "n_shared_experts": 1,
     "max_position_embeddings": 2048,
 }
-# 0.98B parameters, 0.23B of them active: 64 experts, of which a token takes 6.
+# 0.98B parameters, 0.23B of them active: 64 experts, 6 per token.
 GPU_SIZES: dict[str, Any] = {
     **CPU_SIZES,
     "vocab_size": 32768,
@@ -53,13 +53,13 @@ GPU_SIZES: dict[str, Any] = {
     "n_shared_experts": 2,
     "max_position_embeddings": 8192,
 }
-# Sizes, rows and tokens a row that are sensible on a device.
+# Sizes, rows and tokens per row that suit a device.
 DEFAULTS: dict[str, tuple[dict[str, Any], int, int]] = {
     "cpu": (CPU_SIZES, 8, 512),
     "cuda": (GPU_SIZES, 8, 2048),
 }
 
-Seconds = dict[str, float]  # of one run, by what was measured
+Seconds = dict[str, float]  # per run, by what was measured
 
 
 def check_device(device: str) -> None:
@@ -83,12 +83,12 @@ def check_choices(flag: str, chosen: list[str], known: tuple[str, ...]) -> None:
 
 
 def listed(text: str) -> list[str]:
-    """An argparse type: values joined by commas."""
+    """An argparse type: comma-separated values."""
     return text.split(",")
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An argparse type."""
+    """An argparse type: a JSON object."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -113,14 +113,14 @@ def random_tokens(config: ModelConfig, rows: int, length: int, device: str) -> T
 
 
 def train_step(model: nn.Module, tokens: Tensor) -> Seconds:
-    """Forward and backward pass of next-token prediction over tokens (B, T), gradients freed after."""
+    """Forward and backward pass of next-token prediction over tokens (B, T); then frees the gradients."""
     model.train()
     start = now(tokens)
     if isinstance(model, ZeroModel):
         targets = tokens.roll(-1, 1)
         targets[:, -1] = IGNORE_INDEX
         loss = model(tokens, targets=targets).loss
-    else:  # it shifts the labels itself; a cache would only cost it time and memory
+    else:  # shifts the labels itself; a cache would only cost time and memory
         loss = model(tokens, labels=tokens, use_cache=False).loss
     loss.backward()
     seconds = now(tokens) - start
@@ -129,7 +129,7 @@ def train_step(model: nn.Module, tokens: Tensor) -> Seconds:
 
 
 def now(like: Tensor) -> float:
-    """Seconds on a clock, once everything queued on a tensor's device is done."""
+    """Clock in seconds, once everything queued on the tensor's device is done."""
     if like.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -138,10 +138,10 @@ def now(like: Tensor) -> float:
 def interleaved(
     runs: int, label: str, functions: dict[str, Callable[[], Seconds]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Runs the functions in turn, A B A B ..., after one run of each that is not counted.
+    """Runs the functions in turn, A B A B ..., after one uncounted run of each.
 
     Returns:
-        What was measured -> name of the function -> seconds of every counted run.
+        Quantity -> name of the function -> seconds of every counted run.
     """
     seconds: dict[str, dict[str, list[float]]] = {}
     for run in tqdm(range(runs + 1), desc=label, unit="run"):
@@ -154,9 +154,9 @@ def interleaved(
 
 
 def memory_growth(model: nn.Module, tokens: Tensor) -> int:
-    """Bytes that a training step adds, at its peak, to what the process held before.
+    """Bytes that a training step adds, at its peak, to what the process already held.
 
-    On a CPU only a process's first step tells: freed memory stays with the process, and later steps reuse it.
+    On a CPU only a process's first step shows it: freed memory stays with the process and is reused later.
 
     Raises:
         ValueError: on a CPU whose system has no /proc.
@@ -171,28 +171,28 @@ def memory_growth(model: nn.Module, tokens: Tensor) -> int:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         raise ValueError(f"peak memory on a CPU is read from /proc, but {reset} is missing; use Linux")
-    # What building the model freed must not pass for memory that the step did not need.
+    # Memory freed after building the model must not hide what the step needs.
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the peak VmHWM starts again from here
+    reset.write_text("5")  # resets the peak, VmHWM
     before = status_bytes("VmRSS")
     step()
     return status_bytes("VmHWM") - before
 
 
 def status_bytes(key: str) -> int:
-    """Bytes of a line `KEY: N kB` in /proc/self/status."""
+    """Bytes from the line `KEY: N kB` of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    """`median (smallest-largest)`; of a single value only that."""
+    """`median (smallest-largest)`; a single value alone."""
     low, middle, high = (f"{f(values):,.{digits}f}" for f in (min, statistics.median, max))
     return middle if len(values) == 1 else f"{middle} ({low}-{high})"
 
 
 def print_table(lines: list[tuple[str, ...]]) -> None:
-    """Prints lines of equal length, the head first, in columns."""
+    """Prints rows of equal length in columns, the header first."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

@@ -7,13 +7,23 @@ from typing import Any
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: the file is whole or absent."""
+    """Write under a temporary name, then rename: the file is whole or absent, on disk on return."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk: a rename is durable only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,10 +1,10 @@
-"""Teaches a model latent chain of thought, from its own explicit one.
+"""Teaches a model latent chain of thought from its own explicit chain of thought.
 
     deepspeed --num_accelerators 2 distill/main.py --ds_config ds_configs/zero2.json \\
         --config distill/configs/kava.yaml --init runs/NAME/export [a.b=c ...]
 
-The run is one of pretrain/: its configs, data, engine, checkpoints, metrics and export. `--init` gives the
-weights to start from and, for keys of `model` that the config leaves out, their values.
+The run uses the configs, data, engine, checkpoints, metrics and export of pretrain/. `--init` gives the
+weights to start from, and the values of `model` keys that the config leaves out.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from model import ModelConfig
 from model.export_files import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
 from pretrain.lora import NEW
-from pretrain.main import Run, argument_parser, prepare, start
+from pretrain.main import argument_parser, start
+from pretrain.setup import Run, prepare
 
 
 def main() -> None:
@@ -32,14 +33,14 @@ def main() -> None:
     parser.add_argument(
         "--init",
         type=Path,
-        help="export/ folder of a run, or of model.hf import, whose weights this one starts from",
+        help="export/ folder of a run or of model.hf import whose weights this run starts from",
     )
     arguments = parser.parse_intermixed_args()
     start(arguments, lambda: prepare_distillation(arguments))
 
 
 def prepare_distillation(arguments: argparse.Namespace) -> Run:
-    """As pretrain.main.prepare, of a run of a Student.
+    """pretrain.setup.prepare for a run that trains a Student.
 
     Raises:
         ValueError, OSError: one line for the user.
@@ -58,11 +59,11 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
     run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete, weights)
     distillation = run.model_config.distillation
     # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
-    # layers through their keys and values, past the output; KaVa reads kv_b_proj outside its layer too.
+    # layers through their keys and values, bypassing it; KaVa also reads kv_b_proj outside its layer.
     if run.state.zero_stage == 3 and distillation is not None and distillation.student_pass:
         raise ValueError(
             f"zero_optimization.stage=3 does not go with model.distillation.method={distillation.method}, "
-            "whose gradients pass through a cache; use ds_configs/zero2.json"
+            "whose gradients flow through a cache; use ds_configs/zero2.json"
         )
     check_length(run)
     if weights is not None:
@@ -71,11 +72,11 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
 
 
 def check_data(config: RunConfig, loader: Loader) -> None:
-    """Raises ValueError unless every document is whole in its row."""
+    """Raises ValueError unless every document lies whole in a row."""
     length = config.data.sequence_length
     if config.data.packing != "best_fit":
         raise ValueError(
-            f"data.packing={config.data.packing} cuts documents, but a question needs its answer; set "
+            f"data.packing={config.data.packing} cuts documents, but questions need their answers; set "
             "data.packing=best_fit"
         )
     for source, longest in loader.longest_document.items():
@@ -89,25 +90,25 @@ def check_data(config: RunConfig, loader: Loader) -> None:
 def check_length(run: Run) -> None:
     """Raises ValueError unless the longest question, its latents and the longest answer fit into a row.
 
-    They need not be of one document. Their lengths are not known, but none is above a document's.
+    They need not come from one document. Their lengths are unknown, but do not exceed a document's.
     """
     limit, latents = run.model_config.max_position_embeddings, run.model_config.latent_cot.num_latents
     longest = max(run.loader.longest_document.values())
     if latents and 2 * longest + latents > limit:
-        mend = f"set it to {2 * longest + latents} or more, which adds no weights"
+        fix = f"set it to {2 * longest + latents} or more, which adds no weights"
         if run.model_config.learned_positions:
-            mend = "leave long documents out of the data, since every place has weights of its own"
+            fix = "leave long documents out of the data, since every position has weights of its own"
         raise ValueError(
             f"model.max_position_embeddings={limit} may be too short for a question and an answer of "
-            f"documents of up to {longest} tokens with {latents} latents; {mend}"
+            f"documents of up to {longest} tokens with {latents} latents; {fix}"
         )
 
 
 def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, Any]:
-    """The config of an export with the keys of `model` over it.
+    """The config of an export, overridden by the keys of `model`.
 
     Raises:
-        ValueError: the data were written with another tokenizer, or `model` names a preset.
+        ValueError: the data use another tokenizer, or `model` names a preset.
     """
     if model.get("preset") is not None:
         raise ValueError(f"model.preset={model['preset']} and --init both give sizes; leave one of them out")
@@ -115,8 +116,8 @@ def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, A
     ours, theirs = Tokenizer(init / TOKENIZER_NAME), Tokenizer(loader.tokenizer_path)
     if ours.sha256 != theirs.sha256:
         raise ValueError(
-            f"--init {init} was trained with another tokenizer (sha256 {ours.sha256[:12]}) than the data's "
-            f"{theirs.sha256[:12]}; start from an export of a run on these data"
+            f"--init {init} has another tokenizer (sha256 {ours.sha256[:12]}) than the data "
+            f"(sha256 {theirs.sha256[:12]}); start from an export of a run on these data"
         )
     return _over({**base, "preset": None, "latent_cot": {}, "distillation": {}}, model)
 
@@ -131,7 +132,7 @@ def _over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> dict[str, Any]:
-    """Fills in what a distillation takes from the tokenizer, and Coconut's stages of equal length.
+    """Fills in what distillation takes from the tokenizer, and Coconut's stages, of equal length.
 
     Raises:
         ValueError: the tokenizer has no <bot> and <eot>.
@@ -154,7 +155,7 @@ def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> di
 
 
 def check_weights(path: Path, config: ModelConfig) -> None:
-    """Raises ValueError, or FileNotFoundError, unless the file has the model's weights, but for new ones."""
+    """Raises ValueError or FileNotFoundError unless the file has all of the model's weights but new ones."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give --init the export/ folder of a run")
     try:

@@ -1,9 +1,9 @@
-"""The methods of the literature, and their controls, as values of model.latent_cot and model.distillation.
+"""Published methods and their controls, as values of model.latent_cot and model.distillation.
 
-A preset gives the keys that a config does not give itself. Values are those of the publications for GSM8K-AUG
-and differ by the model they start from (`published`: gpt2 or llama-1b); where a method has one value for both
-it stands once. Two controls need no training of their own: shuffled and zeroed latents are asked for at test
-time (latent_cot.think, `replace`).
+A preset fills in keys that a config leaves out. Values are those published for GSM8K-AUG and depend on the
+model that training starts from (`published`: gpt2 or llama-1b); a value shared by both is given once. Two
+controls need no training: shuffled and zeroed latents are set at test time (latent_cot.thoughts.think,
+`replace`).
 """
 
 from dataclasses import dataclass, field
@@ -29,10 +29,10 @@ _KAVA: dict[str, Any] = {"teacher_weight": 1.0, "hidden_weight": 10.0, "kv_weigh
 _KAVA_SOURCE = "KaVa, arXiv 2510.02312: M=24, T=3, CODI's loss 10, KV loss 1, lambda 0.1"
 
 METHODS: dict[str, Method] = {
-    "cot": Method("the trace written out", {"num_latents": 0}, {**_PLAIN, "student_pass": False}),
+    "cot": Method("the trace is written out", {"num_latents": 0}, {**_PLAIN, "student_pass": False}),
     "no_cot": Method("Q <bot> <eot> A", {"num_latents": 0}, _PLAIN),
     "pause": Method(
-        "pause tokens in the place of Coconut's thoughts, arXiv 2412.06769, 4.3",
+        "pause tokens instead of Coconut's thoughts, arXiv 2412.06769, 4.3",
         {"num_latents": 6, "feedback": "none"},
         _PLAIN,
     ),
@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
         {**_PLAIN, "latent_weight": 0.05, "latent_block": 25},
     ),
     "no_distillation": Method(
-        f"control of kava, its passes without its distances ({_KAVA_SOURCE})",
+        f"control of kava: its passes without its distance losses ({_KAVA_SOURCE})",
         _JACOBI,
         {**_KAVA, "hidden_weight": 0.0, "kv_weight": 0.0},
     ),
@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
 
 
 def with_method(model: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a model config, completed by the preset that `distillation.method` names.
+    """A model config, completed by the preset that `distillation.method` names.
 
     Raises:
         ValueError: no method is named, or an unknown one.

@@ -1,14 +1,14 @@
-"""The model that learns latent chain of thought from its own explicit one.
+"""The model that learns latent chain of thought from its own explicit chain of thought.
 
 On a packed batch of traced documents (see model/latent_cot/targets.py) one forward pass runs
 
     teacher  [bos] Q <bot> C <eot> A [eos]       an ordinary causal pass over the packed rows
-    student  [bos] Q <bot> z_1..z_c <eot> A [eos]  one row a document, see model/latent_cot/thoughts.py
+    student  [bos] Q <bot> z_1..z_c <eot> A [eos]  one row per document, see model/latent_cot/thoughts.py
 
-and returns the terms of the loss as sums. Gradients of what the student is to imitate do not reach the
-teacher's pass, which learns from its own cross-entropy alone.
+and returns the terms of the loss as sums. Gradients of the student's targets do not reach the teacher's pass,
+which learns only from its own cross-entropy.
 
-Shapes: b packed rows, T places of a row, N documents, D hidden, M latents, C trace tokens, G key-value heads.
+Shapes: b packed rows, T tokens of a row, N documents, D hidden, M latents, C trace tokens, G key-value heads.
 """
 
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ class _Answered(NamedTuple):
 
 
 class Student(ZeroModel):
-    """A ZeroModel whose loss is that of config.distillation; without targets it is the plain model.
+    """A ZeroModel with the loss of config.distillation; without targets it is the plain model.
 
     A curriculum and random eviction depend on `training_step`.
     """
@@ -64,7 +64,7 @@ class Student(ZeroModel):
         return before != now
 
     def forward(self, *inputs: Any, **options: Any) -> ModelOutput:
-        """As ZeroModel.forward; with targets, tokens and cu_seqlens by name.
+        """ZeroModel.forward; with targets, pass tokens and cu_seqlens by name.
 
         Raises:
             ValueError: a document is cut, see find_traces.
@@ -81,7 +81,7 @@ class Student(ZeroModel):
         attention_mask: Tensor | None = None,
         num_steps: int | None = None,
     ) -> ModelOutput:
-        """The losses of a packed batch; in eval mode the student's cross-entropy alone is formed."""
+        """The losses of a packed batch; in eval mode only the student's cross-entropy."""
         d = self._distillation
         traces = find_traces(tokens, cu_seqlens, d)
         taught = d.needs_teacher or not d.student_pass
@@ -115,11 +115,11 @@ class Student(ZeroModel):
         return report._replace(loss=loss, loss_sums=sums)
 
     def _answer(self, tokens: Tensor, traces: Traces, num_steps: int | None) -> _Answered:
-        """The student's pass: questions, thoughts, then <eot>, what is left of the trace, and the answers."""
+        """The student's pass: questions, thoughts, then <eot>, the rest of the trace, and the answers."""
         latents, steps = stage(self._distillation, self.config.latent_cot.num_latents, self.training_step)
         question, real = gathered(tokens, traces.row, traces.start, traces.bot + 1, left=True)
         suffix, targets = self._suffix(tokens, traces, steps)
-        if not len(question):  # one without targets, so that every rank gives every weight a gradient
+        if not len(question):  # a row without targets, so that every rank gives every weight a gradient
             question, suffix = (tokens.new_full((1, 1), i) for i in (self._distillation.bot_id, 0))
             real, targets = torch.ones_like(question).bool(), torch.full_like(suffix, IGNORE_INDEX)
         suffix_real = targets != IGNORE_INDEX
@@ -137,18 +137,18 @@ class Student(ZeroModel):
         return _Answered(self.lm_head(hidden, targets), [state[:, first:] for state in states], None)
 
     def _suffix(self, tokens: Tensor, traces: Traces, steps: int | None) -> tuple[Tensor, Tensor]:
-        """What is read after the thoughts (N, W), padded on the right, and what is to be predicted there.
+        """Tokens read after the thoughts (N, W), padded on the right, and the targets there.
 
-        <eot>, then what the trace has after `steps` steps, then the answer; its last token is only predicted.
+        <eot>, the trace after its first `steps` steps, then the answer, whose last token is only predicted.
         """
         left = traces.eot - rest_start(tokens, traces, self._distillation, steps)
         length = left + traces.end - traces.eot
         offset = torch.arange(int(length.amax()) if len(length) else 1, device=tokens.device)
         before_answer = (offset > 0) & (offset <= left[:, None])
-        places = traces.eot[:, None] - left[:, None] + offset - before_answer.long()
-        places = torch.where(offset > 0, places, traces.eot[:, None])
+        position = traces.eot[:, None] - left[:, None] + offset - before_answer.long()
+        position = torch.where(offset > 0, position, traces.eot[:, None])
         real = offset < length[:, None]
-        read = tokens[traces.row[:, None], places.clamp(max=tokens.shape[1] - 1)]
+        read = tokens[traces.row[:, None], position.clamp(max=tokens.shape[1] - 1)]
         return read[:, :-1], torch.where(real, read, IGNORE_INDEX)[:, 1:]
 
     def _distances(
@@ -159,15 +159,15 @@ class Student(ZeroModel):
         teacher_states: list[Tensor] | None,
         teacher_cache: LatentCache | None,
     ) -> dict[str, Tensor]:
-        """The terms that hold the student's pass against the trace, summed over the documents."""
+        """The terms that compare the student's pass with the trace, summed over documents."""
         d, sums = self._distillation, dict[str, Tensor]()
         if not len(traces.row):
             zero = torch.zeros((), device=tokens.device)
             return {"hidden": zero, "kv": zero, "latent": zero}
         if teacher_states is not None:
-            place = traces.eot + d.prefix_length
+            position = traces.eot + d.prefix_length
             ours = [state[:, d.prefix_length] for state in answered.states]
-            theirs = [state[traces.row, place] for state in teacher_states]
+            theirs = [state[traces.row, position] for state in teacher_states]
             sums["hidden"] = hidden_loss(ours, theirs, d).sum()
         if teacher_cache is not None:
             sums["kv"] = self._kv(traces, answered.thoughts, teacher_cache)
@@ -176,14 +176,14 @@ class Student(ZeroModel):
         return sums
 
     def _predicted(self, tokens: Tensor, traces: Traces, thoughts: Thoughts | None) -> Tensor:
-        """LOTUS: mean cross-entropy of a document's latents that have a token to predict."""
+        """LOTUS: mean cross-entropy over a document's latents that have a token to predict."""
         assert thoughts is not None, "DistillationConfig.check"
         gold = latent_targets(tokens, traces, self._distillation, thoughts.hidden.shape[1])
         share = (gold != IGNORE_INDEX).sum(1, keepdim=True).clamp(min=1).float().reciprocal()
         return self.lm_head(thoughts.hidden, gold, share.expand(gold.shape))
 
     def _kv(self, traces: Traces, thoughts: Thoughts | None, teacher: LatentCache) -> Tensor:
-        """KaVa: the latents' keys and values against those kept of the teacher's trace."""
+        """KaVa: the latents' keys and values against those kept from the teacher's trace."""
         assert thoughts is not None, "DistillationConfig.check"
         M = thoughts.hidden.shape[1]
         assert thoughts.attention_mask is not None
@@ -204,9 +204,9 @@ class Student(ZeroModel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What a slot keeps of each trace, in temporal order.
 
-        Importance is the attention of the answer's tokens, <eot> to the last one that is read, to those of
-        the trace alone, as R-KV takes the softmax among the candidates. Where several loop steps read a
-        slot, the last one's.
+        Importance is the attention of the answer's tokens, from <eot> to the last one read, to the trace's
+        tokens alone, as R-KV takes the softmax over the candidates. If several loop steps read a slot, the
+        last one counts.
 
         Returns:
             Keys before rotation and values, (N, M, G, W) each, and (N, M) False where a trace is too short.
@@ -229,6 +229,6 @@ class Student(ZeroModel):
 
 
 def _at(values: Tensor, chosen: Tensor, budget: int) -> Tensor:
-    """(N, C, G, W) at places chosen (N, G, n) of each head -> (N, budget, G, W), zeros after the n-th."""
+    """(N, C, G, W), chosen (N, G, n) positions per head -> (N, budget, G, W), zeros after the n-th."""
     index = chosen.transpose(1, 2)[..., None].expand(-1, -1, -1, values.shape[-1])
     return F.pad(values.gather(1, index), (0, 0, 0, 0, 0, budget - index.shape[1]))

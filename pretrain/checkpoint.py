@@ -1,10 +1,10 @@
 """Checkpoints: whole or absent.
 
 checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json, ema/ if the run averages its
-weights and, written last, manifest.json; `latest` names the newest. A folder without a manifest that fits is
+weights and, written last, manifest.json; `latest` names the newest. A folder without a matching manifest is
 not a checkpoint.
 
-Training stands still while the state is copied to memory; files are written by a thread of each rank.
+Training pauses while the state is copied to memory; a background thread on each rank writes the files.
 """
 
 import hashlib
@@ -17,17 +17,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from common.files import sync_folder, write_file
 from model import ModelConfig
-
-if TYPE_CHECKING:  # the offline export reads checkpoints without an engine
-    from pretrain.engine import Engine
 
 T = TypeVar("T")
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
@@ -36,13 +34,26 @@ Manifest = dict[str, dict[str, Any]]  # file -> bytes, sha256
 ALL, NONE = slice(None), slice(0)  # parts of a checkpoint's files
 
 
+class Checkpointed(Protocol):
+    """What is saved, and the ranks that save it: an Engine."""
+
+    def snapshot(self) -> dict[str, Any]:
+        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
+
+    def checkpoint_buffers(self) -> dict[str, Tensor]:
+        """Tensors that are equal on every rank and in none of those files."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of ranks."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint cannot be written or loaded: one line, the same on all ranks."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a resumed run must agree with, and where it goes on."""
+    """What a resumed run must agree with, and the step it resumes at."""
 
     step: int  # optimizer steps done
     model: dict[str, Any]  # ModelConfig.to_dict()
@@ -61,23 +72,23 @@ class Saver:
 
     Args:
         run: the run's folder.
-        keep_last: checkpoints that stay; older ones are deleted once a new one is whole.
-        keep_every: those whose step is a multiple of it stay as well; 0: none.
+        keep_last: newest checkpoints to keep; older ones are deleted once a new one is whole.
+        keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
     """
 
-    def __init__(self, engine: "Engine", run: Path, keep_last: int, keep_every: int, rank: int) -> None:
+    def __init__(self, engine: Checkpointed, run: Path, keep_last: int, keep_every: int, rank: int) -> None:
         self.engine, self.run, self.rank = engine, run, rank
         self.keep_last, self.keep_every = keep_last, keep_every
-        # At exit Python waits for the thread, whatever ended the run: a save that was begun is finished.
+        # Python waits for the thread at exit, whatever ended the run, so a save that has begun finishes.
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
-        self.in_use: int | None = None  # step of a checkpoint that is being read, which stays as well
+        self.in_use: int | None = None  # step of a checkpoint being read, which is kept as well
 
     def save(self, state: TrainingState) -> None:
         """Copies the training state and returns; the checkpoint is whole some time later.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
         files = self.engine.snapshot()
@@ -107,32 +118,32 @@ class Saver:
         folder = self.run / "checkpoints" / f"step-{step}"
         first = self.rank == 0
         try:
-            together(self.engine, lambda: _create_anew(folder) if first else None)
+            together(self.engine, lambda: _recreate(folder) if first else None)
             written = together(
-                self.engine, lambda: {name: _write_file(folder / name, files[name]) for name in files}
+                self.engine, lambda: {name: _write_digested(folder / name, files[name]) for name in files}
             )
             manifest = {name: entry for part in written for name, entry in part.items()}
             together(self.engine, lambda: self._seal(folder, manifest) if first else None)
         except CheckpointError as error:
             if first and not (folder / MANIFEST).exists():
-                shutil.rmtree(folder, ignore_errors=True)  # it would only keep the disk full
+                shutil.rmtree(folder, ignore_errors=True)  # a partial checkpoint only wastes disk space
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written: {error}; older ones are as they were: "
-                "make room or the folder writable, and the same command continues"
+                f"the checkpoint of step {step} could not be written: {error}; older ones are untouched: "
+                "free disk space or make the folder writable, then run the same command again"
             ) from error
 
     def _seal(self, folder: Path, manifest: Manifest) -> None:
         """Makes a folder whose files are on disk a checkpoint."""
         seal(folder, manifest)
-        _write_atomically(folder.parent / "latest", folder.name + "\n")
+        write_file(folder.parent / "latest", f"{folder.name}\n".encode())
         rotate(self.run, int(folder.name[5:]), self.keep_last, self.keep_every, self.in_use)
 
 
-def together(engine: "Engine", work: Callable[[], T]) -> list[T]:
-    """Does work, which must not communicate, on every rank and returns the results of all ranks.
+def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
+    """Runs `work`, which must not communicate, on every rank and returns all ranks' results.
 
     Raises:
-        CheckpointError: on all ranks, if it failed on one: none is left waiting.
+        CheckpointError: on all ranks if it failed on one, so that no rank is left waiting.
     """
     result: Any = None
     problem, cause = None, None
@@ -147,16 +158,16 @@ def together(engine: "Engine", work: Callable[[], T]) -> list[T]:
     return [value for value, _ in outcomes]
 
 
-def _create_anew(folder: Path) -> None:
+def _recreate(folder: Path) -> None:
     if folder.exists():
-        shutil.rmtree(folder)  # an earlier attempt, or the same step of a run that went another way
+        shutil.rmtree(folder)  # an earlier attempt at this step, or from before a resume
     folder.mkdir(parents=True)
 
 
 class _Digesting:
-    """A file that digests what is written to it.
+    """A file that hashes what is written to it.
 
-    An error is kept for the end: torch's writer does not survive one in the middle.
+    An error is kept until the end: torch's writer crashes on one in the middle.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -174,11 +185,11 @@ class _Digesting:
         return len(data)
 
     def flush(self) -> None:
-        """torch asks for it; the end of _write_file does it."""
+        """torch calls this; _write_digested flushes at the end."""
 
 
-def _write_file(path: Path, content: Any) -> dict[str, Any]:
-    """Bytes as they are, anything else as torch.save writes it; on disk on return.
+def _write_digested(path: Path, content: Any) -> dict[str, Any]:
+    """Writes bytes as they are and anything else with torch.save; on disk on return.
 
     Returns:
         Its entry in the manifest.
@@ -201,34 +212,15 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest: from now on the folder is a checkpoint, if its files fit."""
-    _write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2))
-    _sync_folder(folder.parent)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Writes the manifest: from here on the folder is a checkpoint, if its files match it."""
+    write_file(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    sync_folder(folder.parent)
 
 
 def rotate(run: Path, step: int, keep_last: int, keep_every: int, in_use: int | None = None) -> None:
     """Deletes checkpoints older than the newest keep_last up to `step`, and leftovers older than `step`.
 
-    That of step `in_use` stays until a later call.
+    The checkpoint of step `in_use` stays until a later call.
     """
     folders = [run / "checkpoints" / f"step-{n}" for n in steps(run) if n <= step]
     sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
@@ -237,12 +229,12 @@ def rotate(run: Path, step: int, keep_last: int, keep_every: int, in_use: int | 
         stays = number == in_use or (keep_every > 0 and number % keep_every == 0)
         if folder in sealed[:keep_last] or (stays and folder in sealed):
             continue
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: a folder half deleted is no checkpoint
+        (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must not look whole
         shutil.rmtree(folder)
 
 
 def manifest_of(folder: Path) -> Manifest:
-    """Sizes and checksums of the files that are there."""
+    """Sizes and checksums of the files in the folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
@@ -256,11 +248,11 @@ def _sha256(path: Path) -> str:
 
 
 def damage(folder: Path, part: slice = ALL) -> str | None:
-    """What keeps the folder from being a whole checkpoint, in a few words; None if nothing does.
+    """Why the folder is not a whole checkpoint, in a few words; None if it is one.
 
     Args:
-        part: the files, in the order of their names, whose checksums are computed, beside those of the small
-            files that are read first; sizes are always compared.
+        part: the files, in name order, whose checksums are compared, besides the small files that are read
+            first; sizes are always compared.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())
@@ -279,12 +271,12 @@ def damage(folder: Path, part: slice = ALL) -> str | None:
     names = sorted(files)
     for name in {*names[part], *(small for small in (STATE, BUFFERS) if small in files)}:
         if _sha256(folder / name) != files[name].get("sha256"):
-            return f"{name} does not have its checksum"
+            return f"{name} does not match its checksum"
     return None
 
 
-def damage_on_any_rank(engine: "Engine", folder: Path, rank: int, world_size: int) -> str | None:
-    """`damage`, each file read by one rank only: a large run's checkpoint is terabytes; all ranks call it."""
+def damage_on_any_rank(engine: Checkpointed, folder: Path, rank: int, world_size: int) -> str | None:
+    """`damage` with each file read by one rank only: large checkpoints are terabytes. All ranks call it."""
     found = together(engine, lambda: damage(folder, slice(rank, None, world_size)))
     return next((problem for problem in found if problem is not None), None)
 
@@ -296,7 +288,7 @@ def steps(run: Path) -> list[int]:
 
 
 def newest(run: Path, below: float = math.inf, part: slice = ALL) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a line for every newer folder that is damaged.
+    """The newest whole checkpoint of a run, and a warning for every newer folder that is damaged.
 
     Args:
         below: only earlier steps.
@@ -315,7 +307,7 @@ def newest(run: Path, below: float = math.inf, part: slice = ALL) -> tuple[Path 
 
 
 def passed_over(folder: Path, problem: str) -> str:
-    """The line for a damaged checkpoint that resume=auto leaves behind."""
+    """The warning for a damaged checkpoint that resume=auto skips."""
     return f"{folder} is not whole ({problem}); trying an older one"
 
 
@@ -332,9 +324,9 @@ def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
 
 
 def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) -> None:
-    """Raises ValueError for the first thing in which the checkpoint and this run differ.
+    """Raises ValueError for the first difference between the checkpoint and this run.
 
-    A key of the model that is younger than the checkpoint has its default there.
+    A model key that is newer than the checkpoint has its default there.
     """
     recorded = ModelConfig.from_dict(found.model).to_dict()
     for key, ours in wanted.model.items():
@@ -344,21 +336,21 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
                 f"checkpoint {folder} is of another model: its {key} is {theirs}, the config's is {ours}; "
                 "use the same model or another output_dir"
             )
-    mends = {
+    fixes = {
         "seed": "use the same seed or another output_dir",
         "data_fingerprint": "use the same data.path and data.sequence_length, or another output_dir",
         "global_batch_size": "use the same value or another output_dir",
         "optimizer": "use the same optimizer.kind",
         "lora": "use the same lora.r, lora.alpha and --init, or another output_dir",
     }
-    for key, mend in mends.items():
+    for key, fix in fixes.items():
         theirs, ours = getattr(found, key), getattr(wanted, key)
         if theirs != ours:
-            raise ValueError(f"checkpoint {folder} has {key}={theirs}, this run has {ours}; {mend}")
+            raise ValueError(f"checkpoint {folder} has {key}={theirs}, this run has {ours}; {fix}")
 
 
 def layout_changes(found: TrainingState, wanted: TrainingState) -> list[str]:
-    """What a checkpoint has to be converted for, as `name old -> new`."""
+    """The differences in layout that need a conversion, as `name old -> new`."""
     pairs = (
         (key, getattr(found, key), getattr(wanted, key)) for key in ("world_size", "ep_size", "zero_stage")
     )

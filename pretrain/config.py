@@ -1,11 +1,10 @@
-"""RunConfig: the whole description of a training run. YAML files, later over earlier, plus `a.b=c` overrides.
+"""RunConfig, the whole description of a training run: YAML files, later over earlier, and `a.b=c` overrides.
 
-The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping and ep_size. The DeepSpeed
-JSON owns ZeRO stage, precision, offload and communication, and says "auto" for the rest.
+The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping and ep_size. The DeepSpeed JSON
+(ds_config.py) owns ZeRO stage, precision, offload and communication, and says "auto" for the rest.
 """
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Sequence
@@ -21,8 +20,6 @@ from common.nearest import nearest
 from data_pipeline.loading.sample_order import Stage
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
-from pretrain.evaluation import EvaluationConfig
-from pretrain.lora import LoraConfig
 
 
 @dataclass
@@ -30,13 +27,13 @@ class DataConfig:
     path: str = "???"  # folder that data_pipeline/build.py wrote, or its URL
     sequence_length: int = 512  # tokens per row
     packing: str = "concat"  # concat: cut every sequence_length tokens | best_fit: documents whole, padded
-    # Weights of the sources from so many tokens of the run on: [{tokens: 0, weights: {SOURCE: WEIGHT}}, ...];
-    # default: the recipe's. The validation loss always has the recipe's.
+    # Source weights, each list entry from a token count of the run onwards:
+    # [{tokens: 0, weights: {SOURCE: WEIGHT}}, ...]; default: the recipe's, which validation always uses.
     stages: list[Stage] = field(default_factory=list)
-    shuffle_shards: int = 0  # shards shuffled together, which suits a data.path of a URL; 0: all
-    max_damaged_rows: int = 0  # rows a rank may leave out because their shard is damaged; one more: an error
+    shuffle_shards: int = 0  # shards shuffled together, for a data.path that is a URL; 0: all
+    max_damaged_rows: int = 0  # rows of damaged shards that a rank may skip; one more is an error
     cache: str | None = None  # local folder for the shards of a URL
-    cache_bytes: int | None = None  # of shards in it, beyond which the oldest are deleted; default: no limit
+    cache_bytes: int | None = None  # limit above which its oldest shards are deleted; default: no limit
     tokenizer: str | None = None  # sentencepiece model; default: the one in `path`
 
 
@@ -60,7 +57,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # on matrices; norms, biases and embeddings are not decayed
     clip: float = 1.0  # limit of the global gradient norm; 0: no clipping
     # Share of the past in an exponential moving average of the weights, exported to export_ema/; null: none.
-    # A run resumed from a checkpoint without an average starts one at that checkpoint's weights.
+    # Resumed from a checkpoint without an average, a run starts one at that checkpoint's weights.
     ema_decay: float | None = None
 
     def decay_length(self, max_steps: int) -> int:
@@ -70,13 +67,79 @@ class OptimizerConfig:
 
 @dataclass
 class StabilityConfig:
-    """Steps that are skipped; see stability.py. A loss or gradient that is not finite always is."""
+    """Which steps are skipped, see stability.py. A loss or gradient that is not finite always is."""
 
     max_zscore: float | None = 10.0  # robust z-score of loss or gradient norm above which it is a spike
-    window: int = 64  # steps that it is compared with
-    # Steps skipped one after another, after which the run ends. More than half the window: what lasts longer
-    # than that is no spike.
+    window: int = 64  # past steps that a step is compared with
+    # Consecutive skipped steps that end the run. More than half the window: whatever lasts longer is a new
+    # level, not a spike.
     max_skipped: int = 50
+
+
+@dataclass
+class EvaluationConfig:
+    every_steps: int = 0  # steps between two evaluations, a multiple of save_every; 0: never
+    tasks: str = "gsm8k,logiqa,babi,arc"  # as eval/run.py takes them
+    limit: int = 100  # problems per data file
+    num_fewshot: int | None = None  # default: each task's own
+    timeout_seconds: float = 1800.0  # after which an evaluation is killed; a run's end waits no longer
+    data: str | None = None  # folder of the data sets; default: $DATA_ROOT, else data
+    # cpu | cuda: rank 0's GPU. Not the default: training sizes its batches to that memory, and all other
+    # ranks would wait for the one that shares its GPU.
+    device: str = "cpu"
+
+    def check(self, save_every: int, optimizer: str) -> None:
+        """Raises ValueError for the first value out of range, and for what does not go together."""
+        for name, value, allowed, fits in (
+            ("every_steps", self.every_steps, "at least 0", self.every_steps >= 0),
+            ("limit", self.limit, "at least 1", self.limit >= 1),
+            (
+                "num_fewshot",
+                self.num_fewshot,
+                "at least 0",
+                self.num_fewshot is None or self.num_fewshot >= 0,
+            ),
+            ("timeout_seconds", self.timeout_seconds, "above 0", self.timeout_seconds > 0),
+            ("device", self.device, "cpu or cuda", self.device in ("cpu", "cuda")),
+        ):
+            if not fits:
+                raise ValueError(f"evaluation.{name}={value} must be {allowed}")
+        if self.every_steps % save_every:
+            raise ValueError(
+                f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
+                "but only checkpoints are evaluated; change one of them"
+            )
+        if self.every_steps and optimizer == "muon":
+            raise ValueError(
+                "evaluation.every_steps does not go with optimizer.kind=muon, whose checkpoints cannot be "
+                "exported during the run; set it to 0 and evaluate the export at the end"
+            )
+
+
+@dataclass
+class LoraConfig:
+    """Defaults: those published for KaVa and CODI (arXiv 2502.21074)."""
+
+    r: int = 128  # rank
+    alpha: int = 32  # the adapters' output is scaled by alpha / r
+    dropout: float = 0.1  # of the adapters' input
+
+    def check(self, ep_size: int, optimizer: str) -> None:
+        """Raises ValueError, one line, for values out of range and for settings incompatible with LoRA."""
+        for name, value, allowed, fits in (
+            ("r", self.r, "at least 1", self.r >= 1),
+            ("alpha", self.alpha, "above 0", self.alpha > 0),
+            ("dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1),
+        ):
+            if not fits:
+                raise ValueError(f"lora.{name}={value} must be {allowed}")
+        if ep_size > 1:
+            raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
+        if optimizer != "adamw":
+            raise ValueError(
+                f"optimizer.kind={optimizer} needs whole matrices, but lora trains their factors; "
+                "set it to adamw"
+            )
 
 
 @dataclass
@@ -95,14 +158,14 @@ class RunConfig:
     ep_size: int = 1  # ranks that share one set of experts
     save_every: int = 100  # steps between checkpoints; the last step is always saved
     keep_last: int = 2  # newest checkpoints that are kept
-    keep_every: int = 0  # checkpoints of steps divisible by it are kept as well; 0: none
+    keep_every: int = 0  # checkpoints whose step is a multiple of it are kept as well; 0: none
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
     time_limit_minutes: float | None = None  # after which the run stops with a checkpoint; None: never
     eval_every: int = 0  # steps between validation losses; 0: never
     eval_batches: int = 8  # global batches of one validation
     log_every: int = 10  # steps between step lines (metrics.jsonl has every step)
-    profile_step: int | None = None  # step of which output_dir/profile/ gets a trace, for chrome://tracing
-    peak_tflops: float | None = None  # per device, for MFU; default: known from the GPU's name, else no MFU
+    profile_step: int | None = None  # step traced to output_dir/profile/, for chrome://tracing
+    peak_tflops: float | None = None  # per device, for MFU; default: looked up by the GPU's name, else no MFU
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
@@ -114,7 +177,7 @@ class RunConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Of an optimizer step over all ranks, padding included."""
+        """Tokens of an optimizer step over all ranks, padding included."""
         return self.global_batch_size * self.data.sequence_length
 
 
@@ -129,7 +192,7 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
         The run's config. Its `model` dict is type-checked, but vocab_size may still be missing.
 
     Raises:
-        ValueError: one line naming the key, its value and the mend, and the file if one alone is wrong.
+        ValueError: one line naming the key, its value and the fix, and the file if a single one is wrong.
         FileNotFoundError: no such YAML.
     """
     layers = [_read_layer(path) for path in ([paths] if isinstance(paths, str) else paths)]
@@ -164,7 +227,7 @@ def _read_layer(path: str) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise ValueError(f"config {path} holds no keys; see pretrain/configs/ for examples")
     try:
-        values: Any = OmegaConf.to_container(loaded)  # another file may hold what an interpolation refers to
+        values: Any = OmegaConf.to_container(loaded)  # unresolved: an interpolation may refer to another file
         reject_unknown_keys(values, RunConfig)
         _typed_model(values.get("model", {}))
         _merged(RunConfig, values)
@@ -174,7 +237,7 @@ def _read_layer(path: str) -> DictConfig:
 
 
 def _typed(cls: type, values: dict[str, Any]) -> Any:
-    """An instance of dataclass `cls` with `values` converted to the fields' types."""
+    """An instance of dataclass `cls` from `values`, converted to the fields' types."""
     merged = _merged(cls, values)
     try:
         return OmegaConf.to_object(merged)
@@ -194,7 +257,7 @@ def _merged(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _typed_model(values: dict[str, Any]) -> dict[str, Any]:
-    """The given model keys with their types checked; defaults and presets are left to ModelConfig."""
+    """The given model keys, type-checked; defaults and presets are left to ModelConfig."""
     reject_unknown_keys(values, ModelConfig, "model.")
     return _restrict(OmegaConf.to_container(_merged(ModelConfig, values, "model.")), values)
 
@@ -207,7 +270,7 @@ def _restrict(typed: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def reject_unknown_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
-    """Raises ValueError for the first key that no field of dataclass `cls` reads, with the nearest name."""
+    """Raises ValueError for the first key that is not a field of dataclass `cls`, with the nearest name."""
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
@@ -246,8 +309,8 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"stability.{key}={number} must be at least {least}")
     if stability.max_zscore is not None and stability.max_skipped <= stability.window // 2 + 1:
         raise ValueError(
-            f"stability.max_skipped={stability.max_skipped} must be above half of stability.window="
-            f"{stability.window} and 1, or a change of level that lasts ends the run; raise it"
+            f"stability.max_skipped={stability.max_skipped} must exceed half of stability.window="
+            f"{stability.window} plus 1, or a lasting change of level ends the run; raise it"
         )
     limit = config.time_limit_minutes
     if limit is not None and limit <= 0:
@@ -261,7 +324,7 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
     if Path(config.output_dir).resolve() == Path(config.data.path).resolve():
         raise ValueError(
-            f"output_dir={config.output_dir} is the folder of the data, data.path; give the run its own"
+            f"output_dir={config.output_dir} is also data.path, the folder of the data; give the run its own"
         )
     if config.data.sequence_length < 2:
         raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")
@@ -297,11 +360,11 @@ def _check_optimizer(o: OptimizerConfig, max_steps: int) -> None:
     if o.schedule == "wsd" and o.warmup_steps + decay > end:
         raise ValueError(
             f"optimizer.warmup_steps={o.warmup_steps} and wsd_decay_steps={decay} do not fit into the {end} "
-            "steps until min_lr; lower one of them or raise max_steps"
+            "steps before min_lr; lower one of them or raise max_steps"
         )
     if o.kind == "muon" and o.clip > 0:
-        # DeepSpeed clips after Muon, whose update has the same norm whatever the gradient's: a limit below
-        # that norm would only lower the learning rate.
+        # DeepSpeed clips after Muon, whose update has the same norm whatever the gradient: a limit below it
+        # would only lower the learning rate.
         raise ValueError(
             f"optimizer.clip={o.clip} would scale Muon's update, not its gradient; set optimizer.clip=0"
         )
@@ -316,7 +379,7 @@ def check_layout(config: RunConfig, model: ModelConfig, world_size: int) -> tupl
     if world_size % config.ep_size:
         raise ValueError(
             f"ep_size={config.ep_size} does not divide the {world_size} ranks; "
-            f"choose ep_size from the divisors of {world_size} or start another number of ranks"
+            f"choose ep_size from the divisors of {world_size} or start a different number of ranks"
         )
     if model.n_routed_experts % config.ep_size:
         raise ValueError(
@@ -331,78 +394,6 @@ def check_layout(config: RunConfig, model: ModelConfig, world_size: int) -> tupl
     rows = config.global_batch_size // world_size
     micro = next(m for m in range(min(config.micro_batch_size, rows), 0, -1) if rows % m == 0)
     return micro, rows // micro
-
-
-# Keys of the DeepSpeed JSON that are filled from the YAML, with the YAML's key.
-_OWNED_BY_YAML = {
-    "train_batch_size": "global_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "micro_batch_size",
-    "gradient_clipping": "optimizer.clip",
-}
-_REFUSED = {
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.schedule",
-    "expert_parallel": "ep_size",
-    "wandb": "wandb.mode",
-}
-
-
-def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and fills its "auto" values (DeepSpeed itself resolves none).
-
-    Raises:
-        ValueError: not JSON, or a key that the YAML owns is set there too.
-        FileNotFoundError: no such file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--ds_config {path} does not exist; ds_configs/ has some to start from")
-    try:
-        values = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from None
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ValueError(
-            f"zero_optimization.stage={stage} in {path} is not supported: without ZeRO DeepSpeed clips "
-            "expert gradients wrongly and tells no gradient norm; choose 1, 2 or 3"
-        )
-    if values.get("fp16", {}).get("enabled"):
-        raise ValueError(f"fp16 is enabled in {path}, but its loss scaling is not supported; enable bf16")
-    for key, yaml_key in _OWNED_BY_YAML.items():
-        if values.get(key, "auto") != "auto":
-            raise ValueError(
-                f"{key}={values[key]!r} in {path} is also set by {yaml_key} of the YAML; "
-                'write "auto" in the JSON and set it in the YAML'
-            )
-    for key, yaml_key in _REFUSED.items():
-        if key in values:
-            raise ValueError(
-                f"section {key!r} in {path} is also set by {yaml_key} of the YAML; delete it from the JSON"
-            )
-    values["train_batch_size"] = config.global_batch_size
-    values["train_micro_batch_size_per_gpu"] = micro
-    values["gradient_accumulation_steps"] = accumulation
-    values["gradient_clipping"] = config.optimizer.clip
-    _fit_to_optimizer(values, config.optimizer, path)
-    return values
-
-
-def _fit_to_optimizer(values: dict[str, Any], optimizer: OptimizerConfig, path: str) -> None:
-    """What the optimizer asks of the ZeRO settings; fills in the one that has a choice."""
-    zero = values["zero_optimization"]
-    stage, half = zero["stage"], values.get("bf16", {}).get("enabled")
-    if stage == 1 and half and values.get("data_types", {}).get("grad_accum_dtype") == "fp32":
-        # An optimizer of its own in DeepSpeed, which takes no hold of a step that is to be skipped.
-        raise ValueError(
-            f"data_types.grad_accum_dtype=fp32 with bf16 and stage 1 in {path} is not supported; "
-            "set zero_optimization.stage to 2 or 3"
-        )
-    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses anything else.
-    if optimizer.kind == "muon" and stage == 3 and zero.setdefault("reduce_scatter", False):
-        raise ValueError(
-            f"reduce_scatter=true in {path} does not go with optimizer.kind=muon under ZeRO-3; delete it"
-        )
 
 
 def _key(error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""What a run would be, without starting it: `pretrain/main.py --dry-run`."""
+"""Describes a run without starting it: `pretrain/main.py --dry-run`."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -10,15 +9,13 @@ from pretrain.config import check_layout
 from pretrain.planning.communication import gather_schedule
 from pretrain.planning.layout import Layout, model_parts
 from pretrain.planning.memory import memory
-
-if TYPE_CHECKING:
-    from pretrain.main import Run
+from pretrain.setup import Run
 
 
-def describe(run: "Run") -> str:
-    """The resolved config, parameters, FLOPs and the memory of a rank, part by part.
+def describe(run: Run) -> str:
+    """The resolved config, parameters, FLOPs and memory per rank, part by part.
 
-    Memory is what plan_memory predicts for even loads of the experts, in the precision of the DeepSpeed JSON.
+    Memory is predicted by planning/memory.py, for even expert loads in the precision of the DeepSpeed JSON.
     """
     config, model, state = run.config, run.model_config, run.state
     resolved = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "model": model.to_dict()}))
@@ -38,20 +35,21 @@ def describe(run: "Run") -> str:
     gathering = gather_schedule(model, parts, layout) if layout.stage == 3 else None
     predicted = memory(model, parts, layout, gathering, skew=1.0)
     length = config.data.sequence_length
+    total, active = num_parameters(model), num_parameters(model, active=True)
     forward, training = flops_per_token(model, length), training_flops_per_token(model, length)
     source = "the first step" if run.resume_from is None else str(run.resume_from)
-    adapters = "" if config.lora is None else " without lora, with which it is less"
+    adapters = "" if config.lora is None else " without lora, which needs less"
     lines = [
         resolved.rstrip(),
         "",
         f"starts from      {source}, ends after step {config.max_steps}",
-        f"parameters       {num_parameters(model):,} ({num_parameters(model, active=True):,} active a token)",
-        f"FLOPs a token    {forward:.4g} forward, {training:.4g} in training, "
+        f"parameters       {total:,} ({active:,} active per token)",
+        f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, "
         f"at {model.recurrence.num_steps} loop steps",
-        f"a step           {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",
+        f"per step         {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",
         f"layout           {layout.gpus} ranks, ep_size {layout.ep}, ZeRO stage {layout.stage}, "
-        f"{accumulation} micro-batches of {micro} rows a rank",
-        f"memory of a rank {_megabytes(sum(predicted.values()))}, predicted{adapters}",
+        f"{accumulation} micro-batches of {micro} rows per rank",
+        f"memory per rank  {_megabytes(sum(predicted.values()))}, predicted{adapters}",
         *(f"  {part:24}{_megabytes(size)}" for part, size in predicted.items()),
     ]
     return "\n".join(lines)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class MovingAverage:
-    """Average of one rank's fp32 shards; costs their size again, and no communication.
+    """Average of one rank's fp32 shards; costs as much memory as the shards, and no communication.
 
     Args:
-        shards: gives the rank's fp32 weights, flat and in a fixed order; asked anew each time.
-        decay: share of the past in every update, (0, 1). There is no correction for the start: the average
-            begins at the weights of the moment.
+        shards: returns the rank's fp32 weights, flat and in a fixed order; called every time.
+        decay: share of the past in every update, (0, 1). There is no bias correction: the average starts at
+            the present weights.
     """
 
     def __init__(self, shards: Callable[[], list[Tensor]], decay: float) -> None:
@@ -32,7 +32,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the average stands where the weights do, and the weights are kept aside."""
+        """Inside, the average replaces the weights, which are kept aside."""
         self._swap()
         try:
             yield

@@ -1,16 +1,11 @@
 """The DeepSpeed engine: optimizer, one optimizer step, checkpoint files, full weights.
 
-With process_group.py and expert_parallel.py the only file that imports deepspeed.
+Only this file, universal.py, process_group.py and expert_parallel.py import deepspeed.
 """
 
-import argparse
 import copy
-import copyreg
-import io
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,20 +13,16 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 import torch.nn.functional as F
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
     set_z3_leaf_modules,
 )
-from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -39,7 +30,7 @@ from torch import Tensor, nn
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
 from model.moe import MoE
-from pretrain.checkpoint import EMA, read
+from pretrain.checkpoint import EMA
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage
 from pretrain.expert_parallel import (
@@ -54,17 +45,18 @@ from pretrain.lora import adapt, seed_dropout
 from pretrain.optim import parameter_groups
 from pretrain.process_group import device, rank, world_size
 from pretrain.stability import SpikeGuard
+from pretrain.universal import no_pickle_code
 
 T = TypeVar("T")
 
-# DeepSpeed's Muon, which it imports for every optimizer, is compiled anew for shape after shape: minutes on a
-# CPU, and a resumed run would meet the shapes in another order than the run it continues, so that it need not
-# repeat its rounding. Without, the compiler is not even imported, which takes seconds.
+# DeepSpeed imports its Muon for every optimizer and compiles it again for each shape: minutes on a CPU, and a
+# resumed run would meet the shapes in another order and might round differently. Without compilation, the
+# compiler, which takes seconds to import, is not imported at all.
 compiler.compile = lambda: compiler.dummy_decorator
 
 
 class _Snapshots(CheckpointEngine):
-    """What DeepSpeed would write to files, copied to memory: checkpoint.py writes it, in the background."""
+    """Copies to memory what DeepSpeed would write to files; checkpoint.py writes it in the background."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +97,7 @@ class Engine:
 
     Args:
         model_class: ZeroModel or a subclass with the same parameters.
-        weights: name -> whole tensor, in place of initial weights; what is not named keeps those.
+        weights: name -> whole tensor, replacing initial weights; parameters not named keep theirs.
     """
 
     def __init__(
@@ -118,15 +110,15 @@ class Engine:
     ) -> None:
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
-        # DeepSpeed cannot save experts of AutoEP that are frozen.
+        # DeepSpeed cannot save frozen AutoEP experts.
         moe_class = MoE if config.lora else expert_parallel_class(config.ep_size)
         model = model_class(model_config, moe_class, config.seed, config.execution)
         self._start_from(model, weights or {})
         self.lora, self.seed = config.lora, config.seed
         if config.lora is not None:
             adapt(model, config.lora, config.seed)
-        # ZeRO-3 gathers a decoder layer at once instead of each of its modules: at small sizes the hooks of
-        # single modules cost more than the arithmetic.
+        # ZeRO-3 gathers a whole decoder layer at once: at small sizes, hooks on every module cost more than
+        # the arithmetic.
         set_z3_leaf_modules(model, [DecoderLayer])
         reduce_gradients_when_complete()
         optimizer = build_optimizer(model, config.optimizer)
@@ -137,7 +129,7 @@ class Engine:
         self.model: ZeroModel = self.deepspeed.module
         self.snapshots = self.deepspeed.checkpoint_engine = _Snapshots()
         self.deepspeed._copy_recovery_script = lambda folder: None  # a script that reads pickles
-        # For the thread that writes checkpoints: its messages must not meet those of the training.
+        # For the thread that writes checkpoints: its messages must not mix with those of training.
         self.saving_group = torch.distributed.new_group(backend="gloo")
         self.guard = SpikeGuard(config.stability, device())
         self._loss = self._grad_norm = torch.zeros((), device=device())
@@ -147,7 +139,7 @@ class Engine:
 
     @torch.no_grad()
     def _start_from(self, model: ZeroModel, weights: dict[str, Tensor]) -> None:
-        """Copies whole tensors into a model that is not yet spread over ranks; of experts this rank's."""
+        """Copies whole tensors into a model that is not sharded yet; of the experts, only this rank's."""
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for name, value in weights.items():
             if name in buffers:
@@ -177,8 +169,8 @@ class Engine:
         refuses.
 
         Args:
-            lr: of AdamW; Muon's is in proportion.
-            loss: of the global batch, a scalar on the device, for the guard; needed in the last micro-batch.
+            lr: of AdamW; Muon's scales with it.
+            loss: of the global batch, a scalar on the device; the guard needs it on the last micro-batch.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.muon_lr_ratio if group.get("use_muon") else lr
@@ -201,7 +193,7 @@ class Engine:
         return self.guard.refuses(self._loss, grad_norm)
 
     def train(self, step: int = 0) -> None:
-        """To training mode, for optimizer step `step`, from 0, which a model with a curriculum asks for."""
+        """Enters training mode for optimizer step `step` (from 0), which a model with a curriculum reads."""
         self.model.training_step = step
         if self.model.starts_stage:
             self.guard.forget()
@@ -252,7 +244,7 @@ class Engine:
         return files
 
     def load_average(self, checkpoint: Path) -> None:
-        """Takes the moving average from a checkpoint of any layout; if it has none, from the weights now."""
+        """Loads the moving average from a checkpoint of any layout; without one it starts at the weights."""
         if self.average is None:
             return
         self.average.restart()
@@ -269,7 +261,7 @@ class Engine:
     def _set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Writes this rank's part of a parameter's fp32 value.
 
-        DeepSpeed's own function for it fails under ZeRO-3 where a size does not divide among the ranks.
+        DeepSpeed's own function fails under ZeRO-3 if a size is not divisible by the number of ranks.
         """
         if not hasattr(parameter, "ds_tensor"):
             safe_set_full_fp32_param(parameter, value)
@@ -289,30 +281,10 @@ class Engine:
         return next(getattr(self.optimizer, name) for name in kept_in if hasattr(self.optimizer, name))
 
     def averaged_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As full_weights, of the moving average; buffers as they are now."""
+        """full_weights of the moving average; buffers as they are now."""
         assert self.average is not None
         with self.average.in_place():
             yield from self.full_weights()
-
-    def load_universal(self, folder: Path, step: int) -> None:
-        """Loads what convert_to_universal wrote, under any layout, as DeepSpeed's load_checkpoint does.
-
-        That itself reads weights and optimizer from the folder, but asks for files that are there for one
-        ZeRO stage only.
-        """
-        zero3 = self.deepspeed.zero_optimization_partition_weights()
-        if zero3:
-            self.deepspeed.optimizer.checkpoint_event_prologue()
-        with no_pickle_code():
-            self.deepspeed.optimizer.load_state_dict(None, checkpoint_folder=str(folder))
-        if zero3:
-            self.deepspeed.optimizer.checkpoint_event_epilogue()
-        else:
-            self.deepspeed.optimizer.update_lp_params()
-        for state in self.optimizer.state.values():
-            # ZeRO-3 gives all parameters one tensor, and each would add its own 1 to it in every step.
-            state["step"] = copy.deepcopy(state["step"])
-        self.deepspeed.global_steps = step
 
     def full_shapes(self) -> dict[str, torch.Size]:
         """Shape of every trained parameter over all ranks."""
@@ -325,9 +297,9 @@ class Engine:
         return shapes
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and full fp32 value of all that training changes, one at a time; all ranks take part.
+        """Name and full fp32 value of everything that training changes, one at a time; all ranks take part.
 
-        That is the state dict, but for what LoRA freezes.
+        This is the state dict without what LoRA freezes.
         """
         yield from self._full_parameters()
         yield from self.buffers().items()
@@ -353,12 +325,12 @@ class Engine:
 
 
 def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None:
-    """Makes DeepSpeed discard the steps of a ZeRO optimizer that `refuses` refuses.
+    """Makes DeepSpeed discard the ZeRO optimizer steps that `refuses` refuses.
 
-    It reads once a step from the device whether the norm is finite, and discards the step if not. A refused
-    step is given an infinite norm, so that nothing more needs to be read, except for Muon under ZeRO-3: there
-    gradients enter the momentum before DeepSpeed looks at a norm, so the judgement, on their own norm, is
-    read before that.
+    DeepSpeed reads from the device, once per step, whether the norm is finite, and discards the step if not.
+    A refused step gets an infinite norm, so that nothing more needs to be read, except for Muon under ZeRO-3:
+    there gradients enter the momentum before DeepSpeed looks at a norm, so the decision, made on the
+    gradients' own norm, is read first.
     """
 
     def infinite(refused: Tensor) -> Tensor:
@@ -395,12 +367,12 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW, or DeepSpeed's Muon beside it; experts in groups of their own, as ZeRO asks.
+    """AdamW, or DeepSpeed's Muon together with AdamW; experts in separate groups, as ZeRO requires.
 
     Muon (Jordan et al. 2024): Nesterov momentum, orthogonalised by 5 Newton-Schulz steps in bf16, times
-    sqrt(max(1, rows / columns)). DeepSpeed puts that update in the gradient's place before it takes the
-    norm: under ZeRO-1 and 2 grad_norm is over Muon's updates and AdamW's gradients together, under ZeRO-3
-    over the gradients, see judge_grad_norm.
+    sqrt(max(1, rows / columns)). DeepSpeed replaces the gradient with that update before it takes
+    the norm: under ZeRO-1 and 2 grad_norm covers Muon's updates and AdamW's gradients together, under ZeRO-3
+    the gradients, see judge_grad_norm.
     """
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config))
     groups = [group for group in groups if group["params"]]
@@ -409,64 +381,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # after compiler.compile is set
 
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
-
-
-def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
-    """Rewrites a checkpoint of any layout as DeepSpeed's Universal Checkpoint: full tensors, by name.
-
-    Returns:
-        The folder, inside scratch.
-
-    Raises:
-        ValueError: the checkpoint is of a run with Muon; DeepSpeed converts the states of Adam only.
-    """
-    if read(checkpoint)[0].optimizer == "muon":
-        raise ValueError(
-            f"checkpoint {checkpoint} holds Muon's momentum, which DeepSpeed's Universal Checkpoint lacks; "
-            "resume the run with the ranks, ep_size and ZeRO stage it has, and it exports at its end"
-        )
-    folder = scratch / "universal"
-    arguments = argparse.Namespace(
-        input_folder=str(checkpoint),
-        output_folder=str(folder),
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
-    return folder
-
-
-def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and full fp32 value of every parameter of a Universal Checkpoint (flat, if ZeRO-3 wrote it)."""
-    for path in sorted((folder / "zero").glob("*/fp32.pt")):
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
-
-
-# Python 3.11.2, Debian 12's, would write an enumeration as a call of getattr, which nobody should allow.
-copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-
-
-@contextmanager
-def no_pickle_code() -> Iterator[None]:
-    """DeepSpeed's checkpoint files are read without executing pickled code.
-
-    DeepSpeed asks for weights_only=False in many places; torch's own switch overrules it, and the few
-    DeepSpeed classes its files really hold are allowed by name.
-    """
-    previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    try:
-        with torch.serialization.safe_globals(
-            [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
-        ):
-            yield
-    finally:
-        if previous is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = previous

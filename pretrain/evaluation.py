@@ -1,11 +1,9 @@
-"""Task scores while training goes on, by a process of their own over a checkpoint.
+"""Task scores during training, from a separate process that reads a checkpoint.
 
-The process reads the checkpoint's files, so that no rank gathers weights for it; it exports them and becomes
-eval/run.py. Its failure, slowness or death is a line of the log and `eval_failed` in metrics.jsonl, no more.
+The process, evaluate_checkpoint.py, reads the checkpoint's files, so that no rank gathers weights for it. If
+it fails, hangs or dies, that is a line in the log and `eval_failed` in metrics.jsonl, nothing more.
 """
 
-import argparse
-import ctypes
 import json
 import os
 import re
@@ -15,58 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import user_errors
+from pretrain.config import EvaluationConfig
 
-EVAL_SCRIPT = Path(__file__).parents[1] / "eval" / "run.py"
-# What a launcher tells a rank: a process that believed it would wait for ranks that nobody starts.
+PROCESS = Path(__file__).with_name("evaluate_checkpoint.py")
+# Set by launchers for a rank: a process that inherited them would wait for ranks that are never started.
 LAUNCHER_VARIABLE = re.compile(r"(.*_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC)_.*")
-NICENESS = 10  # about a tenth of a core where ranks want all of them: training hardly notices, scores arrive
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PROGRESS_SECONDS = 60.0  # between two lines while the end of a run waits
-
-
-@dataclass
-class EvaluationConfig:
-    every_steps: int = 0  # steps between two evaluations, a multiple of save_every; 0: never
-    tasks: str = "gsm8k,logiqa,babi,arc"  # as eval/run.py takes them
-    limit: int = 100  # problems per data file
-    num_fewshot: int | None = None  # default: each task's own
-    timeout_seconds: float = 1800.0  # after which an evaluation is killed; the end of a run waits no longer
-    data: str | None = None  # folder of the data sets; default: $DATA_ROOT, else data
-    # cpu | cuda: rank 0's GPU. Not by default: training sizes its batches to that memory, and all other ranks
-    # wait for the one whose kernels take turns with another process.
-    device: str = "cpu"
-
-    def check(self, save_every: int, optimizer: str) -> None:
-        """Raises ValueError for the first value that makes no sense."""
-        for name, value, allowed, fits in (
-            ("every_steps", self.every_steps, "at least 0", self.every_steps >= 0),
-            ("limit", self.limit, "at least 1", self.limit >= 1),
-            (
-                "num_fewshot",
-                self.num_fewshot,
-                "at least 0",
-                self.num_fewshot is None or self.num_fewshot >= 0,
-            ),
-            ("timeout_seconds", self.timeout_seconds, "above 0", self.timeout_seconds > 0),
-            ("device", self.device, "cpu or cuda", self.device in ("cpu", "cuda")),
-        ):
-            if not fits:
-                raise ValueError(f"evaluation.{name}={value} must be {allowed}")
-        if self.every_steps % save_every:
-            raise ValueError(
-                f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
-                "but checkpoints are what is evaluated; change one of them"
-            )
-        if self.every_steps and optimizer == "muon":
-            raise ValueError(
-                "evaluation.every_steps does not go with optimizer.kind=muon, whose checkpoints cannot be "
-                "exported while the run goes on; set it to 0 and evaluate the export at the end"
-            )
+PROGRESS_SECONDS = 60.0  # between two progress lines while a run's end waits
 
 
 class Evaluator:
@@ -74,18 +29,18 @@ class Evaluator:
 
     Args:
         run: the run's folder; an evaluation leaves its results and its log in eval/step-N/ there.
-        write: takes a record for metrics.jsonl: `step` is that of the weights; `eval` holds task -> metric ->
-            value of the whole tasks, or `eval_failed` the reason, in one line.
+        write: takes a record for metrics.jsonl: the weights' `step`, and either `eval`, task -> metric ->
+            value without subtasks, or `eval_failed`, the reason in one line.
     """
 
     def __init__(self, config: EvaluationConfig, run: Path, write: Callable[[dict[str, Any]], None]) -> None:
         self.config, self.run, self.write = config, run, write
-        self.step: int | None = None  # whose checkpoint is waited for or being scored
+        self.step: int | None = None  # whose checkpoint is awaited or being scored
         self.process: subprocess.Popen[bytes] | None = None
         self.killed, self.deadline = False, 0.0
 
     def request(self, step: int) -> None:
-        """Asks for the scores of a checkpoint that is being written; one that is not due is left out."""
+        """Requests scores of a checkpoint that is being written, if the step is due."""
         if self.config.every_steps == 0 or step == 0 or step % self.config.every_steps:
             return
         if self.step is None:
@@ -94,12 +49,12 @@ class Evaluator:
             self._fail(step, f"skipped, the evaluation of step {self.step} is still running")
 
     def resume(self, step: int) -> None:
-        """Asks again for those of the checkpoint that a run continues from, if it ended before they came."""
+        """Requests the scores of the checkpoint that a run resumes from, if it ended before they arrived."""
         if (self.run / "checkpoints" / f"step-{step}").is_dir() and not self._results(step):
             self.request(step)
 
     def poll(self, checkpoint_written: bool) -> None:
-        """Starts, collects or ends what is due; called once a step."""
+        """Starts, collects or kills the process when due; called once per step."""
         if self.step is None:
             return
         if self.process is None:
@@ -112,7 +67,7 @@ class Evaluator:
             self._kill(f"killed after {limit}; raise it or lower evaluation.limit")
 
     def finish(self, stop_reason: Callable[[], str | None]) -> None:
-        """Waits for the last evaluation, at most to its time-out or until there is a reason to stop."""
+        """Waits for the last evaluation until its time-out or a reason to stop."""
         told = -PROGRESS_SECONDS
         while self.step is not None:
             self.poll(checkpoint_written=True)
@@ -122,7 +77,7 @@ class Evaluator:
             if reason is not None and not self.killed:
                 self._kill(f"ended with the run ({reason}); the same command evaluates it again")
             if self.killed and now > self.deadline:
-                return  # even SIGKILL leaves a process that waits for a dead disk
+                return  # even SIGKILL does not end a process that waits for a dead disk
             if now - told >= PROGRESS_SECONDS and not self.killed:
                 left = max(0.0, self.deadline - now)
                 print(f"waiting for the scores of step {self.step}, at most {left:.0f} s more", flush=True)
@@ -135,7 +90,7 @@ class Evaluator:
     def _start(self, step: int) -> None:
         folder = self._folder(step)
         try:
-            shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not end
+            shutil.rmtree(folder, ignore_errors=True)  # left by an attempt that did not finish
             folder.mkdir(parents=True)
             with (folder / "log.txt").open("wb") as log:
                 self.process = subprocess.Popen(
@@ -144,7 +99,7 @@ class Evaluator:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # a process group, to be killed with all that it started
+                    start_new_session=True,  # its own process group, to be killed with all its children
                 )
         except OSError as error:
             self._close(step)
@@ -158,7 +113,7 @@ class Evaluator:
         flags = ["--tasks", c.tasks, "--limit", str(c.limit)]
         flags += [] if c.num_fewshot is None else ["--num_fewshot", str(c.num_fewshot)]
         flags += [] if c.data is None else ["--data", c.data]
-        return [sys.executable, __file__, *own, "--", *flags]
+        return [sys.executable, str(PROCESS), *own, "--", *flags]
 
     def _environment(self) -> dict[str, str]:
         kept = {name: v for name, v in os.environ.items() if not LAUNCHER_VARIABLE.fullmatch(name)}
@@ -186,12 +141,12 @@ class Evaluator:
     def _kill(self, reason: str) -> None:
         assert self.process is not None
         assert self.step is not None
-        os.killpg(self.process.pid, signal.SIGKILL)  # not yet waited for, so the number is still its own
+        os.killpg(self.process.pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
         self.killed, self.deadline = True, time.monotonic() + 5.0
         self._fail(self.step, reason)
 
     def _close(self, step: int) -> None:
-        """Makes room for the next one; the export, as large as the model, goes."""
+        """Makes room for the next evaluation and deletes the export, which is as large as the model."""
         shutil.rmtree(self._folder(step) / "work", ignore_errors=True)
         self.step, self.process = None, None
 
@@ -206,39 +161,15 @@ class Evaluator:
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """The scores and standard errors of a task; one that a single sample cannot have is left out."""
+    """Scores and standard errors of a task, without those that a single sample cannot have."""
     return {key: v for key, v in entry.items() if "," in key and isinstance(v, int | float)}
 
 
 def _last_words(log: Path) -> str:
-    """The line that a user's mistake leaves, else the last line; progress bars end in carriage returns."""
+    """The last `error: ` line, else the last line; splits at the carriage returns of progress bars too."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except OSError as error:
         return str(error)
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it said nothing"])[-1][:500]
-
-
-def main() -> None:
-    """The process: exports a checkpoint, then becomes eval/run.py."""
-    parser = argparse.ArgumentParser(description="Score one checkpoint of a run, as its trainer does.")
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--folder", type=Path, required=True, help="for the results")
-    parser.add_argument("flags", nargs="*", help="after --: further flags of eval/run.py")
-    arguments = parser.parse_args()
-    if sys.platform == "linux":  # a trainer that is killed leaves no process behind; holds after execv too
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.nice(NICENESS)
-    export = arguments.folder / "work" / "export"
-    with user_errors(ValueError, OSError):
-        from pretrain.export import export_run
-
-        export_run(arguments.run, arguments.step, export)
-        paths = ["--checkpoint", str(export), "--output_path", str(arguments.folder)]
-        os.execv(sys.executable, [sys.executable, str(EVAL_SCRIPT), *paths, *arguments.flags])
-
-
-if __name__ == "__main__":
-    main()

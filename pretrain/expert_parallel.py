@@ -1,7 +1,7 @@
-"""Expert parallelism: everything that is private to DeepSpeed's AutoEP, for one pinned version.
+"""Expert parallelism: everything that relies on private names of DeepSpeed's AutoEP, for one pinned version.
 
-Our MoE layer keeps its own routing; it is marked as an AutoEP layer so that ZeRO-3 shards its experts
-over the expert-data-parallel group, sums their gradients there and counts them once in the gradient norm.
+Our MoE layer keeps its own routing; marked as an AutoEP layer, it makes ZeRO-3 shard its experts over the
+expert-data-parallel group, sum their gradients there and count them once in the gradient norm.
 
 Shapes: n rows sent here, m rows received, D hidden, E experts, L = E / ep_size local experts.
 """
@@ -37,7 +37,7 @@ PINNED_VERSION = "0.19.8"
 
 
 def check_version() -> None:
-    """Raises RuntimeError under any DeepSpeed but the one whose private names are used here."""
+    """Raises RuntimeError under any DeepSpeed version except the one whose private names are used here."""
     found = deepspeed.__version__.split("+")[0]
     if found != PINNED_VERSION:
         raise RuntimeError(
@@ -47,10 +47,10 @@ def check_version() -> None:
 
 
 def reduce_gradients_when_complete() -> None:
-    """Lets ZeRO-3 reduce a parameter of a leaf module when its gradient is complete; call before initialize.
+    """Makes ZeRO-3 reduce a leaf module's parameter when its gradient is complete; call before initialize.
 
-    By itself it reduces all of a leaf module's parameters after the backward pass of EVERY call of the
-    module, with zeros for gradients still to come. A layer that a step runs several times side by side lost
+    By default it reduces all of a leaf module's parameters after the backward pass of EVERY call of the
+    module, with zeros for gradients still to come. A layer that a step runs in several parallel branches lost
     the gradients of its experts that way. Our modules need no zeros: every weight has a gradient whenever its
     layer runs.
     """
@@ -73,7 +73,7 @@ def expert_parallel_class(ep_size: int) -> type[MoE]:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to their experts' ranks; the gradient travels the same way back."""
+    """Sends rows to their experts' ranks; gradients return the same way."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
@@ -92,22 +92,22 @@ def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> 
 
 
 class _AutoEPMarker(AutoEPMoELayer):
-    """The type by which DeepSpeed recognises an AutoEP layer, without AutoEP's own construction."""
+    """The type by which DeepSpeed recognises an AutoEP layer, without AutoEP's own constructor."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
     def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
-        """The groups exist before the model is built; there is nothing to bind later."""
+        """Nothing to do: the groups exist before the model is built."""
 
 
 class _ExpertParallelMoE(MoE, _AutoEPMarker):
-    """MoE whose experts are spread over the ranks of an expert-parallel group; only run_experts differs."""
+    """MoE with its experts spread over the ranks of an expert-parallel group; only run_experts differs."""
 
     ep_size: int  # set by expert_parallel_class
 
     def __init__(self, config: ModelConfig, execution: ExecutionConfig) -> None:
-        # The names below are read by DeepSpeed from its AutoEP layers.
+        # DeepSpeed reads these names from its AutoEP layers.
         self.ep_group_name = group_name(self.ep_size)
         self.ep_rank = groups._get_expert_parallel_rank(self.ep_group_name)
         self.num_experts = config.n_routed_experts
@@ -147,7 +147,7 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
             setattr(parameter, name, value)
 
     def run_experts(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x (n, D) sorted by expert, counts (E,) -> (n, D), by way of the ranks that hold the experts."""
+        """x (n, D) sorted by expert, counts (E,) -> (n, D), through the ranks that hold the experts."""
         if self.ep_size == 1:
             return super().run_experts(x, counts)
         received = torch.empty_like(counts)
@@ -156,7 +156,7 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
         send = counts.view(self.ep_size, self.num_local_experts).sum(1).tolist()
         receive = by_source.sum(1).tolist()
         rows = _AllToAll.apply(x, send, receive, self.ep_group)
-        # Rows arrive by source rank, then expert; the experts want them by expert.
+        # Rows arrive ordered by source rank, then expert; the experts take them ordered by expert.
         expert = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
         order = expert.repeat_interleave(by_source.flatten()).argsort(stable=True)
         back = inverse_permutation(order)

@@ -1,12 +1,10 @@
 """Exports a checkpoint: model.safetensors, config.json and tokenizer.model, all that evaluation needs, and
-training_data.json, which says what of the training data was cleaned of test problems.
+training_data.json, which says which training sources were decontaminated.
 
 Offline, in one process: python pretrain/export.py --run runs/NAME [--step N] [--out DIR]
 """
 
 import argparse
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import user_errors
+from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.files import Manifest
 from model import ModelConfig, ZeroModel
@@ -24,8 +23,8 @@ from pretrain import checkpoint, lora
 
 
 def describe_data(manifest: Manifest) -> dict[str, Any]:
-    """What training_data.json holds: the manifest's sha256, the sources, and the files of test problems whose
-    text was taken out of those that are `decontaminated`.
+    """The contents of training_data.json: the manifest's sha256, the sources, and the test files whose
+    problems were removed from those that are `decontaminated`.
     """
     sources = {
         source["name"]: {
@@ -45,14 +44,13 @@ def describe_data(manifest: Manifest) -> dict[str, Any]:
 
 
 def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], run: Path) -> None:
-    """Writes the folder, with the run folder's tokenizer and description of the data (older runs have none);
-    these go first, so that weights never lack them.
+    """Writes the folder, with the run folder's tokenizer and data description (older runs have none); these
+    come first, so that weights never lack them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
         if name == TOKENIZER_NAME or (run / name).is_file():
-            shutil.copyfile(run / name, folder / f"{name}.tmp")
-            os.replace(folder / f"{name}.tmp", folder / name)
+            write_file(folder / name, (run / name).read_bytes())
     save_weights(folder, config, weights)
 
 
@@ -65,8 +63,8 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         FileNotFoundError: no such run or step.
         ValueError: the checkpoint is not whole, or holds pickled code.
     """
-    from pretrain.elastic import require_no_pickle_code
-    from pretrain.engine import convert_to_universal, universal_weights
+    # Imported late: deepspeed takes seconds, and a run with a misspelt key should fail sooner.
+    from pretrain.universal import convert_to_universal, require_no_pickle_code, universal_weights
 
     if step is None:
         folder, _ = checkpoint.newest(run)
@@ -92,7 +90,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         averaged = [load_file(path) for path in (folder / checkpoint.EMA).iterdir()]
         average = {name: value for tensors in averaged for name, value in tensors.items()}
         exports[out.with_name(f"{out.name}_ema")] = average
-    own_buffers = {name: b for name, b in buffers.items() if name in expected}  # others are the trainer's
+    own_buffers = {name: b for name, b in buffers.items() if name in expected}  # the others are the trainer's
     for target, parameters in exports.items():
         values = parameters | own_buffers
         if state.lora is not None:

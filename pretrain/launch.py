@@ -1,6 +1,6 @@
-"""Who a rank is and where ranks meet. Under SLURM: in the variables that `deepspeed` and `torchrun` set.
+"""Rank numbers and rendezvous address, under SLURM too, in the variables that `deepspeed` and `torchrun` set.
 
-srun starts one process per task and describes it in variables of its own; torch reads RANK, WORLD_SIZE,
+srun starts one process per task and describes it in its own variables; torch reads RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Meanings: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
 """
 
@@ -8,17 +8,17 @@ import os
 import re
 import socket
 
-# Ports below the range that Linux hands out by itself (net.ipv4.ip_local_port_range starts at 32768).
+# Ports below those that Linux assigns by itself (net.ipv4.ip_local_port_range starts at 32768).
 FIRST_PORT, NUM_PORTS = 15000, 15000
 
 
 def join_slurm_step() -> None:
     """Sets the five variables from SLURM's, if srun started this process and no other launcher did.
 
-    What is set already is kept: RANK by another launcher (then nothing changes), MASTER_ADDR or MASTER_PORT
-    by the user. Only a step counts: the batch shell's SLURM_PROCID=0 and SLURM_NTASKS=N describe the whole
-    job, and a process that trusted them would wait for ever for ranks that nobody starts. A step of one task,
-    such as a shell in which several runs are started, leaves each of them a group of its own.
+    Existing values are kept: RANK from another launcher (then nothing changes), MASTER_ADDR or MASTER_PORT
+    from the user. Only a job step counts: the batch shell's SLURM_PROCID=0 and SLURM_NTASKS=N describe the
+    whole job, and a process that trusted them would wait forever for ranks that are never started. In a step
+    of one task, such as a shell that starts several runs, each run forms its own group.
     """
     given = os.environ
     if "SLURM_STEP_ID" not in given or given["SLURM_STEP_NUM_TASKS"] == "1" or "RANK" in given:
@@ -31,7 +31,7 @@ def join_slurm_step() -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses; another process may take it before it is listened at."""
+    """A free port of this machine; another process may take it before it is used."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -39,5 +39,5 @@ def free_port() -> int:
 
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: `gpu[07-09,12],login` -> `gpu07`. It holds rank 0."""
-    # Every bracket stands for its first number; what follows the first comma outside brackets is other hosts.
+    # Keep the first number of every bracket, then everything up to the first comma outside brackets.
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", node_list).split(",")[0]

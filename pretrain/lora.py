@@ -1,15 +1,14 @@
-"""Low-rank adaptation (LoRA, Hu et al., arXiv 2106.09685) of a model that has weights to start from.
+"""Low-rank adaptation (LoRA, Hu et al., arXiv 2106.09685) of a model that starts from given weights.
 
-The only file that knows peft, the optional extra [lora]. Linear layers compute W x + alpha/r B A dropout(x)
-with W frozen, A (r, in) random, B (out, r) zero at first. Embeddings, head, norms, routers and routed experts
-are frozen as well; what a model has from here on, its latent thoughts, is trained in full.
+The only file that imports peft, the optional extra [lora]. Linear layers compute W x + alpha/r B A dropout(x)
+with W frozen, A (r, in) random and B (out, r) initially zero. Embeddings, head, norms, routers and routed
+experts are frozen as well; new parameters, those of latent thoughts, are trained in full.
 
-Checkpoints hold what is trained. The weights it goes with lie beside them, once, in BASE; exports are merged.
+Checkpoints hold only what is trained. BASE holds the frozen weights, once per run; exports are merged.
 """
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +17,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.layers import Linear
+from pretrain.config import LoraConfig
 
-NEW = "latent_thoughts."  # the parameters that a model has from here on
+NEW = "latent_thoughts."  # the parameters that the given weights lack
 BASE = "base.safetensors"  # in the run's folder: the weights that training started from
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names them
 
 
-@dataclass
-class LoraConfig:
-    """Defaults: those KaVa and CODI (arXiv 2502.21074) were published with."""
-
-    r: int = 128  # rank
-    alpha: int = 32  # the adapters' output is scaled by alpha / r
-    dropout: float = 0.1  # of the adapters' input
-
-    def check(self, ep_size: int, optimizer: str) -> None:
-        """Raises ValueError, one line, for values out of range and for what LoRA does not go with."""
-        for name, value, allowed, fits in (
-            ("r", self.r, "at least 1", self.r >= 1),
-            ("alpha", self.alpha, "above 0", self.alpha > 0),
-            ("dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1),
-        ):
-            if not fits:
-                raise ValueError(f"lora.{name}={value} must be {allowed}")
-        if ep_size > 1:
-            raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
-        if optimizer != "adamw":
-            raise ValueError(
-                f"optimizer.kind={optimizer} is for whole matrices, but lora trains factors of them; "
-                "set it to adamw"
-            )
-
-
 def identity(config: LoraConfig, weights: Path | None) -> dict[str, Any]:
-    """What a checkpoint's adapters are of no use without: the weights they go with, and their scale.
+    """What a checkpoint's adapters depend on: the weights they adapt, and their scale.
 
     Args:
         weights: safetensors to start from.
 
     Raises:
-        ValueError, FileNotFoundError: one line; nothing to start from, or no peft.
+        ValueError, FileNotFoundError: one line; no weights to start from, or no peft.
     """
     if weights is None:
         raise ValueError(
-            "lora freezes the weights that a run starts from, and this one has none; start distill/main.py "
+            "lora freezes the weights that a run starts from, but this one has none; start distill/main.py "
             "with --init, or leave lora out"
         )
     if importlib.util.find_spec("peft") is None:
@@ -74,7 +48,7 @@ def identity(config: LoraConfig, weights: Path | None) -> dict[str, Any]:
 
 
 def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Puts an adapter around every Linear but latent thoughts', and freezes everything else but those.
+    """Wraps every Linear in an adapter, except in latent thoughts, and freezes everything except those.
 
     The adapters' initial weights are a function of (seed, model): A uniform in +-1/sqrt(in), B zero.
     """
@@ -94,7 +68,7 @@ def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Makes what adapters drop in an optimizer step a function of these."""
+    """Makes the adapters' dropout in an optimizer step a function of (seed, step, rank)."""
     digest = hashlib.sha256(f"dropout:{seed}:{step}:{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -107,7 +81,7 @@ def save_base(run: Path, weights: dict[str, Tensor]) -> None:
 
 
 def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The plain model's weights, fp32: W + scale B A in place of W.
+    """The plain model's weights, fp32: W + scale B A instead of W.
 
     Args:
         run: folder that holds BASE.
@@ -119,7 +93,7 @@ def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Ten
     """
     if not (run / BASE).is_file():
         raise FileNotFoundError(
-            f"{run / BASE} is missing, the weights that the run's adapters go with; start the run again"
+            f"{run / BASE} is missing, the weights that the run's adapters adapt; start the run again"
         )
     weights = {name: value.float() for name, value in load_file(run / BASE).items()}
     for name, value in trained.items():

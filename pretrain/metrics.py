@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (a line a step), the step line, the progress bar, wandb."""
+"""What a run reports: metrics.jsonl (a line per step), the step line, the progress bar, wandb."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from common.files import write_file
 from model import ModelConfig
 from pretrain.config import RunConfig
 
@@ -22,10 +23,10 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
 
 
 def peak_tflops(config: RunConfig, model_config: ModelConfig) -> float | None:
-    """The device's peak as configured or known from its name; None: no MFU is reported.
+    """The device's peak, configured or looked up by its name; None: no MFU is reported.
 
-    That is where the peak is not known, and where a step is not one pass over its tokens with the gradients
-    of all weights: a student's passes, and LoRA.
+    None where the peak is unknown, and where a step is not one pass over its tokens with gradients of all
+    weights: a student's passes, and LoRA.
     """
     student = model_config.distillation is not None and model_config.distillation.student_pass
     if student or config.lora is not None:
@@ -55,14 +56,13 @@ def environment() -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Writes the metrics of rank 0; resuming drops the lines of steps that will be run again."""
+    """Writes rank 0's metrics; resuming drops the lines of steps that will run again."""
 
     def __init__(self, config: RunConfig, run: Path, start_step: int) -> None:
         self.config, self.start_step, self.started = config, start_step, time.perf_counter()
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)  # killed here, a run still has its history
+        write_file(path, "".join(kept).encode())  # so that a run killed here keeps its history
         self.file = path.open("a")
         self.bar = tqdm(total=config.max_steps, initial=start_step, unit="step", disable=None)
         self.wandb = _start_wandb(config, run)
@@ -83,7 +83,7 @@ class MetricsLog:
             self.wandb.log({k: v for k, v in record.items() if not isinstance(v, list)}, step=step)
 
     def note(self, record: dict[str, Any]) -> None:
-        """Records what an evaluation gave, or why it gave nothing; see Evaluator for the fields."""
+        """Records an evaluation's scores, or why there are none; see Evaluator for the fields."""
         step, scores = record["step"], record.get("eval", {})
         self.file.write(json.dumps({**record, "tokens": step * self.config.tokens_per_step}) + "\n")
         self.file.flush()
@@ -129,7 +129,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines only: a run killed while writing leaves half a line at the end."""
+    """The whole lines: a run killed while writing leaves half a line at the end."""
     if not path.exists():
         return []
     return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -138,7 +138,7 @@ def _lines(path: Path) -> list[str]:
 def _start_wandb(config: RunConfig, run: Path) -> Any:
     if config.wandb.mode == "disabled":
         return None
-    import wandb  # takes seconds to import; most runs do without
+    import wandb  # takes seconds to import, and most runs do not use it
 
     mode: Any = config.wandb.mode
     return wandb.init(project=config.wandb.project, mode=mode, dir=run, name=run.name, config=asdict(config))

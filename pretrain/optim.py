@@ -11,10 +11,10 @@ from model.moe import Router
 from pretrain.config import OptimizerConfig
 
 # Muon is for matrices that map hidden states to hidden states; its author leaves embeddings, the head and
-# vectors to AdamW, Moonlight (arXiv 2502.16982) trains the router so too. A depthwise convolution's kernel
-# is one vector a tap.
+# vectors to AdamW, and Moonlight (arXiv 2502.16982) the router too. A depthwise convolution's kernel is one
+# vector per tap.
 _NOT_FOR_MUON = (nn.Embedding, LMHead, Router, CausalMixing)
-MUON_MOMENTUM = 0.95  # Nesterov; of the reference implementation (Jordan et al. 2024)
+MUON_MOMENTUM = 0.95  # Nesterov; the reference implementation's (Jordan et al. 2024)
 
 
 def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
@@ -36,14 +36,14 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups of torch.optim, each parameter that is not frozen in one.
+    """Parameter groups for torch.optim; every parameter that is not frozen is in one.
 
-    Weight decay acts on everything with two axes or more but embeddings (learned input vectors: of tokens,
-    pause tokens, first memory); norms, biases and scales of iteration embeddings are vectors. So it does
-    act on the head, the router, halting heads and convolution kernels, as in Megatron-LM and Mamba.
+    Weight decay acts on everything with two or more axes except embeddings (learned input vectors: tokens,
+    pause tokens, initial memory); norms, biases and scales of iteration embeddings are vectors. So it acts
+    on the head, the router, halting heads and convolution kernels, as in Megatron-LM and Mamba.
 
-    With Muon the hidden matrices, (..., out, in), are in a group of their own; experts are batches of
-    matrices. A matrix of one row or column, such as a halting head's, is a vector. Every parameter is marked
+    With Muon the hidden matrices, (..., out, in), have a group of their own; experts are batches of matrices.
+    A matrix with one row or column, such as a halting head's, counts as a vector. Every parameter is marked
     with `use_muon`, which DeepSpeed reads.
     """
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}

@@ -1,12 +1,12 @@
-"""Predicts memory, communication and step time of a training run on GPUs that are not here.
+"""Predicts memory, communication and step time of a training run on GPUs that are not available here.
 
     python pretrain/plan.py --model large --gpus 256 --ep 8
 
---model is a preset or a YAML of a run, of which the model is read. What is not given (ep, ZeRO stage,
+--model is a preset, or the YAML of a run whose model is read. Whatever is not given (ep, ZeRO stage,
 micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of
-GPUs the best layout of each is listed. Bytes follow from the model and from what DeepSpeed sends
-(plan_communication.py, plan_memory.py: tested against it on 2 and 4 CPU ranks). STEP TIMES ARE PREDICTED AND
-UNVERIFIED, see plan_search.py.
+GPUs the best layout for each is listed. Bytes follow from the model and from what DeepSpeed sends
+(planning/communication.py and planning/memory.py, tested against it on 2 and 4 CPU ranks). STEP TIMES ARE
+PREDICTED AND UNVERIFIED, see planning/search.py.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from model.config.model import PRESETS
 from model.counts import num_parameters
 from pretrain.config import load_run_config
 from pretrain.planning.layout import Hardware, Loads
-from pretrain.planning.search import Plan, describe, search
+from pretrain.planning.search import LayoutPlan, describe, search
 
 SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
 
@@ -52,7 +52,7 @@ def _parse() -> argparse.Namespace:
         "--gpus", type=int, required=True, nargs="+", help="one number, or several for a table"
     )
     parser.add_argument("--ep", type=int, help="GPUs that share one set of experts; default: searched")
-    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="of ZeRO; default: searched")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), help="ZeRO stage; default: searched")
     parser.add_argument("--micro_batch_size", type=int, help="rows a GPU computes at once; default: searched")
     parser.add_argument(
         "--checkpointing", choices=CHECKPOINTING, help="default: the better of none and block"
@@ -60,7 +60,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--global_batch_size", type=int, default=2048, help="rows per step, over all GPUs")
     parser.add_argument(
-        "--loads", type=Path, help="metrics.jsonl whose last expert_load is used; default: even"
+        "--loads", type=Path, help="metrics.jsonl whose last expert_load is used; default: even loads"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -68,13 +68,13 @@ def _parse() -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="NAME=VALUE",
-        help="figures other than an H100's: " + ", ".join(f.name for f in dataclasses.fields(Hardware)),
+        help="figures that replace an H100's: " + ", ".join(f.name for f in dataclasses.fields(Hardware)),
     )
     return parser.parse_args()
 
 
 def read_model(name: str) -> ModelConfig:
-    """The model of a preset or of a YAML; a YAML without vocab_size has ModelConfig's default.
+    """The model of a preset or of a YAML; without vocab_size a YAML gets ModelConfig's default.
 
     Raises:
         ValueError, FileNotFoundError: one line.
@@ -89,7 +89,7 @@ def read_model(name: str) -> ModelConfig:
 
 
 def read_hardware(overrides: list[str]) -> Hardware:
-    """An H100 with the given figures in place of its own.
+    """An H100 with the given figures instead of its own.
 
     Raises:
         ValueError: not NAME=VALUE, an unknown name, or not a positive number.
@@ -98,18 +98,18 @@ def read_hardware(overrides: list[str]) -> Hardware:
     for override in overrides:
         name, _, value = override.partition("=")
         if name not in fields:
-            raise ValueError(f"--hardware {override} names none of {', '.join(fields)}")
+            raise ValueError(f"--hardware {override} is not one of {', '.join(fields)}")
         try:
             values[name] = int(value) if fields[name] is int else float(value)
         except ValueError:
-            raise ValueError(f"--hardware {override} needs a number; write e.g. {name}=1e9") from None
+            raise ValueError(f"--hardware {override} is not a number; write e.g. {name}=1e9") from None
         if not values[name] > 0:
             raise ValueError(f"--hardware {override} must be above 0")
     return Hardware(**values)
 
 
 def read_loads(path: Path) -> Loads:
-    """Experts' shares in every MoE layer, from the last line of a run's metrics.jsonl.
+    """Expert shares in every MoE layer, from the last line of a run's metrics.jsonl.
 
     Raises:
         ValueError: the file records none.
@@ -124,8 +124,8 @@ def read_loads(path: Path) -> Loads:
     return loads
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """All of a plan as JSON takes it: bytes, seconds, tokens."""
+def as_dict(plan: LayoutPlan) -> dict[str, Any]:
+    """A plan for JSON: bytes, seconds, tokens."""
     return {
         **dataclasses.asdict(plan),
         "memory_bytes": plan.memory_bytes,
@@ -135,18 +135,18 @@ def as_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def as_text(name: str, config: ModelConfig, plan: Plan, hardware: Hardware) -> str:
+def as_text(name: str, config: ModelConfig, plan: LayoutPlan, hardware: Hardware) -> str:
     """A page on one layout."""
     layout, usable = plan.layout, hardware.usable_bytes / 1e9
     total, active = num_parameters(config), num_parameters(config, active=True)
     lines = [
-        f"{name}: {total:,} parameters, {active:,} active a token",
-        f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens a step",
+        f"{name}: {total:,} parameters, {active:,} active per token",
+        f"{layout.gpus} GPUs, {describe(layout)}, {layout.step_tokens:,} tokens per step",
         "",
         f"memory per GPU               {plan.memory_bytes / 1e9:8.2f} GB of {usable:.1f}",
         *(f"  {part:27}{size / 1e9:8.2f} GB" for part, size in plan.memory.items()),
         "",
-        "a step's communication       as logged  group, phase",
+        "communication per step       as logged  group, phase",
         *(f"  {c.operation:27}{c.bytes / 1e9:8.2f} GB  {c.group}, {c.phase}" for c in plan.traffic),
         f"  sent over NVLink           {plan.nvlink_bytes / 1e9:8.2f} GB per GPU",
         f"  sent over the network      {plan.network_bytes / 1e9:8.2f} GB per GPU",
@@ -176,8 +176,8 @@ COLUMNS = (
 )
 
 
-def as_table(plans: list[Plan], hardware: Hardware) -> str:
-    """Markdown, a line per size; GB are per GPU, sent in a step."""
+def as_table(plans: list[LayoutPlan], hardware: Hardware) -> str:
+    """A Markdown table, a line per size; GB are per GPU, those sent are per step."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for p in plans:
         layout = p.layout

@@ -1,4 +1,4 @@
-"""The group of ranks: how a process joins it, what it asks it, and why it fails."""
+"""The group of ranks: how a process joins it, uses it, and explains its failures."""
 
 import atexit
 import fcntl
@@ -20,15 +20,15 @@ from torch import Tensor
 from pretrain.launch import free_port
 
 logger.setLevel(logging.WARNING)
-# DeepSpeed's own calls, which a user can do nothing about.
+# Raised by DeepSpeed's own calls; users cannot act on them.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def init_process_group() -> None:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Without a launcher this process is a group of its own, at a port of its own: DeepSpeed's buffer is named
-    after it, and two runs at once must not share that.
+    Without a launcher this process forms a group of one on a free port: DeepSpeed's buffer is named after the
+    port, and two concurrent runs must not share it.
     """
     prepare_extensions()
     if "RANK" not in os.environ:
@@ -46,13 +46,13 @@ def _remove_shared_memory() -> None:
 
 
 def prepare_extensions() -> None:
-    """Builds DeepSpeed's CPU communication extension once an environment, one process at a time.
+    """Builds DeepSpeed's CPU communication extension once per environment, one process at a time.
 
-    Environments have folders of their own, since each names its own torch in the build and would build anew
-    after another, under processes that have the library open.
+    Each environment has its own folder: a build refers to its environment's torch, and another environment
+    would rebuild it under processes that have the library open.
 
     A process killed while building leaves torch's `lock` file behind, on which every later run would wait
-    for ever. The operating system drops our own lock with its holder, so whoever has it may clear the other.
+    forever. The operating system releases our own lock with its holder, so its holder may delete the other.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "zeromodel" / "torch_extensions"
     own = cache / hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
@@ -61,7 +61,7 @@ def prepare_extensions() -> None:
     if get_accelerator().device_name() != "cpu" or builder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # The build calls `ninja`, which lies beside this python even where its environment is not activated.
+    # The build calls `ninja`, which is next to this python even if its environment is not activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with open(folder / "zeromodel.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -71,13 +71,13 @@ def prepare_extensions() -> None:
 
 
 def communication_problem(error: RuntimeError) -> str | None:
-    """In one line, why ranks cannot meet or no longer hear each other; None if the error is another."""
+    """In one line, why ranks cannot connect or have lost each other; None for any other error."""
     reason, rank = str(error).splitlines()[0], os.environ["RANK"]
     if "EADDRINUSE" in reason:
         port = os.environ["MASTER_PORT"]
-        return f"port {port} is in use, perhaps by another run: give the launcher another --master_port"
+        return f"port {port} is in use, perhaps by another run; give the launcher another --master_port"
     if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
-        return f"rank {rank} lost another rank, which tells why if it could ({reason})"
+        return f"rank {rank} lost another rank, whose own error says why if it had one ({reason})"
     return None
 
 
@@ -100,7 +100,7 @@ def device() -> torch.device:
 
 
 def peak_memory_bytes() -> int:
-    """Peak device memory of this rank, on a CPU the peak resident size of its process."""
+    """Peak device memory of this rank; on a CPU the peak resident size of its process."""
     if get_accelerator().device_name() == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     return get_accelerator().max_memory_allocated()

@@ -1,4 +1,4 @@
-"""Which optimizer steps are not to be taken: losses and gradients that are not finite, and spikes."""
+"""Which optimizer steps to skip: those whose loss or gradient is not finite, and spikes."""
 
 import math
 
@@ -14,12 +14,11 @@ class SpikeGuard:
     """Judges a step by its loss and gradient norm, which are equal on all ranks, without reading the device.
 
     A spike is a value whose robust z-score, (x - median) / (1.4826 MAD) over the last `window` finite steps,
-    exceeds `max_zscore`. The norm is compared by its logarithm. Only values that are too high count, and none
-    while the MAD is 0. Until `window` / 2 steps were seen, everything finite passes. Spikes are remembered
-    too: what lasts longer than half a window is a new level, to which the weights brought the run, and no
-    batch to be left out.
+    exceeds `max_zscore`. The norm is compared by its logarithm. Only high values count, and none while the
+    MAD is 0. Everything finite passes until `window` / 2 steps have been seen. Spikes enter the history too:
+    whatever lasts longer than half a window is a new level that the weights have reached, not a bad batch.
 
-    `history` (2, window) fp32, oldest first, NaN where there is nothing yet: part of a checkpoint.
+    `history` (2, window) fp32, oldest first, NaN where nothing was seen yet: part of a checkpoint.
     """
 
     def __init__(self, config: StabilityConfig, device: torch.device) -> None:
@@ -28,12 +27,12 @@ class SpikeGuard:
         self.zscores = torch.zeros(2, device=device)
 
     def forget(self) -> None:
-        """Where the loss becomes another one, whose level says nothing about spikes."""
+        """For a change of loss, after which the old level says nothing about spikes."""
         self.history.fill_(math.nan)
 
     @torch.no_grad()
     def refuses(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Scalars -> a boolean scalar, True: do not take this step. A finite one enters the history."""
+        """Scalars -> a boolean scalar, True: skip this step. Finite values enter the history."""
         values = torch.stack((loss.to(self.history), grad_norm.to(self.history).log()))
         finite = values[0].isfinite() & grad_norm.isfinite()
         refused = ~finite

@@ -1,7 +1,7 @@
 """What ends a run before max_steps: a signal, the stop file, the time limit.
 
-Each rank only notes a request. The trainer adds the notes of all ranks to the sums that they exchange once a
-step anyway, so that all stop after the same step, with a checkpoint.
+Each rank only notes a request. The trainer sums the notes of all ranks in the exchange that every step makes
+anyway, so that all ranks stop after the same step, with a checkpoint.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "STOP"  # in the run's folder; `touch` ends the run
-# Launchers and SLURM kill 30 s after SIGTERM: what is not saved by then is not going to be.
+# Launchers and SLURM kill 30 s after SIGTERM: what is not saved by then is lost.
 GRACE_SECONDS = 25.0
 
 
@@ -22,8 +22,8 @@ class StopRequests:
 
     Args:
         run: the run's folder.
-        time_limit_minutes: wall-clock time since this object was made, after which to stop; None: no limit.
-        watches_file: whether this rank looks for the stop file; one is enough.
+        time_limit_minutes: wall-clock time from construction after which to stop; None: no limit.
+        watches_file: whether this rank checks for the stop file; one rank is enough.
     """
 
     def __init__(self, run: Path, time_limit_minutes: float | None, watches_file: bool) -> None:
@@ -32,14 +32,14 @@ class StopRequests:
         self.signal: str | None = None
 
     def install(self) -> None:
-        """Notes SIGTERM and SIGUSR1 from now on; a stop file of an earlier run is removed."""
+        """Notes SIGTERM and SIGUSR1 from now on; removes the stop file of an earlier run."""
         if self.watches_file:
             self.file.unlink(missing_ok=True)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def reason(self) -> str | None:
-        """What asks to stop, as far as this rank knows; None: nothing."""
+        """What requests a stop, as far as this rank knows; None: nothing."""
         if self.signal is not None:
             return self.signal
         if self.watches_file and self.file.exists():
@@ -57,10 +57,10 @@ class StopRequests:
 
 
 def _give_up() -> None:
-    """A rank that waits for a dead one would wait until it is killed; the newest checkpoint is whole."""
+    """Exits: a rank that waits for a dead one would wait until killed. The newest checkpoint is whole."""
     print(
-        f"error: {GRACE_SECONDS:.0f} s after SIGTERM the step and its checkpoint are not done; "
-        "the same command continues from the newest checkpoint",
+        f"error: {GRACE_SECONDS:.0f} s after SIGTERM the step and its checkpoint are still unfinished; "
+        "run the same command again to resume from the newest checkpoint",
         file=sys.stderr,
         flush=True,
     )

@@ -32,23 +32,23 @@ from pretrain.stopping import StopRequests
 
 
 class TrainingError(ValueError):
-    """The training itself went wrong: one line that says where and what to do."""
+    """Training cannot continue: one line that says where it failed and what to do."""
 
 
 @dataclass
 class _Figures:
-    """What a step leaves behind. The tensors are read while the next step runs, so that nobody waits."""
+    """A step's results. The tensors are read while the next step runs, so that the device never waits."""
 
-    step: int  # optimizer steps done with it
+    step: int  # optimizer steps done, this one included
     depth: int
     lr: float
-    applied: bool  # whether the weights were changed
+    applied: bool  # whether it changed the weights
     seconds: float
-    waited: float  # seconds for data
-    stop: Tensor  # (1,) ranks that ask to stop
+    waited: float  # seconds spent waiting for data
+    stop: Tensor  # (1,) number of ranks that request a stop
     counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
     terms: Tensor  # (terms,) sums over all ranks
-    loops: Tensor  # (3, depth), see latent_terms.loop_sums
+    loops: Tensor  # (3, depth), see loop_trace.loop_sums
     loads: Tensor | None  # (MoE layers, E) tokens
     grad_norm: Tensor  # scalar
     zscores: Tensor  # (2,) of loss and grad_norm
@@ -77,10 +77,10 @@ class Trainer:
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
         self.peak, self.terms = peak_tflops(config, model_config), loss_terms(model_config)
-        self.save_seconds: float | None = None  # that training stood still for the last checkpoint
+        self.save_seconds: float | None = None  # for which the last checkpoint paused training
 
     def save(self) -> None:
-        """Copies the state; the checkpoint is written while training goes on."""
+        """Copies the state; the checkpoint is written while training continues."""
         started = time.perf_counter()
         self.saver.save(dataclasses.replace(self.initial_state, step=self.step))
         self.save_seconds = time.perf_counter() - started
@@ -89,16 +89,16 @@ class Trainer:
             self.saver.in_use = self.evaluator.step
 
     def train(self) -> None:
-        """Runs to max_steps, or until a rank is asked to stop, and leaves a checkpoint of the last step.
+        """Runs to max_steps, or until a rank is asked to stop, and saves a checkpoint of the last step.
 
         Raises:
-            TrainingError: too many steps in a row were skipped.
+            TrainingError: too many consecutive steps were skipped.
         """
         if rank() == 0:
             self.log = MetricsLog(self.config, self.run, self.step)
             self.evaluator = Evaluator(self.config.evaluation, self.run, self.log.note)
             self.evaluator.resume(self.step)
-        running: _Figures | None = None  # of the newest step, which the device may still be at
+        running: _Figures | None = None  # of the newest step, which may still run on the device
         with ThreadPoolExecutor(1) as reader:
             batch = reader.submit(self.loader.batch, self.step)
             while self.step < self.config.max_steps and not self.stopped:
@@ -126,21 +126,21 @@ class Trainer:
             self.saver.in_use = self.evaluator.step
 
     def close(self) -> None:
-        """Waits for the scores of the last checkpoint, of a whole run only, and ends the log.
+        """Waits for the last checkpoint's scores if the run is complete, and closes the log.
 
-        After all that ranks do together: the others need not wait for an evaluation.
+        Called after everything that ranks do together, so that the others need not wait for an evaluation.
         """
         if self.evaluator is not None:
             whole = self.step == self.config.max_steps
             self.evaluator.finish(
-                self.stop_requests.reason if whole else lambda: "it is not at its last step"
+                self.stop_requests.reason if whole else lambda: "it has not reached its last step"
             )
         if self.log is not None:
             self.log.close()
 
     @contextmanager
     def _profiler(self) -> Iterator[None]:
-        """Writes what rank 0 does in step profile_step, operation by operation."""
+        """Records rank 0's operations in step profile_step."""
         if self.step + 1 != self.config.profile_step or rank() > 0:
             yield
             return
@@ -153,7 +153,7 @@ class Trainer:
         (folder / f"step-{self.step}.txt").write_text(by_time + "\n")
 
     def _train_step(self, pending: "Future[Batch]") -> "_Figures":
-        """One optimizer step on this rank's rows; reads nothing from the device but what DeepSpeed does."""
+        """One optimizer step on this rank's rows; reads nothing from the device that DeepSpeed does not."""
         started = time.perf_counter()
         batch = pending.result()
         waited = time.perf_counter() - started
@@ -173,7 +173,7 @@ class Trainer:
             if number < len(micro_batches):
                 self.engine.step(lr)
         stop = sums.new_tensor([self.stop_requests.reason() is not None])
-        summed = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # one exchange a step
+        summed = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # the step's only exchange of sums
         stop, sums, loops = summed.split([1, len(sums), loops.numel()])
         self.engine.step(lr, total_loss(self.model_config, self._named(sums), counts))
         self.step += 1
@@ -198,9 +198,9 @@ class Trainer:
         return {term.name: value for term, value in zip(self.terms, sums, strict=True)}
 
     def _report(self, figures: "_Figures") -> None:
-        """Reads a step's figures from the device, writes its line of metrics.jsonl and draws conclusions."""
+        """Reads a step's figures from the device, writes its metrics.jsonl line, decides whether to stop."""
         record = self._record(figures)
-        if self.save_seconds is not None:  # in the line of the step after it
+        if self.save_seconds is not None:  # reported with the next step
             record["save_seconds"], self.save_seconds = self.save_seconds, None
         if self.log is not None:
             self.log.write(record)
@@ -208,13 +208,13 @@ class Trainer:
         self.skipped = 0 if figures.applied else self.skipped + 1
         if self.skipped >= self.config.stability.max_skipped:
             raise TrainingError(
-                f"step {figures.step} was number {self.skipped} in a row to be skipped "
+                f"step {figures.step} was skipped, the last of {self.skipped} in a row "
                 f"({record['skipped']}); "
-                "metrics.jsonl names their samples: lower optimizer.lr or mend the data, then resume"
+                "metrics.jsonl names their samples: lower optimizer.lr or fix the data, then resume"
             )
 
     def _record(self, f: "_Figures") -> dict[str, Any]:
-        """A step's line of metrics.jsonl."""
+        """A step's line in metrics.jsonl."""
         counts = {name: int(count) for name, count in f.counts.items()}
         terms = {
             term.name: float(value) / max(counts[term.counted_in], 1)
@@ -251,7 +251,7 @@ class Trainer:
         }
 
     def _skipped(self, f: "_Figures", measured: dict[str, float]) -> dict[str, Any]:
-        """Why a step was left out, and which rows of which sources it was made of."""
+        """Why a step was skipped, and which rows of which sources it consisted of."""
         wrong = [f"{name} is {value}" for name, value in measured.items() if not math.isfinite(value)]
         names = ("loss", "grad_norm")
         high = [f"z-score of {n} is {z:.1f}" for n, z in zip(names, f.zscores.tolist(), strict=True)]
@@ -261,8 +261,8 @@ class Trainer:
         }
 
     def _global_counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Over all ranks and micro-batches, scalars on the device: what the terms of the loss are counted_in,
-        `real_tokens`, which are not padding, and `damaged_rows`, left out so far.
+        """Sums over all ranks and micro-batches, scalars on the device: every loss term's counted_in,
+        `real_tokens`, which excludes padding, and `damaged_rows`, skipped so far.
         """
         own = {**self._loss_counts(batch), "real_tokens": int(batch.lengths.sum())}
         own["damaged_rows"] = len(self.loader.damaged)
@@ -271,7 +271,7 @@ class Trainer:
         return {**dict(zip(own, totals.unbind(), strict=True)), "rows": rows}
 
     def _loss_counts(self, batch: Batch) -> dict[str, int]:
-        """This rank's, see distillation.loss_counts."""
+        """This rank's counts, see latent_cot.targets.loss_counts."""
         parts = (batch.tokens, batch.targets, batch.cu_seqlens)
         return loss_counts(self.model_config, self.step, *(torch.from_numpy(part) for part in parts))
 
@@ -284,13 +284,13 @@ class Trainer:
                 "targets": torch.from_numpy(batch.targets[rows]).to(device()).long(),
                 "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
             }
-            if (batch.lengths[rows] < T).any():  # padding counts in no statistic of the experts or the loop
+            if (batch.lengths[rows] < T).any():  # padding enters no statistic of experts or loop
                 lengths = torch.from_numpy(batch.lengths[rows]).to(device())
                 inputs["attention_mask"] = torch.arange(T, device=device()) < lengths[:, None]
             yield inputs
 
     def _routed_tokens(self, real_tokens: int, depth: int) -> int:
-        """Choices of an expert that a step makes, over all MoE layers: what the loads must add up to."""
+        """Expert choices of a step over all MoE layers: what the loads must add up to."""
         c = self.model_config
         layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
         runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
@@ -298,7 +298,7 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float:
-        """Mean cross-entropy per target over the first eval_batches of the validation split."""
+        """Mean cross-entropy per target over the first eval_batches batches of the validation split."""
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=device())
         for step in range(self.config.eval_batches):
@@ -312,9 +312,9 @@ class Trainer:
         return float(totals[0] / totals[1].clamp(min=1))
 
     def _utilisation(self, tokens_per_second: float, depth: int) -> dict[str, float | None]:
-        """FLOPs against the devices' peak: `mfu` those of the model, `hfu` also those computed twice.
+        """FLOPs relative to the devices' peak: `mfu` the model's, `hfu` with those recomputed.
 
-        None: without a peak, see metrics.peak_tflops.
+        None without a peak, see metrics.peak_tflops.
         """
         if self.peak is None:
             return {"mfu": None, "hfu": None}
@@ -327,16 +327,16 @@ class Trainer:
 
 @torch.no_grad()
 def _loop_sums(output: ModelOutput, like: Tensor) -> Tensor:
-    """See latent_terms.loop_sums; zeros for a model without recurrence."""
+    """See loop_trace.loop_sums; zeros for a model without recurrence."""
     if output.num_iterations is None or output.halt_probs is None or output.residuals is None:
         return torch.zeros_like(like)
     return loop_sums(output.num_iterations, output.halt_probs, output.residuals)
 
 
 def update_router_biases(engine: Engine) -> Tensor | None:
-    """Once per optimizer step: loads of all ranks and micro-batches move every router's bias.
+    """Updates every router's bias once per optimizer step, from the loads of all ranks and micro-batches.
 
-    A step that the engine skipped moves no bias either.
+    A step that the engine skipped changes no bias either.
 
     Returns:
         (MoE layers, E) tokens per expert, over the whole global batch and all loop steps; None: no experts.
@@ -353,6 +353,6 @@ def update_router_biases(engine: Engine) -> Tensor | None:
 
 
 def normalised_entropy(shares: list[float]) -> float:
-    """Entropy of the experts' shares over its maximum: 1 is an even load, 0 all tokens on one expert."""
+    """Entropy of the experts' shares over its maximum: 1 is an even load, 0 is all tokens on one expert."""
     entropy = -sum(p * math.log(p) for p in shares if p > 0)
     return entropy / math.log(len(shares)) if len(shares) > 1 else 1.0

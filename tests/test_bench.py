@@ -47,7 +47,7 @@ def run(script: str, *flags: str) -> tuple[subprocess.CompletedProcess[str], flo
     return done, time.perf_counter() - start
 
 
-def test_the_table_as_a_user_gets_it(tmp_path):
+def test_the_command_prints_the_table(tmp_path):
     out = tmp_path / "new" / "bench.json"
     flags = ["--threads", "1", "--runs", "1", "--batch", "3", "--length", "48", "--new_tokens", "5"]
     done, wall = run("compare.py", *flags, "--dtypes", "fp32", "--out", str(out))
@@ -68,7 +68,7 @@ def test_the_table_as_a_user_gets_it(tmp_path):
         (ours,), (theirs,) = measured["ours"], measured["transformers"]
         if task == "memory":
             assert result["ratio"] == pytest.approx(ours / theirs)
-            assert ours > 2**20  # gradients alone take more
+            assert ours > 2**20  # gradients alone need more
         else:
             counted += ours + theirs
             assert result["ratio"] == pytest.approx(theirs / ours)
@@ -131,7 +131,7 @@ def test_a_mistake_is_one_line(script, flags, message, measuring, monkeypatch, c
 
 
 @pytest.mark.parametrize("text", ["{", "3", "[]"])
-def test_sizes_that_are_no_object(text, compare, monkeypatch, capsys):
+def test_sizes_must_be_an_object(text, compare, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--sizes", text])
     with pytest.raises(SystemExit) as stopped:
         compare.main()
@@ -151,12 +151,12 @@ def test_another_network_is_refused(compare, monkeypatch):
 
     compare._check_same_network(config)
     monkeypatch.setattr(compare, "build", changed)
-    with pytest.raises(ValueError, match="the logits of both differ by"):
+    with pytest.raises(ValueError, match="the two models' logits differ by"):
         compare._check_same_network(config)
 
 
 def test_both_train_on_the_same_loss(compare, measuring):
-    """Apart from the balance loss, which transformers has not."""
+    """Except for the balance loss, which transformers lacks."""
     config = ModelConfig.from_dict({**SIZES, "balance_loss_weight": 0.0})
     losses = []
     for name in ("ours", "transformers"):
@@ -195,8 +195,8 @@ class Greedy(nn.Module):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
-def test_memory_that_is_freed_again_counts(measuring):
-    torch.ones(400 * 2**18)  # an earlier and higher peak, which must not count
+def test_freed_memory_counts(measuring):
+    torch.ones(400 * 2**18)  # an earlier, higher peak must not count
     for megabytes in (100, 200):
         grown = measuring.memory_growth(Greedy(megabytes), torch.zeros(1, 2, dtype=torch.int64)) / 2**20
         assert megabytes - 2 < grown < megabytes + 30  # the kernel counts pages in batches

@@ -18,8 +18,8 @@ FLAGS = {"--runs": 2, "--rows": 3, "--length": 64, "--batches": 5, "--memory_bat
 FLAGS |= {"--characters": 60_000, "--prepared": 5_000, "--vocab_size": 400}
 PEERS = {
     "memmap",
-    "webdataset, 1 document a sample",
-    "webdataset, 64 documents a sample",
+    "webdataset, 1 document per sample",
+    "webdataset, 64 documents per sample",
     "webdataset on our shards",
 }
 OURS = {"ours, concat", "ours, best_fit"}
@@ -39,7 +39,7 @@ def corpus(tmp_path_factory) -> Any:
     return make(Path("no such folder"), tmp_path_factory.mktemp("corpus"), 60_000, 400)
 
 
-def test_the_table_as_a_user_gets_it(tmp_path):
+def test_the_command_prints_the_table(tmp_path):
     out = tmp_path / "new" / "data.json"
     flags = [str(part) for flag in FLAGS.items() for part in flag]
     command = [sys.executable, str(BENCH / "data.py"), "--data", str(tmp_path), "--out", str(out), *flags]
@@ -81,7 +81,7 @@ def test_the_table_as_a_user_gets_it(tmp_path):
 
 
 def test_every_reader_gives_the_rows_of_the_corpus(bench, corpus):
-    """By the way that the bench does not take: the documents as lists, row by row."""
+    """Independently of the bench: documents as lists, row by row."""
     peers = importlib.import_module("data_peers")
     corpora = importlib.import_module("data_corpus")
     starts, flat = corpus.stream.document_starts.tolist(), corpus.flat.tolist()
@@ -126,7 +126,7 @@ def test_readers_of_another_corpus_are_refused(bench, corpus):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_the_fast_tokenizer_is_ours(bench, corpus, kind, tmp_path):
+def test_the_fast_tokenizer_matches_ours(bench, corpus, kind, tmp_path):
     model = tmp_path / "tokenizer.model"
     model.write_bytes(bench.train_tokenizer(corpus.texts, 400, kind))
     ours, theirs = bench.Tokenizer(model), bench.fast_tokenizer(model)

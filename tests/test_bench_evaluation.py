@@ -26,7 +26,7 @@ def run(data: Path, *flags: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not installed, reason="lm-eval and accelerate are not installed")
-def test_the_table_as_a_user_gets_it(data_root, tmp_path):
+def test_the_command_prints_the_table(data_root, tmp_path):
     out = tmp_path / "new" / "evaluation.json"
     done = run(data_root, "--limit", 1, "--runs", 2, "--sizes", json.dumps(SIZES), "--out", out)
     assert done.returncode == 0, done.stderr

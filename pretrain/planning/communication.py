@@ -1,16 +1,16 @@
-"""Bytes that a training step sends: what DeepSpeed 0.19.8's ZeRO and our expert parallelism really exchange.
+"""Bytes that a training step sends: what DeepSpeed 0.19.8's ZeRO and our expert parallelism exchange.
 
-Read from its source and held against its communication logger by tests/pretrain/test_plan.py:
+Read from its source and checked against its communication logger by tests/pretrain/test_plan.py:
 
-- ZeRO-3 gathers a module before it is used, forward and backward, unless it is still there: a module stays if
-  it is used again within stage3_max_reuse_distance parameters. Gradients are reduce-scattered in every
+- ZeRO-3 gathers a module before use, forward and backward, unless it is still there: a module stays if it is
+  used again within stage3_max_reuse_distance parameters. Gradients are reduce-scattered in every
   micro-batch.
 - ZeRO-1 and 2 ALL-REDUCE gradients, twice the bytes of a reduce-scatter (use_multi_rank_bucket_allreduce, the
-  default): ZeRO-1 once a step, ZeRO-2 in every micro-batch. Both gather the new weights once a step.
-- Experts do the same over their expert-data-parallel group. Their tokens travel there and back in forward and
-  in backward, and twice more where activation checkpointing runs the layer again.
+  default): ZeRO-1 once per step, ZeRO-2 in every micro-batch. Both gather the new weights once per step.
+- Experts do the same over their expert-data-parallel group. Tokens travel to them and back in forward and in
+  backward, and once more each way where activation checkpointing reruns the layer.
 
-Left out: norms, overflow flags, loads and loss sums, some hundred bytes a step.
+Left out: norms, overflow flags, loads and loss sums, a few hundred bytes per step.
 """
 
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class Collective:
     operation: str  # all_gather_into_tensor | reduce_scatter_tensor | all_reduce | all_to_all_single
     group: str  # world | expert_data | expert
     phase: str  # forward | backward | step
-    # As DeepSpeed's logger counts on a rank: the tensors passed in, over all calls, also in a group of one
+    # As DeepSpeed's logger counts on a rank: the tensors passed in, over all calls, even in a group of one
     bytes: float
     calls: float
 
     def links(self, layout: Layout) -> tuple[float, float]:
         """Bytes that a GPU sends over NVLink and over the network.
 
-        A ring enters and leaves every node once; NCCL runs one ring for each of the node's GPUs, so that
-        they share what crosses. All-to-all sends each peer its part.
+        A ring enters and leaves every node once; NCCL runs one ring per GPU of a node, so that the GPUs share
+        the traffic between nodes. All-to-all sends each peer its part.
         """
         size, local = layout.group(self.group)
         if size == 1:
@@ -54,7 +54,7 @@ class Gathering:
 
     forward: list[str]  # names of parts, in order
     backward: list[str]
-    peak_elements: int  # most that are gathered at a time
+    peak_elements: int  # largest number gathered at a time
 
 
 def collectives(
@@ -68,7 +68,7 @@ def collectives(
 
     Args:
         loads: shares of the experts, one list per MoE layer; None: even.
-        ep_rank: whose all-to-all; None: in every layer that of the most loaded rank.
+        ep_rank: the rank whose all-to-all is counted; None: in every layer the most loaded rank.
     """
     found = _zero3(config, parts, layout) if layout.stage == 3 else _zero12(parts, layout)
     if layout.ep > 1:
@@ -109,24 +109,25 @@ def _zero3(config: ModelConfig, parts: dict[str, Part], layout: Layout) -> list[
 
 
 def gather_schedule(config: ModelConfig, parts: dict[str, Part], layout: Layout) -> Gathering:
-    """Replays DeepSpeed's fetches and releases over the modules' order of use, once it has traced it.
+    """Replays DeepSpeed's fetches and releases over the traced order of use of the modules.
 
     After partitioned_param_coordinator.py, __params_to_release. A leaf module looks ahead through whole
-    modules, and the root, first in backward, contains it; any other looks only at modules' own parameters.
+    modules, of which the root, first in backward, contains it; any other looks only at modules' own
+    parameters.
     """
     forward, backward = uses(config, layout.checkpointing)
     forward, backward = ([n for n in names if n in parts] for names in (forward, backward))
     order = [*forward, "", *backward]
     elements = {name: part.held(layout.ep) for name, part in parts.items()}
     gathered, peak, fetched = set[str](), 0, list[list[str]]([[], []])
-    for place, name in enumerate(order):
+    for i, name in enumerate(order):
         if not name:
             continue
         if name not in gathered:
-            fetched[place > len(forward)].append(name)
+            fetched[i > len(forward)].append(name)
             gathered.add(name)
         peak = max(peak, sum(elements[n] for n in gathered))
-        if not _used_soon(name, order[place + 1 :], parts, elements, layout.zero.max_reuse_distance):
+        if not _used_soon(name, order[i + 1 :], parts, elements, layout.zero.max_reuse_distance):
             gathered.discard(name)
     return Gathering(fetched[0], fetched[1], peak)
 
@@ -146,7 +147,7 @@ def _used_soon(
 
 
 def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], list[str]]:
-    """Modules in the order in which a micro-batch uses them, forward and backward."""
+    """Modules in the order a micro-batch uses them, forward and backward."""
     r, L, done = config.recurrence, config.num_hidden_layers, 0
     forward = ["embed_tokens", "embed_positions", "embedding_mixing", "pause_tokens", "memory"]
     backward: list[str] = []
@@ -169,7 +170,7 @@ def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], l
 
 
 def expert_runs(config: ModelConfig) -> list[tuple[int, int, bool]]:
-    """Of each MoE layer: runs in forward, runs in backward, and whether it lies in a loop."""
+    """For each MoE layer: runs in forward, runs in backward, and whether it is looped."""
     r, found = config.recurrence, list[tuple[int, int, bool]]()
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
         if not config.is_moe_layer(layer):
@@ -183,7 +184,7 @@ def expert_runs(config: ModelConfig) -> list[tuple[int, int, bool]]:
 
 
 def rank_shares(loads: Loads, ep: int) -> Loads:
-    """Of each MoE layer, each rank's tokens as a multiple of an even load."""
+    """For each MoE layer, each rank's tokens as a multiple of an even load."""
     experts = len(loads[0]) // ep
     return [
         [ep * sum(layer[i : i + experts]) / sum(layer) for i in range(0, len(layer), experts)]
@@ -194,7 +195,7 @@ def rank_shares(loads: Loads, ep: int) -> Loads:
 def _all_to_all(
     config: ModelConfig, layout: Layout, loads: Loads | None, ep_rank: int | None
 ) -> list[Collective]:
-    """Rows to their experts and back, with the counts before them (int64)."""
+    """Rows to their experts and back, preceded by their counts (int64)."""
     runs = expert_runs(config)
     shares = [[1.0] * layout.ep for _ in runs] if loads is None else rank_shares(loads, layout.ep)
     rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
@@ -218,5 +219,5 @@ def _all_to_all(
 
 
 def recomputes(checkpointing: str, looped: bool) -> bool:
-    """Whether backward runs a layer's forward again."""
+    """Whether backward recomputes a layer's forward pass."""
     return checkpointing in ("block", "selective") or (checkpointing == "iteration" and looped)

@@ -1,4 +1,4 @@
-"""What a plan is made for: the model's tensors, the layout of the run, the hardware."""
+"""What a plan is computed from: the model's tensors, the layout of the run, the hardware."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,15 +7,15 @@ import torch
 
 from model import ModelConfig, ZeroModel
 
-Loads = list[list[float]]  # of each MoE layer, each expert's share of the tokens
+Loads = list[list[float]]  # by MoE layer, each expert's share of the tokens
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Stated figures of one kind of GPU and its links, and the fraction of each that is assumed achievable.
+    """Stated figures of one kind of GPU and its links, and the fraction of each assumed to be achievable.
 
-    The defaults are the data sheet of the H100 SXM with 8 GPUs a node and one 400 Gb/s InfiniBand port each.
-    The fractions are assumptions, measured nowhere in this project.
+    The defaults are from the data sheet of the H100 SXM, with 8 GPUs per node and one 400 Gb/s InfiniBand
+    port each. The fractions are assumptions that this project has not measured.
     """
 
     gpus_per_node: int = 8
@@ -25,12 +25,12 @@ class Hardware:
     nvlink_bandwidth: float = 450e9  # bytes/s each way, within a node
     network_bandwidth: float = 50e9  # bytes/s each way, between nodes
     compute_fraction: float = 0.4
-    memory_fraction: float = 0.9  # of the memory; the rest is the context's, NCCL's and fragmentation's
+    memory_fraction: float = 0.9  # usable; the rest is CUDA context, NCCL and fragmentation
     memory_bandwidth_fraction: float = 0.7
     nvlink_fraction: float = 0.7
     network_fraction: float = 0.7
-    overlap: float = 0.8  # of ZeRO's exchanges, or of the arithmetic where that is shorter
-    hop_latency: float = 10e-6  # seconds a collective takes for each doubling of its group
+    overlap: float = 0.8  # share of ZeRO's exchanges hidden, or of the arithmetic where that is shorter
+    hop_latency: float = 10e-6  # seconds of a collective per doubling of its group
 
     @property
     def usable_bytes(self) -> float:
@@ -39,18 +39,18 @@ class Hardware:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """DeepSpeed 0.19.8's defaults for what ds_configs/ leaves out, in elements (runtime/zero/config.py)."""
+    """DeepSpeed 0.19.8's defaults for what ds_configs/ omits, in elements (runtime/zero/config.py)."""
 
     reduce_bucket_size: float = 5e8
-    max_reuse_distance: float = 1e9  # stage 3 keeps what is used again within so many parameters
+    max_reuse_distance: float = 1e9  # stage 3 keeps what is used again within this many parameters
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is laid over the GPUs.
+    """How a run is distributed over the GPUs.
 
     Raises:
-        ValueError: sizes that do not divide each other; the line names value, limit and mend.
+        ValueError: sizes that do not divide each other; the line names value, limit and fix.
     """
 
     gpus: int
@@ -87,9 +87,9 @@ class Layout:
         return self.micro_tokens * self.accumulation * self.gpus
 
     def group(self, name: str) -> tuple[int, int]:
-        """GPUs of a process group, and how many of them are on one node.
+        """GPUs of a process group, and how many of them share a node.
 
-        world: all. expert: ep consecutive ones. expert_data: every ep-th one.
+        world: all. expert: ep consecutive ones. expert_data: every ep-th.
         """
         node = min(self.gpus, self.gpus_per_node)
         if name == "world":
@@ -111,18 +111,18 @@ def check_experts(config: ModelConfig, ep: int) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """A module that ZeRO-3 gathers at once: its tensors' elements, experts over all ranks."""
+    """A module that ZeRO-3 gathers as a whole: elements of its tensors, experts counted over all ranks."""
 
     dense: tuple[int, ...]
     experts: tuple[int, ...]
-    leaf: bool  # a decoder layer, which engine.py makes a leaf module
+    leaf: bool  # a decoder layer, made a leaf module by engine.py
 
     def held(self, ep: int) -> int:
-        """Elements of it that one rank computes with."""
+        """Elements that one rank computes with."""
         return sum(self.dense) + sum(self.experts) // ep
 
     def shards(self, layout: Layout) -> dict[str, int]:
-        """Elements that one rank keeps under ZeRO-3, which pads every tensor on its own, by process group."""
+        """Elements that one rank keeps under ZeRO-3, which pads each tensor, by process group."""
         world, data = layout.group("world")[0], layout.group("expert_data")[0]
         return {
             "world": sum(math.ceil(n / world) for n in self.dense),
@@ -131,7 +131,7 @@ class Part:
 
 
 def model_parts(config: ModelConfig) -> dict[str, Part]:
-    """The modules of a model by name, from the real model built without storage."""
+    """The modules of a model by name, from the model built without storage."""
     with torch.device("meta"):
         model = ZeroModel(config)
     tensors: dict[str, tuple[list[int], list[int]]] = {}

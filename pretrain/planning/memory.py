@@ -1,8 +1,8 @@
-"""Bytes of memory that a training run takes on each GPU, part by part.
+"""Bytes of memory that a training run needs on each GPU, part by part.
 
 The partitions of parameters, gradients and optimizer are exact (tests/pretrain/test_plan.py compares them
-with DeepSpeed's on 2 and 4 ranks). Activations count what autograd saves in a layer, to 10% of what the same
-test counts on a CPU. Gathered parameters, buckets and temporaries are read from the source, not measured.
+with DeepSpeed's on 2 and 4 ranks). Activations count what autograd saves in a layer, within 10% of what
+the same test counts on a CPU. Gathered parameters, buckets and temporaries follow the source, unmeasured.
 """
 
 import math
@@ -11,13 +11,13 @@ from model import ModelConfig
 from pretrain.planning.communication import Gathering, expert_runs, recomputes
 from pretrain.planning.layout import Layout, Part
 
-LOGIT_ROWS = 1024  # of the head at a time, see model/losses.chunked_cross_entropy
+LOGIT_ROWS = 1024  # of the head at once, see model/losses.chunked_cross_entropy
 
 
 def partitions(parts: dict[str, Part], layout: Layout) -> dict[str, int]:
-    """Bytes of what ZeRO keeps all the time: mixed precision with AdamW in fp32.
+    """Bytes that ZeRO holds throughout: mixed precision with AdamW in fp32.
 
-    Stages 1 and 2 pad their flat groups by a few elements more.
+    Stages 1 and 2 pad their flat groups by a few more elements.
     """
     width, held = layout.element_bytes, sum(part.held(layout.ep) for part in parts.values())
     if layout.stage == 3:
@@ -36,18 +36,18 @@ def partitions(parts: dict[str, Part], layout: Layout) -> dict[str, int]:
 def memory(
     config: ModelConfig, parts: dict[str, Part], layout: Layout, gathering: Gathering | None, skew: float
 ) -> dict[str, int]:
-    """Bytes on a GPU at the fullest moment, either in backward or in the optimizer's step.
+    """Bytes on a GPU at the peak, either in backward or in the optimizer's step.
 
     Args:
-        gathering: of ZeRO-3; None for the other stages.
-        skew: most loaded rank's tokens as a multiple of an even load.
+        gathering: ZeRO-3's; None for the other stages.
+        skew: the most loaded rank's tokens as a multiple of an even load.
     """
     kept, width = partitions(parts, layout), layout.element_bytes
     shard = kept["optimizer"] // 12
-    # AdamW's fp32 gradient and one temporary of the fused-by-list update.
+    # AdamW's fp32 gradient and one temporary of its foreach update.
     step = {"optimizer step": 8 * shard}
     rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
-    buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other travels
+    buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other is sent
     vocabulary = config.vocab_size
     backward = {
         "gradient buckets": int(buckets * width * layout.zero.reduce_bucket_size),
@@ -66,7 +66,7 @@ def memory(
 
 
 def activation_bytes(config: ModelConfig, layout: Layout, skew: float = 1.0) -> int:
-    """What backward needs of a micro-batch's forward pass, at its fullest moment."""
+    """Bytes that backward needs of a micro-batch's forward pass, at their peak."""
     tokens, width = layout.micro_tokens * config.positions_per_token, layout.element_bytes
     d, policy = config.hidden_size, layout.checkpointing
     total, working, looped_working = 0.0, 0.0, 0.0
@@ -105,7 +105,7 @@ def _backward_runs(config: ModelConfig, layer: int, looped: bool) -> int:
 def saved_elements(
     config: ModelConfig, layer: int, skew: float = 1.0, element_bytes: int = 2
 ) -> dict[str, float]:
-    """Elements a token leaves in one run of a layer, by what they are; weights and indices aside.
+    """Elements saved per token in one run of a layer, by kind; without weights and indices.
 
     fp32 tensors of a 16-bit model count double. Norms are fused, as on a GPU.
     """
@@ -135,19 +135,19 @@ def saved_elements(
 
 
 def _unit(config: ModelConfig, width: int) -> int:
-    """Elements a token leaves in one step of a Latent Reasoning Unit, its core aside.
+    """Elements saved per token in one step of a Latent Reasoning Unit, without its core.
 
-    The state, its norm's input, and what its change is measured by; for each two-input matrix its input; for
-    a gate also its value and what it weighs.
+    The state, its norm's input, and the measure of its change; the input of each two-input matrix; for a gate
+    also its value and what it weighs.
     """
     r = config.recurrence
     return width * (3 + r.state_norm + 4 * (r.update == "gated") + 2 * (r.injection in ("concat", "gate")))
 
 
 def saved_products(config: ModelConfig, layer: int, skew: float = 1.0) -> float:
-    """Elements a token leaves under checkpointing=selective: results of matrix products and of attention."""
+    """Elements saved per token under checkpointing=selective: results of matrix products and attention."""
     saved, d = saved_elements(config, layer, skew), config.hidden_size
-    kept = saved["attention"] + saved["attended"] + d  # d: of the output projection
+    kept = saved["attention"] + saved["attended"] + d  # d: the output projection's
     if "experts" not in saved:
         return kept + saved["feed-forward"] + d
     return kept + saved["experts"] + saved["shared experts"] + d + 2 * config.n_routed_experts

@@ -1,10 +1,10 @@
 """Step time of a layout, and the search for the best one. STEP TIMES ARE PREDICTED AND UNVERIFIED.
 
-No GPU run has been compared with them: they are the stated figures of plan_layout.Hardware times assumed
-fractions. In forward ZeRO's gathers overlap the arithmetic, in backward its gathers and reductions do, by the
-assumed fraction `overlap`; ZeRO-1 reduces, and so overlaps, in the last micro-batch only. Tokens on their way
-to experts are waited for. So is what follows the last backward: AdamW, bound by memory bandwidth, and the
-gathers of ZeRO-1 and 2.
+They have not been compared with any GPU run: they are the stated figures of layout.Hardware times assumed
+fractions. ZeRO's gathers overlap the arithmetic in forward, its gathers and reductions do in backward, by the
+assumed fraction `overlap`; ZeRO-1 reduces, and so overlaps, in the last micro-batch only. Nothing overlaps
+the exchange of tokens with experts, nor what follows the last backward: AdamW, bound by memory bandwidth, and
+the gathers of ZeRO-1 and 2.
 """
 
 import itertools
@@ -22,15 +22,15 @@ RESOURCES = ("compute", "NVLink", "network", "memory bandwidth", "latency")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A layout and what is predicted of it."""
+class LayoutPlan:
+    """A layout and what is predicted for it."""
 
     layout: Layout
     memory: dict[str, int]  # bytes on a GPU
-    traffic: list[Collective]  # of a step
-    nvlink_bytes: float  # that a GPU sends in a step
+    traffic: list[Collective]  # per step
+    nvlink_bytes: float  # sent by a GPU per step
     network_bytes: float
-    seconds: dict[str, float]  # of a step, by the resource that is waited for
+    seconds: dict[str, float]  # per step, by the resource that is waited for
 
     @property
     def memory_bytes(self) -> int:
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def limit(self) -> str:
-        """The resource that most of the step waits for."""
+        """The resource that the step waits for most."""
         return max(self.seconds, key=lambda name: self.seconds[name])
 
 
@@ -56,19 +56,19 @@ def plan(
     hardware: Hardware,
     loads: Loads | None = None,
     parts: dict[str, Part] | None = None,
-) -> Plan:
+) -> LayoutPlan:
     """Predicts one layout.
 
     Args:
         loads: shares of the experts in every MoE layer, as metrics.jsonl records them; None: even.
-        parts: of the model, if known already.
+        parts: of the model, if already known.
     """
     parts = parts or model_parts(config)
     skew = _skew(config, layout, loads)
     gathering = gather_schedule(config, parts, layout) if layout.stage == 3 else None
     traffic = collectives(config, parts, layout, loads)
     links = [c.links(layout) for c in traffic]
-    return Plan(
+    return LayoutPlan(
         layout,
         memory(config, parts, layout, gathering, skew),
         traffic,
@@ -85,8 +85,8 @@ def _skew(config: ModelConfig, layout: Layout, loads: Loads | None) -> float:
     runs = [forward for forward, _, _ in expert_runs(config)]
     if len(loads) != len(runs) or any(len(layer) != config.n_routed_experts for layer in loads):
         raise ValueError(
-            f"--loads has {len(loads)} layers of {len(loads[0])} experts, but the model {len(runs)} of "
-            f"{config.n_routed_experts}; give the metrics of a run of this model"
+            f"--loads has {len(loads)} layers of {len(loads[0])} experts, but the model has {len(runs)} of "
+            f"{config.n_routed_experts}; give metrics of a run of this model"
         )
     worst = [max(shares) for shares in rank_shares(loads, layout.ep)]
     return sum(n * w for n, w in zip(runs, worst, strict=True)) / sum(runs)
@@ -112,7 +112,7 @@ def _seconds(
         covering = arithmetic / layout.accumulation if layout.stage == 1 else arithmetic
         whole = sum(hidden.values())
         covered = min(covering, whole) * hardware.overlap
-        for resource, seconds in hidden.items():  # what arithmetic does not cover, shared out
+        for resource, seconds in hidden.items():  # what arithmetic does not cover, split in proportion
             waited[resource] += seconds * (1 - covered / whole)
     for resource, seconds in _transfer([c for c in traffic if c.phase == "step"], layout, hardware).items():
         waited[resource] += seconds
@@ -124,7 +124,7 @@ def _seconds(
 
 
 def _flops(config: ModelConfig, layout: Layout, skew: float) -> tuple[float, float]:
-    """FLOPs of a step on the most loaded GPU: forward, and what backward computes again."""
+    """FLOPs per step on the most loaded GPU: forward, and what backward recomputes."""
     tokens = layout.micro_tokens * layout.accumulation
     runs = expert_runs(config)
     expert = 6.0 * config.hidden_size * config.moe_intermediate_size * config.num_experts_per_tok
@@ -144,7 +144,7 @@ def _of(traffic: list[Collective], experts: bool) -> list[Collective]:
 
 
 def _transfer(traffic: list[Collective], layout: Layout, hardware: Hardware) -> dict[str, float]:
-    """Seconds of exchanges one after the other, each as long as its slower link, by that link."""
+    """Seconds of consecutive exchanges by link: each takes as long as its slower link."""
     seconds = dict.fromkeys(("NVLink", "network", "latency"), 1e-12)
     for collective in traffic:
         nvlink, network = collective.links(layout)
@@ -158,12 +158,12 @@ def _transfer(traffic: list[Collective], layout: Layout, hardware: Hardware) -> 
 
 def search(
     config: ModelConfig, hardware: Hardware, rows: int, fixed: dict[str, Any], loads: Loads | None = None
-) -> Plan:
-    """The layout of most predicted tokens/s that fits; equal ones: the one with most memory left.
+) -> LayoutPlan:
+    """The layout that fits with the most predicted tokens/s; among equals, the one with most memory left.
 
     Args:
-        rows: of the global batch, shared evenly by the GPUs.
-        fixed: fields of Layout that are given, at least gpus and sequence_length.
+        rows: of the global batch, split evenly among the GPUs.
+        fixed: given fields of Layout, at least gpus and sequence_length.
 
     Raises:
         ValueError: nothing fits, with the missing bytes, or a given field is impossible.
@@ -176,7 +176,7 @@ def search(
         smallest = min(plans, key=lambda p: p.memory_bytes)
         raise ValueError(
             f"nothing fits {hardware.usable_bytes:,.0f} usable bytes on {smallest.layout.gpus} GPUs: the "
-            f"smallest layout ({describe(smallest.layout)}) lacks "
+            f"smallest layout ({describe(smallest.layout)}) is short of "
             f"{smallest.memory_bytes - hardware.usable_bytes:,.0f} bytes; give more GPUs or a smaller model"
         )
     return max(fitting, key=lambda p: (round(p.tokens_per_second, -1), -p.memory_bytes))

@@ -1,4 +1,4 @@
-"""Real launches, as those of pretrain/, and traced data."""
+"""Real launches, as in tests/pretrain/, and traced data."""
 
 from pathlib import Path
 

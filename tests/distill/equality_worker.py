@@ -1,6 +1,6 @@
-"""Run by test_run.py under the deepspeed launcher: two ranks teach students, and so does plain torch.
+"""Run by test_run.py under the deepspeed launcher: two ranks and plain torch train students.
 
-For every case it prints one JSON line with the largest differences over the steps.
+Prints one JSON line per case, with the largest differences over the steps.
 """
 
 import json
@@ -16,9 +16,10 @@ from distill.student import Student
 from model import ModelConfig
 from model.latent_cot.targets import loss_counts
 from model.losses import total_loss
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import LoraConfig, RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
-from pretrain.lora import LoraConfig, adapt
+from pretrain.lora import adapt
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
@@ -41,7 +42,7 @@ LORA = LoraConfig(r=4, alpha=8, dropout=0.0)
 
 
 def batch(step: int) -> dict[str, Tensor]:
-    """Rows of unequally many documents; one micro-batch of the first rank has none."""
+    """Rows with different numbers of documents; one micro-batch of the first rank has none."""
     d = documents(6, seed=step)
     return packed([d[:2], [], d[2:5], d[5:]], 160)
 
@@ -62,7 +63,7 @@ def lora(method: str) -> LoraConfig | None:
 
 
 def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
-    """Of another seed, all but the new parameters."""
+    """Weights of another seed, without the new parameters."""
     state = Student(config, seed=5).state_dict()
     return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
 
@@ -94,7 +95,7 @@ def reference(
 def distributed(
     config: ModelConfig, lora: LoraConfig | None
 ) -> tuple[list[dict[str, float]], dict[str, Tensor], int]:
-    """Also the steps that the guard against spikes remembers."""
+    """Also the steps in the spike guard's history."""
     run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())

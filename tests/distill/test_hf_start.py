@@ -60,7 +60,7 @@ def test_kava_from_a_hugging_face_folder(kind, launch, data_root, tmp_path, monk
         name for name in after if name.startswith("latent_thoughts.")
     }
     assert all(not torch.equal(after[name], value) for name, value in before.items())
-    assert "lm_head.weight" not in after  # it is the embedding's
+    assert "lm_head.weight" not in after  # tied to the embedding
     export_run(run, None, tmp_path / "again")  # from the checkpoint
     again = load_pretrained(tmp_path / "again").state_dict()
     assert all(torch.equal(again[name], value) for name, value in after.items())
@@ -79,7 +79,7 @@ def test_kava_from_a_hugging_face_folder(kind, launch, data_root, tmp_path, monk
 
 
 def test_mistakes_are_one_line(data_root, tmp_path, monkeypatch):
-    """A folder that was not converted, a place that a learned table lacks."""
+    """A folder that was not converted, a position beyond a learned table."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(KINDS, "gpt2", (gpt2_folder, {"n_positions": 700}))
     start, data = prepared("gpt2", tmp_path, data_root)

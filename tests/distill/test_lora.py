@@ -14,8 +14,8 @@ from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
 from model.latent_cot.thoughts import generate_with_thoughts, think
 from model.layers import Linear, whole_weight
-from pretrain.config import load_run_config
-from pretrain.lora import LoraConfig, adapt, identity, merged, save_base
+from pretrain.config import LoraConfig, load_run_config
+from pretrain.lora import adapt, identity, merged, save_base
 
 from ..model.conftest import SMALL
 from ..model.thoughts import EOT, KINDS, C, questions
@@ -28,7 +28,7 @@ CONFIG = LoraConfig(r=3, alpha=6, dropout=0.0)
 
 
 def model(kind: str, config: LoraConfig | None, checkpointing: str = "none") -> ZeroModel:
-    """With adapters, if any, that have learned something."""
+    """Adapters, if any, have non-zero weights."""
     values = {**SMALL, **KINDS[kind], "latent_cot": {"num_latents": C, "num_iterations": 2}}
     execution = ExecutionConfig(checkpointing=checkpointing)
     built = ZeroModel(ModelConfig.from_dict(values), seed=3, execution=execution)
@@ -45,18 +45,18 @@ def with_adapters(plain: Model, config: LoraConfig) -> Model:
 
 
 def exported(start: ZeroModel, adapted: ZeroModel, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of its export, all fp32."""
+    """The weights of its export, in fp32."""
     save_base(folder, dict(start.state_dict()))
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     return merged(folder, trained, CONFIG.alpha / CONFIG.r)
 
 
 def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
-    """Of everything that reads weights: a pass, one over a cache token by token, thoughts and R-KV."""
+    """Outputs of everything that reads weights: a pass, one token by token with a cache, thoughts, R-KV."""
     tokens = questions()
     cache = LatentCache()
     found = {"logits": m(tokens).logits}
-    with torch.enable_grad():  # by other ways through the layers
+    with torch.enable_grad():  # takes other paths through the layers
         found["trained logits"] = m(tokens).logits.detach()
     parts = [m(tokens[:, i : i + 1], cache=cache).logits for i in range(tokens.shape[1])]
     found["decoded"] = torch.cat(parts, 1)
@@ -64,18 +64,18 @@ def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
     found["thoughts"] = thoughts.hidden
     found["after thoughts"] = m(torch.full((3, 1), EOT), cache=thoughts.cache).logits
     found["answers"], _ = generate_with_thoughts(m, tokens, EOT, 4)
-    if not m.config.recurrence.position_mixing:  # which R-KV does not go with
+    if not m.config.recurrence.position_mixing:  # incompatible with R-KV
         found["compressed"] = m.generate(tokens[:, :3], 24, kv_budget=9, kv_buffer=3)
     return found
 
 
 @pytest.mark.parametrize("kind", ["latent_moe", "plain", "block", "kv", "post_attention"])
 @torch.no_grad()
-def test_the_adapted_model_is_the_merged_one(kind, tmp_path):
+def test_the_adapted_model_equals_the_merged_one(kind, tmp_path):
     adapted, plain = model(kind, CONFIG), model(kind, None)
     merged_weights = exported(plain, adapted, tmp_path)
     before = outputs(plain.double().eval())
-    plain.load_state_dict(merged_weights)  # the very names of a plain model
+    plain.load_state_dict(merged_weights)  # the names are a plain model's
     ours, theirs = outputs(adapted.double().eval()), outputs(plain.double().eval())
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
@@ -85,8 +85,8 @@ def test_the_adapted_model_is_the_merged_one(kind, tmp_path):
 
 @pytest.mark.parametrize("method", ["kava", "codi", "lotus"])
 @pytest.mark.parametrize("kind", ["latent attention", "grouped queries"])
-def test_the_adapted_student_learns_what_the_merged_one_does(kind, method, tmp_path):
-    """Every loss, and with it what is read of keys and values outside the layers."""
+def test_the_adapted_student_learns_as_the_merged_one(kind, method, tmp_path):
+    """Every loss, including the keys and values read outside the layers."""
     start, plain = student(kind, method).float(), student(kind, method)
     adapted = with_adapters(student(kind, method).float(), CONFIG)
     plain.load_state_dict(exported(start, adapted, tmp_path))
@@ -98,7 +98,7 @@ def test_the_adapted_student_learns_what_the_merged_one_does(kind, method, tmp_p
     assert len(changed) == {"kava": 4, "codi": 3, "lotus": 2}[method]
 
 
-def test_an_adapted_layer_is_the_formula():
+def test_an_adapted_layer_follows_the_formula():
     torch.manual_seed(0)
     holder = torch.nn.Sequential(Linear(6, 5))
     weight, bias = holder[0].weight.clone(), holder[0].bias.clone().normal_()
@@ -121,7 +121,7 @@ def test_an_adapted_layer_is_the_formula():
 
 
 def test_what_is_trained():
-    """Adapters of all linears but router and routed experts, and latent thoughts; all else is as it was."""
+    """Adapters of all linears but router and routed experts, and latent thoughts; the rest is as before."""
     adapted, plain = model("latent_moe", CONFIG), model("latent_moe", None)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     inner = {name for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -140,7 +140,7 @@ def test_what_is_trained():
 
 
 @pytest.mark.parametrize("policy", ["block", "selective"])
-def test_recomputation_drops_the_same_again(policy):
+def test_recomputation_repeats_the_dropout(policy):
     gradients = []
     for kept in ("none", policy):
         m = model("plain", LoraConfig(r=3, alpha=6, dropout=0.5), kept).train()
@@ -176,7 +176,7 @@ def test_defaults_are_the_published_ones():
     assert load_run_config("distill/configs/small.yaml", []).lora is None
 
 
-def test_what_lora_cannot_start_from(tmp_path, monkeypatch):
+def test_lora_needs_weights_and_peft(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="with --init, or leave lora out"):
         identity(CONFIG, None)
     with pytest.raises(FileNotFoundError, match="give --init the export/ folder"):

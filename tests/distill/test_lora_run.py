@@ -28,7 +28,7 @@ SIZES |= {"use_mla": True, "n_routed_experts": 4, "moe_intermediate_size": 16, "
 
 @pytest.fixture(scope="module")
 def teacher(traced_data, tmp_path_factory) -> Path:
-    """An export that nobody trained."""
+    """An export of untrained weights."""
     folder = tmp_path_factory.mktemp("teacher")
     tokenizer = Loader(traced_data, 240, 4, 0, 0, 1, "train", packing="best_fit").tokenizer_path
     config = ModelConfig.from_dict({**SIZES, "vocab_size": Tokenizer(tokenizer).vocab_size})
@@ -68,7 +68,7 @@ def whole(launch, teacher, traced_data, tmp_path_factory) -> Path:
     return run
 
 
-def test_the_export_is_plain_and_frozen_weights_are_those_of_the_start(whole, teacher):
+def test_the_export_is_plain_and_frozen_weights_are_unchanged(whole, teacher):
     ours, start = weights(whole), load_file(teacher / "model.safetensors")
     assert {name for name in ours if not name.startswith("latent_thoughts")} == set(start)
     model = load_pretrained(whole / "export")
@@ -84,7 +84,7 @@ def test_the_export_is_plain_and_frozen_weights_are_those_of_the_start(whole, te
 
 
 def test_checkpoints_hold_what_is_trained_and_export_the_same(whole, tmp_path):
-    """They are smaller than the frozen weights alone; the export needs no more than the run's folder."""
+    """They are smaller than the frozen weights alone; the export needs only the run's folder."""
     checkpoint = whole / f"checkpoints/step-{STEPS}"
     [path] = checkpoint.glob("mp_rank_*_model_states.pt")
     names = torch.load(path, weights_only=False)["module"]
@@ -100,8 +100,8 @@ def test_checkpoints_hold_what_is_trained_and_export_the_same(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_left_alone(begin, launch, whole, teacher, traced_data, tmp_path):
-    """To the bit, with the dropout of each step."""
+def test_a_killed_run_ends_like_an_undisturbed_one(begin, launch, whole, teacher, traced_data, tmp_path):
+    """Bit-exactly, including each step's dropout."""
     run = tmp_path / "run"
     launcher = begin(2, *command(teacher, traced_data, run))
     wait_for_step(run, 3, launcher)
@@ -121,7 +121,7 @@ def test_a_killed_run_ends_as_one_left_alone(begin, launch, whole, teacher, trac
 
 
 @pytest.mark.slow
-def test_another_layout_goes_on(launch, whole, teacher, traced_data, tmp_path):
+def test_another_layout_resumes(launch, whole, teacher, traced_data, tmp_path):
     """One rank and two after two, without dropout, which draws by rank."""
     seen = []
     for ranks in (1, 2):
@@ -144,7 +144,7 @@ def test_another_layout_goes_on(launch, whole, teacher, traced_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_frozen_weights_spread_by_zero3(launch, teacher, traced_data, tmp_path):
+def test_zero3_shards_frozen_weights(launch, teacher, traced_data, tmp_path):
     """A method without thoughts, which ZeRO-3 takes: a resumed run and the offline export are the same."""
     run, again = tmp_path / "run", tmp_path / "again"
     for folder in (run, again):
@@ -166,7 +166,7 @@ def test_frozen_weights_spread_by_zero3(launch, teacher, traced_data, tmp_path):
     )
 
 
-def test_other_adapters_or_another_start_do_not_go_on(whole, teacher, traced_data, tmp_path, monkeypatch):
+def test_other_adapters_or_another_start_are_refused(whole, teacher, traced_data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     other = tmp_path / "other"
     shutil.copytree(teacher, other)

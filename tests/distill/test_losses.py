@@ -59,7 +59,7 @@ def test_a_cut_document_is_refused(cut):
         find_traces(tokens, bounds, CONFIG)
 
 
-def test_a_curriculum_replaces_one_step_more_in_every_stage():
+def test_every_stage_of_a_curriculum_replaces_one_more_step():
     config = DistillationConfig(**IDS, stage_steps=10, latents_per_step=2)
     seen = [stage(config, 4, step) for step in (0, 9, 10, 19, 20, 99)]
     assert seen == [(2, 1), (2, 1), (4, 2), (4, 2), (4, None), (4, None)]
@@ -75,7 +75,7 @@ def test_a_curriculum_replaces_one_step_more_in_every_stage():
             assert rest.count(STEP) == max(len(kept) - 1, 0)
 
 
-def test_counts_are_those_of_the_documents():
+def test_counts_match_the_documents():
     inputs = (BATCH["tokens"], BATCH["targets"], BATCH["cu_seqlens"])
     answers = sum(len(document.answer) for document in DOCUMENTS)
     trace_targets = sum(len(d.trace) + 1 + len(d.answer) for d in DOCUMENTS)
@@ -118,7 +118,7 @@ def test_hidden_loss_is_codis(kind, std):
         assert found[n].item() == pytest.approx(sum(layers) / 3, rel=1e-9)
 
 
-def test_one_document_has_codis_own_number():
+def test_one_document_reproduces_codis_number():
     """CODI's code takes the standard deviation over all numbers of the batch at a layer."""
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 3, 1, 8)
@@ -159,7 +159,7 @@ def test_kv_loss_is_kavas(kind, std):
         assert found[n].item() == pytest.approx(total / L, rel=1e-9)
 
 
-def test_what_a_student_imitates_gets_no_gradient():
+def test_the_students_targets_get_no_gradient():
     teacher = torch.randn(2, 3, 4, 5, requires_grad=True)
     student = torch.randn(2, 3, 4, 5, requires_grad=True)
     real = torch.ones(2, 3, dtype=torch.bool)
@@ -170,7 +170,7 @@ def test_what_a_student_imitates_gets_no_gradient():
 
 
 @pytest.mark.parametrize("block", [0, 3])
-def test_each_latent_has_its_token_of_the_trace(block):
+def test_each_latent_predicts_its_token_of_the_trace(block):
     config, M = DistillationConfig(**IDS, latent_block=block), 9
     found = latent_targets(BATCH["tokens"], traces_of(), config, M).tolist()
     for row, document in zip(found, DOCUMENTS, strict=True):

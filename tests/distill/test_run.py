@@ -1,4 +1,4 @@
-"""Two ranks with ZeRO-2 teach what one plain torch process teaches, and the command line."""
+"""Two ranks with ZeRO-2 train what one plain torch process trains; and the command line."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from distill.main import prepare_distillation
 from model import load_pretrained
-from pretrain.main import prepare
+from pretrain.setup import prepare
 
 from ..conftest import ROOT
 from ..pretrain.conftest import Launch
@@ -32,9 +32,9 @@ def test_two_ranks_equal_one_plain_process(launch):
     for report in reports:
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-4, report
-        assert report["smallest_norm"] > 0.3, report  # clipping was at work
+        assert report["smallest_norm"] > 0.3, report  # clipping took place
         assert report["weights"] < 1e-4, report
-        # Coconut's stages begin at 0, 1 and 2: what came before says nothing about spikes.
+        # Coconut's stages begin at 0, 1 and 2: earlier losses say nothing about spikes.
         assert report["remembered"] == (3 - 2 if report["method"] == "coconut" else 3), report
 
 
@@ -50,7 +50,7 @@ def distill(launch: Launch, ranks: int, data: Path, run: Path, *more: str) -> No
 
 
 def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
-    """cot from scratch, kava from its export on two ranks; a resumed run goes on where it was."""
+    """cot from scratch, kava from its export on two ranks; a resumed run continues where it stopped."""
     teacher, student = tmp_path / "cot", tmp_path / "kava"
     distill(launch, 1, traced_data, teacher, "model.distillation.method=cot", "max_steps=2")
     init = ["--init", str(teacher / "export"), "model.distillation.method=kava"]
@@ -87,7 +87,7 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
         ({"overrides": ["lora={}"]}, "start distill/main.py with --init, or leave lora out"),
     ],
 )
-def test_a_users_mistake_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):
+def test_a_user_error_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
     given = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
     paths = [
@@ -102,13 +102,13 @@ def test_a_users_mistake_is_one_line(traced_data, tmp_path, monkeypatch, changes
     assert "\n" not in str(error.value)
 
 
-def test_a_coconut_stage_is_as_long_as_the_others(traced_data, tmp_path, monkeypatch):
-    """3 stages of 2 latents more and one without the rest of the trace, in 8 steps."""
+def test_coconut_stages_have_equal_length(traced_data, tmp_path, monkeypatch):
+    """3 stages that add 2 latents each, and one without the rest of the trace, in 8 steps."""
     monkeypatch.chdir(ROOT)
     overrides = [*TINY, f"data.path={traced_data}", f"output_dir={tmp_path}", "max_steps=8"]
     overrides.append("model.distillation.method=coconut")
     paths = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
     run = prepare_distillation(argparse.Namespace(**paths, overrides=overrides))
     assert run.model_config.distillation.stage_steps == 2
-    with pytest.raises(ValueError, match="is what distill/main.py trains"):
+    with pytest.raises(ValueError, match="is for distill/main.py"):
         prepare(paths["config"], paths["ds_config"], overrides)

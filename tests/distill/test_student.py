@@ -62,7 +62,7 @@ def model(
 
 
 def precision(kind: str) -> torch.dtype:
-    """fp64, but for experts, whose statistics are fp32 always."""
+    """fp64, except for experts, whose statistics are always fp32."""
     return torch.float32 if kind == "experts" else torch.float64
 
 
@@ -94,7 +94,7 @@ def answered(
 
 @contextmanager
 def outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
-    """What a module gives, call by call."""
+    """A module's outputs, call by call."""
     seen: list[torch.Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, out: seen.append(out))
     yield seen
@@ -102,8 +102,8 @@ def outputs(module: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_the_batch_changes_nothing(kind):
-    """Rows, their order, their neighbours and their padding: the sums are those of the documents alone."""
+def test_the_loss_does_not_depend_on_the_batch(kind):
+    """Whatever the rows, their order, neighbours and padding: the sums equal those of single documents."""
     student, tolerance = model(kind, "kava", {"latent_weight": 0.1}), 1e-5 if kind == "experts" else 1e-9
     together = sums(student, [DOCUMENTS[:2], DOCUMENTS[2:]])
     mixed = sums(student, [[], [DOCUMENTS[4], DOCUMENTS[0], DOCUMENTS[3]], DOCUMENTS[1:3]], 120)
@@ -116,7 +116,7 @@ def test_the_batch_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", ["latent attention", "grouped queries", "block loop"])
-def test_the_passes_are_those_of_single_documents(kind):
+def test_passes_equal_those_of_single_documents(kind):
     """CE of teacher and student, and CODI's loss over the states of all runs of all layers."""
     student = model(kind, "codi")
     runs = 4 if kind == "block loop" else 2
@@ -140,7 +140,7 @@ def test_the_passes_are_those_of_single_documents(kind):
 
 
 @pytest.mark.parametrize("policy", ["rkv", "uniform"])
-def test_keys_and_values_are_those_before_rotation(policy):
+def test_keys_and_values_are_taken_before_rotation(policy):
     """Of grouped queries they are what the projections give, which hooks see, of the last iteration and of
     the trace: its every token where there are latents enough, evenly spaced ones otherwise.
     """
@@ -170,7 +170,7 @@ def test_keys_and_values_are_those_before_rotation(policy):
 
 @pytest.mark.parametrize("kind", ["latent attention", "grouped queries"])
 def test_the_teacher_gets_no_gradient_from_distillation(kind):
-    """Nothing but the teacher reads the traces' tokens: their embeddings stay without gradient."""
+    """Only the teacher reads the traces' tokens: their embeddings get no gradient."""
     student = model(kind, "kava")
     found = sums(student, [DOCUMENTS])
     (found["hidden"] + found["kv"] + found["cross_entropy"]).backward(retain_graph=True)
@@ -183,7 +183,7 @@ def test_the_teacher_gets_no_gradient_from_distillation(kind):
     assert student.model.embed_tokens.weight.grad[used].any(1).all()
 
 
-def test_cot_is_the_plain_model():
+def test_cot_equals_the_plain_model():
     student = model("experts", "cot")
     batch = packed([DOCUMENTS[:3], DOCUMENTS[3:]], 160)
     plain = ZeroModel(student.config, seed=1).train()
@@ -248,7 +248,7 @@ def test_every_method_trains(method):
         assert sums(student.eval(), [DOCUMENTS], 200)["cross_entropy"].item() == pytest.approx(found)
 
 
-def test_random_eviction_changes_with_the_step_alone():
+def test_random_eviction_depends_only_on_the_step():
     student = model("grouped queries", "random_eviction")
     first = sums(student, [DOCUMENTS])["kv"].item()
     assert sums(student, [DOCUMENTS])["kv"].item() == first
@@ -257,7 +257,7 @@ def test_random_eviction_changes_with_the_step_alone():
 
 
 def test_parts_of_a_batch_add_up_to_its_loss():
-    """As ranks and micro-batches do, gradients too, with the counts of the whole batch."""
+    """As for ranks and micro-batches, with the whole batch's counts; gradients too."""
     student = model("latent attention", "kava")
     batch = packed([DOCUMENTS[:2], DOCUMENTS[2:]], 160)
     whole = student(**batch)
@@ -274,7 +274,7 @@ def test_parts_of_a_batch_add_up_to_its_loss():
 
 @pytest.mark.parametrize("checkpointing", ["block", "selective", "iteration"])
 def test_recomputing_activations_changes_nothing(checkpointing):
-    """Keys and values that the student imitates with pass through the cache, not through a layer's output."""
+    """The student's keys and values pass through the cache, not through a layer's output."""
     gradients = []
     for execution in (ExecutionConfig(), ExecutionConfig(checkpointing=checkpointing)):
         student = Student(model("block loop", "kava").config, seed=1, execution=execution).double().train()
@@ -284,7 +284,7 @@ def test_recomputing_activations_changes_nothing(checkpointing):
         torch.testing.assert_close(recomputed, plain, rtol=1e-9, atol=1e-12)
 
 
-def test_given_keys_go_before_the_published_ones():
+def test_given_keys_override_the_published_ones():
     given = {"latent_cot": {"num_latents": 5}, "distillation": {"method": "codi", "published": "llama-1b"}}
     values = with_method(given)
     assert values["latent_cot"] == {"num_latents": 5, "feedback": "sequential", "projection": "mlp"}
@@ -294,7 +294,7 @@ def test_given_keys_go_before_the_published_ones():
 
 
 def test_the_export_is_a_plain_model(tmp_path):
-    """It scores tokens as any model does, and only a model of the same sizes starts from it."""
+    """It scores tokens like any model, and only a model of the same sizes can start from it."""
     student = model("latent attention", "kava").float()
     student.save_pretrained(tmp_path)
     batch = packed([DOCUMENTS], 160)
@@ -324,6 +324,6 @@ def test_the_export_is_a_plain_model(tmp_path):
         ("latent attention", "kava", {"published": "gpt5"}, "choose one of gpt2, llama-1b"),
     ],
 )
-def test_what_cannot_work_is_refused(kind, method, changes, message):
+def test_invalid_combinations_are_refused(kind, method, changes, message):
     with pytest.raises(ValueError, match=message):
         model(kind, method, changes)

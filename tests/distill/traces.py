@@ -9,8 +9,8 @@ from torch import Tensor
 from model.losses import IGNORE_INDEX
 
 PAD, BOS, EOS, BOT, EOT, STEP = 0, 2, 3, 4, 5, 6
-PREFIX = [7, 8]  # of every answer
-TRACE = 25  # tokens from here on stand in traces alone
+PREFIX = [7, 8]  # starts every answer
+TRACE = 25  # tokens from here on occur only in traces
 VOCABULARY = 40
 IDS = {"bot_id": BOT, "eot_id": EOT, "step_id": STEP, "prefix_length": len(PREFIX)}
 
@@ -56,15 +56,15 @@ def packed(rows: list[list[Document]], length: int) -> dict[str, Tensor]:
     cu_seqlens = torch.full((len(rows), 2 + max(map(len, rows))), length, dtype=torch.int32)
     lengths = torch.zeros(len(rows), dtype=torch.int64)
     for r, row in enumerate(rows):
-        place = 0
+        position = 0
         for i, document in enumerate(row):
-            cu_seqlens[r, i] = place
+            cu_seqlens[r, i] = position
             ids = torch.tensor(document.tokens)
-            first = len(document.question) + 1  # the place of <bot>, from where on there is a loss
-            tokens[r, place : place + len(ids)] = ids
-            targets[r, place + first : place + len(ids) - 1] = ids[first + 1 :]
-            place += len(ids)
-        cu_seqlens[r, len(row)] = lengths[r] = place
+            first = len(document.question) + 1  # the position of <bot>, where the loss begins
+            tokens[r, position : position + len(ids)] = ids
+            targets[r, position + first : position + len(ids) - 1] = ids[first + 1 :]
+            position += len(ids)
+        cu_seqlens[r, len(row)] = lengths[r] = position
         if not row:
             cu_seqlens[r, 0] = 0
     return {

@@ -1,7 +1,7 @@
 """Run by test_equality under the deepspeed launcher: this project's engine, and DeepSpeed's own AutoEP.
 
-The second witness shares no code with the first: transformers' DeepseekV3, whose MoE layers DeepSpeed
-replaces by its own when the JSON says so, starts from the same weights and trains on the same batches.
+The second shares no code with the first: transformers' DeepseekV3, whose MoE layers DeepSpeed replaces with
+its own if the JSON says so, starts from the same weights and trains on the same batches.
 """
 
 import copy
@@ -16,7 +16,8 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from model import ModelConfig, ZeroModel
 from model.hf.deepseek import hf_config, to_hf
 from model.losses import total_loss
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
@@ -59,7 +60,7 @@ def batch(step: int) -> Tensor:
 
 
 def biases() -> list[Tensor]:
-    """A balancing bias a MoE layer, large enough to change who is chosen."""
+    """A balancing bias per MoE layer, large enough to change which experts are chosen."""
     count = sum(MODEL.is_moe_layer(layer) for layer in range(MODEL.num_hidden_layers))
     return list(0.1 * torch.randn(count, MODEL.n_routed_experts, generator=torch.Generator().manual_seed(7)))
 
@@ -94,7 +95,7 @@ def auto_ep(run: RunConfig, ds_config: dict) -> list[tuple[float, float]]:
     plain = ZeroModel(MODEL, seed=run.seed)
     set_biases(plain)
     weights = {name: value.detach().clone() for name, value in to_hf(MODEL, plain.state_dict()).items()}
-    # A padding token would be an ordinary token without a gradient: none here.
+    # transformers treats padding_idx's token as ordinary but without a gradient: set none.
     hf = DeepseekV3Config(**hf_config(MODEL) | {"pad_token_id": None})
     model = DeepseekV3ForCausalLM.from_pretrained(None, config=hf, state_dict=weights)
     adam = run.optimizer

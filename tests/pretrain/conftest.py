@@ -29,7 +29,7 @@ def start(ranks: int, *command: Any) -> subprocess.Popen[str]:
 
 @dataclass
 class Begun:
-    """Ranks forked off one process, with what tests use of a Popen."""
+    """Ranks forked from one process, with the parts of Popen that tests use."""
 
     args: list[str]
     port: str
@@ -54,7 +54,7 @@ class Begun:
 
 
 def unlink_buffer(launch: subprocess.Popen[str] | Begun) -> None:
-    """Removes what a killed rank cannot."""
+    """Removes the buffer that a killed rank leaves behind."""
     port = launch.port if isinstance(launch, Begun) else launch.args[3]
     for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
         left.unlink()
@@ -71,7 +71,7 @@ def _environment() -> dict[str, str]:
 
 
 def finish(process: subprocess.Popen[str] | Begun, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Waits for what was started; with `check` a failure is an AssertionError that shows the output."""
+    """Waits for a launch; with `check` a failure is an AssertionError that shows the output."""
     out, err = process.communicate(timeout=400)
     return _checked(subprocess.CompletedProcess(process.args, process.returncode, out, err), check)
 
@@ -84,7 +84,7 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
 
 @pytest.fixture(scope="session")
 def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begin]:
-    """Starts a script on so many ranks, forked off one process, which starts no other before they end."""
+    """Starts a script on that many ranks, forked from one process that runs one launch at a time."""
     server = _start(sys.executable, RANKS, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdin
     assert server.stdout
@@ -105,13 +105,13 @@ def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begin]:
 
 @pytest.fixture(scope="session")
 def launch(begin: Begin) -> Launch:
-    """Runs a script to its end on so many ranks."""
+    """Runs a script to its end on that many ranks."""
     return lambda ranks, *command, check=True: finish(begin(ranks, *command), check=check)
 
 
 @pytest.fixture(scope="session")
 def train(launch: Launch, training: Training) -> Launch:
-    """`train(output_dir, "max_steps=3", ...)`: that command on two ranks."""
+    """`train(output_dir, "max_steps=3", ...)`: runs the training command on two ranks."""
     return lambda output_dir, *overrides, ranks=2, check=True: launch(
         ranks, *training(output_dir, *overrides), check=check
     )

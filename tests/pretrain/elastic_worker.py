@@ -2,9 +2,9 @@
 
     elastic_worker.py FOLDER save|each|all ...
 
-save: each layout of these ranks trains, saves, and trains on. each: each of them loads one of those
-checkpoints; all: every one. A loaded state is compared to the bit, the steps after it to rounding.
-Prints one line of JSON a pair.
+save: each layout of these ranks trains, saves, and continues. each: each of them loads one of those
+checkpoints; all: every one. Loaded states are compared bit-exactly, the steps after them up to rounding.
+Prints one line of JSON per pair.
 """
 
 import itertools
@@ -20,7 +20,8 @@ from model import ModelConfig, RecurrenceConfig
 from model.losses import IGNORE_INDEX, total_loss
 from pretrain import elastic
 from pretrain.checkpoint import Saver, TrainingState
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.expert_parallel import gather_experts, is_expert
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
@@ -54,7 +55,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def build(stage: int, ep_size: int) -> tuple[Engine, TrainingState]:
-    """An engine of a layout; groups of an earlier layout are forgotten, as in a process of its own."""
+    """An engine of a layout; an earlier layout's groups are forgotten, as in a new process."""
     for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
         getattr(groups, name).clear()
     config = RunConfig(ep_size=ep_size, global_batch_size=ROWS, micro_batch_size=ROWS)
@@ -113,7 +114,7 @@ def save(folder: Path) -> None:
 
 
 def load(folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
-    """One layout loads the checkpoint of another and trains on: how far that is from what the other did."""
+    """One layout loads another's checkpoint and continues: how far its steps are from the other's."""
     run = folder / source
     expected: dict[str, Any] = torch.load(run / "expected.pt")
     engine, state = build(stage, ep_size)

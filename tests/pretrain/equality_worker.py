@@ -1,8 +1,8 @@
-"""Run by test_equality under the deepspeed launcher: two ranks train, and so does plain torch.
+"""Run by test_equality under the deepspeed launcher: two ranks and plain torch train.
 
     equality_worker.py DS_CONFIG eager|compiled
 
-For every case of that kind it prints one JSON line with the largest differences over the steps.
+Prints one JSON line per case of that kind, with the largest differences over the steps.
 """
 
 import copy
@@ -16,7 +16,8 @@ from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.execution import ExecutionConfig
 from model.config.recurrence import HaltingConfig
 from model.losses import IGNORE_INDEX, total_loss
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases

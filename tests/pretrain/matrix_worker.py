@@ -1,8 +1,8 @@
-"""Run by test_matrix under the deepspeed launcher: layouts train, and plain torch does, on the same batches.
+"""Run by test_matrix under the deepspeed launcher: layouts and plain torch train on the same batches.
 
     matrix_worker.py CASES.json
 
-For every case it prints one JSON line with the largest differences over the steps.
+Prints one JSON line per case, with the largest differences over the steps.
 """
 
 import json
@@ -18,7 +18,8 @@ from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX, total_loss
 from model.recurrence import sample_depth
-from pretrain.config import RunConfig, check_layout, load_ds_config
+from pretrain.config import RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
 from pretrain.expert_parallel import gather_experts, is_expert
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
@@ -93,7 +94,7 @@ def plain(run: RunConfig, config: ModelConfig) -> list[dict[str, Any]]:
 def distributed(
     run: RunConfig, config: ModelConfig, case: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], float]:
-    """What each step gave, and by how much the routers' biases differ between ranks at the end."""
+    """Results of each step, and how much router biases differ between ranks at the end."""
     micro, accumulation = check_layout(run, config, world_size())
     ds_config = load_ds_config(DS_CONFIGS[case["stage"]], run, micro, accumulation)
     ds_config["bf16"]["enabled"] = case.get("bf16", False)
@@ -127,7 +128,7 @@ def distributed(
 
 
 def full_gradients(engine: Engine, ep_size: int) -> dict[str, Tensor]:
-    """By name, as they are before clipping, experts of all ranks side by side."""
+    """Gradients by name, before clipping, experts of all ranks concatenated."""
     gradients = {}
     for name, parameter in engine.model.named_parameters():
         gradient = safe_get_full_grad(parameter)

@@ -1,6 +1,6 @@
 """Run by test_optim under the deepspeed launcher: Muon under ZeRO against Muon in plain torch.
 
-For every case it prints one JSON line.
+Prints one JSON line per case.
 """
 
 import copy
@@ -20,7 +20,8 @@ from torch import Tensor
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.losses import IGNORE_INDEX, total_loss
 from pretrain.checkpoint import EMA, Saver, TrainingState
-from pretrain.config import OptimizerConfig, RunConfig, check_layout, load_ds_config
+from pretrain.config import OptimizerConfig, RunConfig, check_layout
+from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 

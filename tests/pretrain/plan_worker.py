@@ -22,7 +22,7 @@ from pretrain.engine import Engine
 from pretrain.process_group import init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
 
-STEPS = 3  # in the first ones ZeRO-3 traces the modules
+STEPS = 3  # ZeRO-3 traces the modules in the first ones
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:

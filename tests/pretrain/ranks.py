@@ -1,11 +1,11 @@
-"""Ranks on one node as DeepSpeed's launcher starts them, without its two processes, which import torch.
+"""Ranks on one node as DeepSpeed's launcher starts them, but without its two processes that import torch.
 
     python ranks.py
 
-starts ranks for every line it reads, JSON of ranks, port, command, environment, and the files `out` and
-`err`; it answers with their process ids, and when all have ended with 1 if one failed, else 0. They are
-forked off this process, which has imported everything: that saves each of them 4 CPU-seconds. What forks
-share and processes started one by one do not, the order of sets of texts, is left to other launchers.
+starts ranks for every line it reads: JSON with ranks, port, command, environment, and the files `out` and
+`err`. It answers with their process ids, and when all have ended, with 1 if one failed, else 0. They are
+forked from this process, which has imported everything: that saves 4 CPU-seconds per rank. Forks share their
+hash seed, so the iteration order of sets of strings is left to the tests that use other launchers.
 """
 
 import importlib
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-LIMIT, GRACE = 400, 30  # seconds: of a launch; of the other ranks once one has failed
+LIMIT, GRACE = 400, 30  # seconds: per launch; for the other ranks after one has failed
 IMPORTED = ("torch._dynamo", "pretrain.main", "pretrain.elastic", "pretrain.trainer", "distill.student")
 
 
-def place(number: int, ranks: int, port: str) -> dict[str, str]:
-    """What the launcher tells a rank; one rank needs none."""
+def rank_variables(number: int, ranks: int, port: str) -> dict[str, str]:
+    """The variables that the launcher sets for a rank; a single rank needs none."""
     if ranks == 1:
         return {}
     world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -36,7 +36,7 @@ def words(number: int, ranks: int, command: list[str]) -> list[str]:
 
 
 def wait(running: set[int]) -> int:
-    """When a rank fails, the others are told to end, and killed after a while. Returns 1 if one failed."""
+    """If a rank fails, terminates the others and kills them after a while. Returns 1 if one failed."""
 
     def kill(*_: Any) -> None:
         for pid in running:
@@ -76,9 +76,9 @@ def serve() -> None:
 
 
 def become(number: int, asked: dict[str, Any]) -> None:
-    """Runs the script as this process's own, which ends with it."""
+    """Runs the script in this process, which ends with it."""
     os.environ.clear()
-    os.environ.update(asked["environment"] | place(number, asked["ranks"], asked["port"]))
+    os.environ.update(asked["environment"] | rank_variables(number, asked["ranks"], asked["port"]))
     for descriptor, path in ((0, os.devnull), (1, asked["out"]), (2, asked["err"])):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)

@@ -1,4 +1,4 @@
-"""A user's mistake: one clear line naming value, limit and mend, and a non-zero exit."""
+"""User errors: one clear line naming value, limit and fix, and a non-zero exit."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from data_pipeline.tokenization.tokenizer import train_tokenizer
 from pretrain import checkpoint
-from pretrain.main import prepare
+from pretrain.setup import prepare
 
 from ..conftest import ROOT, TINY
 from .conftest import finish
@@ -75,8 +75,8 @@ def test_wrong_values(start, override, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_in_the_folder_of_its_data(start, data_folder):
-    with pytest.raises(ValueError, match="is the folder of the data, data.path; give the run its own"):
+def test_a_run_cannot_share_the_folder_of_its_data(start, data_folder):
+    with pytest.raises(ValueError, match="is also data.path, the folder of the data; give the run its own"):
         start(f"output_dir={data_folder}")
 
 
@@ -121,7 +121,7 @@ def test_unreadable_configs(start, tmp_path):
 def test_a_tokenizer_that_does_not_belong_to_the_shards(start, data_folder, tmp_path):
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(["some other text"], 300))
-    with pytest.raises(ValueError, match="other.model .* did not write the *shards"):
+    with pytest.raises(ValueError, match="other.model .* did not encode the *shards"):
         start(f"data.tokenizer={other}")
     copied = tmp_path / "data"
     shutil.copytree(data_folder, copied)
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_another_run(start, tmp_path):
 
     state = replace(start().state, step=4)
     older = {key: value for key, value in state.model.items() if key != "qk_norm"}
-    write(replace(state, model=older))  # of before there was the key
+    write(replace(state, model=older))  # from before the key existed
     assert start().resume_from == folder
     write(state)
     assert start().resume_from == folder
@@ -182,7 +182,7 @@ def test_the_command_prints_the_line_and_exits_with_2(data_folder):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_launcher_passes_the_failure_on(data_folder):
+def test_the_launcher_reports_the_failure(data_folder):
     command = ("pretrain/main.py", "--ds_config", DS_CONFIG, "--config", CONFIG, f"data.path={data_folder}")
     done = finish(start_launcher(2, *command, "ep_size=4"), check=False)
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Crashes and full disks: a run goes on from a whole checkpoint, and nothing of a file is executed."""
+"""Crashes and full disks: a run resumes from a whole checkpoint, and no file is ever executed."""
 
 import copyreg
 import random
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain import checkpoint, engine
+from pretrain import checkpoint, universal
 from pretrain.export import export_run
 
 from .conftest import finish, unlink_buffer
@@ -27,11 +27,11 @@ def wait_for_save(run: Path, step: int, launcher) -> None:
     while checkpoint.steps(run)[:1] < [step]:
         assert launcher.poll() is None, finish(launcher)
         assert time.monotonic() < deadline
-        time.sleep(0.002)  # a write takes longer
+        time.sleep(0.002)  # a write takes longer than this
 
 
 def kill_at_random(begin, training, run: Path, kills: int, max_steps: int) -> list[str]:
-    """Starts a run again and again and kills one rank or both; returns what the starts printed."""
+    """Restarts a run repeatedly and kills one rank or both; returns what each start printed."""
     generator, said = random.Random(0), []
     for _ in range(kills):
         done = metrics(run)[-1]["step"] if (run / "metrics.jsonl").exists() else 0
@@ -58,17 +58,17 @@ def killed_and_undisturbed(begin, train, training, folder: Path, kills: int, max
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
 
 
-def test_a_run_killed_twice_ends_as_one_left_alone(begin, train, training, tmp_path):
+def test_a_run_killed_twice_ends_like_an_undisturbed_one(begin, train, training, tmp_path):
     killed_and_undisturbed(begin, train, training, tmp_path, kills=2, max_steps=16)
 
 
 @pytest.mark.slow
-def test_a_run_killed_twenty_times_ends_as_one_left_alone(begin, train, training, tmp_path):
+def test_a_run_killed_twenty_times_ends_like_an_undisturbed_one(begin, train, training, tmp_path):
     killed_and_undisturbed(begin, train, training, tmp_path, kills=20, max_steps=130)
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(begin, training, tmp_path):
-    """One rank may write no more: the other one, which could, reports it."""
+    """One rank cannot write any more: the other one, which can, reports it."""
     run = tmp_path / "run"
     launcher = begin(2, *training(run, "max_steps=100000", "save_every=3"))
     wait_for_step(run, 4, launcher)
@@ -84,14 +84,14 @@ def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(
     )
     folder, skipped = checkpoint.newest(run)
     assert folder == run / f"checkpoints/step-{step - 3}"
-    assert skipped == []  # nothing is left of the one that failed
+    assert skipped == []  # the failed one left nothing behind
     assert (run / "checkpoints/latest").read_text() == f"{folder.name}\n"
 
 
 def test_a_folder_that_cannot_be_written(train, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / "checkpoints").symlink_to("/sys")  # not even root makes a folder there
+    (run / "checkpoints").symlink_to("/sys")  # not even root can create a folder there
     done = train(run, "max_steps=2", "save_every=1", "ep_size=1", ranks=1, check=False)
     assert done.returncode
     assert done.stderr.count("error: the checkpoint of step 1 could not be written: [Errno ") == 1, (
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written(train, tmp_path):
     assert not (run / "DONE").exists()
 
 
-def test_a_lost_or_changed_file_makes_a_checkpoint_worthless(six_steps, tmp_path):
+def test_a_lost_or_changed_file_invalidates_a_checkpoint(six_steps, tmp_path):
     files = sorted((six_steps / "checkpoints/step-6").iterdir())
     assert len(files) == 7  # two of each rank, biases, state, manifest
     for number, file in enumerate(files):
@@ -119,8 +119,8 @@ def test_a_lost_or_changed_file_makes_a_checkpoint_worthless(six_steps, tmp_path
                 assert f"step-6 is not whole ({file.name} " in skipped[0]
 
 
-def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(six_steps, train, tmp_path):
-    """Found though every rank reads a part of the files only; a checkpoint that was named is not replaced."""
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_only_its_steps(six_steps, train, tmp_path):
+    """Found although every rank reads only part of the files; a named checkpoint is not replaced."""
     run = tmp_path / "run"
     shutil.copytree(six_steps, run)
     victim = max((run / "checkpoints/step-6").glob("*_optim_states.pt"))
@@ -128,15 +128,15 @@ def test_a_bit_flipped_in_the_newest_checkpoint_costs_its_steps_only(six_steps, 
     content[-len(content) // 3] ^= 4
     victim.write_bytes(content)
     named = train(run, "max_steps=6", f"resume={run}/checkpoints/step-6", check=False)
-    assert f"step-6 is not a whole checkpoint: {victim.name} does not have its checksum" in named.stderr
+    assert f"step-6 is not a whole checkpoint: {victim.name} does not match its checksum" in named.stderr
     done = train(run, "max_steps=6", "save_every=2")
-    assert f"step-6 is not whole ({victim.name} does not have its checksum); trying an older" in done.stdout
+    assert f"step-6 is not whole ({victim.name} does not match its checksum); trying an older" in done.stdout
     ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, six_steps))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_malicious_checkpoint_is_not_executed(six_steps, train, tmp_path):
-    """Even one whose manifest fits: under its own layout, under another, and in the export."""
+    """Even if its manifest matches: under its own layout, under another, and in the export."""
     mark = tmp_path / "executed"
 
     class Malice:
@@ -159,13 +159,13 @@ def test_a_malicious_checkpoint_is_not_executed(six_steps, train, tmp_path):
     assert not mark.exists()
 
 
-def test_what_a_checkpoint_holds_is_written_without_a_call():
+def test_checkpoints_are_pickled_without_calls():
     """On every Python: 3.11.2 would write getattr(ZeroStageEnum, "weights")."""
-    stage = engine.ZeroStageEnum
+    stage = universal.ZeroStageEnum
     assert copyreg.dispatch_table[stage](stage.weights) == (stage, (3,))
 
 
-def test_rotation_keeps_the_last_and_every_so_many(tmp_path):
+def test_rotation_keeps_the_last_and_every_nth(tmp_path):
     for step in range(1, 13):
         folder = tmp_path / f"checkpoints/step-{step}"
         folder.mkdir(parents=True)

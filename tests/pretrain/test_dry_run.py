@@ -1,4 +1,4 @@
-"""What a person can ask of a run: what it would be, and what it spends its time on."""
+"""Dry runs and profiles: what a run would be, and where it spends its time."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def alone():
     return run
 
 
-def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(alone, training, tmp_path):
+def test_a_dry_run_describes_the_run_and_writes_nothing(alone, training, tmp_path):
     run = tmp_path / "run"
     printed = alone([*training(run, "ep_size=1", "max_steps=7"), "--dry-run"])
     assert not run.exists()
@@ -41,7 +41,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(alone, training
     with torch.device("meta"):
         total = sum(p.numel() for p in ZeroModel(config).parameters())
     assert f"parameters       {total:,} (" in printed
-    # fp32 weights, gradients, and AdamW's copy of the weights and two moments, on the only rank there is.
+    # fp32 weights, gradients, and AdamW's copy of the weights and two moments, on a single rank.
     parts = dict(re.findall(r"^  ([a-z]+) +([0-9,.]+) MB$", printed, re.MULTILINE))
     assert float(parts["optimizer"]) == pytest.approx(12 * total / 1e6, abs=0.1)
     assert float(parts["parameters"]) == pytest.approx(4 * total / 1e6, abs=0.1)
@@ -50,7 +50,7 @@ def test_a_dry_run_says_what_the_run_would_be_and_leaves_nothing(alone, training
 def test_a_profiled_step_leaves_a_trace(alone, training, tmp_path):
     run = tmp_path / "run"
     printed = alone(training(run, "ep_size=1", "max_steps=2", "profile_step=2", "peak_tflops=0.1"))
-    assert "MFU and HFU of 0.1 TFLOP/s a device" in printed
+    assert "MFU and HFU of 0.1 TFLOP/s per device" in printed
     names = {
         event.get("name") for event in json.loads((run / "profile/step-2.json").read_text())["traceEvents"]
     }

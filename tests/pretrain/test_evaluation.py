@@ -1,4 +1,4 @@
-"""Task scores while training goes on: right ones, by a process that training never waits for."""
+"""Task scores during training: correct ones, from a process that training never waits for."""
 
 import json
 import os
@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 
 from pretrain import checkpoint
-from pretrain.config import load_run_config
-from pretrain.evaluation import EvaluationConfig, Evaluator, main
+from pretrain.config import EvaluationConfig, load_run_config
+from pretrain.evaluate_checkpoint import main
+from pretrain.evaluation import Evaluator
 from pretrain.export import export_run
 
 from ..conftest import ROOT
 from .conftest import finish
 
-DEADLINE = 120.0  # seconds, of what takes about ten
+DEADLINE = 120.0  # seconds, for what takes about ten
 SHORT = ["evaluation.tasks=causal_loop", "evaluation.limit=1"]
 
 
@@ -31,11 +32,11 @@ def until(condition: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end, what
-        threading.Event().wait(0.02)  # of the core that the awaited process needs
+        threading.Event().wait(0.02)  # leave the core to the awaited process
 
 
 def evaluators(run: Path, script: str) -> list[int]:
-    """Processes that live, run this script and name this run in their command."""
+    """Live processes that run this script and name this run in their command."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -53,7 +54,7 @@ def evaluators(run: Path, script: str) -> list[int]:
 
 
 def stop_when_seen(run: Path, script: str) -> int:
-    """Stops the process for good, as one is that waits for a dead disk."""
+    """Stops the process for good, like one that waits for a dead disk."""
     until(lambda: bool(evaluators(run, script)), f"{script} was never started")
     (pid,) = evaluators(run, script)
     os.kill(pid, signal.SIGSTOP)
@@ -64,8 +65,8 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_scores_of_a_run_are_those_of_the_checkpoint_and_cost_it_no_step(train, tmp_path, monkeypatch):
-    """Evaluations of steps 4 and 6 meet that of step 2, whose checkpoint stays although keep_last is 1."""
+def test_scores_during_a_run_equal_the_checkpoints_and_cost_no_step(train, tmp_path, monkeypatch):
+    """Evaluations of steps 4 and 6 find step 2's running; its checkpoint stays although keep_last is 1."""
     run = tmp_path / "run"
     options = ["max_steps=6", "save_every=2", "keep_last=1", "eval_every=0", "ep_size=1"]
     done = train(run, *options, *SHORT, "evaluation.every_steps=2", ranks=1)
@@ -94,11 +95,11 @@ def test_scores_of_a_run_are_those_of_the_checkpoint_and_cost_it_no_step(train, 
         assert "exact_match,trace" in values
 
 
-def test_an_evaluator_that_hangs_is_killed_and_two_ranks_end_well(begin, training, tmp_path):
+def test_a_hanging_evaluation_is_killed_and_two_ranks_finish(begin, training, tmp_path):
     run = tmp_path / "run"
     options = ["max_steps=3", "save_every=2", "eval_every=0", *SHORT, "evaluation.every_steps=2"]
     process = begin(2, *training(run, *options, "evaluation.timeout_seconds=5"))
-    stop_when_seen(run, "pretrain/evaluation.py")
+    stop_when_seen(run, "pretrain/evaluate_checkpoint.py")
     done = finish(process)
     assert (run / "DONE").is_file()
     assert [r["step"] for r in lines(run) if "loss" in r] == [1, 2, 3]
@@ -106,32 +107,32 @@ def test_an_evaluator_that_hangs_is_killed_and_two_ranks_end_well(begin, trainin
     expected = "killed after evaluation.timeout_seconds=5; raise it or lower evaluation.limit"
     assert failed == {"step": 2, "eval_failed": expected, "tokens": 2 * 8 * 64}
     assert f"evaluation of step 2: eval_failed, {expected}" in done.stdout
-    assert not evaluators(run, "pretrain/evaluation.py")
+    assert not evaluators(run, "pretrain/evaluate_checkpoint.py")
     assert not (run / "eval/step-2/work").exists()
 
 
-def test_nobody_waits_for_a_process_that_hangs(six_steps, tmp_path):
+def test_training_never_waits_for_a_hanging_process(six_steps, tmp_path):
     run, records = copy(six_steps, tmp_path), []
     evaluator = Evaluator(EvaluationConfig(every_steps=2), run, records.append)
     evaluator.request(2)
     evaluator.poll(checkpoint_written=False)
     assert evaluator.process is None
     evaluator.poll(checkpoint_written=True)
-    stop_when_seen(run, "pretrain/evaluation.py")
+    stop_when_seen(run, "pretrain/evaluate_checkpoint.py")
     evaluator.poll(checkpoint_written=True)
     assert records == []
-    evaluator.deadline = time.monotonic()  # the time is over
+    evaluator.deadline = time.monotonic()  # time is up
     evaluator.poll(checkpoint_written=True)
     assert [r["eval_failed"].split(";")[0] for r in records] == [
         "killed after evaluation.timeout_seconds=1800"
     ]
     evaluator.finish(lambda: None)
-    assert not evaluators(run, "pretrain/evaluation.py")
+    assert not evaluators(run, "pretrain/evaluate_checkpoint.py")
     assert (evaluator.step, evaluator.process, len(records)) == (None, None, 1)
 
 
-def test_a_trainer_that_is_killed_leaves_no_process_and_its_successor_asks_again(six_steps, tmp_path):
-    """Stopped after it became eval/run.py: what ends it with its trainer must outlive that."""
+def test_a_killed_trainer_leaves_no_process_and_its_successor_requests_again(six_steps, tmp_path):
+    """Stopped after it became eval/run.py: what ends it with its trainer must survive execv."""
     run = copy(six_steps, tmp_path)
     trainer = (
         "from pathlib import Path; from pretrain.evaluation import *\n"
@@ -154,7 +155,7 @@ def test_a_trainer_that_is_killed_leaves_no_process_and_its_successor_asks_again
     assert records[0]["eval_failed"].startswith(message)
 
 
-def test_nothing_that_cannot_be_started_or_read_raises(six_steps, tmp_path):
+def test_what_cannot_be_started_or_read_does_not_raise(six_steps, tmp_path):
     run, records = copy(six_steps, tmp_path), []
     evaluator = Evaluator(EvaluationConfig(every_steps=2), run, records.append)
     (run / "eval").write_text("a file where a folder must be")
@@ -172,7 +173,7 @@ def test_nothing_that_cannot_be_started_or_read_raises(six_steps, tmp_path):
     assert all("\n" not in r["eval_failed"] for r in records)
 
 
-def test_the_process_knows_nothing_of_ranks_and_of_no_gpu_unless_told(monkeypatch, tmp_path):
+def test_the_process_inherits_no_rank_and_sees_no_gpu_unless_asked(monkeypatch, tmp_path):
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
     for name in launched:
         monkeypatch.setenv(name, "1")
@@ -218,16 +219,16 @@ def test_a_checkpoint_in_use_outlives_the_rotation(tmp_path):
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "nice", lambda increment: 0)  # this process is the test's own
+    monkeypatch.setattr(os, "nice", lambda increment: 0)  # would affect the test process
     monkeypatch.setattr("ctypes.CDLL", lambda name: type("libc", (), {"prctl": lambda *_: 0})())
     folders = ["--run", str(tmp_path), "--step", "2", "--folder", str(tmp_path / "eval")]
-    monkeypatch.setattr(sys, "argv", ["evaluation.py", *folders])
+    monkeypatch.setattr(sys, "argv", ["evaluate_checkpoint.py", *folders])
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} has no checkpoint of step 2; it has none")
 
 
 def copy(run: Path, folder: Path) -> Path:
-    """A run whose folder may be written; its checkpoints are linked."""
+    """A writable copy of a run; its checkpoints are linked."""
     shutil.copytree(run, folder / "run", copy_function=os.link)
     return folder / "run"

@@ -1,4 +1,4 @@
-"""Which launcher is believed. What srun sets in reality: tests/slurm/."""
+"""Which launcher's variables count. What srun really sets: tests/slurm/."""
 
 import os
 import socket
@@ -22,13 +22,13 @@ STEP = {
 
 
 def set_variables(environment: dict[str, str]) -> dict[str, str]:
-    """What join_slurm_step adds to or changes in this environment."""
+    """What join_slurm_step adds to this environment or changes in it."""
     with mock.patch.dict(os.environ, environment, clear=True):
         join_slurm_step()
         return dict(os.environ.items() - environment.items())
 
 
-def test_a_task_of_srun_takes_its_place_in_the_step():
+def test_an_srun_task_takes_its_rank_in_the_step():
     assert set_variables(STEP) == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -38,7 +38,7 @@ def test_a_task_of_srun_takes_its_place_in_the_step():
     }
 
 
-def test_the_batch_shell_is_no_rank():
+def test_the_batch_shell_is_not_a_rank():
     assert set_variables(JOB) == {}
 
 
@@ -47,11 +47,11 @@ def test_another_launcher_inside_a_step_is_believed():
 
 
 def test_a_step_of_one_task_is_alone():
-    """With the job's port, two runs started in one such shell would meet."""
+    """With the job's port, two runs started in one such shell would collide."""
     assert set_variables({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == {}
 
 
-def test_a_port_in_use_is_told_from_a_lost_rank(monkeypatch):
+def test_a_port_in_use_and_a_lost_rank_have_different_errors(monkeypatch):
     with socket.socket() as other_run:
         other_run.bind(("127.0.0.1", 0))
         other_run.listen()
@@ -64,7 +64,7 @@ def test_a_port_in_use_is_told_from_a_lost_rank(monkeypatch):
     assert communication_problem(caught.value) == problem
     lost = communication_problem(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     assert lost is not None
-    assert lost.startswith("rank 0 lost another rank, which tells why if it could ([gloo/")
+    assert lost.startswith("rank 0 lost another rank, whose own error says why if it had one ([gloo/")
     assert communication_problem(RuntimeError("something else")) is None
 
 

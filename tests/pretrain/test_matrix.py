@@ -28,7 +28,7 @@ def pairs(case: dict[str, Any]) -> set[Any]:
 
 
 def covering(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A part of the cases in which every two values of two axes meet that meet in all of them; greedy."""
+    """A subset of the cases that covers every pair of values of two axes found in all of them; greedy."""
     missing, chosen = set().union(*map(pairs, cases)), []
     while missing:
         best = max(cases, key=lambda case: len(pairs(case) & missing))
@@ -50,7 +50,7 @@ def check(launch: Any, ranks: int, cases: list[dict[str, Any]], folder: Path) ->
     for report in run(launch, ranks, cases, folder):
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-5, report
-        assert report["smallest_norm"] > 0.3, report  # clipping, where there is any, is at work
+        assert report["smallest_norm"] > 0.3, report  # clipping, if any, took place
         assert report["gradient"] < 1e-6, report
         assert report["missing"] == [], report
         assert report["bias_spread"] == 0, report
@@ -64,12 +64,12 @@ def test_covering_layouts_equal_one_plain_process(launch, ranks, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_all_layouts_equal_one_plain_process(launch, ranks, tmp_path):
-    for start in range(0, len(product(ranks)), 48):  # a launch of all would outlast the launcher's limit
+    for start in range(0, len(product(ranks)), 48):  # a single launch would exceed the launcher's limit
         check(launch, ranks, product(ranks)[start : start + 48], tmp_path)
 
 
 def test_bf16_with_fp32_master_weights_follows_fp32(launch, tmp_path):
-    """Rounded to 8 bits, forward and gradients stray by 1 to 2 %; the master weights keep more."""
+    """Rounded to 8 bits, forward and gradients deviate by 1 to 2 %; the master weights keep more."""
     cases = [
         {"stage": 1, "ep_size": 1, "accumulation": 1, "checkpointing": "none", "clip": 0.3, "loop": "fixed"},
         {"stage": 2, "ep_size": 2, "accumulation": 4, "checkpointing": "none", "clip": 0.3, "loop": "random"},

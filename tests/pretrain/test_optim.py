@@ -1,4 +1,4 @@
-"""Schedules, which optimizer and which weight decay a parameter gets, Muon and the moving average."""
+"""Schedules, the optimizer and weight decay of each parameter, Muon and the moving average."""
 
 import json
 import math
@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.recurrence import HaltingConfig
-from pretrain.config import OptimizerConfig, load_ds_config, load_run_config
+from pretrain.config import OptimizerConfig, load_run_config
+from pretrain.ds_config import load_ds_config
 from pretrain.export import export_run
 from pretrain.optim import learning_rate, parameter_groups
 
@@ -136,7 +137,7 @@ def test_a_decay_that_does_not_fit():
         load_run_config(DEMO, [*wsd, "optimizer.warmup_steps=95"])
 
 
-def test_what_the_optimizer_asks_of_zero(tmp_path):
+def test_what_the_optimizer_requires_of_zero(tmp_path):
     path = tmp_path / "ds.json"
 
     def resolved(zero: dict, *overrides: str, **rest: dict) -> dict:
@@ -183,7 +184,7 @@ def test_muon_and_average_equal_a_plain_loop(launch, ranks, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(train, tmp_path_factory) -> tuple[Path, Path]:
-    """Four steps with Muon and an average in one go, and the same resumed from the second."""
+    """Four uninterrupted steps with Muon and an average, and the same resumed after the second."""
     folder = tmp_path_factory.mktemp("runs")
     whole, parts = folder / "whole", folder / "parts"
     options = ["max_steps=4", "save_every=2", "eval_every=0", "optimizer.kind=muon", "optimizer.clip=0"]
@@ -194,7 +195,7 @@ def runs(train, tmp_path_factory) -> tuple[Path, Path]:
     return whole, parts
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(runs):
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_exactly(runs):
     for name in ("export", "export_ema"):
         whole, parts = (load_file(run / name / "model.safetensors") for run in runs)
         assert whole.keys() == parts.keys()
@@ -204,13 +205,13 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(runs):
         assert [r[key] for r in records[0]][2:] == [r[key] for r in records[1]], key
 
 
-def test_muon_is_not_exported_offline_but_says_so(runs, tmp_path):
+def test_offline_export_refuses_muon(runs, tmp_path):
     with pytest.raises(ValueError, match="holds Muon's momentum, which DeepSpeed's Universal"):
         export_run(runs[0], 2, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_average_of_a_run_is_that_of_its_weights(train, tmp_path):
+def test_the_average_of_a_run_averages_its_weights(train, tmp_path):
     """ZeRO-3 with expert parallelism and AdamW: from the checkpoints of every step, offline."""
     run = tmp_path / "run"
     switches = ("max_steps=3", "save_every=1", "keep_last=3", "eval_every=0")

@@ -1,4 +1,4 @@
-"""Predictions of pretrain/plan.py against DeepSpeed on real ranks, autograd and arithmetic done by hand."""
+"""Predictions of pretrain/plan.py against DeepSpeed on real ranks, autograd and hand calculation."""
 
 import json
 import re
@@ -33,7 +33,7 @@ SMALL = {
 }
 PLAIN = {"recurrence": {"placement": "none"}}
 EVERY_USE = {"max_reuse_distance": 0, "prefetch_bucket_size": 0}
-# Layers of about 60,000 parameters: early ones go and come back, late ones stay.
+# Layers of about 60,000 parameters: early ones are released and gathered again, late ones stay.
 SOME_USES = {"max_reuse_distance": 150_000, "prefetch_bucket_size": 0}
 
 
@@ -65,7 +65,7 @@ TWO_RANKS = {
 FOUR_RANKS = {
     "experts sharded twice": case(3, 2, 2, zero=EVERY_USE),
     "ZeRO-2": case(2, 2),
-    "one expert a rank": case(3, 4),
+    "one expert per rank": case(3, 4),
 }
 
 
@@ -109,7 +109,7 @@ def test_what_four_ranks_send_and_keep(launch, tmp_path):
 
 
 class FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps what the fused kernel of a GPU keeps; the CPU's keeps a normed copy too."""
+    """RMSNorm that saves what a GPU's fused kernel saves; the CPU's also saves a normalised copy."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -123,8 +123,8 @@ class FusedNorm(torch.autograd.Function):
 
 
 def saved_bytes(config: ModelConfig, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of the layers' forward pass, each storage once, parameters aside."""
-    # Blockwise attention, the default of a CPU, keeps other things than the fused kernels of a GPU.
+    """Bytes that autograd saves in the layers' forward pass, each storage once, without parameters."""
+    # Blockwise attention, the CPU default, saves other tensors than a GPU's fused kernels.
     model = ZeroModel(config, execution=ExecutionConfig(attention="sdpa")).train()
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -192,7 +192,7 @@ def test_bytes_by_link(operation, group, ep, nvlink, network):
 
 
 def test_the_whole_trace_decides_what_stays_gathered():
-    """large has 1.25e9 parameters on a rank of ep 8: its first layers leave and come back, its last stay."""
+    """large has 1.25e9 parameters per rank at ep 8: its first layers are gathered again, its last stay."""
     config = ModelConfig.from_dict({"preset": "large"})
     parts = model_parts(config)
     gathering = gather_schedule(config, parts, Layout(gpus=256, ep=8))
@@ -203,7 +203,7 @@ def test_the_whole_trace_decides_what_stays_gathered():
 
 
 def test_step_time_by_hand():
-    """One GPU: 3 x the forward FLOPs at 40% of 989 TFLOP/s, then AdamW over 30 bytes a parameter."""
+    """One GPU: 3 x the forward FLOPs at 40% of 989 TFLOP/s, then AdamW over 30 bytes per parameter."""
     config = ModelConfig.from_dict({"preset": "small"})
     predicted = plan(config, Layout(gpus=1, micro_batch_size=4, accumulation=3), Hardware())
     flops = 3 * flops_per_token(config, 2048) * 3 * 4 * 2048
@@ -259,13 +259,13 @@ def run_plan(monkeypatch, capsys) -> Callable[..., str]:
         ("--gpus 4 --ep 8", "ep=8 does not divide the 4 GPUs; choose one of its divisors"),
         ("--gpus 12 --global_batch_size 12", "gpus=12 does not fill nodes of 8; choose a multiple of 8"),
         ("--gpus 3", "--global_batch_size 2048 is not divisible by the 3 GPUs; choose a multiple of 3"),
-        ("--gpus 8 --hardware speed=1", "--hardware speed=1 names none of "),
+        ("--gpus 8 --hardware speed=1", "--hardware speed=1 is not one of "),
         ("--gpus 8 --hardware memory_bytes=0", "--hardware memory_bytes=0 must be above 0"),
         ("--gpus 8 --hardware memory_bytes=1e10", "nothing fits 9,000,000,000 usable bytes on 8 GPUs: "),
         ("--gpus 8 --loads pyproject.toml", "--loads pyproject.toml has no expert_load in its last line"),
     ],
 )
-def test_mistakes_are_told_in_one_line(run_plan, capsys, arguments, line):
+def test_mistakes_are_one_line(run_plan, capsys, arguments, line):
     with pytest.raises(SystemExit) as stopped:
         run_plan("--model", "large", *arguments.split())
     said = capsys.readouterr()
@@ -291,8 +291,8 @@ def test_a_run_is_planned_with_its_own_loads(run_plan, tmp_path):
     assert own["memory_bytes"] > even["memory_bytes"]
 
 
-def test_the_page_is_what_its_commands_print(run_plan):
-    """docs/PLAN.md: every command in it, run again, prints the block below it."""
+def test_the_page_matches_its_commands(run_plan):
+    """Every command in docs/PLAN.md prints the block below it."""
     page = (ROOT / "docs/PLAN.md").read_text()
     found = re.findall(
         r"```bash\npython pretrain/plan.py (.*?)\n```\n+(.*?)\n\n<!-- end -->", page, flags=re.S

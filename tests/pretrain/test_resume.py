@@ -1,4 +1,4 @@
-"""Runs that go on under another layout: other ranks, another ep_size, another ZeRO stage."""
+"""Runs resumed under another layout: other ranks, another ep_size, another ZeRO stage."""
 
 import json
 import shutil
@@ -19,10 +19,10 @@ def check(output: str, pairs: int) -> None:
     reports = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("REPORT ")]
     assert len(reports) == pairs
     for report in reports:
-        assert report["different"] == [], report  # weights, both moments, biases: to the bit
+        assert report["different"] == [], report  # weights, both moments, biases: bit-exact
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-5, report
-        assert report["smallest_norm"] > 0.3, report  # clipping was at work
+        assert report["smallest_norm"] > 0.3, report  # clipping took place
         assert report["left"] == ["latest", "step-3"], report  # the conversion's files are gone
 
 
@@ -66,7 +66,7 @@ def test_the_same_command_continues_on_one_rank(launch, training, six_steps, tmp
     shutil.copytree(six_steps, run)
     for step in (4, 6):
         shutil.rmtree(run / f"checkpoints/step-{step}")
-    (run / "checkpoints/converting").mkdir()  # of a conversion that was killed
+    (run / "checkpoints/converting").mkdir()  # left by a killed conversion
     said = continued(launch, training, run, 1, "zero1", 6, "ep_size=1", "save_every=2")
     changes = "world_size 2 -> 1, ep_size 2 -> 1, zero_stage 3 -> 1"
     assert f"resuming from {run}/checkpoints/step-2, converted: {changes}" in said

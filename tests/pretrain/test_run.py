@@ -39,13 +39,13 @@ def metrics(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def runs(train, tmp_path_factory) -> tuple[Path, Path]:
-    """Six steps in one go, and three steps, resumed for three more."""
+    """Six uninterrupted steps, and three steps resumed for three more."""
     folder = tmp_path_factory.mktemp("runs")
     whole, parts = folder / "whole", folder / "parts"
     train(whole, "max_steps=6", "eval_every=3", "eval_batches=1", *DEPTH)
     train(parts, "max_steps=3", "optimizer.decay_steps=6", *DEPTH)
     assert (parts / "DONE").read_text() == "3\n"
-    with (parts / "metrics.jsonl").open("a") as log:  # a killed run may leave lines past its checkpoint
+    with (parts / "metrics.jsonl").open("a") as log:  # a killed run may leave lines beyond its checkpoint
         log.write(json.dumps({**metrics(parts)[-1], "step": 4}) + '\n{"step": 5, "lo')
     resumed = train(parts, "max_steps=6", "optimizer.decay_steps=6", *DEPTH, "wandb.mode=offline")
     assert f"resuming from {parts}/checkpoints/step-3" in resumed.stdout
@@ -53,7 +53,7 @@ def runs(train, tmp_path_factory) -> tuple[Path, Path]:
     return whole, parts
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(runs):
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_exactly(runs):
     whole, parts = (metrics(run) for run in runs)
     assert [r["step"] for r in parts] == [r["step"] for r in whole] == [1, 2, 3, 4, 5, 6]
     for key in ("loss", "grad_norm", "lr", "recurrence_depth", "expert_load", "target_tokens"):
@@ -76,7 +76,7 @@ def test_one_process_without_a_launcher_trains_the_same_model(runs, data_folder,
         assert alone["expert_load"] == together["expert_load"]
 
 
-def test_torchrun_trains_as_deepspeed_does_to_the_bit(runs, training, tmp_path):
+def test_torchrun_trains_bit_exactly_as_deepspeed_does(runs, training, tmp_path):
     torchrun = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, *training(tmp_path, "max_steps=6", "eval_every=0", *DEPTH)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -86,7 +86,7 @@ def test_torchrun_trains_as_deepspeed_does_to_the_bit(runs, training, tmp_path):
 
 
 @pytest.mark.slow
-def test_zero_1_resumes_to_the_bit_and_exports_offline(data_folder, tmp_path):
+def test_zero_1_resumes_bit_exactly_and_exports_offline(data_folder, tmp_path):
     """What the experiments use: one process, dense layers."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
 
@@ -116,7 +116,7 @@ def test_zero_1_resumes_to_the_bit_and_exports_offline(data_folder, tmp_path):
     assert all(torch.equal(exported[name], offline[name]) for name in exported)
 
 
-def test_the_run_folder_holds_what_it_promises(runs, data_folder):
+def test_the_run_folder_is_complete(runs, data_folder):
     run, records = runs[0], metrics(runs[0])
     for name in ("config.yaml", "ds_config.json", "environment.json", "DONE", "tokenizer.model"):
         assert (run / name).is_file(), name
@@ -175,7 +175,7 @@ def test_offline_export_equals_the_live_one(runs, tmp_path):
         export_run(runs[0], 5, tmp_path / "none")
 
 
-def test_a_damaged_row_within_the_budget_is_counted_and_not_trained_on(data_folder, train, tmp_path):
+def test_a_damaged_row_within_the_budget_is_counted_and_skipped(data_folder, train, tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(data_folder, data)
     shard = max(data.glob("*-train-*.tar"))

@@ -1,4 +1,4 @@
-"""Which steps are skipped: against a plain reckoning of the robust z-score, and in a real run."""
+"""Which steps are skipped: compared with a plain robust z-score, and in a real run."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def is_spike(values: list[float], history: list[list[float]], limit: float) -> b
 
 @settings(max_examples=40, deadline=None)
 @given(steps=st.lists(st.tuples(finite, finite), min_size=5, max_size=60), limit=st.sampled_from([1.5, 4.0]))
-def test_spikes_are_those_of_a_plain_robust_zscore(steps, limit):
+def test_spikes_match_a_plain_robust_zscore(steps, limit):
     guard = SpikeGuard(StabilityConfig(max_zscore=limit, window=8), torch.device("cpu"))
     seen: list[list[float]] = []
     for loss, norm in steps:
@@ -50,7 +50,7 @@ def test_spikes_are_those_of_a_plain_robust_zscore(steps, limit):
 @pytest.mark.parametrize(
     ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
 )
-def test_what_is_not_finite_is_refused_and_not_remembered(loss, norm):
+def test_non_finite_steps_are_refused_and_not_remembered(loss, norm):
     guard = SpikeGuard(StabilityConfig(max_zscore=None), torch.device("cpu"))
     assert not judged(guard, 1.0, 0.0)
     before = guard.history.clone()
@@ -58,7 +58,7 @@ def test_what_is_not_finite_is_refused_and_not_remembered(loss, norm):
     torch.testing.assert_close(guard.history, before, equal_nan=True)
 
 
-def test_a_falling_loss_is_no_spike_and_neither_is_a_short_history():
+def test_a_falling_loss_or_a_short_history_is_not_a_spike():
     guard = SpikeGuard(StabilityConfig(max_zscore=3.0, window=8), torch.device("cpu"))
     assert not any(judged(guard, loss, 1.0 / (1 + loss)) for loss in (9.0, 900.0, 1.0, 2.0))
     steady = [judged(guard, 5.0 - 0.01 * k + 0.001 * (k % 3), 1.0 + 0.01 * (k % 5)) for k in range(20)]
@@ -68,8 +68,8 @@ def test_a_falling_loss_is_no_spike_and_neither_is_a_short_history():
     assert judged(guard, 4.9, 50.0)
 
 
-def test_a_new_level_is_no_spike_once_it_has_lasted_half_a_window():
-    """As seen in a run whose gradient norm rose from 0.25 to 20 for good: the batches are not to blame."""
+def test_a_new_level_is_not_a_spike_after_half_a_window():
+    """Seen in a run whose gradient norm rose from 0.25 to 20 and stayed there: not a matter of batches."""
     guard = SpikeGuard(StabilityConfig(max_zscore=10.0, window=16), torch.device("cpu"))
     wobble = [1 + 0.01 * (k % 5) for k in range(40)]
     assert not any(judged(guard, w, 0.25 * w) for w in wobble)
@@ -82,7 +82,7 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_skips_counts_and_resumes_as_if_it_had_not_stopped(train, data_folder, tmp_path):
+def test_a_run_skips_counts_and_resumes_bit_exactly(train, data_folder, tmp_path):
     # Hardly any learning: losses go up and down with the batches.
     steady = ("optimizer.lr=1e-6", "optimizer.min_lr=1e-7", "ep_size=1")
     options = ("stability.max_zscore=1", "stability.window=8", "save_every=9", *steady)
@@ -105,12 +105,12 @@ def test_a_run_skips_counts_and_resumes_as_if_it_had_not_stopped(train, data_fol
 
 def test_a_run_that_skips_too_much_ends_with_one_line(train, tmp_path):
     run = tmp_path / "run"
-    never = ("stability.max_skipped=3", "stability.max_zscore=null")  # but what is not finite
+    never = ("stability.max_skipped=3", "stability.max_zscore=null")  # except non-finite steps
     result = train(run, "max_steps=40", "optimizer.lr=1e30", *never, check=False)
     assert result.returncode
     assert "Traceback" not in result.stderr
     assert result.stderr.count("error: ") == 1
     last = metrics(run)[-3:]
-    assert f"error: step {last[-1]['step']} was number 3 in a row to be skipped (loss is " in result.stderr
+    assert f"error: step {last[-1]['step']} was skipped, the last of 3 in a row (loss is " in result.stderr
     assert all(line["loss"] is None and "sample_ids" in line for line in last)
     assert not (run / "checkpoints").exists()

@@ -1,4 +1,4 @@
-"""Runs that are ended from outside: all ranks stop together, with a checkpoint, and nothing is lost."""
+"""Runs stopped from outside: all ranks stop together, with a checkpoint, and nothing is lost."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ def losses(run: Path) -> list[float]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Returns when the run has logged that step, which it is then past."""
+    """Returns once the run has logged that step, which it has then finished."""
     path, deadline = run / "metrics.jsonl", time.monotonic() + 400  # on a busy machine
     while not path.exists() or path.read_text().count("\n") < step:
         assert process.poll() is None, finish(process)
@@ -97,7 +97,7 @@ def test_a_time_limit_stops_the_run(train, tmp_path):
     assert f"stopped after step {len(losses(run))} by time_limit_minutes" in output
 
 
-def test_reasons_are_those_of_this_rank(tmp_path):
+def test_reasons_concern_this_rank(tmp_path):
     (tmp_path / "STOP").touch()
     watching = StopRequests(tmp_path, None, watches_file=True)
     assert watching.reason() == f"the file {tmp_path / 'STOP'}"

@@ -16,8 +16,8 @@ from ..conftest import ROOT
 
 NODES = ("127.0.0.1", "127.0.0.2")  # names of nodes must resolve, and these resolve everywhere
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"  # where Debian keeps daemons; not in every user's PATH
-DEADLINE = 300.0  # seconds, far beyond what anything here takes
+SBIN = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"  # where Debian installs daemons; not in every user's PATH
+DEADLINE = 300.0  # seconds, far more than anything here takes
 ENDED = {
     "COMPLETED",
     "FAILED",
@@ -72,7 +72,7 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """The commands of a running cluster, and what its jobs wrote (`job-ID.out`, both streams)."""
+    """Commands for a running cluster, and its jobs' output (`job-ID.out`, both streams)."""
 
     def __init__(self, state: Path) -> None:
         self.state = state

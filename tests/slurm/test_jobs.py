@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slurm
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 ONE_RANK = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 STEPS = 30
-NEVER = ("save_every=1000", "eval_every=0")  # only what stops a run saves it
+NEVER = ("save_every=1000", "eval_every=0")  # only stopping saves a checkpoint
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
@@ -41,7 +41,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, training: Training, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two nodes that nobody disturbs."""
+    """An undisturbed run on two nodes."""
     run = tmp_path_factory.mktemp("runs") / "undisturbed"
     output = cluster.ends(train(cluster, training, run, *TWO_NODES), "COMPLETED")
     assert "2 ranks, ep_size 2, ZeRO stage 3" in output
@@ -50,7 +50,7 @@ def undisturbed(cluster: Cluster, training: Training, tmp_path_factory: pytest.T
 
 
 def test_two_nodes_train_as_two_ranks_of_deepspeed_do(undisturbed, training, tmp_path):
-    """To the bit."""
+    """Bit-exactly."""
     assert (undisturbed / "DONE").read_text() == f"{STEPS}\n"
     finish(start(2, *training(tmp_path, "max_steps=3", f"optimizer.decay_steps={STEPS}", *NEVER)))
     assert len(losses(undisturbed)) == STEPS
@@ -60,7 +60,7 @@ def test_two_nodes_train_as_two_ranks_of_deepspeed_do(undisturbed, training, tmp
 def test_a_preempted_run_is_requeued_and_repeats_the_undisturbed_one(
     cluster, undisturbed, training, tmp_path
 ):
-    """To the bit; a job of the partition `urgent` takes its nodes in between."""
+    """Bit-exactly; a job in the partition `urgent` takes its nodes in between."""
     job = train(cluster, training, tmp_path, *TWO_NODES)
     cluster.until(lambda: len(losses(tmp_path)) >= 3, "three steps")
     urgent = cluster.submit("--nodes=2", "--exclusive", "--partition=urgent", "--wrap", "srun hostname")
