@@ -8,16 +8,15 @@ on the page. Several: one table, and pictures of what they share. Published scor
 in published.json.
 """
 
-import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import user_errors
+from common.pages import Block, Code, Note, Section, Table, plain, to_page
 from eval.reports.comparisons import losses_figure
-from eval.reports.figures import accuracy_figure, expert_load_figure, loss_figure, series, to_html
-from eval.reports.html import html_table, missing, note, page, show
+from eval.reports.figures import accuracy_figure, expert_load_figure, loss_figure, picture, series
 from eval.reports.runs import Run, read_json_lines, read_runs
 from eval.reports.scores import (
     against_published,
@@ -27,6 +26,7 @@ from eval.reports.scores import (
     by_task,
     during_training,
     score_table,
+    show,
     votes_beside_depth,
 )
 from eval.reports.thoughts import thoughts_section
@@ -55,41 +55,42 @@ TRACES = 3  # right ones and wrong ones shown, this many of each
 def build_page(runs: Sequence[Run]) -> str:
     """The page as text. Raises ValueError if a file of a run is damaged."""
     if len(runs) == 1 and runs[0].folder is not None:
-        return page(runs[0].name, "ZeroModel run report", one_run(runs[0], runs[0].folder))
+        return to_page(plain(runs[0].name), "ZeroModel run report", one_run(runs[0], runs[0].folder))
     losses = {run.name: run.steps for run in runs if run.steps}
+    rows = [tuple(plain(cell) for cell in run_row(run)) for run in runs]
     sections = [
-        ("Runs", html_table(RUN_HEADER, [run_row(run) for run in runs])),
-        ("Loss", to_html(losses_figure(losses), "losses against tokens") if losses else ""),
-        ("Scores", score_table(runs)),
+        Section("Runs", [Table(RUN_HEADER, rows)]),
+        Section("Loss", [picture(losses_figure(losses), "losses against tokens")] if losses else []),
+        Section("Scores", score_table(runs)),
         *score_sections(runs),
-        *((f"All results of {run.name}", results_section(run.reports)) for run in runs if run.reports),
+        *(results_section(f"All results of {plain(run.name)}", run.reports) for run in runs if run.reports),
     ]
-    return page(", ".join(run.name for run in runs), "ZeroModel report", sections)
+    return to_page(", ".join(plain(run.name) for run in runs), "ZeroModel report", sections)
 
 
-def one_run(run: Run, folder: Path) -> list[tuple[str, str]]:
+def one_run(run: Run, folder: Path) -> list[Section]:
     return [
-        ("Run", run_section(run, folder)),
-        ("Loss", loss_section(run.steps)),
-        ("Expert load", expert_section(run.steps)),
-        ("Causal-loop accuracy", accuracy_section(run.reports)),
-        ("Sample traces", traces_section(folder)),
+        Section("Run", run_section(run, folder)),
+        Section("Loss", loss_section(run.steps)),
+        Section("Expert load", expert_section(run.steps)),
+        Section("Causal-loop accuracy", accuracy_section(run.reports)),
+        traces_section("Sample traces", folder),
         *score_sections([run], drawn=("causal_loop",)),
-        ("All results", results_section(run.reports)),
+        results_section("All results", run.reports),
     ]
 
 
-def score_sections(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What one run and several have alike; `drawn`: tasks whose parts have a picture already."""
+def score_sections(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[Section]:
+    """What one run and several share; `drawn`: tasks whose parts have a picture already."""
     return [
-        ("Accuracy by task", by_task(runs)),
-        ("Accuracy by difficulty", by_difficulty(runs, drawn)),
-        ("Accuracy by depth", by_depth(runs)),
-        ("Accuracy by examples in the prompt", by_shots(runs)),
-        ("Majority vote beside depth", votes_beside_depth(runs)),
-        ("Scores during training", during_training(runs)),
-        ("Latent chain of thought", thoughts_section(runs)),
-        ("Beside published models", against_published(runs)),
+        Section("Accuracy by task", by_task(runs)),
+        by_difficulty("Accuracy by difficulty", runs, drawn),
+        Section("Accuracy by depth", by_depth(runs)),
+        Section("Accuracy by examples in the prompt", by_shots(runs)),
+        Section("Majority vote beside depth", votes_beside_depth(runs)),
+        Section("Scores during training", during_training(runs)),
+        thoughts_section("Latent chain of thought", runs),
+        against_published("Beside published models", runs),
     ]
 
 
@@ -115,10 +116,10 @@ def run_row(run: Run) -> tuple[str, ...]:
     )
 
 
-def run_section(run: Run, folder: Path) -> str:
+def run_section(run: Run, folder: Path) -> list[Block]:
     """Sizes from the exported config, budget from the resolved config, what was reached from the metrics."""
     rows: list[tuple[str, str]] = []
-    notes = []
+    notes: list[Block] = []
     config_path, metrics, config = folder / "config.yaml", run.steps, run.model
     if config is not None:
         rows += [
@@ -128,16 +129,16 @@ def run_section(run: Run, folder: Path) -> str:
             ("recurrence", f"{config.recurrence.placement}, {config.recurrence.num_steps} steps"),
         ]
     else:
-        notes.append(missing(f"Model sizes: {run.model_problem}"))
+        notes.append(Note(plain(f"Model sizes: {run.model_problem}"), missing=True))
     if config_path.is_file():
         text = config_path.read_text(encoding="utf-8")
         for key in BUDGET_KEYS:
             # The resolved config is OmegaConf's own output: one "key: value" a line.
             found = re.search(rf"^\s*{key}:\s*(\S+)", text, re.MULTILINE)
-            rows += [(key, found.group(1))] if found else []
-        notes.append(f"<details><summary>Resolved config</summary><pre>{html.escape(text)}</pre></details>")
+            rows += [(key, plain(found.group(1)))] if found else []
+        notes.append(Code(text, "yaml", title="Resolved config"))
     else:
-        notes.append(missing("Configuration: config.yaml is not there."))
+        notes.append(Note("Configuration: config.yaml is not there.", missing=True))
     if metrics:
         rows.append(("steps done", str(metrics[-1]["step"])))
         for key, label, form in (
@@ -150,22 +151,25 @@ def run_section(run: Run, folder: Path) -> str:
             rows += [(label, form.format(values[-1]))] if values else []
         speeds = sorted(series(metrics, "tokens_per_second")[1])
         rows += [("median tokens per second", f"{speeds[len(speeds) // 2]:,.0f}")] if speeds else []
-    return html_table(("", ""), rows) + "".join(notes)
+    return [Table(("", ""), rows), *notes]
 
 
-def loss_section(metrics: list[dict[str, Any]]) -> str:
+def loss_section(metrics: list[dict[str, Any]]) -> list[Block]:
     if not metrics:
-        return missing("metrics.jsonl is not there, or empty.")
-    page = to_html(loss_figure(metrics), "loss against steps")
-    return page if series(metrics, "val_loss")[0] else page + missing("No validation loss was logged.")
+        return [Note("metrics.jsonl is not there, or empty.", missing=True)]
+    blocks: list[Block] = [picture(loss_figure(metrics), "loss against steps")]
+    if not series(metrics, "val_loss")[0]:
+        blocks.append(Note("No validation loss was logged.", missing=True))
+    return blocks
 
 
-def expert_section(metrics: list[dict[str, Any]]) -> str:
+def expert_section(metrics: list[dict[str, Any]]) -> list[Block]:
     if not any(series(metrics, "expert_load")[1]):
-        return missing("No expert load in metrics.jsonl (a dense model, or no metrics).")
-    return to_html(expert_load_figure(metrics), "expert load over time") + note(
-        "Share of the tokens that each expert got; dark blue is an idle expert."
-    )
+        return [Note("No expert load in metrics.jsonl (a dense model, or no metrics).", missing=True)]
+    return [
+        picture(expert_load_figure(metrics), "expert load over time"),
+        Note("Share of the tokens that each expert got; dark blue is an idle expert."),
+    ]
 
 
 def level_scores(report: dict[str, Any]) -> dict[str, dict[str, Score]]:
@@ -202,45 +206,52 @@ def level_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def accuracy_section(reports: dict[Path, dict[str, Any]]) -> str:
+def accuracy_section(reports: dict[Path, dict[str, Any]]) -> list[Block]:
     path = newest_causal_loop(reports)
     if path is None:
-        return missing("No causal-loop results in eval/ (eval/causal_loop.py writes them: --output_path).")
+        said = "No causal-loop results in eval/ (eval/causal_loop.py writes them: --output_path)."
+        return [Note(plain(said), missing=True)]
     levels = level_scores(reports[path])
     bars = {
         label: [scores[name] for scores in levels.values()]
         for name, label in zip(("trace", "direct", "majority", "one_step"), LEVEL_HEADER[2:], strict=True)
     }
-    picture = to_html(accuracy_figure([f"level {level}" for level in levels], bars), "accuracy per level")
-    said = note(f"From {path.name}, held-out programs.")
-    return picture + html_table(LEVEL_HEADER, level_rows(reports[path])) + said
+    return [
+        picture(accuracy_figure([f"level {level}" for level in levels], bars), "accuracy per level"),
+        Table(LEVEL_HEADER, level_rows(reports[path])),
+        Note(f"From {plain(path.name)}, held-out programs."),
+    ]
 
 
-def traces_section(run: Path) -> str:
+def traces_section(title: str, run: Path) -> Section:
     """A few programs of the newest sample file with the model's own trace, right and wrong ones."""
     paths = sorted((run / "eval").glob("samples_causal_loop_*.jsonl"))
     if not paths:
-        return missing("No samples_causal_loop_*.jsonl in eval/ (evaluate with --log_samples).")
+        said = "No samples_causal_loop_*.jsonl in eval/ (evaluate with --log_samples)."
+        return Section(title, [Note(plain(said), missing=True)])
     samples = read_json_lines(paths[-1])
-    page = ""
+    parts = []
     for value, label in ((1.0, "right"), (0.0, "wrong")):
         chosen = [sample for sample in samples if sample["exact_match,trace"] == value]
-        page += f"<h3>{label.capitalize()} ({len(chosen)} of {len(samples)})</h3>"
+        blocks: list[Block] = []
         # Spread over the file, since its levels alternate.
         for sample in chosen[:: max(1, len(chosen) // TRACES)][:TRACES]:
             text = f"{sample['prompt']}{sample['resps']['trace']}\n\nExpected: {sample['answer']}"
-            page += (
-                f"<p class='note'>Level {sample['level']}</p><pre class='{label}'>{html.escape(text)}</pre>"
-            )
-    return page
+            blocks += [Note(f"Level {sample['level']}"), Code(text, label)]
+        title_of_part = f"{label.capitalize()} ({len(chosen)} of {len(samples)})"
+        parts.append(Section(title_of_part, blocks or [Note("None.")]))
+    return Section(title, parts=parts)
 
 
-def results_section(reports: dict[Path, dict[str, Any]]) -> str:
+def results_section(title: str, reports: dict[Path, dict[str, Any]]) -> Section:
     if not reports:
-        return missing("No results_*.json in eval/.")
-    return "".join(
-        f"<h3>{html.escape(path.name)}</h3>{html_table(TABLE_HEADER, table_rows(report))}"
+        return Section(title, [Note(plain("No results_*.json in eval/."), missing=True)])
+    tables = {
+        path.name: [tuple(plain(cell) for cell in row) for row in table_rows(report)]
         for path, report in reports.items()
+    }
+    return Section(
+        title, parts=[Section(plain(name), [Table(TABLE_HEADER, rows)]) for name, rows in tables.items()]
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.errors import user_errors
+from common.pages import Picture, Section, Table, to_markdown, to_page
 from experiments.reporting.claims import Unit, claim_verdict, judge, not_claimed, read_claims
 from experiments.reporting.figures import (
     HEADLINE,
@@ -44,11 +45,11 @@ from experiments.reporting.studies import (
     votes_section,
 )
 from experiments.reporting.tables import groups_section, task_section
-from experiments.reporting.text import Picture, Section, Table, to_markdown, to_page
 from experiments.reporting.verdicts import claims_section, effect_text, statistics_section
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEADLINE_CLAIM, QUESTION = "equal_parameters", "Does iterating beat adding parameters?"
+HEADLINE_PICTURE = f"{QUESTION} Accuracy of a loop and of dense models, by task"
 TITLE = "Results: does iterating beat adding parameters?"
 OPENING = "Written by `experiments/report.py` from the records of the runs; nothing here is typed by hand."
 WIDTH = 118  # of the README's lines
@@ -61,7 +62,7 @@ class Report:
 
     sections: list[Section]
     answer: str
-    headline: Picture | None
+    headline: Path | None  # its picture
 
 
 def build(runs: Runs, pictures: Path) -> Report:
@@ -79,15 +80,12 @@ def build(runs: Runs, pictures: Path) -> Report:
     verdict = claim_verdict(claim, units)
     headline = None
     if panels:
-        file = save(
-            headline_figure(panels, effects, f"{QUESTION} Over all tasks: {verdict}"),
-            pictures / "headline.png",
-        )
-        headline = Picture(file, f"{QUESTION} Accuracy of a loop and of dense models, by task")
+        figure = headline_figure(panels, effects, f"{QUESTION} Over all tasks: {verdict}")
+        headline = save(figure, pictures / "headline.png")
     answer = answer_text(units, set(panels), verdict)
     tasks = [task_section(setting, groups) for setting, groups in settings.items()]
     sections = [
-        Section("The question", [answer, *([headline] if headline else [])]),
+        Section("The question", [answer, *([Picture(headline, HEADLINE_PICTURE)] if headline else [])]),
         claims_section(claims, units, runs.records),
         statistics_section(units),
         Section("Scores and costs", parts=tasks),
@@ -215,8 +213,8 @@ def update_readme(readme: Path, report: Report) -> None:
         )
     lines = [BEGIN, textwrap.fill(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False)]
     if report.headline is not None:
-        link = Path(os.path.relpath(report.headline.path, readme.parent)).as_posix()
-        lines += ["", f"![{report.headline.description}]({link})"]
+        link = Path(os.path.relpath(report.headline, readme.parent)).as_posix()
+        lines += ["", f"![{HEADLINE_PICTURE}]({link})"]
     readme.write_text(before + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
 
 
@@ -227,9 +225,7 @@ def write(folders: Sequence[Path], out: Path) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     report = build(runs, pictures)
     out.write_text(to_markdown(TITLE, OPENING, report.sections, out.parent), encoding="utf-8")
-    (pictures / "index.html").write_text(
-        to_page(TITLE, OPENING.replace("`", ""), report.sections), encoding="utf-8"
-    )
+    (pictures / "index.html").write_text(to_page(TITLE, OPENING, report.sections), encoding="utf-8")
     readme = out.absolute().parent.parent / "README.md"
     if readme.is_file():
         update_readme(readme, report)

@@ -1,7 +1,5 @@
-"""The pictures of the report, each as an <img> tag with the PNG inside."""
+"""The pictures of the report about one run."""
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.pages import Picture
 from eval.scoring.core import Score
 
 matplotlib.use("Agg")
@@ -18,16 +17,10 @@ COLORS = ("#2b6cb0", "#dd6b20", "#a0aec0", "#718096")
 MAX_COLUMNS = 200  # of a heat map; more steps than this are averaged
 
 
-def to_html(figure: Figure, description: str) -> str:
+def picture(figure: Figure, description: str) -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return png_tag(buffer.getvalue(), description)
-
-
-def png_tag(png: bytes, description: str) -> str:
-    """An <img> with the picture inside."""
-    data = base64.b64encode(png).decode()
-    return f'<img alt="{html.escape(description)}" src="data:image/png;base64,{data}">'
+    return Picture(buffer.getvalue(), description)
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

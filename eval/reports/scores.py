@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.pages import Block, Note, Section, Table, plain
 from eval.babi import is_failed
 from eval.reports.comparisons import (
     GUESS_STYLES,
@@ -17,8 +18,7 @@ from eval.reports.comparisons import (
     published_figure,
     shortened,
 )
-from eval.reports.figures import to_html
-from eval.reports.html import html_table, missing, note, show
+from eval.reports.figures import picture
 from eval.reports.runs import MAIN_METRICS, Result, Run
 from eval.scoring.core import Score
 from model import ModelConfig
@@ -28,7 +28,14 @@ PUBLISHED = Path(__file__).with_name("published.json")
 Panels = dict[str, tuple[Curves, Guesses]]
 
 
-def score_table(runs: Sequence[Run]) -> str:
+def show(score: Score | None, form: str = ".3f") -> str:
+    """`0.345 ± 0.012`; a dash for no score."""
+    if score is None:
+        return "–"
+    return format(score.value, form) + ("" if score.stderr is None else f" ± {score.stderr:{form}}")
+
+
+def score_table(runs: Sequence[Run]) -> list[Block]:
     """Every metric of the whole tasks at the models' own depth, a column a run, and what guessing reaches."""
     rows: dict[tuple[str, int, str], dict[str, Result]] = {}
     for run in runs:
@@ -36,7 +43,7 @@ def score_table(runs: Sequence[Run]) -> str:
             for key in result.metrics:
                 rows.setdefault((result.task, result.num_fewshot, key), {})[run.name] = result
     if not rows:
-        return missing("No scores: eval/run.py --output_path RUN/eval writes them.")
+        return [Note(plain("No scores: eval/run.py --output_path RUN/eval writes them."), missing=True)]
     tasks = list(dict.fromkeys(task for task, _, _ in rows))
     lines = []
     for (task, shots, key), found in sorted(
@@ -48,31 +55,32 @@ def score_table(runs: Sequence[Run]) -> str:
         chance, majority = (show(guesses.pop(kind, None)) for kind in ("chance", "majority"))
         lines.append(
             (
-                task,
-                key.removesuffix(",none"),
+                plain(task),
+                plain(key.removesuffix(",none")),
                 str(shots),
                 "/".join(dict.fromkeys(str(result.num_documents) for result in found.values())),
                 *(show(found[run.name].metrics[key] if run.name in found else None) for run in runs),
                 chance,
                 majority,
-                ", ".join(f"{kind} {show(score)}" for kind, score in guesses.items()),
+                ", ".join(f"{plain(kind)} {show(score)}" for kind, score in guesses.items()),
             )
         )
-    names = [run.name for run in runs]
-    return html_table(
-        ("task", "metric", "shots", "n", *names, "chance", "majority", "other guesses"), lines
-    ) + note("± one standard error. Guessing: at random, and always the answer that is right most often.")
+    names = [plain(run.name) for run in runs]
+    return [
+        Table(("task", "metric", "shots", "n", *names, "chance", "majority", "other guesses"), lines),
+        Note("± one standard error. Guessing: at random, and always the answer that is right most often."),
+    ]
 
 
-def by_task(runs: Sequence[Run]) -> str:
+def by_task(runs: Sequence[Run]) -> list[Block]:
     """Bars of the whole tasks, at each model's own depth; empty for fewer than two tasks."""
     return _bars([_accuracies(run.plain_results()) for run in runs], runs, "accuracy by task", at_least=2)
 
 
-def by_difficulty(runs: Sequence[Run], left_out: Sequence[str] = ()) -> str:
+def by_difficulty(title: str, runs: Sequence[Run], left_out: Sequence[str] = ()) -> Section:
     """Bars of the parts of each task that has some: bAbI's tasks, levels, subjects."""
     groups = dict.fromkeys(r.group for run in runs for r in run.results if r.group not in (None, *left_out))
-    text = ""
+    sections = []
     for group in groups:
         parts = [
             {
@@ -83,8 +91,8 @@ def by_difficulty(runs: Sequence[Run], left_out: Sequence[str] = ()) -> str:
             }
             for run in runs
         ]
-        text += f"<h3>{group}</h3>" + _bars(parts, runs, f"accuracy of the parts of {group}")
-    return text
+        sections.append(Section(plain(str(group)), _bars(parts, runs, f"accuracy of the parts of {group}")))
+    return Section(title, parts=sections)
 
 
 def _accuracies(results: Iterable[Result]) -> dict[str, Result]:
@@ -99,20 +107,22 @@ def _accuracies(results: Iterable[Result]) -> dict[str, Result]:
     return {r.task + (f"\n{r.num_fewshot} shots" if r.task in several else ""): r for r in chosen}
 
 
-def _bars(results: Sequence[dict[str, Result]], runs: Sequence[Run], what: str, at_least: int = 1) -> str:
+def _bars(
+    results: Sequence[dict[str, Result]], runs: Sequence[Run], what: str, at_least: int = 1
+) -> list[Block]:
     groups = list(dict.fromkeys(name for found in results for name in found))
     if len(groups) < at_least:
-        return ""
+        return []
     bars = {
         shortened(run.name): [found[name].accuracy if name in found else None for name in groups]
         for run, found in zip(runs, results, strict=True)
         if found
     }
     guesses = [next(found[name].baselines for found in results if name in found) for name in groups]
-    return to_html(bars_figure(groups, bars, guesses), what)
+    return [picture(bars_figure(groups, bars, guesses), what)]
 
 
-def by_depth(runs: Sequence[Run]) -> str:
+def by_depth(runs: Sequence[Run]) -> list[Block]:
     """Test-time scaling: accuracy against the loop steps that an answer took; a table with the same."""
     panels: Panels = {}
     rows = []
@@ -125,16 +135,17 @@ def by_depth(runs: Sequence[Run]) -> str:
             for r in results:
                 own = " (own)" if r.is_own_depth else ""
                 measured = "–" if r.mean_steps is None else f"{r.mean_steps:.2f}"
-                rows.append((panel, run.name, f"{r.depth}{own}", measured, show(r.accuracy)))
+                rows.append((plain(panel), plain(run.name), f"{r.depth}{own}", measured, show(r.accuracy)))
     if not panels:
-        return ""
-    rows.sort(key=lambda row: list(panels).index(row[0]))
+        return []
+    order = [plain(panel) for panel in panels]
+    rows.sort(key=lambda row: order.index(row[0]))
     figure = curves_figure(panels, "loop steps of an answer", log=True)
     header = ("task", "run", "depth", "mean steps", "accuracy")
-    return to_html(figure, "accuracy against loop steps") + html_table(header, rows)
+    return [picture(figure, "accuracy against loop steps"), Table(header, rows)]
 
 
-def by_shots(runs: Sequence[Run]) -> str:
+def by_shots(runs: Sequence[Run]) -> list[Block]:
     """The few-shot curve, at the models' own depth."""
     panels: Panels = {}
     for number, run in enumerate(runs):
@@ -146,11 +157,12 @@ def by_shots(runs: Sequence[Run]) -> str:
             if len(points) > 1:
                 _add(panels, task, (number, run), points, next(iter(family.values())).baselines)
     if not panels:
-        return ""
-    return to_html(curves_figure(panels, "examples in the prompt"), "accuracy against examples in the prompt")
+        return []
+    figure = curves_figure(panels, "examples in the prompt")
+    return [picture(figure, "accuracy against examples in the prompt")]
 
 
-def votes_beside_depth(runs: Sequence[Run]) -> str:
+def votes_beside_depth(runs: Sequence[Run]) -> list[Block]:
     """Two ways to spend compute at test time, at equal cost: more samples that vote, or more loop steps.
 
     A cost of 1 is one answer at the model's own depth; FLOPs of a token, attention over the whole context.
@@ -173,11 +185,10 @@ def votes_beside_depth(runs: Sequence[Run]) -> str:
                 ]
                 _add(panels, panel, (number, run), deeper, {}, "loop steps")
     if not panels:
-        return ""
+        return []
     figure = curves_figure(panels, "FLOPs of an answer, in those of the model as it is", log=True)
-    return to_html(figure, "majority vote and loop steps at equal cost") + note(
-        "A vote costs as many answers as it has samples, a depth what its loop steps add to every token."
-    )
+    said = "A vote costs as many answers as it has samples, a depth what its loop steps add to every token."
+    return [picture(figure, "majority vote and loop steps at equal cost"), Note(said)]
 
 
 def _cost(model: ModelConfig, result: Result) -> float:
@@ -188,7 +199,7 @@ def _cost(model: ModelConfig, result: Result) -> float:
     return (one + (steps - 1) * (two - one)) / (one + (own - 1) * (two - one))
 
 
-def during_training(runs: Sequence[Run]) -> str:
+def during_training(runs: Sequence[Run]) -> list[Block]:
     """Scores of the `eval` lines of metrics.jsonl against tokens, and how many evaluations failed."""
     panels: Panels = {}
     failures = []
@@ -203,14 +214,14 @@ def during_training(runs: Sequence[Run]) -> str:
                     metric, filter_name = key.split(",")
                     score = Score(scores[key], scores.get(f"{metric}_stderr,{filter_name}"))
                     _add(panels, task, (number, run), [Point(line["tokens"], score)], {})
-    text = ""
+    blocks: list[Block] = []
     if panels:
         figure = curves_figure(panels, "tokens trained on", whole=False)
-        text = to_html(figure, "accuracy against tokens")
-    return text + "".join(missing(f"Evaluation failed: {failure}") for failure in failures)
+        blocks.append(picture(figure, "accuracy against tokens"))
+    return blocks + [Note(plain(f"Evaluation failed: {failure}"), missing=True) for failure in failures]
 
 
-def against_published(runs: Sequence[Run]) -> str:
+def against_published(title: str, runs: Sequence[Run]) -> Section:
     """Our scores beside those of small models, each with its source."""
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     own: dict[str, list[tuple[str, Score, int | None]]] = {}
@@ -242,21 +253,21 @@ def against_published(runs: Sequence[Run]) -> str:
                         source_of(model),
                     )
                 )
-    text = ""
+    blocks: list[Block] = []
     if panels:
         rows.sort(key=lambda row: list(panels).index(row[0]))
-        text = to_html(published_figure(panels, chance), "published small models beside ours")
-        text += html_table(("task", "model", "metric", "shots", "percent", "source"), rows)
-    babi = babi_table(runs, published["babi"])
-    notes = (
-        note(f"{published['note']} Prompts, shots and scoring differ between sources.")
-        if text or babi
-        else ""
-    )
-    return text + babi + notes
+        blocks.append(picture(published_figure(panels, chance), "published small models beside ours"))
+        shown = [tuple(plain(cell) for cell in row) for row in rows]
+        blocks.append(Table(("task", "model", "metric", "shots", "percent", "source"), shown))
+    babi = babi_section(runs, published["babi"])
+    parts = [] if babi.empty else [babi]
+    if blocks or parts:
+        said = f"{published['note']} Prompts, shots and scoring differ between sources."
+        blocks.append(Note(plain(said)))
+    return Section(title, blocks, parts)
 
 
-def babi_table(runs: Sequence[Run], published: Sequence[dict[str, Any]]) -> str:
+def babi_section(runs: Sequence[Run], published: Sequence[dict[str, Any]]) -> Section:
     """Mean error over the 20 tasks, and tasks failed; empty unless a run has all 20."""
     rows = []
     for run in runs:
@@ -269,13 +280,14 @@ def babi_table(runs: Sequence[Run], published: Sequence[dict[str, Any]]) -> str:
             failed = sum(is_failed(round(error * n), n) for error, n in tasks)
             mean = sum(error for error, _ in tasks) / 20
             rows.append((run.name, f"{100 * mean:.2f}", str(failed), "this report"))
+    title = "bAbI, 20 tasks"
     if not rows:
-        return ""
+        return Section(title)
     rows += [
         (row["model"], f"{row['mean_error']:g}", str(row["failed"]), source_of(row)) for row in published
     ]
     header = ("model", "mean error, percent", "tasks failed (error above 5%)", "source")
-    return "<h3>bAbI, 20 tasks</h3>" + html_table(header, rows)
+    return Section(title, [Table(header, [tuple(plain(cell) for cell in row) for row in rows])])
 
 
 def _label(name: str, metric: str | None, shots: int | None) -> str:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from common.pages import Block, Note, Section, Table, plain
 from eval.reports.comparisons import RUN_COLORS, Curve, Curves, Guesses, Point, color_of, curves_figure
-from eval.reports.figures import to_html
-from eval.reports.html import html_table, note, show
+from eval.reports.figures import picture
 from eval.reports.runs import THOUGHTS, Result, Run, read_results
-from eval.reports.scores import PUBLISHED, source_of
+from eval.reports.scores import PUBLISHED, show, source_of
 from eval.scoring.core import Score
 from eval.thinking.answers import Way
 from model import ModelConfig
@@ -68,7 +68,7 @@ class Arm:
         return dict(sorted(found.items(), key=lambda item: [getattr(item[0], name) or 0 for name in names]))
 
 
-class Table(NamedTuple):
+class TitledTable(NamedTuple):
     title: str
     header: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -167,13 +167,13 @@ def _number(value: float | None, form: str) -> str:
 # ---- tables
 
 
-def tables(task: str, arms: Sequence[Arm]) -> list[Table]:
+def tables(task: str, arms: Sequence[Arm]) -> list[TitledTable]:
     """All of one task; those without rows are left out."""
     found = [methods_table(arms), depth_table(arms), sweep_table(arms), published_table(task)]
     return [table for table in found if table.rows]
 
 
-def methods_table(arms: Sequence[Arm]) -> Table:
+def methods_table(arms: Sequence[Arm]) -> TitledTable:
     """Each method as it is, beside its controls at test time, and what an answer costs."""
     quality = ("accuracy", "shuffled", "zeroed")
     costs = ("forward passes", "cache bytes", "ms alone", "ms in a batch")
@@ -195,18 +195,20 @@ def methods_table(arms: Sequence[Arm]) -> Table:
                 *(_number(None if s is None else 1000 * s, ".1f") for s in seconds),
             )
         )
-    return Table("Methods", ("method", "seeds", "n", "trained on", "answers by", *quality, *costs), rows)
+    return TitledTable(
+        "Methods", ("method", "seeds", "n", "trained on", "answers by", *quality, *costs), rows
+    )
 
 
-def depth_table(arms: Sequence[Arm]) -> Table:
+def depth_table(arms: Sequence[Arm]) -> TitledTable:
     """Accuracy by serial depth, and what guessing reaches."""
     depths = sorted({depth for arm in arms for depth in arm.ways[arm.own][0].by_depth})
     if not depths:
-        return Table("", (), [])
+        return TitledTable("", (), [])
     rows = [(arm.name, *(show(_at_depth(arm, depth)) for depth in depths)) for arm in arms]
     guesses = arms[0].ways[arms[0].own][0].guesses
     best = ", ".join(f"{kind} {score.value:.3f}" for kind, score in guesses.items())
-    return Table(f"By serial depth (guessing: {best})", ("method", *map(str, depths)), rows)
+    return TitledTable(f"By serial depth (guessing: {best})", ("method", *map(str, depths)), rows)
 
 
 def _at_depth(arm: Arm, depth: int) -> Score | None:
@@ -214,7 +216,7 @@ def _at_depth(arm: Arm, depth: int) -> Score | None:
     return over_seeds(scores) if scores else None
 
 
-def sweep_table(arms: Sequence[Arm]) -> Table:
+def sweep_table(arms: Sequence[Arm]) -> TitledTable:
     """Every other way that was measured, but for the controls."""
     rows = []
     for arm in arms:
@@ -232,17 +234,17 @@ def sweep_table(arms: Sequence[Arm]) -> Table:
                     )
                 )
     header = ("method", "answers by", "latents", "iterations", "cache budget", "accuracy", "forward passes")
-    return Table("Other settings at test time", (*header, "largest cache, bytes"), rows)
+    return TitledTable("Other settings at test time", (*header, "largest cache, bytes"), rows)
 
 
-def published_table(task: str) -> Table:
+def published_table(task: str) -> TitledTable:
     """What the literature reports of GSM8K; without rows for other tasks."""
     rows: list[tuple[str, ...]] = []
     if task in ("gsm8k", "icot"):
         published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["latent_chain_of_thought"]
         rows = [(row["model"], row["method"], f"{row['value']:g}", source_of(row)) for row in published]
     title = "Published: GSM8K, pretrained models taught on the 385 thousand problems of GSM8K-AUG"
-    return Table(title, ("model", "method", "accuracy, %", "source"), rows)
+    return TitledTable(title, ("model", "method", "accuracy, %", "source"), rows)
 
 
 # ---- pictures
@@ -331,16 +333,20 @@ def budget_figure(title: str, arms: Sequence[Arm]) -> Figure:
     return figure
 
 
-def thoughts_section(runs: Sequence[Run]) -> str:
-    """The section's HTML; empty if eval/thoughts.py has measured none of the runs."""
-    text = ""
+def thoughts_section(title: str, runs: Sequence[Run]) -> Section:
+    """Empty if eval/thoughts.py has measured none of the runs."""
+    parts = []
     for task, arms in read_arms(runs).items():
-        pictures = "".join(to_html(figure, name) for name, figure in figures(task, arms).items())
-        text += f"<h3>{task}</h3>" + pictures
-        text += "".join(f"<h4>{t.title}</h4>{html_table(t.header, t.rows)}" for t in tables(task, arms))
-    if not text:
-        return ""
-    return text + note(
-        "± one standard error: of one seed over its questions, of several over the seeds. Shuffled: with "
-        "another question's latents; zeroed: with none. Who thinks in latents must lose by both."
-    )
+        pictures: list[Block] = [picture(figure, name) for name, figure in figures(task, arms).items()]
+        shown = [
+            Section(plain(t.title), [Table(t.header, [tuple(map(plain, row)) for row in t.rows])])
+            for t in tables(task, arms)
+        ]
+        parts.append(Section(plain(task), pictures, shown))
+    if parts:
+        said = (
+            "± one standard error: of one seed over its questions, of several over the seeds. Shuffled: with "
+            "another question's latents; zeroed: with none. Who thinks in latents must lose by both."
+        )
+        parts[-1].parts.append(Section("Reading these tables", [Note(said)]))
+    return Section(title, parts=parts)

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 
+from common.pages import Section, Table
 from experiments.reporting.records import Record, settings_of, steps_of
 from experiments.reporting.tables import COSTS, NOTHING, cost_cells, number, score_text
-from experiments.reporting.text import Section, Table
 
 ITERATIONS, EXAMPLES = "steps", "examples"  # what studies/iterations.yaml and examples.yaml vary
 

@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from common.pages import Block, Section, Table
 from experiments.groups import GROUPS
 from experiments.reporting.records import Record, Setting, most_steps, value_of, values_of
 from experiments.reporting.statistics import Interval, bootstrap_interval
-from experiments.reporting.text import Block, Section, Table
 
 COSTS = (
     "seeds",

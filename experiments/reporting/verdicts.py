@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 
+from common.pages import Block, Code, Section, Table
 from experiments.reporting.claims import Claim, Unit, claim_verdict
 from experiments.reporting.records import Record, Setting, settings_of
 from experiments.reporting.statistics import ALPHA, Verdict, student_quantile
 from experiments.reporting.tables import COSTS, NOTHING, cost_cells, interval_text, number
-from experiments.reporting.text import Block, Commands, Section, Table
 
 
 def effect_text(unit: Unit) -> str:
@@ -83,7 +83,7 @@ def _claim_section(
         blocks.append(f"Not run, or not both groups: {', '.join(not_run)}.")
     commands = tuple(dict.fromkeys(command for unit in own for command in unit.commands))
     if commands:
-        blocks.append(Commands(commands))
+        blocks.append(Code("\n".join(commands), "bash"))
     return Section(f"{claim.title} (`{claim.id}`)", blocks)
 
 

@@ -17,6 +17,8 @@ from eval.reports.figures import expert_load_figure, loss_figure
 from eval.reports.runs import read_runs
 from eval.scoring.core import Score
 
+from ..browser import needs_browser, shows
+
 
 class Page(HTMLParser):
     """Collects addresses, pictures, text and the cells of tables; checks that tags are closed."""
@@ -130,6 +132,11 @@ def test_page_is_self_contained_and_complete(run, run_script, capsys, tmp_path):
     (samples_path,) = (run / "eval").glob("samples_causal_loop_*.jsonl")
     sample = json.loads(samples_path.read_text().splitlines()[0])
     assert sample["program"] in page.text
+
+
+@needs_browser
+def test_a_browser_shows_the_page_about_a_run(run, tmp_path):
+    shows(page_of(run), tmp_path)
 
 
 def test_empty_run_names_what_is_missing(tmp_path):

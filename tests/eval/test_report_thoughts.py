@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.pages import to_page
+from eval.report import build_page
 from eval.reports.runs import read_runs
 from eval.reports.thoughts import (
     depth_table,
@@ -20,6 +22,8 @@ from eval.reports.thoughts import (
 from eval.scoring.core import Score
 from eval.thinking.answers import Way
 from model import ModelConfig
+
+from ..browser import needs_browser, shows
 
 TASK = "causal_loop_v2"
 OWN = Way("thoughts", 24, 3)
@@ -147,10 +151,15 @@ def test_pictures_show_the_numbers(folders):
 def test_the_page_has_the_section_and_other_sections_leave_thoughts_alone(folders):
     runs, _ = read_runs(folders)
     assert all(run.results == [] for run in runs)  # a shuffled score is not the task's
-    text = thoughts_section(runs)
+    text = to_page("Runs", "", [thoughts_section("Thoughts", runs)])
     assert text.count("<img") == 4
     assert "0.600&nbsp;±&nbsp;0.100" in text
-    assert thoughts_section([]) == ""
+    assert thoughts_section("Thoughts", []).empty
+
+
+@needs_browser
+def test_a_browser_shows_the_page_about_methods(folders, tmp_path):
+    shows(build_page(read_runs(folders)[0]), tmp_path)
 
 
 def test_an_older_results_file_is_refused_in_one_line(folders):

@@ -24,6 +24,7 @@ from experiments.reporting.claims import CLAIMS, Unit, claim_verdict, command_of
 from experiments.reporting.figures import enough_steps
 from experiments.reporting.records import value_of
 
+from ..browser import needs_browser, shows
 from ..conftest import ROOT
 
 HERE = Path(__file__).parent
@@ -139,6 +140,21 @@ def test_pictures_are_linked_and_the_page_stands_alone(written):
     assert len(sources) == len(linked)
     assert set(sources) == {"data:image"}
     assert "href" not in page
+
+
+def test_the_page_shows_no_markdown(written):
+    """Text between tags, but for what is quoted as code."""
+    page = (written.parent / "results/index.html").read_text().split("</style>")[1]
+    shown = re.sub(r"<(pre|code)[^>]*>.*?</\1>", "", page, flags=re.S)
+    shown = re.sub(r"<[^>]*>", "", shown)
+    assert "**" not in shown
+    assert "`" not in shown
+    assert "undecided" in shown
+
+
+@needs_browser
+def test_a_browser_shows_the_page(written, tmp_path):
+    shows((written.parent / "results/index.html").read_text(), tmp_path)
 
 
 def test_the_readme_changes_between_its_lines_alone(written):

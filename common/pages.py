@@ -1,0 +1,144 @@
+"""Reports as sections of text, tables and pictures, written as Markdown or as one self-contained HTML page.
+
+All text is Markdown, that of titles and table cells inline; HTML in it is shown, never run. `plain` quotes
+text that is not ours, such as file names and messages.
+"""
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+_MARKDOWN = MarkdownIt("commonmark", {"html": False})
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~])")
+
+
+@dataclass(frozen=True)
+class Table:
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG: a file, which Markdown links, or its bytes, for pages alone."""
+
+    image: Path | bytes
+    description: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines as they are. `kind` is the language, or `right` and `wrong` for answers; `title` folds them."""
+
+    text: str
+    kind: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """A remark on what stands above; `missing` marks one about what is not there."""
+
+    text: str
+    missing: bool = False
+
+
+Block = str | Table | Picture | Code | Note  # str: paragraphs or a list
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, its blocks and its sections; one without any of them is left out."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+    parts: list["Section"] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.blocks and all(part.empty for part in self.parts)
+
+
+def plain(text: str) -> str:
+    """Markdown that shows `text` as it is."""
+    return _SPECIAL.sub(r"\\\1", text)
+
+
+def to_markdown(title: str, opening: str, sections: Sequence[Section], folder: Path) -> str:
+    """A Markdown file that will lie in `folder`, from where it links its pictures."""
+    lines = [f"# {title}", "", opening, ""]
+    for section in sections:
+        lines += _markdown(section, 2, folder)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown(section: Section, level: int, folder: Path) -> list[str]:
+    if section.empty:
+        return []
+    lines = [f"{'#' * level} {section.title}", ""]
+    for block in section.blocks:
+        lines += [*_markdown_block(block, folder), ""]
+    for part in section.parts:
+        lines += _markdown(part, level + 1, folder)
+    return lines
+
+
+def _markdown_block(block: Block, folder: Path) -> list[str]:
+    if isinstance(block, Table):
+        return [_row(block.header), "|---" * len(block.header) + "|", *map(_row, block.rows)]
+    if isinstance(block, Picture):
+        assert isinstance(block.image, Path)
+        return [f"![{block.description}]({block.image.relative_to(folder).as_posix()})"]
+    if isinstance(block, Code):
+        return [f"```{block.kind}", *block.text.split("\n"), "```"]
+    return [block.text if isinstance(block, Note) else block]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", cell) for cell in cells) + " |"
+
+
+def to_page(title: str, opening: str, sections: Sequence[Section]) -> str:
+    """One HTML page with its pictures inside."""
+    return _PAGE.render(title=title, opening=opening, sections=[s for s in sections if not s.empty])
+
+
+def _paragraphs(text: str) -> Markup:
+    return Markup(_MARKDOWN.render(text))
+
+
+def _inline(text: str) -> Markup:
+    """A score, `0.3 ± 0.1`, is not broken."""
+    return Markup(_MARKDOWN.renderInline(text).replace(" ± ", "&nbsp;±&nbsp;"))
+
+
+def _text_of(text: str) -> str:
+    """What a reader sees of inline Markdown, for a window's title."""
+    return Markup(_MARKDOWN.renderInline(text)).striptags()
+
+
+def _data_url(image: Path | bytes) -> str:
+    png = image.read_bytes() if isinstance(image, Path) else image
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _kind(block: Block) -> str:
+    return "Text" if isinstance(block, str) else type(block).__name__
+
+
+_ENVIRONMENT = Environment(loader=PackageLoader("common"), autoescape=True, undefined=StrictUndefined)
+_ENVIRONMENT.trim_blocks = _ENVIRONMENT.lstrip_blocks = True
+_ENVIRONMENT.filters |= {
+    "paragraphs": _paragraphs,
+    "inline": _inline,
+    "text_of": _text_of,
+    "data_url": _data_url,
+    "kind": _kind,
+}
+_PAGE = _ENVIRONMENT.get_template("page.html")
