@@ -1,4 +1,4 @@
-"""What is run for a cell of any matrix: a job, which builds its data, trains, evaluates and writes its record."""
+"""What is run for a cell of any matrix: a job builds data, trains, evaluates and writes the cell's record."""
 
 import fcntl
 import json

@@ -6,8 +6,8 @@
 
 --matrix is a file, or the name of one in experiments/matrices. Cells lie in DIR/cells/NAME, data in DIR/data.
 Started again, the same command resumes; a folder made with other settings is refused. A cell that fails is
-reported with its log and costs only the cells that start from its export. slurm/experiments.sbatch gives --index
-to the jobs of an array. There are two kinds of matrix:
+reported with its log and costs only the cells that start from its export. slurm/experiments.sbatch gives
+--index to the jobs of an array. There are two kinds of matrix:
 
 - groups (experiments/matrix_file.py): a finished cell TASK/SIZE/BUDGET/GROUP/SEED has a cell.json
   (experiments/record.py says what is in it). A sweep (learning_rates is a list) ends by writing
@@ -40,8 +40,8 @@ from experiments.reporting.latent_cot import write_results
 from experiments.tasks import read_yaml
 
 HEAD = (
-    "# Peak learning rate of every group on every task and size: of those of experiments/matrices/sweep.yaml the\n"
-    "# one with the lowest validation loss. Written by experiments/run.py --matrix sweep.\n"
+    "# Peak learning rate of every group on every task and size: of those of a sweep, the one with the lowest\n"
+    "# validation loss. Written by experiments/run.py --matrix sweep (experiments/matrices/sweep.yaml).\n"
 )
 
 
@@ -117,7 +117,11 @@ def run_jobs(jobs: Sequence[Job], out: Path, at_once: int) -> dict[str, str]:
 def conclude(
     matrix: Matrix | LatentCotMatrix, out: Path, at_once: int, failed: Mapping[str, str], rates: Path
 ) -> None:
-    """What a matrix writes over its cells. Raises ValueError if none of those of latent thoughts is evaluated."""
+    """What a matrix writes over all its cells.
+
+    Raises:
+        ValueError: no cell of a matrix of latent chain of thought was evaluated.
+    """
     if isinstance(matrix, LatentCotMatrix):
         paths = [cell_folder(cell.name, out) / FAILED for cell in matrix.cells]
         before = [json.loads(path.read_text()) for path in paths if path.is_file()]
