@@ -40,8 +40,8 @@ from experiments.reporting.latent_cot import write_results
 from experiments.tasks import read_yaml
 
 HEAD = (
-    "# Peak learning rate of every group on every task and size: of those of a sweep, the one with the lowest\n"
-    "# validation loss. Written by experiments/run.py --matrix sweep (experiments/matrices/sweep.yaml).\n"
+    "# Peak learning rate of every group on every task and size: the one with the lowest validation loss in\n"
+    "# experiments/matrices/sweep.yaml. Written by experiments/run.py --matrix sweep.\n"
 )
 
 
