@@ -9,9 +9,9 @@
     parts:                            # their cells together; the teachers follow from the seeds
       - {methods: [cot, kava, lotus], seeds: [0, 1, 2]}
 
-distill/main.py trains every cell: a teacher from scratch, which writes its chain of thought out (method cot),
-and a student from the export of its seed's teacher. eval/thoughts.py evaluates each, with its controls at test
-time.
+distill/main.py trains every cell: a teacher from scratch, with the method cot, which writes its chain of
+thought out; a student from the export of its seed's teacher. eval/thoughts.py evaluates each, with its
+controls at test time.
 """
 
 from collections.abc import Mapping
