@@ -12,7 +12,8 @@ import yaml
 from experiments import report
 from experiments.cells import evaluations, folder_of, training
 from experiments.jobs import SETTINGS
-from experiments.matrix import RATES, Matrix, read_matrix
+from experiments.matrix import Matrix, read_matrix
+from experiments.matrix_file import RATES, find_matrix
 from experiments.run import choose_rates
 
 from ..conftest import ROOT
@@ -22,8 +23,7 @@ MATRICES = sorted(path.name.partition(".")[0] for path in RESULTS.glob("*/*.matr
 
 
 def matrix_of(name: str) -> Matrix:
-    path = ROOT / f"experiments/{name}.yaml"
-    return read_matrix(path if path.is_file() else path.parent / f"studies/{name}.yaml")
+    return read_matrix(find_matrix(name))
 
 
 def published() -> list[Path]:
