@@ -3,7 +3,8 @@
 from model.config.model import PRESETS, ModelConfig
 from model.counts import flops_per_token, num_parameters
 
-print(f"{'preset':8}{'parameters':>16}{'active a token':>18}{'forward FLOPs a token at 1,024 tokens':>40}")
+flops_title = "forward FLOPs per token at 1,024 tokens"
+print(f"{'preset':8}{'parameters':>16}{'active per token':>18}{flops_title:>40}")
 for name in PRESETS:
     config = ModelConfig.from_dict({"preset": name})
     total, active = num_parameters(config), num_parameters(config, active=True)

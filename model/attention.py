@@ -1,5 +1,5 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; V3, arXiv 2412.19437, eq. 1-11)
-and the plain grouped-query attention it is compared with (arXiv 2305.13245).
+and the plain grouped-query attention that it is compared to (arXiv 2305.13245).
 
 Shapes: B batch, T query tokens, S key tokens, D hidden, H heads, G key-value heads, C KV latent,
 N no-position width, R rotary width, V value width.
@@ -18,7 +18,7 @@ from model.layers import Linear, RMSNorm, attention_scale, rotate, upcasts, whol
 from model.loop_trace import LoopTrace
 from model.recurrence import LatentRefinement
 
-# The reference leaves the latents' norms at its default whatever rms_norm_eps says.
+# The reference uses its default for the latents' norms, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
 
 
@@ -37,7 +37,7 @@ def refinement(
 
 
 def refined_placement(config: ModelConfig, layer: int) -> str | None:
-    """kv or post_attention, where this layer has a Latent Reasoning Unit of its own."""
+    """kv or post_attention if this layer has its own Latent Reasoning Unit."""
     r = config.recurrence
     inside = r.token_local and r.range_of(layer, config.num_hidden_layers) is not None
     return r.placement if inside else None
@@ -46,8 +46,8 @@ def refined_placement(config: ModelConfig, layer: int) -> str | None:
 class MultiHeadLatentAttention(nn.Module):
     """Attention whose keys and values come from one C-wide latent per token.
 
-    Keys and values are expanded per head, or, where that is cheaper, the expansion is absorbed into query
-    and output, so that decoding reads C + R numbers per cached token.
+    Keys and values are expanded per head, or, where cheaper, the expansion is absorbed into query and
+    output, so that decoding reads C + R numbers per cached token.
     """
 
     def __init__(self, config: ModelConfig, layer: int, execution: ExecutionConfig) -> None:
@@ -92,7 +92,7 @@ class MultiHeadLatentAttention(nn.Module):
             context.observe(self.layer, q_nope, q_rope)
             held, context, kept = context.remember(self.layer, torch.cat((latent, k_rope), -1))
             latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        # Absorbed, backward would hold views of the whole weight, which ZeRO-3 could not free.
+        # In the absorbed form backward would hold views of the whole weight, which ZeRO-3 could not free.
         decodes = context.cache is not None and not context.cache.differentiable
         if decodes and self._absorbing_is_cheaper(x.shape[1], held.shape[1]):
             attended = self._attend_absorbed(q_nope, q_rope, held, context.mask)
@@ -123,7 +123,7 @@ class MultiHeadLatentAttention(nn.Module):
         return refined, k_rope, trace
 
     def _absorbing_is_cheaper(self, T: int, S: int) -> bool:
-        """Compares the multiplications of a head in both forms."""
+        """Compares how many multiplications a head takes in either form."""
         c = self.config
         per_head = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
         expanded = S * per_head + T * S * (c.qk_head_dim + c.v_head_dim)
@@ -167,7 +167,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 def _joined(nope: Tensor, rope: Tensor) -> Tensor:
-    """(B, T, H, N) and (B, T, H, R) -> (B, T, H, N+R), laid out as (B, H, T, N+R), which attention reads."""
+    """(B, T, H, N) and (B, T, H, R) -> (B, T, H, N+R), laid out as (B, H, T, N+R), as attention reads it."""
     return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), -1).transpose(1, 2)
 
 

@@ -18,27 +18,27 @@ Slot = tuple[int | str, int]  # (layer or name of a loop, loop step)
 class LatentCache:
     """Keeps, per token and slot, the C + R numbers [normed KV latent | rotated shared key].
 
-    Plain attention keeps its rotated keys and its values instead. Loops keep what else they need of earlier
-    tokens (states for position mixing, halting signals) in slots of their own.
+    Plain attention keeps its rotated keys and values instead. Loops keep whatever else they need of earlier
+    tokens (states for position mixing, halting signals) in separate slots.
 
     Args:
-        limited: false: the caller sees to max_position_embeddings himself.
-        differentiable: nothing is ever written in place, so that gradients flow back through the cache.
+        limited: whether the model enforces max_position_embeddings; False: the caller does.
+        differentiable: never write in place, so that gradients flow back through the cache.
     """
 
     def __init__(self, limited: bool = True, differentiable: bool = False) -> None:
         self.limited, self.differentiable = limited, differentiable
         self.length = 0  # tokens held, the same for every slot between two forward passes
-        self.memory: MemoryState | None = None  # of a Recurrent Memory Transformer, which needs nothing else
-        # Rotated queries (B, T, H, width) of the passes so far, by the slot they read; None: not collected
+        self.memory: MemoryState | None = None  # for a Recurrent Memory Transformer, which needs nothing else
+        # Rotated queries (B, T, H, width) of all passes so far, by the slot they read; None: not collected
         self.queries: dict[Slot, list[Tensor]] | None = None
         self._slots: dict[Slot, Tensor] = {}
         self._shared = 0  # first entries, which a branch holds too: they must not be overwritten
 
     def append(self, slot: Slot, values: Tensor) -> Tensor:
-        """Adds values (B, T, W) after the tokens held and returns all of them, (B, S, W).
+        """Appends values (B, T, W) to the tokens held and returns all of them, (B, S, W).
 
-        Appending again before `advance` writes over what the same pass appended.
+        Appending again before `advance` overwrites what this pass appended.
         """
         total = self.length + values.shape[1]
         held = self._slots.get(slot)
@@ -60,13 +60,13 @@ class LatentCache:
         return held[:, :total]
 
     def repeat(self, source: Slot, target: Slot, num_tokens: int) -> None:
-        """Gives the new tokens in slot `target` what they have in `source`; for slots that are in use."""
+        """Copies the new tokens' entries from slot `source` to slot `target`, if the slots are in use."""
         held = self._slots.get(source)
         if held is not None and (target in self._slots or not self.length):
             self.append(target, held[:, self.length : self.length + num_tokens])
 
     def advance(self, num_tokens: int) -> None:
-        """Called once at the end of a forward pass over num_tokens new tokens."""
+        """Called once, at the end of a forward pass over num_tokens new tokens."""
         self.length += num_tokens
 
     def crop(self, num_tokens: int) -> None:
@@ -77,22 +77,22 @@ class LatentCache:
             self._trim()
 
     def held(self, slot: Slot) -> Tensor:
-        """(B, S, W), what a slot holds of all tokens seen."""
+        """What a slot holds for all tokens seen, (B, S, W)."""
         return _first(self._slots[slot], self.length)
 
     def branch(self) -> "LatentCache":
-        """A cache of the same tokens that goes on apart from this one; copies nothing."""
+        """A cache of the same tokens that grows independently of this one; copies nothing."""
         self._trim()
         twin = copy.copy(self)
         twin._slots = dict(self._slots)
         return twin
 
     def adopt(self, branch: "LatentCache") -> None:
-        """Takes over what was appended to a branch since the last `advance`."""
+        """Takes over what a branch appended since the last `advance`."""
         self._slots = dict(branch._slots)
 
     def _trim(self) -> None:
-        """Drops spare entries, so that the next append copies instead of writing into shared tensors."""
+        """Drops spare capacity, so that the next append copies instead of writing into shared tensors."""
         self._slots = {slot: _first(held, self.length) for slot, held in self._slots.items()}
         self._shared = self.length
 
@@ -118,14 +118,14 @@ class LatentCache:
         self.length = first + kept
 
     def gathered(self, rows: Tensor, ends: Tensor, lengths: Tensor, room: int = 0) -> "LatentCache":
-        """A cache of some of the rows, in any order and number, each moved to the right end.
+        """A cache of some of the rows, in any order and number, each right-aligned.
 
         Keys are rotated by their token's position, not by their index here, so they may be moved.
 
         Args:
-            rows: (N,) int64, the row that each new one copies.
+            rows: (N,) int64, the row that each new row copies.
             ends: (N,) int64, the index after its last token.
-            lengths: (N,) int64, how many entries before that it keeps; left of them is padding.
+            lengths: (N,) int64, how many entries before that to keep; left of them is padding.
             room: entries to reserve. A token has one, or with pauses one per position.
         """
         width = int(lengths.max())
@@ -145,7 +145,7 @@ class LatentCache:
 
 
 def _first(held: Tensor, count: int) -> Tensor:
-    """The first `count` entries of (B, S, W); a slice of all of them would cost a copy in backward."""
+    """The first `count` entries of (B, S, W); a slice of all entries would cost a copy in backward."""
     return held if held.shape[1] == count else held[:, :count]
 
 
@@ -168,22 +168,22 @@ def kept_keys(
     step: int,
     running: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """What a looped layer lets a loop step attend to, for the tokens of this pass.
+    """The keys and values that a looped layer lets a loop step attend to, for the tokens of this pass.
 
-    Earlier tokens, from the cache, offer what their last step left. Decoding therefore equals a full pass
+    For earlier tokens, the cache holds what their last step left. Decoding therefore equals a full pass
     exactly for `per_step` and `parallel` (all steps kept) and for `first`; for `ema`, `average`, `last` and
-    for fewer virtual layers than steps it is an approximation: a full pass shows every step the merge so far.
+    for fewer virtual layers than steps it is an approximation: a full pass shows each step the merge so far.
 
-    per_step: the step's own (LoopLlama's serial virtual layers) | parallel: those of all steps so far side by
-    side | first, last | average: mean over the steps so far | ema: m_n = decay m_(n-1) + (1 - decay) new.
+    per_step: the step's own (LoopLlama's serial virtual layers) | parallel: those of all steps so far, side
+    by side | first, last | average: mean over the steps so far | ema: m_n = decay m_(n-1) + (1 - decay) new.
 
     Args:
         previous: what this function returned for the step before; None at the first step.
         new: (B, T, W) keys and values, or latents, of this step.
-        running: (B, T) booleans; a token that has halted keeps those of its last step; None: all run.
+        running: (B, T) booleans; a halted token keeps those of its last step; None: all run.
 
     Returns:
-        One (B, T, W) tensor, or one a step for `parallel`.
+        One (B, T, W) tensor, or one per step for `parallel`.
     """
     if previous is None:
         return (new,)

@@ -1,4 +1,4 @@
-"""What a token takes from its neighbours without attention.
+"""Mixing of neighbouring tokens without attention.
 
 Shapes: B batch, T tokens, W width.
 """

@@ -1,4 +1,4 @@
-"""Activation checkpointing that never lets a router choose a second time."""
+"""Activation checkpointing in which a router never chooses twice."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-# Operations whose results are kept. A router that chose again could choose otherwise, by rounding.
+# Operations whose results are kept. A router that chose again could choose differently, by rounding.
 _CHOICE = (torch.ops.aten.topk.default,)
 _SAVED: dict[str, tuple[Any, ...]] = {
     "block": _CHOICE,
@@ -27,8 +27,8 @@ _SAVED: dict[str, tuple[Any, ...]] = {
 class _Record(TorchDispatchMode):
     """Keeps the results of some operations.
 
-    torch's own selective checkpointing wants the recomputation to run the very same operations. Under ZeRO-3
-    it does not: weights that were still gathered in the forward pass are gathered anew.
+    torch's selective checkpointing requires the recomputation to run exactly the same operations. Under
+    ZeRO-3 it does not: weights that were still gathered in the forward pass are gathered again.
     """
 
     def __init__(self, operations: tuple[Any, ...]) -> None:
@@ -45,7 +45,7 @@ class _Record(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """Gives the recorded results, in their order, instead of computing them again."""
+    """Returns the recorded results, in order, instead of computing them again."""
 
     def __init__(self, record: _Record) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ class _Replay(TorchDispatchMode):
 
 
 def recomputed(policy: str, function: Callable[..., Any], *inputs: Any) -> Any:
-    """function(*inputs), of which backward recomputes what `policy` does not keep."""
+    """function(*inputs); backward recomputes what `policy` does not keep."""
 
     def contexts() -> tuple[_Record, _Replay]:
         record = _Record(_SAVED[policy])
         return record, _Replay(record)
 
-    # With the state of the random numbers, so that LoRA's dropout drops the same again.
+    # Keeps the random state, so that LoRA's dropout drops the same entries again.
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)

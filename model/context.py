@@ -39,21 +39,21 @@ class AttentionContext:
     num_steps: int = 1  # of every loop
     loop: "LoopStep | None" = None  # inside a looped layer
     statistics: bool = False  # whether there are targets: experts report balance and load
-    states: list[Tensor] | None = None  # gets the output (B, T, D) of every run of a decoder layer, in order
+    states: list[Tensor] | None = None  # collects the output (B, T, D) of every layer run, in order
 
     def observe(self, layer: int, *query: Tensor) -> None:
-        """Hands a layer's rotated query, in parts (B, T, H, width), to a cache that collects them."""
+        """Gives a layer's rotated query, in parts (B, T, H, width), to a cache that collects queries."""
         if self.cache is None or self.cache.queries is None:
             return
         first = last = 0
         if self.loop is not None:
             config, last = self.loop.config, slot_of(self.loop.config, self.loop.step)
             first = 0 if config.cache == "parallel" else last
-        for slot in range(first, last + 1):  # those that `remember` shows
+        for slot in range(first, last + 1):  # the slots that `remember` returns
             self.cache.queries.setdefault((layer, slot), []).append(torch.cat(query, -1))
 
     def remember(self, layer: int, new: Tensor) -> "Remembered":
-        """new (B, T, W), keys and values of a layer's tokens -> all that they may attend to."""
+        """new (B, T, W), keys and values of a layer's tokens -> everything they may attend to."""
         if self.loop is None:
             return Remembered(new if self.cache is None else self.cache.append((layer, 0), new), self, None)
         config, kept = self.loop.config, None
@@ -74,19 +74,19 @@ class AttentionContext:
 
 
 class LoopStep(NamedTuple):
-    """Where a looped layer stands."""
+    """The loop step that a looped layer runs in."""
 
     config: RecurrenceConfig
     step: int
     running: Tensor | None  # (B, T), False: has halted; None: all run
-    kept: dict[int, tuple[Tensor, ...]]  # what the step before left, by layer; see cache.kept_keys
+    kept: dict[int, tuple[Tensor, ...]]  # what the previous step left, by layer; see cache.kept_keys
 
 
 class Remembered(NamedTuple):
     """Keys and values to attend to."""
 
-    held: Tensor  # (B, S, W); of several steps side by side: (B, steps S, W)
-    context: AttentionContext  # whose mask fits them
+    held: Tensor  # (B, S, W); for several steps side by side (B, steps S, W)
+    context: AttentionContext  # with a mask that fits them
     kept: tuple[Tensor, ...] | None  # for the next loop step
 
 
@@ -183,10 +183,10 @@ def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def segments(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B, S) numbers; a query sees the keys of its own number at or before its own position.
+    """(B, S) numbers; a query sees the keys of the same number up to its own position.
 
-    Documents count from 0. Every padded token has a negative number of its own: nobody sees it but itself,
-    for a query without any key would turn into NaN.
+    Documents count from 0. Every padded token has its own negative number, so only it sees itself: a query
+    without any key would turn into NaN.
 
     Args:
         real: (B, S) booleans, False under padding.
@@ -210,7 +210,7 @@ def visible_keys(segment: Tensor, query_length: int) -> Tensor:
 
 
 def _flex_mask(segment: Tensor) -> Any:
-    """The same rule for a whole row as flex_attention wants it."""
+    """The same rule for whole rows, in flex_attention's form."""
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (segment[b, q] == segment[b, k]) & (k <= q)
@@ -220,7 +220,7 @@ def _flex_mask(segment: Tensor) -> Any:
 
 
 def _row_boundaries(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Starts of all documents in the flattened B*T tokens, and the end; empty documents are allowed."""
+    """Starts of all documents in the flattened B*T tokens, then the end; empty documents are allowed."""
     rows = torch.arange(B, device=device, dtype=torch.int32)[:, None] * T
     starts = rows if cu_seqlens is None else rows + cu_seqlens.int()
     return F.pad(starts.flatten(), (0, 1), value=B * T)

@@ -4,11 +4,11 @@ from model.config.model import ModelConfig
 
 
 def num_parameters(config: ModelConfig, active: bool = False) -> int:
-    """Distinct parameters, those of multi-token prediction and latent thoughts included.
+    """Distinct parameters, including those of multi-token prediction and latent thoughts.
 
     Args:
-        active: those one token uses when the next one is predicted: of the experts only its own, no
-            multi-token prediction or latent thoughts; loops counted once.
+        active: those that one token uses to predict the next: only its own experts, no multi-token
+            prediction, no latent thoughts; loops counted once.
     """
     d = config.hidden_size
     experts = config.num_experts_per_tok if active else config.n_routed_experts
@@ -27,7 +27,7 @@ def num_parameters(config: ModelConfig, active: bool = False) -> int:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, num_steps: int | None = None) -> float:
-    """Forward FLOPs of one token that predicts the next, attention over the full sequence (PaLM, appendix B).
+    """Forward FLOPs per token to predict the next, with attention over the full sequence (PaLM, appendix B).
 
     Args:
         sequence_length: tokens attended to.
@@ -40,7 +40,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int, num_steps: int | 
 def training_flops_per_token(
     config: ModelConfig, sequence_length: int, num_steps: int | None = None
 ) -> float:
-    """FLOPs of one token's forward and backward pass (twice the forward), multi-token prediction included."""
+    """FLOPs per token of forward and backward (twice the forward), including multi-token prediction."""
     d = config.hidden_size
     module = _layer_flops(config, config.num_hidden_layers, sequence_length)
     module += 2.0 * (2 * d * d + config.vocab_size * d)
@@ -58,13 +58,13 @@ def training_flops_per_token(
 def recomputed_flops_per_token(
     config: ModelConfig, checkpointing: str, sequence_length: int, num_steps: int | None = None
 ) -> float:
-    """FLOPs of one token's forward pass that a training step computes a second time.
+    """Forward FLOPs per token that a training step computes a second time.
 
     Args:
         checkpointing: see execution.ExecutionConfig. `selective` keeps all matrix products and attention.
     """
     r, steps = config.recurrence, num_steps or config.recurrence.num_steps
-    steps = min(steps, r.backprop_steps or steps)  # without gradients nothing is computed twice
+    steps = min(steps, r.backprop_steps or steps)  # nothing without gradients is computed twice
     units = 2.0 * _recurrence_weights(config) * steps
     if checkpointing == "iteration":
         if r.placement != "block":
@@ -126,12 +126,12 @@ def _norm(config: ModelConfig, width: int) -> int:
 
 
 def _layer_norm(config: ModelConfig) -> int:
-    """Of one norm of hidden states, see layers.layer_norm."""
+    """Parameters of one norm of hidden states, see layers.layer_norm."""
     return 2 * config.hidden_size if config.norm == "layer_norm" else _norm(config, config.hidden_size)
 
 
 def _biases(config: ModelConfig) -> int:
-    """Of a layer's plain attention and its feed-forward layer without a gate."""
+    """Biases of a layer's plain attention and its feed-forward layer without a gate."""
     heads = config.num_attention_heads + 2 * config.kv_heads
     outputs = heads * config.plain_head_dim + config.intermediate_size + 2 * config.hidden_size
     return outputs if config.use_bias else 0
@@ -164,7 +164,7 @@ def _thought_parameters(config: ModelConfig) -> int:
 
 
 def _units(config: ModelConfig) -> tuple[int, int]:
-    """Latent Reasoning Units of a model, and the width of their state."""
+    """How many Latent Reasoning Units a model has, and the width of their state."""
     r = config.recurrence
     ranges = r.layer_ranges(config.num_hidden_layers)
     if r.placement == "block":
@@ -174,13 +174,13 @@ def _units(config: ModelConfig) -> tuple[int, int]:
 
 
 def _halting_heads(config: ModelConfig) -> int:
-    """Halting logits of a unit."""
+    """Halting logits per unit."""
     halting = config.recurrence.halting
     return {"token": 1, "sequence": 1, "mixed": 2}[halting.granularity] if halting.learned else 0
 
 
 def _recurrence_weights(config: ModelConfig) -> int:
-    """Matrix weights of all units, used once per step (the query's projection, used once, aside)."""
+    """Matrix weights of all units that are used once per step; the query's projection runs once per pass."""
     (units, width), r = _units(config), config.recurrence
     matrices = (r.injection in ("concat", "gate")) + (r.update == "gated")
     total = matrices * 2 * width * width + _halting_heads(config) * width
@@ -190,14 +190,14 @@ def _recurrence_weights(config: ModelConfig) -> int:
 
 
 def _key_weights(config: ModelConfig) -> int:
-    """Matrix weights of units inside attention that are used once a pass: queries in, keys out."""
+    """Matrix weights of units inside attention that are used once per pass: queries in, keys out."""
     (units, width), r = _units(config), config.recurrence
     query = config.num_attention_heads * (config.qk_head_dim if config.use_mla else config.plain_head_dim)
     total = query * width if r.query_conditioned else 0
     if r.placement == "kv":
         rotary = config.kv_lora_rank * config.qk_rope_head_dim
         total += 0 if r.key_source == "hidden" else rotary
-        if r.key_source == "latent":  # in place of the key from the hidden state
+        if r.key_source == "latent":  # replaces the key from the hidden state
             total -= config.hidden_size * config.qk_rope_head_dim
     return units * total
 

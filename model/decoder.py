@@ -25,9 +25,9 @@ class LayerOutput(NamedTuple):
 
     hidden: Tensor  # (B, T, D)
     aux: Tensor | None = None  # (2,) fp32, AUX_TERMS summed over the rows
-    load: Tensor | None = None  # (E,) int64 tokens given to each expert
+    load: Tensor | None = None  # (E,) int64 tokens routed to each expert
     kept: tuple[Tensor, ...] | None = None  # see attention.AttentionOutput
-    trace: LoopTrace | None = None  # of the attention layer's own Latent Reasoning Unit
+    trace: LoopTrace | None = None  # from the attention layer's own Latent Reasoning Unit
 
 
 class DecoderLayer(nn.Module):
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        compiled = self.compile_dense and context.cache is None  # over a cache lengths grow
+        compiled = self.compile_dense and context.cache is None  # with a cache, lengths grow
         attention = maybe_compiled(self.self_attn, compiled, self.input_layernorm(x), context)
         x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
         normed, statistics = self.post_attention_layernorm(x), None
@@ -69,7 +69,7 @@ class DecoderLayer(nn.Module):
         return LayerOutput(x, aux, load, attention.kept, attention.trace)
 
     def count(self, load: Tensor) -> None:
-        """Adds a forward pass's load to the experts' own count."""
+        """Adds the load of a forward pass to the experts' own count."""
         if isinstance(self.mlp, MoE):
             self.mlp.load += load
 
@@ -77,7 +77,7 @@ class DecoderLayer(nn.Module):
 def run_layer(module: Any, execution: ExecutionConfig, *inputs: Any) -> LayerOutput:
     """Runs a DecoderLayer or an MTPModule, under activation checkpointing if asked for.
 
-    The caller counts the load, outside of what activation checkpointing runs a second time.
+    The caller counts the load, outside the part that activation checkpointing runs twice.
     """
     if execution.checkpointing in ("none", "iteration") or not torch.is_grad_enabled():
         out = module(*inputs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from model.config.model import ModelConfig
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
-# What lies beside them for evaluation; pretrain/export.py writes them.
+# Further files that evaluation needs; pretrain/export.py writes them.
 TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
 
 
@@ -29,7 +29,7 @@ def load_config(directory: str | Path) -> ModelConfig:
 
     Raises:
         FileNotFoundError: the folder or the file is missing.
-        ValueError: not a config of ours.
+        ValueError: not a ZeroModel config.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():

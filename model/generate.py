@@ -31,23 +31,23 @@ def generate(
     kv_buffer: int = 128,
     cache: LatentCache | None = None,
 ) -> Tensor:
-    """Continues every row until all rows have ended.
+    """Continues all rows until every row has ended.
 
     Args:
         tokens: (B, T) int64, shorter prompts padded on the LEFT.
         attention_mask: (B, T), 1 where a token is real; default: all.
-        eos_token_id: ends a row; what follows it is PAD_TOKEN_ID.
-        stopping: called with the new tokens (B, n), returns (B,) booleans of rows to end.
+        eos_token_id: ends a row; PAD_TOKEN_ID follows.
+        stopping: called with the new tokens (B, n); returns (B,) booleans, True for rows to end.
         num_steps: loop steps; default: the config's.
         temperature: 0 takes the most likely token, other values divide the logits before sampling.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the most likely tokens that together reach this probability (nucleus sampling,
             Holtzman et al. 2020), taken after top_k.
-        seed: of the samples.
-        kv_budget: generated tokens that the cache keeps beside the prompt, chosen by R-KV (see rkv.py); None:
-            all.
-        kv_buffer: it keeps so many more before it is cut to the budget.
-        cache: of what comes before `tokens`, extended in place; attention_mask covers that too.
+        seed: for sampling.
+        kv_budget: generated tokens that the cache keeps besides the prompt, chosen by R-KV (see rkv.py);
+            None: all.
+        kv_buffer: further tokens that the cache may hold before it is cut to the budget.
+        cache: holds what precedes `tokens`, extended in place; attention_mask covers that too.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
@@ -111,7 +111,7 @@ def check_length(model: LanguageModel, tokens: Tensor, max_new_tokens: int, held
 
 
 def without_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """None for a mask that masks nothing: a batch without padding needs none."""
+    """None for a mask that masks nothing: a batch without padding needs no mask."""
     return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
 
@@ -137,7 +137,7 @@ def _chooser(
 
 
 def truncated(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """logits (B, V) with -inf for the tokens outside top_k or top_p; the likeliest always stays."""
+    """logits (B, V) with -inf for the tokens outside top_k or top_p; the most likely one always stays."""
     if top_k is not None and top_k < logits.shape[-1]:
         outside = torch.ones_like(logits, dtype=torch.bool)
         outside.scatter_(-1, logits.topk(top_k, dim=-1).indices, False)

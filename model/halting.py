@@ -1,9 +1,9 @@
 """Halting: one code path for every kind, in training, prefill and decoding.
 
-A token that reaches step n stops there with probability l_n, so that it stops at n in all with
-p_n = l_n prod_{j<n} (1 - l_j) (PonderNet, arXiv 2107.05407, eq. 6), the last step taking what is left: the
-p_n sum to 1. A token halts, and its state freezes, once 1 - prod_{j<=n} (1 - l_j) reaches the threshold, and
-then that step takes what is left. Fixed depth is l = 0, a training-free exit is l in {0, 1}.
+A token that reaches step n stops there with probability l_n, so its overall probability of stopping at n is
+p_n = l_n prod_{j<n} (1 - l_j) (PonderNet, arXiv 2107.05407, eq. 6). The last step takes the remainder: the
+p_n sum to 1. A token halts, and its state freezes, once 1 - prod_{j<=n} (1 - l_j) reaches the threshold; that
+step then takes the remainder. Fixed depth is l = 0, a training-free exit is l in {0, 1}.
 
 Shapes: B batch, T tokens, S cached and new tokens, W width of the state, N loop steps.
 """
@@ -18,12 +18,12 @@ from model.config.recurrence import HaltingConfig
 from model.context import AttentionContext
 from model.layers import Linear, wide
 
-# An untrained unit halts with probability 0.12 a step, so that learning starts from many steps.
+# An untrained unit halts with probability 0.12 per step, so that learning starts from many steps.
 HALTING_BIAS = -2.0
 
 
 class HaltingUnit(nn.Module):
-    """Logits of halting: of a token's own state, and of the mean over its document so far."""
+    """Halting logits: from a token's own state, and from the mean over its document so far."""
 
     def __init__(self, width: int, config: HaltingConfig) -> None:
         super().__init__()
@@ -34,13 +34,13 @@ class HaltingUnit(nn.Module):
 
 
 class Halting:
-    """Who still runs in one pass of a loop, and with which probability each step is the last.
+    """Which tokens still run in one pass of a loop, and the probability that each step is the last.
 
     Args:
         config: kind, granularity and limits.
-        unit: the learned logits; None for the kinds without.
-        active: whether this pass halts anybody; a training-free exit does so at inference only.
-        context: of the pass.
+        unit: the learned logits; None for kinds without any.
+        active: whether any token may halt in this pass; a training-free exit only halts at inference.
+        context: of this pass.
         name: of the loop, for its slots in the cache.
         num_steps: N.
         predict: states (B, T, W) -> logits (B, T, V), for the divergence of predictions.
@@ -66,11 +66,11 @@ class Halting:
         self._prediction: Tensor | None = None
 
     def finished(self) -> bool:
-        """Whether nobody runs any more; asks the device."""
+        """Whether every token has halted; waits for the device."""
         return self.running is not None and not bool(self.running.any())
 
     def update(self, step: int, before: Tensor, after: Tensor) -> None:
-        """Takes note of a step from states before to after, (B, T, W)."""
+        """Records a step that took the states from `before` to `after`, (B, T, W)."""
         shape = after.shape[:2]
         running = (
             torch.ones(shape, dtype=torch.bool, device=after.device) if self.running is None else self.running
@@ -79,7 +79,7 @@ class Halting:
         self.executed.append(running)
         if step == self.num_steps - 1:
             if self.config.learned and torch.is_grad_enabled() and self.context.cache is None:
-                # Every weight has a gradient in every step, also at a depth of 1: ZeRO-3 counts on it.
+                # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
                 left = left + 0.0 * self._chance(step, before, after, running)
             self.probabilities.append(left)
             self._left = torch.zeros_like(left)
@@ -93,7 +93,7 @@ class Halting:
             chance = torch.zeros_like(chance)
         limit = self.config.limit if self.config.learned else 1.0
         halts = running & (1 - left * (1 - chance) >= limit)
-        spent = torch.where(halts, left, left * chance)  # 0 for those that halted before: nothing is left
+        spent = torch.where(halts, left, left * chance)  # 0 for tokens that halted before: nothing is left
         self.probabilities.append(spent)
         self._left = left - spent
         self.running = running & ~halts
@@ -132,7 +132,7 @@ class Halting:
         return change
 
     def _document_mean(self, step: int, signal: Tensor, running: Tensor) -> Tensor:
-        """Mean of a signal (B, T) over the token's document up to it; the halted count as when they ran."""
+        """Mean of a signal (B, T) over the token's document so far; halted tokens keep their last signal."""
         if "last" in self._signals:
             signal = torch.where(running, signal, self._signals["last"])
         self._signals["last"] = signal
@@ -146,7 +146,7 @@ class Halting:
 def document_mean(signal: Tensor, segment: Tensor | None) -> Tensor:
     """Causal mean (B, S) of signal (B, S) within segments (B, S), see context.segments.
 
-    Padding keeps its own value. None: one document a row.
+    Padding keeps its own value. segment=None: one document per row.
     """
     if segment is None:
         return signal.cumsum(1) / torch.arange(1, signal.shape[1] + 1, device=signal.device)

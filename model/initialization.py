@@ -14,7 +14,7 @@ from model.recurrence import IterationEmbedding
 
 @torch.no_grad()
 def initialize(model: Any, seed: int) -> None:
-    """Normal weights of the config's standard deviation, each from a stream named after the parameter."""
+    """Normal weights of the config's standard deviation, each parameter from a stream of its own."""
     std = model.config.initializer_range
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -21,7 +21,7 @@ class ModelOutput(NamedTuple):
     hidden: Tensor | None = None  # (B, T, D), normed
     loss: Tensor | None = None  # normalised by this batch's own counts
     loss_sums: dict[str, Tensor] | None = None  # one scalar per term of losses.loss_terms, not normalised
-    # Of the U loops, without recurrence None; see loop_trace.LoopTrace
+    # Of the U loops; None without recurrence; see loop_trace.LoopTrace
     halt_probs: Tensor | None = None  # (U, B, T, N)
     num_iterations: Tensor | None = None  # (U, B, T)
     ponder_cost: Tensor | None = None  # (U, B, T)

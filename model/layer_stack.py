@@ -24,13 +24,13 @@ from model.recurrence import CoreOutput, LatentReasoningUnit
 
 
 class _LayersOutput(NamedTuple):
-    """Several layers' result."""
+    """The result of several layers."""
 
     hidden: Tensor  # (B, T, D)
     aux: Tensor  # (2,), AUX_TERMS
     kept: dict[int, tuple[Tensor, ...]]  # by layer, see cache.kept_keys
-    loads: dict[int, Tensor]  # by layer, (E,) tokens given to each expert
-    traces: list[LoopTrace]  # of the layers' own Latent Reasoning Units
+    loads: dict[int, Tensor]  # by layer, (E,) tokens routed to each expert
+    traces: list[LoopTrace]  # from the layers' own Latent Reasoning Units
     states: list[Tensor]  # (B, T, D) after each layer, if the context collects them
 
 
@@ -56,7 +56,7 @@ class Transformer(nn.Module):
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         if config.embedding_mixing:
             taps = config.embedding_mixing
-            # From zero it learns too, a third slower: docs/LOG.md.
+            # Starting at zero also learns, but a third slower: docs/LOG.md.
             self.embedding_mixing = CausalMixing(config.hidden_size, taps, initial_std=taps**-0.5)
         self.layers = nn.ModuleList(DecoderLayer(config, i, moe_class, execution) for i in range(L))
         block = config.recurrence.placement == "block"
@@ -116,8 +116,7 @@ class Transformer(nn.Module):
         """tokens (B, T) -> (B, T, D), or with P pause tokens after each (B, T (1 + P), D).
 
         Args:
-            embedded: (B, T, D) in place of the tokens' embeddings; mixed with their neighbours and placed as
-                those are.
+            embedded: (B, T, D) instead of the tokens' embeddings, and treated as these are.
         """
         x = self.embed_tokens(tokens) if embedded is None else embedded
         if self.config.embedding_mixing:
@@ -130,7 +129,7 @@ class Transformer(nn.Module):
         return torch.cat((x[:, :, None], pauses.expand(*x.shape[:2], -1, -1)), 2).flatten(1, 2)
 
     def _core(self, first: int, last: int, context: AttentionContext) -> Callable[..., CoreOutput]:
-        """Layers first..last as what a loop runs; see recurrence.Core."""
+        """Layers first..last as the core of a loop; see recurrence.Core."""
         r = self.config.recurrence
         remembers = r.carries_keys or context.cache is not None
 
@@ -149,8 +148,8 @@ class Transformer(nn.Module):
         """One module of multi-token prediction.
 
         Args:
-            hidden: (B, T, D) of the model or of the module before.
-            tokens: (B, T), those that the hidden states predict.
+            hidden: (B, T, D) of the model or of the previous module.
+            tokens: (B, T), which the hidden states predict.
 
         Returns:
             Normed states (B, T, D) that predict the tokens after those, and the (2,) auxiliary losses.
@@ -185,7 +184,7 @@ class Transformer(nn.Module):
         return out
 
     def _count(self, loads: dict[int, Tensor]) -> None:
-        """Adds a pass's load to the experts' own count, in training."""
+        """In training, adds the load of a pass to the experts' own count."""
         if self.training:
             for i, load in loads.items():
                 layer: Any = self.layers[i]
@@ -193,17 +192,17 @@ class Transformer(nn.Module):
 
 
 def _collect(context: AttentionContext, states: list[Tensor]) -> None:
-    """Outside of what activation checkpointing runs a second time."""
+    """Runs outside the part that activation checkpointing runs twice."""
     if context.states is not None:
         context.states.extend(states)
 
 
 def no_aux(x: Tensor) -> Tensor:
-    """(2,) auxiliary losses of nothing."""
+    """(2,) auxiliary losses, all 0."""
     return torch.zeros(len(AUX_TERMS), device=x.device)
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
-    """(B, T, D) standard normal, the same for a seed on every device."""
+    """(B, T, D) standard normal noise; a seed gives the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator).to(like)

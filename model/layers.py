@@ -22,15 +22,15 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 def upcasts(x: Tensor) -> bool:
-    """Whether products of x run in fp32: bf16 on a CPU that has no instructions for it.
+    """Whether products of x run in fp32: for bf16 on a CPU without bf16 instructions.
 
-    torch would multiply there without vector instructions, 7 times slower; both round the fp32 sum to bf16.
+    There torch would multiply without vector instructions, 7 times slower; both round the fp32 sum to bf16.
     """
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bf16()
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in fp32, or as it is where that is wider."""
+    """x in fp32, or unchanged if it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -50,12 +50,12 @@ class _UpcastLinear(torch.autograd.Function):
         return (grad @ weight.float()).to(x.dtype), grad_weight.to(weight.dtype)
 
 
-# Up to here a CPU is 1.2 to 4 times faster when it multiplies the other way round.
+# Up to this many rows, a CPU is 1.2 to 4 times faster when it multiplies the other way round.
 FEW_ROWS = 128
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether x (..., in) is a decoding step on a CPU, where reading the weights takes the time."""
+    """Whether x (..., in) is a decoding step on a CPU, whose time goes into reading the weights."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]
 
 
@@ -72,7 +72,7 @@ class Linear(nn.Linear):
     """nn.Linear that is also fast in bf16 on CPUs without bf16 instructions.
 
     Args:
-        initial_bias: of every output.
+        initial_bias: the same for every output.
         zero: start with a weight of 0.
     """
 
@@ -93,9 +93,9 @@ class Linear(nn.Linear):
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
-    """The weight (out, in) that a Linear multiplies by, for products formed outside of it.
+    """The weight (out, in) that a Linear multiplies by, for products formed outside it.
 
-    Of one that pretrain/lora.py adapted W + alpha/r B A, without dropout.
+    For a layer that pretrain/lora.py adapted: W + alpha/r B A, without dropout.
     """
     adapted: Any = layer
     if isinstance(layer, Linear):
@@ -118,7 +118,7 @@ class RMSNorm(nn.Module):
 
 
 def layer_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
-    """A norm of hidden states, of the config's kind (LayerNorm: Ba et al. 2016)."""
+    """A norm of hidden states of the config's kind (LayerNorm: Ba et al. 2016)."""
     if config.norm == "layer_norm":
         return nn.LayerNorm(config.hidden_size, config.rms_norm_eps)
     return RMSNorm(config.hidden_size, config.rms_norm_eps, config.rms_norm_affine)
@@ -146,7 +146,7 @@ def _yarn_frequencies(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Te
     R = 2 * len(frequencies)
 
     def pair_turning(times: float) -> float:
-        """Number of the pair that turns this often in the original context."""
+        """Index of the pair that turns this often in the original context."""
         wavelength = yarn.original_max_position_embeddings / (times * 2 * math.pi)
         return R * math.log(wavelength) / (2 * math.log(theta))
 
@@ -167,7 +167,7 @@ def _llama3_frequencies(frequencies: Tensor, scaling: Llama3RopeConfig) -> Tenso
 
 
 def _yarn_rotary_scale(yarn: YarnConfig) -> float:
-    """Factor on cos and sin; without both temperatures YaRN's own (eq. 22)."""
+    """Factor on cos and sin; unless both temperatures are set, YaRN's own (eq. 22)."""
     if yarn.mscale and yarn.mscale_all_dim:
         return _temperature(yarn.factor, yarn.mscale) / _temperature(yarn.factor, yarn.mscale_all_dim)
     return _temperature(yarn.factor, 1.0)
@@ -191,13 +191,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         rotation = rotation.unsqueeze(2)
     pairs = wide(x)
     if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
-        pairs = pairs.contiguous()  # a view as complex numbers must start at even offsets
+        pairs = pairs.contiguous()  # a complex view must start at an even offset
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Products(NamedTuple):
-    """How rows meet a weight: one for all of them (out, in), or one for each group (E, out, in)."""
+    """Products of rows with a weight: one for all rows (out, in), or one per group of rows (E, out, in)."""
 
     forward: Callable[[Tensor, Tensor], Tensor]  # rows (n, in), weight -> (n, out)
     to_rows: Callable[[Tensor, Tensor], Tensor]  # gradient (n, out), weight -> (n, in)
@@ -212,7 +212,7 @@ DENSE = Products(
 
 
 class GatedFeedForward(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) that keeps x, gate(x) and up(x) only, in the dtype of x."""
+    """down(silu(gate(x)) * up(x)) that keeps only x, gate(x) and up(x), in the dtype of x."""
 
     @staticmethod
     def forward(
@@ -293,7 +293,7 @@ def feed_forward(config: ModelConfig) -> SwiGLU | UngatedFeedForward:
 def maybe_compiled(module: nn.Module, compiled: bool, *inputs: Any) -> Any:
     """module(*inputs); in training through torch.compile if `compiled`.
 
-    All modules of a class share one compiled forward. Decoding stays eager: its lengths grow.
+    All modules of a class share one compiled forward. Decoding stays eager, because its lengths grow.
     """
     kind: Any = type(module)
     return _compiled(kind)(module, *inputs) if compiled and module.training else module(*inputs)

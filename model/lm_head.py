@@ -12,9 +12,9 @@ from model.losses import chunked_cross_entropy
 
 
 class LMHead(nn.Module):
-    """Projection to the vocabulary, which also forms the loss: see losses.py for why.
+    """Projection to the vocabulary; it also forms the loss, see losses.py for why.
 
-    Tied, it has no parameter of its own, so that checkpoints, optimizers and counts meet the matrix once.
+    When tied, it has no parameters, so checkpoints, optimizers and counts see the matrix once.
     """
 
     def __init__(self, config: ModelConfig, embedding: nn.Embedding) -> None:

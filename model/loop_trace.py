@@ -1,5 +1,6 @@
-"""What a loop reports of itself: how long each token ran, how much its state moved, and the terms of the loss
-that weigh this. Weights and names of the terms stand in losses.py.
+"""What a loop reports: how long each token ran, how far its state moved, and the loss terms that weigh this.
+
+losses.py has the terms' names and weights.
 
 Shapes: B batch, T tokens, W width of the state, N loop steps.
 """
@@ -42,12 +43,12 @@ def loop_trace(
     segment: Tensor | None,
     token_mask: Tensor | None,
 ) -> LoopTrace:
-    """Sums a pass up.
+    """Summarises a pass.
 
     Args:
         probabilities, executed: (B, T) of each of the N steps, see Halting.
-        states: (B, T, W), the initial one and that after each step.
-        out: (B, T, W), what the loop hands on.
+        states: (B, T, W), the initial state and the one after each step.
+        out: (B, T, W), the loop's output.
         segment: (B, S), see context.segments; only the last T positions count.
         token_mask: (B, T), False under padding; None: no padding.
     """
@@ -74,10 +75,10 @@ def loop_trace(
 
 
 def _ponder(config: HaltingConfig, p: Tensor, cost: Tensor) -> Tensor:
-    """(B, T) cost of thinking, of probabilities (B, T, N).
+    """(B, T) cost of thinking, from probabilities (B, T, N).
 
     act: steps + remainder (Graves 2016, eq. 14), whose gradient is the remainder's. ponder: KL(p || truncated
-    geometric) (PonderNet, eq. 8). entropy: -H(p), which is the divergence from a uniform prior but for log N
+    geometric) (PonderNet, eq. 8). entropy: -H(p), the divergence from a uniform prior up to log N
     (Ouro, arXiv 2510.25741, eq. 4).
     """
     if config.kind == "act":
@@ -93,15 +94,16 @@ def _ponder(config: HaltingConfig, p: Tensor, cost: Tensor) -> Tensor:
 def _stability(p: Tensor, changes: Tensor) -> Tensor:
     """(B, T): squared relative change of each step, times the probability of having halted before it.
 
-    Counts after halting only: penalising every change would reward doing nothing.
+    Counts only after halting: penalising every change would reward doing nothing.
     """
     halted = (p.cumsum(-1) - p).detach()
     return (halted * changes.square()).sum(-1)
 
 
 def hoyer_square(x: Tensor) -> Tensor:
-    """(..., W) -> (...): (|x|_1 / |x|_2)^2 from 1..W brought to 0..1; 0 is one non-zero number, 1 all equal
-    (Yang et al. 2020, eq. 4).
+    """(..., W) -> (...): (|x|_1 / |x|_2)^2 rescaled from 1..W to 0..1 (Yang et al. 2020, eq. 4).
+
+    0: a single non-zero number, 1: all equal.
     """
     x = wide(x)
     ratio = x.abs().sum(-1).square() / x.square().sum(-1).clamp(min=1e-12)
@@ -111,8 +113,8 @@ def hoyer_square(x: Tensor) -> Tensor:
 def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor) -> Tensor:
     """(B, T): minus a lower bound, in nats, of the information that successive states share.
 
-    InfoNCE (van den Oord et al. 2018, eq. 5): a state must be told from those of the document's other tokens
-    by the state before it; log(tokens) - loss bounds the information from below. Mean over the steps.
+    InfoNCE (van den Oord et al. 2018, eq. 5): the previous state must identify a token's state among those of
+    the document's other tokens; log(tokens) - loss bounds the information from below. Mean over the steps.
     """
     B, T = real.shape
     document = torch.zeros(B, T, device=real.device) if segment is None else segment[:, -T:].expand(B, T)
@@ -130,7 +132,7 @@ def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor
 def loop_sums(
     num_iterations: Tensor, halt_probs: Tensor, residuals: Tensor, real: Tensor | None = None
 ) -> Tensor:
-    """What loop_figures needs of one batch, to be added up over batches and ranks.
+    """What loop_figures needs from one batch; add it up over batches and ranks.
 
     Args:
         num_iterations: (U, B, T) of U loops, see LoopTrace.
@@ -151,11 +153,11 @@ def loop_sums(
 
 
 def loop_figures(sums: Tensor) -> dict[str, float | list[float]]:
-    """Means of loop_sums, (3, N).
+    """Means from loop_sums (3, N).
 
     `steps_mean`; `steps_histogram`, the share of tokens that stopped after each step; `halting_distribution`,
-    mean p_n; `residuals`, mean relative change in each step, of the tokens that ran it; `convergence_ratio`,
-    that of the last step over that of the first.
+    mean p_n; `residuals`, mean relative change per step over the tokens that ran it; `convergence_ratio`,
+    the last step's change over the first step's.
     """
     stopped, probability, moved = sums
     ran = stopped.flip(0).cumsum(0).flip(0)

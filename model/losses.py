@@ -1,4 +1,4 @@
-"""Every term of the training loss, named and weighted in one table, and the chunked cross-entropy.
+"""Every term of the training loss, named and weighted in one table; and the chunked cross-entropy.
 
 Shapes: N tokens, D hidden, V vocabulary.
 """
@@ -13,16 +13,16 @@ from torch import Tensor
 from model.config.model import ModelConfig
 from model.layers import linear, wide
 
-IGNORE_INDEX = -100  # a position without target
+IGNORE_INDEX = -100  # a position without a target
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A term is a SUM over what it counts; it is divided by the count of the whole global batch."""
+    """A term is a SUM over what it counts, divided by the count of the whole global batch."""
 
     name: str
     weight: Callable[[ModelConfig], float]
-    counted_in: str  # "targets", "rows", or of traced documents "trace_targets" and "documents"
+    counted_in: str  # "targets", "rows", or for traced documents "trace_targets", "documents"
     applies: Callable[[ModelConfig], bool] = lambda config: True
 
 
@@ -38,13 +38,13 @@ def _distilled(name: str, counted_in: str) -> LossTerm:
 
 
 LOSS_TABLE = (
-    # Of a student of latent chain of thought (distill/student.py): of what it predicts after its thoughts.
+    # For a student of latent chain of thought (distill/student.py): of what it predicts after its thoughts.
     LossTerm("cross_entropy", lambda c: 1.0, "targets"),
     LossTerm("balance", lambda c: c.balance_loss_weight, "rows", lambda c: c.has_experts),
     LossTerm("router_z", lambda c: c.router_z_loss_weight, "rows", lambda c: c.has_experts),
     # The modules' mean; each is divided by all targets, as in DeepSeek-V3 eq. 24 and 25.
     LossTerm("mtp", lambda c: c.mtp_loss_weight, "targets", lambda c: c.num_nextn_predict_layers > 0),
-    # Of the loops: loop_trace.py. Means over a row's tokens and over the loops.
+    # From the loops, see loop_trace.py: means over a row's tokens and over the loops.
     LossTerm("ponder", lambda c: c.recurrence.halting.ponder_scale, "rows", lambda c: c.learns_to_halt),
     LossTerm(
         "stability",
@@ -77,17 +77,17 @@ def loss_terms(config: ModelConfig) -> list[LossTerm]:
 
 
 def plain_loss_terms(config: ModelConfig) -> list[LossTerm]:
-    """Those that one pass over tokens forms by itself, without a teacher."""
+    """The terms that one pass over tokens forms by itself, without a teacher."""
     return [term for term in loss_terms(config) if term.counted_in in ("targets", "rows")]
 
 
 def total_loss(config: ModelConfig, sums: dict[str, Tensor], counts: Mapping[str, int | Tensor]) -> Tensor:
-    """Weighted sum of those of the model's terms that there are, each divided by its count.
+    """Weighted sum of the model's terms in `sums`, each divided by its count.
 
     Args:
         sums: the terms by name, summed over this batch.
-        counts: what the terms are counted_in, numbers or scalars on the device; those of the global batch
-            make ranks and micro-batches add up to exactly the loss of one process.
+        counts: what the terms are counted_in, as numbers or scalars on the device. With the global batch's
+            counts, ranks and micro-batches add up to exactly the loss of one process.
     """
     counts = {name: torch.as_tensor(count).clamp(min=1) for name, count in counts.items()}
     terms = [
@@ -109,8 +109,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """hidden (N, D), weight (V, D), targets (N,) in 0..V-1 -> summed loss in nats, a scalar, at least
         fp32.
 
-        share (N,): factor on each token's loss; None: 1. The gradients kept for backward are those of the
-        sum: softmax minus one-hot, times the other factor; and each token's loss, which is that of its share.
+        share (N,): factor on each token's loss; None: 1. Kept for backward are the gradients of the sum
+        (softmax minus one-hot, times the other factor) and each token's loss, which is the gradient of its
+        share.
         """
         need_hidden, need_weight, _, need_share, _ = ctx.needs_input_grad
         dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -153,7 +154,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None = None, chunk: int = 1024
 ) -> Tensor:
-    """Summed cross-entropy in fp32 of hidden (N, D) under a head (V, D), without IGNORE_INDEX targets (N,).
+    """Summed fp32 cross-entropy of hidden (N, D) under a head (V, D); skips targets (N,) of IGNORE_INDEX.
 
     Args:
         share: (N,) fp32 factor on each token's loss, such as the probability of halting here; None: 1.

@@ -1,7 +1,7 @@
 """Recurrent Memory Transformer (Bulatov et al., arXiv 2207.06881, eq. 1-3), decoder form: a baseline.
 
-A document is read segment by segment. A segment is [memory | tokens | memory] under causal attention; what
-comes out at the last positions is the memory that the next segment starts with. Nothing else passes between
+A document is read segment by segment. A segment is [memory | tokens | memory] under causal attention; the
+output at the last positions is the memory that the next segment starts with. Nothing else passes between
 segments.
 
 Shapes: B rows, T tokens, N documents, M memory tokens, L segment length, D hidden.
@@ -17,7 +17,7 @@ from model.config.model import ModelConfig
 
 
 class MemoryState(NamedTuple):
-    """What decoding keeps of a row: the memory of its finished segments and the tokens of the open one."""
+    """What decoding keeps per row: the memory of its finished segments and the tokens of the open one."""
 
     memory: Tensor  # (B, M, D)
     tokens: Tensor  # (B, P) int64
@@ -29,7 +29,7 @@ RunSegment = Callable[[Tensor, Tensor], Tensor]
 
 
 class RecurrentMemory(nn.Module):
-    """Carries a memory from segment to segment; the one it starts with is learned."""
+    """Carries a memory from segment to segment; the initial one is learned."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class RecurrentMemory(nn.Module):
         Args:
             tokens: (B, T) int64.
             segment: (B, T), the document of each token, negative for padding; see context.segments.
-            state: of the rows' earlier tokens; then each row is one document.
-            all_segments: read as many segments as a row of T tokens can have, so that all ranks take the same
-                number whatever their documents.
+            state: from the rows' earlier tokens; each row is then one document.
+            all_segments: read as many segments as a row of T tokens can have, so that all ranks read equally
+                many, whatever their documents.
 
         Returns:
-            (B, T, D) states, 0 for padding, and what decoding keeps, which means one document a row.
+            (B, T, D) states, 0 for padding, and what decoding keeps, given one document per row.
         """
         B, T = tokens.shape
         real, rows = segment >= 0, torch.arange(B, device=tokens.device)[:, None]
@@ -97,7 +97,7 @@ class RecurrentMemory(nn.Module):
         embed: Callable[[Tensor], Tensor],
         run: RunSegment,
     ) -> tuple[Tensor, Tensor]:
-        """tokens (N, n) of lengths (N,) -> states (N, n, D) and the memory after the last full segment."""
+        """tokens (N, n) of lengths (N,) -> states (N, n, D), and the memory after the last full segment."""
         M, states = memory.shape[1], []
         for first in range(0, tokens.shape[1], self.length):
             part = tokens[:, first : first + self.length]
@@ -121,11 +121,11 @@ class RecurrentMemory(nn.Module):
 
 
 def _documents(number: Tensor, real: Tensor, documents: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each real token goes: its document (n,), its offset in it (n,), and all documents' lengths (N,).
+    """Each real token's document (n,) and its offset in it (n,), and all documents' lengths (N,).
 
     Args:
-        number: (B, T), equal within a document, rising in the order of reading.
-        documents: N, if the numbers are 0..N-1 already.
+        number: (B, T), equal within a document, rising in reading order.
+        documents: N, if the numbers already are 0..N-1.
     """
     numbers = number[real]
     if documents is None:

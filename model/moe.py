@@ -25,15 +25,15 @@ class Routing(NamedTuple):
 
 
 class MoEStatistics(NamedTuple):
-    """What a layer reports beside its output, summed over the B rows (the losses) or tokens (the load)."""
+    """What a layer reports besides its output, summed over the B rows (losses) or the tokens (load)."""
 
     balance: Tensor  # sequence-wise balance loss
     router_z: Tensor  # squared log-sum-exp of the router's logits, averaged over each row's tokens
-    load: Tensor  # (E,) int64, tokens given to each expert
+    load: Tensor  # (E,) int64, tokens routed to each expert
 
 
 class Router(nn.Module):
-    """Sigmoid affinities in fp32; the balancing bias takes part in the choice, never in the weights."""
+    """Sigmoid affinities in fp32; the balancing bias affects the choice, never the weights."""
 
     e_score_correction_bias: Tensor
 
@@ -44,7 +44,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x: Tensor) -> Routing:
-        """x (N, D) -> the choice and its weights (eq. 12-16)."""
+        """x (N, D) -> the chosen experts and their weights (eq. 12-16)."""
         c = self.config
         logits = linear(wide(x), wide(self.weight))
         scores = logits.sigmoid()
@@ -68,7 +68,7 @@ class Router(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """Rows in another order: x[order]. Its gradient is a gather too, where indexing would scatter and add."""
+    """Rows in another order: x[order]. Its gradient gathers too; that of indexing would scatter and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ def inverse_permutation(order: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """Stacked SwiGLU experts; w1 gates, w3 is the up and w2 the down projection (names DeepSpeed expects)."""
+    """Stacked SwiGLU experts; w1 is the gate, w3 the up and w2 the down projection (DeepSpeed's names)."""
 
     def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
-        self.expert_ids, self.execution = expert_ids, execution  # the global numbers of the experts held here
+        self.expert_ids, self.execution = expert_ids, execution  # global numbers of the experts held here
         E, D, width = len(expert_ids), config.hidden_size, config.moe_intermediate_size
         self.widths = (D, width)
         self.w1 = nn.Parameter(torch.empty(E, width, D))
@@ -119,7 +119,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x (rows sorted by expert, D) and the rows of each expert (E,) -> (rows, D).
 
-        An expert without rows still takes part, so that every weight always has a gradient.
+        Experts without rows still take part, so that every weight always has a gradient.
         """
         backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
         if few_rows(x) and len(x):
@@ -128,7 +128,7 @@ class Experts(nn.Module):
         return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, product_dtype(x))
 
     def _decode(self, x: Tensor, counts: Tensor) -> Tensor:
-        """As forward, for few rows without gradients: rows as columns, no work for idle experts."""
+        """As forward, for few rows without gradients: rows become columns, idle experts cost nothing."""
         dtype, outputs = product_dtype(x), []
         for expert, columns in enumerate(x.to(dtype).T.split(counts.tolist(), 1)):
             if columns.shape[1]:
@@ -150,7 +150,7 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             self.shared_experts = SwiGLU(config.hidden_size, width)
-        # Tokens each expert was given in training since the last bias update, summed over loop steps.
+        # Tokens routed to each expert in training since the last bias update, summed over loop steps.
         self.register_buffer(
             "load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False
         )
@@ -167,11 +167,11 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, MoEStatistics | None]:
         """Routes every token through its experts.
 
-        Does not touch `load`: under activation checkpointing it runs twice. See decoder.run_layer.
+        Leaves `load` alone, because it runs twice under activation checkpointing; see decoder.run_layer.
 
         Args:
             x: (B, T, D).
-            token_mask: (B, T), False under padding, which the statistics leave out.
+            token_mask: (B, T), False for padding, which the statistics leave out.
             statistics: whether to form them.
 
         Returns:
@@ -206,9 +206,9 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """Moves the balancing bias towards underloaded experts by one step; load (E,) is the global one.
+        """Moves the balancing bias one step towards underloaded experts; load (E,) is the global load.
 
-        Re-centred, so that the bias cannot drift.
+        The bias is re-centred, so that it cannot drift.
         """
         bias = self.gate.e_score_correction_bias
         load = load.double()

@@ -16,7 +16,7 @@ from model.moe import MoE
 
 
 class MTPModule(nn.Module):
-    """Predicts one token further ahead than the states it is given; embedding and head are the model's."""
+    """Predicts one token further ahead than the states it gets; embedding and head are the model's."""
 
     def __init__(
         self, config: ModelConfig, layer: int, moe_class: type[MoE], execution: ExecutionConfig
@@ -32,7 +32,7 @@ class MTPModule(nn.Module):
         """Eq. 21 and 22.
 
         Args:
-            hidden: (B, T, D) normed states of the model, or of the module before this one.
+            hidden: (B, T, D) normed states of the model, or of the previous module.
             embedded: (B, T, D) embeddings of the tokens that those states predict.
 
         Returns:
@@ -55,7 +55,7 @@ def shifted(tokens: Tensor, targets: Tensor, segment: Tensor, shift: int) -> tup
         segment: (B, T), equal numbers for the tokens of one document, see context.segments.
 
     Returns:
-        (B, T) tokens to embed and (B, T) targets; where the document ends sooner, IGNORE_INDEX.
+        (B, T) tokens to embed and (B, T) targets; IGNORE_INDEX where the document ends earlier.
     """
     beyond = segment.roll(-shift, 1) != segment
     beyond[:, -shift:] = True

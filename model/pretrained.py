@@ -14,7 +14,7 @@ def load_pretrained(directory: str | Path) -> ZeroModel:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the weights are not those of the config.
+        ValueError: a file is damaged, or the weights do not fit the config.
     """
     config = load_config(directory)
     path = Path(directory) / WEIGHTS_NAME

@@ -1,8 +1,8 @@
 """The Latent Reasoning Unit: one loop for every placement.
 
     block           prelude layers -> looped layers x R -> coda layers; attention inside the loop
-    kv              the KV latent of a token, before keys and values are formed from it
-    post_attention  what attention gives a token, before it is added to the residual stream
+    kv              a token's KV latent, before keys and values are formed from it
+    post_attention  attention's output, before it is added to the residual stream
 
 Shapes: B batch, T tokens, W width of the state, R loop steps.
 """
@@ -24,19 +24,19 @@ from model.halting import Halting, HaltingUnit
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.loop_trace import LoopTrace, loop_trace
 
-# The gates start nearly open, so that an untrained loop moves its state by most of what the core says.
+# The gates start nearly open, so that an untrained loop moves its state most of the way to the core's output.
 GATE_BIAS = 2.0
 
 
 class CoreOutput(NamedTuple):
-    """One run of what is looped."""
+    """One run of the loop's core."""
 
     candidate: Tensor  # (B, T, W)
     kept: dict[int, tuple[Tensor, ...]]  # keys and values for the next step, by layer; see cache.kept_keys
-    extra: Any = None  # handed through
+    extra: Any = None  # passed through
 
 
-# (input (B, T, W), step, tokens that run (B, T) or None, `kept` of the step before) -> CoreOutput
+# (input (B, T, W), step, running tokens (B, T) or None, `kept` of the previous step) -> CoreOutput
 Core = Callable[[Tensor, int, Tensor | None, dict[int, tuple[Tensor, ...]]], CoreOutput]
 
 
@@ -52,16 +52,17 @@ class LoopResult(NamedTuple):
 class LatentReasoningUnit(nn.Module):
     """Carries a latent state through R passes of a core.
 
-    By default each pass reads the normed state with the loop's input re-injected, which keeps the loop from
-    forgetting it (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of a GRU
-    (Cho et al. 2014, eq. 7) with the core's output as the candidate. Without norm, injection and gate the
-    passes are layers of tied weights (Universal Transformer, arXiv 1807.03819, without its step embedding).
+    By default each pass reads the normed state with the loop's input injected again, which keeps the loop
+    from forgetting it (Huginn, arXiv 2502.05171, section 3.2); the gated update is the convex combination of
+    a GRU (Cho et al. 2014, eq. 7) with the core's output as the candidate. Without norm, injection and gate
+    the passes are layers with tied weights (Universal Transformer, arXiv 1807.03819, without its step
+    embedding).
 
     Args:
         width: W.
         name: of the loop, for its slots in the cache.
         layers: whose keys and values the loop keeps in the cache.
-        recompute_steps: activation checkpointing of every step.
+        recompute_steps: activation checkpointing of each step.
     """
 
     def __init__(
@@ -94,10 +95,10 @@ class LatentReasoningUnit(nn.Module):
         """Runs context.num_steps passes, or, at inference, until every token has halted.
 
         Args:
-            initial: (B, T, W), the input of every pass and, by default, the state before the first.
-            core: what is looped.
+            initial: (B, T, W), the input of every pass and, by default, the initial state.
+            core: what to loop.
             predict: normed states (B, T, W) -> logits, for exits by divergence.
-            first_state: (B, T, W), another state to start from.
+            first_state: (B, T, W), a different initial state.
         """
         r, N = self.config, context.num_steps
         active = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
@@ -106,7 +107,7 @@ class LatentReasoningUnit(nn.Module):
         state = initial if first_state is None else first_state
         states, extras, kept = [state], list[Any](), dict[int, tuple[Tensor, ...]]()
         for step in range(N):
-            # With targets all ranks take all steps, whatever their data says.
+            # With targets, all ranks take all steps, whatever their data.
             if not context.statistics and not self.training and halting.finished():
                 self._fill_cache(context, step, initial.shape[1])
                 break
@@ -138,7 +139,7 @@ class LatentReasoningUnit(nn.Module):
         running: Tensor | None,
         kept: dict[int, tuple[Tensor, ...]],
     ) -> tuple[Tensor, CoreOutput]:
-        """One pass; the state of a token that has halted stays."""
+        """One pass; halted tokens keep their state."""
         out = core(self._inject(state, initial, step), step, running, kept)
         new = self._update(state, out.candidate)
         return (new if running is None else torch.where(running[..., None], new, state)), out
@@ -182,13 +183,13 @@ class LatentReasoningUnit(nn.Module):
         return self.output_norm(torch.stack(weighted).sum(0).to(states[-1].dtype))
 
     def _fill_cache(self, context: AttentionContext, done: int, num_tokens: int) -> None:
-        """Later tokens may take more steps than these did: they find what these left in their last."""
+        """Later tokens may take more steps than these: there they find what these left in their last step."""
         if context.cache is None:
             return
         last = slot_of(self.config, done - 1)
         for step in range(done, context.num_steps):
             names = [f"{self.name}.mixing"]
-            if step < context.num_steps - 1:  # nobody decides about halting after the last
+            if step < context.num_steps - 1:  # after the last step there is no halting decision
                 names.append(f"{self.name}.halting")
             for name in names:
                 context.cache.repeat((name, done - 1), (name, step), num_tokens)
@@ -217,8 +218,8 @@ class IterationEmbedding(nn.Module):
 class LatentRefinement(nn.Module):
     """The unit of one attention layer: iterates on each token's own state.
 
-    The core is a pre-norm gated feed-forward layer, before which, on request, a causal depthwise convolution
-    mixes the states of neighbouring tokens and a projection adds the token's own query.
+    The core is a pre-norm gated feed-forward layer. Optionally, a causal depthwise convolution first mixes
+    the states of neighbouring tokens, and a projection adds the token's own query.
     """
 
     def __init__(
@@ -243,7 +244,7 @@ class LatentRefinement(nn.Module):
             x: Tensor, step: int, running: Tensor | None, kept: dict[int, tuple[Tensor, ...]]
         ) -> CoreOutput:
             if hasattr(self, "mixing"):
-                # Neighbours of a token that has halted see what it showed in its last step.
+                # Neighbours of a halted token see what it showed in its last step.
                 shown = x if running is None or not kept else torch.where(running[..., None], x, kept[0][0])
                 kept = {0: (shown,)}
                 x = x + self.mixing(shown, context, (f"{self.name}.mixing", step))
@@ -256,7 +257,7 @@ class LatentRefinement(nn.Module):
 
 
 def stacked_traces(traces: Sequence[LoopTrace]) -> LoopTrace | None:
-    """The loops of a model side by side: every field gets a leading axis; shorter loops are filled with 0."""
+    """A model's loops side by side: every field gets a leading axis; shorter loops are padded with 0."""
     if not traces:
         return None
     longest = max(t.halt_probs.shape[-1] for t in traces)
@@ -274,10 +275,10 @@ def stacked_traces(traces: Sequence[LoopTrace]) -> LoopTrace | None:
 
 
 def sample_depth(config: ModelConfig, seed: int, step: int) -> int:
-    """Loop steps of an optimizer step, a function of (seed, step) alone, so that all ranks agree.
+    """Loop steps in an optimizer step: a function of (seed, step) alone, so that all ranks agree.
 
-    `poisson`: tau ~ N(log r - 0.125, 0.5), R ~ Poisson(e^tau) + 1 clamped to max_steps, r the mean depth
-    less one (Huginn, arXiv 2502.05171, section 3.3).
+    `poisson`: tau ~ N(log r - 0.125, 0.5), R ~ Poisson(e^tau) + 1 clamped to max_steps, where r is the mean
+    depth minus 1 (Huginn, arXiv 2502.05171, section 3.3).
     """
     r = config.recurrence
     if r.depth_sampling == "fixed" or r.num_steps == 1:

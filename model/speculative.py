@@ -1,4 +1,4 @@
-"""Self-speculative decoding: multi-token prediction drafts a token, the model checks it in the same pass.
+"""Self-speculative decoding: multi-token prediction drafts a token, and the model checks it in its next pass.
 
 Shapes: B batch, T prompt tokens, n new tokens, S cached tokens.
 """
@@ -16,7 +16,7 @@ from model.transformer import ZeroModel
 
 @dataclass
 class Acceptance:
-    """How the drafts fared, over all rows that had not ended."""
+    """How many drafts were accepted, over all rows that had not ended."""
 
     drafted: int = 0
     accepted: int = 0
@@ -29,8 +29,8 @@ class Acceptance:
 class _Drafter:
     """The model, the module that drafts, and their caches.
 
-    Both caches hold the same tokens. A rejected token of a row whose neighbours' was accepted stays behind
-    as a position that `real` masks like padding, so rows may advance at different speeds.
+    Both caches hold the same tokens. If a row rejects a token that another row accepts, the token stays as a
+    position that `real` masks like padding, so rows may advance at different speeds.
     """
 
     def __init__(self, model: ZeroModel, real: Tensor, num_steps: int | None) -> None:
@@ -38,7 +38,7 @@ class _Drafter:
         self.caches = LatentCache(limited=False), LatentCache(limited=False)
 
     def check(self, tokens: Tensor, logits_to_keep: int = 0) -> tuple[Tensor, Tensor]:
-        """tokens (B, k) -> the model's choice after each of the last ones kept, and all hidden states."""
+        """tokens (B, k) -> the model's choices after the last logits_to_keep, and all hidden states."""
         output = self.model(
             tokens,
             attention_mask=self._mask(),
@@ -58,7 +58,7 @@ class _Drafter:
         self.real = F.pad(self.real, (0, num_tokens), value=True)
 
     def reject_last(self, accepted: Tensor) -> None:
-        """Masks the last token of rows (B,) that did not accept it, or forgets it if no row did."""
+        """Masks the last token in the rows (B,) that did not accept it."""
         self.real[:, -1] = accepted
 
     def forget_rejected(self) -> None:
@@ -80,7 +80,7 @@ def generate_speculatively(
     eos_token_id: int | None = None,
     num_steps: int | None = None,
 ) -> tuple[Tensor, Acceptance]:
-    """What greedy generate returns, in fewer passes (DeepSeek-V3, section 5.4.3); drafts of one token.
+    """The result of greedy generate in fewer passes (DeepSeek-V3, section 5.4.3); drafts one token.
 
     Args:
         tokens, max_new_tokens, attention_mask, eos_token_id, num_steps: as in generate.generate.
@@ -90,7 +90,7 @@ def generate_speculatively(
 
     Raises:
         ValueError: the model has no multi-token prediction, the text exceeds max_position_embeddings, or
-            several rows of a model that mixes neighbouring tokens.
+            there are several rows and the model mixes neighbouring tokens.
     """
     if not model.config.num_nextn_predict_layers:
         raise ValueError(
@@ -136,13 +136,13 @@ class _Written:
 
     def __init__(self, prompt: Tensor, max_new_tokens: int, eos_token_id: int | None) -> None:
         B, self.limit, self.eos_token_id = len(prompt), max_new_tokens, eos_token_id
-        # One column more than asked for takes what rows write after their end.
+        # One extra column takes what rows write after their end.
         self.tokens = prompt.new_full((B, max_new_tokens + 1), PAD_TOKEN_ID)
         self.length = prompt.new_zeros(B)
         self.ended = torch.zeros(B, dtype=torch.bool, device=prompt.device)
 
     def append(self, token: Tensor, rows: Tensor) -> None:
-        """Writes token (B,) to those of the rows (B,) that have not ended."""
+        """Writes token (B,) to the given rows (B,) that have not ended."""
         rows = rows & ~self.ended
         column = torch.where(rows, self.length, self.limit)
         self.tokens.scatter_(1, column[:, None], token[:, None])

@@ -33,13 +33,13 @@ class ZeroModel(nn.Module):
 
     Args:
         config: sizes and switches.
-        moe_class: the mixture-of-experts layer; pretrain passes its expert-parallel one.
-        seed: the initial weights are a function of (seed, parameter name, global expert number), so that
-            they are the same however the model is spread over ranks.
+        moe_class: the mixture-of-experts layer; pretrain/ passes its expert-parallel one.
+        seed: the initial weights are a function of (seed, parameter name, global expert number), so they do
+            not depend on how the model is spread over ranks.
         execution: how to compute; changes no result.
     """
 
-    training_step = 0  # the optimizer step, from 0, as the trainer tells; for subclasses with a curriculum
+    training_step = 0  # the optimizer step, from 0, set by the trainer; for subclasses with a curriculum
 
     def __init__(
         self,
@@ -74,18 +74,18 @@ class ZeroModel(nn.Module):
         """Runs the model.
 
         Args:
-            tokens: (B, T) int64; None: inputs_embeds stand for them.
-            attention_mask: (B, S), 1 or True where a token is real; S counts cached tokens too. Beside
-                cu_seqlens padding must be a segment of its own, as the loader gives it.
-            position_ids: (B, T); default: counted from the start of each document, padding left out.
+            tokens: (B, T) int64; None: inputs_embeds replace them.
+            attention_mask: (B, S), 1 or True where a token is real; S includes cached tokens. With
+                cu_seqlens, padding must be a separate segment, as the loader makes it.
+            position_ids: (B, T); default: counted from the start of each document, without padding.
             cu_seqlens: (B, n) int32, starts of the documents packed into each row, 0 first, padded with T.
             targets: (B, T) int64, the token to predict at each position, or losses.IGNORE_INDEX.
             num_steps: loop steps; default: the config's.
             cache: latents of earlier tokens; extended in place.
-            logits_to_keep: form the logits of the last so many positions only; 0: all.
-            noise_seed: start block loops from noise, to see whether they forget where they started.
-            inputs_embeds: (B, T, D) in place of the tokens' embeddings.
-            states: gets the output (B, T, D) of every run of a decoder layer, in their order.
+            logits_to_keep: form logits only for this many last positions; 0: for all.
+            noise_seed: start block loops from noise, to test whether they forget their initial state.
+            inputs_embeds: (B, T, D) instead of the tokens' embeddings.
+            states: collects the output (B, T, D) of every run of a decoder layer, in order.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
@@ -139,8 +139,8 @@ class ZeroModel(nn.Module):
         """The part of forward below the head: final hidden states, and what the layers shared.
 
         Args:
-            statistics: whether experts report balance and load, and all ranks take all steps; see forward for
-                the others.
+            statistics: whether experts report balance and load, and all ranks take all steps. For the other
+                arguments see forward.
         """
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
@@ -151,7 +151,7 @@ class ZeroModel(nn.Module):
                 f"placement={self.config.recurrence.placement}; leave it out"
             )
         if (tokens is None) == (inputs_embeds is None):
-            raise ValueError("give either tokens or inputs_embeds, the other one None")
+            raise ValueError("give either tokens or inputs_embeds and leave the other None")
         if tokens is None:
             assert inputs_embeds is not None
             tokens = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.int64)  # for their shape
@@ -159,11 +159,11 @@ class ZeroModel(nn.Module):
         repeats = self.config.positions_per_token
         if self.config.num_memory_tokens:
             if inputs_embeds is not None or states is not None:
-                raise ValueError("a recurrent memory reads tokens only; leave inputs_embeds and states out")
+                raise ValueError("a recurrent memory only reads tokens; leave out inputs_embeds and states")
             out = self._read_segments(tokens, attention_mask, cu_seqlens, cache, statistics)
             context = None
         else:
-            # Backward may run layers again: they must find the cache as it was before this pass.
+            # Backward may run layers again; they must find the cache as it was before this pass.
             before = cache.branch() if cache is not None and cache.differentiable else cache
             context = self.attention_context(
                 tokens,
@@ -217,8 +217,8 @@ class ZeroModel(nn.Module):
     def _predict(self, states: Tensor) -> Tensor:
         """Early readout of states (B, T, D): head and final norm alone.
 
-        The layers after the loop would see the unfinished states of other tokens in a full pass, and their
-        last ones in decoding: the two would halt differently.
+        Through the layers after the loop, a full pass would see other tokens' unfinished states where
+        decoding sees their last ones: the two would halt differently.
         """
         return self.lm_head(self.model.norm(states))
 
@@ -247,16 +247,16 @@ class ZeroModel(nn.Module):
     def draft(
         self, hidden: Tensor, tokens: Tensor, attention_mask: Tensor | None, cache: LatentCache
     ) -> Tensor:
-        """Logits of multi-token prediction's first module, for drafts.
+        """Draft logits from the first module of multi-token prediction.
 
         Args:
-            hidden: (B, T, D) as forward returned them for the last T tokens.
+            hidden: (B, T, D), what forward returned for the last T tokens.
             tokens: (B, T), the tokens that followed those.
-            attention_mask: as in the call of forward.
+            attention_mask: as in that call of forward.
             cache: the module's own, extended in place.
 
         Returns:
-            (B, T, V), predictions of the tokens after `tokens`.
+            (B, T, V), predictions for the tokens after `tokens`.
         """
         self._check_length(tokens, None, cache)
         context = self.attention_context(tokens, attention_mask=attention_mask, cache=cache)
@@ -287,7 +287,7 @@ class ZeroModel(nn.Module):
 
     @property
     def starts_stage(self) -> bool:
-        """Whether the loss of `training_step` is another one than that of the step before."""
+        """Whether the loss at `training_step` is a different one from the previous step's."""
         return False
 
     def attention_layer(self, layer: int) -> Any:

@@ -30,7 +30,7 @@ def sdpa(
     if upcasts(query):
         query, key, value = query.float(), key.float(), value.float()
     width = value.shape[-1]
-    if query.device.type == "cpu":  # its fused kernel wants equal widths
+    if query.device.type == "cpu":  # the fused kernel needs equal widths
         value = _widened(value, query.shape[-1])
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -45,7 +45,7 @@ def sdpa(
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-    causal = context.mask is None and query.shape[1] > 1  # one token sees all that is cached
+    causal = context.mask is None and query.shape[1] > 1  # a single token sees the whole cache
     return sdpa(query, key, value, context.mask, causal, scale)
 
 
@@ -72,7 +72,7 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, 
 
 @functools.cache
 def _flex_function(device: str) -> Any:
-    """Only the compiled function is fused; on a CPU it would compile for minutes to save little."""
+    """Only the compiled function is fused; on a CPU, compiling takes minutes and saves little."""
     return flex_attention if device == "cpu" else torch.compile(flex_attention)
 
 
@@ -116,7 +116,7 @@ def _flash_attn(query: Tensor, key: Tensor, value: Tensor, context: AttentionCon
 
 
 def _widened(value: Tensor, width: int) -> Tensor:
-    """Zero columns up to `width`: they change nothing and are cut off again."""
+    """Pads with zero columns up to `width`; they change nothing and the caller cuts them off."""
     return F.pad(value, (0, max(width - value.shape[-1], 0)))
 
 

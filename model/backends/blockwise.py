@@ -1,7 +1,7 @@
 """Causal attention on a CPU: blocks of queries against the keys at or before them, by batched products.
 
-Faster than torch's fused CPU kernel, which also computes what the mask hides, and as frugal: the weights are
-formed again in backward. Shapes: B rows, N rows times heads, T tokens, K key width, V value width.
+Faster than torch's fused CPU kernel, which also computes masked scores, and uses as little memory: backward
+recomputes the attention weights. Shapes: B rows, N rows times heads, T tokens, K key width, V value width.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-QUERIES = 128  # queries a block; more compute hidden scores, fewer make small products
+QUERIES = 128  # queries per block; with more, more scores are masked away; with fewer, products get small
 
 
 class BlockwiseMask(NamedTuple):

@@ -18,7 +18,7 @@ def expert_products(backend: str, counts: Tensor) -> Products:
 
 
 def _loop(counts: Tensor) -> Products:
-    """Expert by expert: the reference of the tests, and what every size and dtype can use."""
+    """Expert by expert: the tests' reference, for every size and dtype."""
     sizes = counts.tolist()
     return Products(
         forward=lambda rows, weight: torch.cat(

@@ -12,36 +12,36 @@ POLICIES = ("rkv", "random", "uniform")
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """Of documents `[bos] question <bot> trace <eot> answer [eos]`; the model is its own teacher.
+    """For documents `[bos] question <bot> trace <eot> answer [eos]`; the model is its own teacher.
 
     Raises:
         ValueError: a value is unknown or out of range, or switches contradict each other.
     """
 
-    method: str = "kava"  # the preset of distill/methods.py that the keys which are not given come from
-    published: str = "gpt2"  # gpt2 | llama-1b: whose published values the preset takes
-    student_pass: bool = True  # answer after the latents; false: the trace is written out, as cot does
+    method: str = "kava"  # preset of distill/methods.py that fills in the keys not given
+    published: str = "gpt2"  # gpt2 | llama-1b: the model whose published values the preset takes
+    student_pass: bool = True  # answer after the latents; false: write the trace out, as cot does
     teacher_weight: float = 1.0  # cross-entropy of trace and answer in a pass over the whole document
     # CODI (arXiv 2502.21074): the states of all layers at the token before the answer's value
     hidden_weight: float = 0.0
     hidden_distance: str = "smooth_l1"  # l1 | smooth_l1 | mse
-    hidden_std: bool = True  # divided by the standard deviation of the teacher's state
-    # KaVa (arXiv 2510.02312): the latents' keys and values against those kept of the trace
+    hidden_std: bool = True  # divide by the standard deviation of the teacher's state
+    # KaVa (arXiv 2510.02312): the latents' keys and values against the trace's kept ones
     kv_weight: float = 0.0
     kv_distance: str = "smooth_l1"  # l1 | smooth_l1 | mse
-    kv_std: bool = True  # layer by layer divided by the standard deviation of the teacher's
+    kv_std: bool = True  # divide, layer by layer, by the standard deviation of the teacher's
     kv_policy: str = "rkv"  # which tokens of the trace are kept: rkv | random | uniform
     kv_lambda: float = 0.1  # share of importance against redundancy in R-KV's score
     # LOTUS (arXiv 2606.31779): each latent predicts a token of the trace
     latent_weight: float = 0.0
-    latent_block: int = 0  # latents to a step of the trace; 0: the trace's tokens one after another
-    # Coconut (arXiv 2412.06769): stage s has the first s steps of the trace replaced by latents
-    stage_steps: int = 0  # optimizer steps a stage; 0: no curriculum, latents replace the whole trace
+    latent_block: int = 0  # latents per step of the trace; 0: the trace's tokens one after another
+    # Coconut (arXiv 2412.06769): stage s replaces the first s steps of the trace by latents
+    stage_steps: int = 0  # optimizer steps per stage; 0: no curriculum, latents replace the whole trace
     latents_per_step: int = 2  # latents that replace a step in a curriculum
-    # Of the tokenizer; distill/main.py fills them in
+    # From the tokenizer; distill/main.py fills them in
     bot_id: int = 4  # <bot>
     eot_id: int = 5  # <eot>
-    prefix_length: int = 0  # tokens after <eot> before those of the answer's value
+    prefix_length: int = 0  # tokens between <eot> and the answer's value
     step_id: int = 0  # the token between two steps of the trace
 
     def __post_init__(self) -> None:
@@ -76,11 +76,11 @@ class DistillationConfig:
         return self.teacher_weight > 0 or self.hidden_weight > 0 or self.kv_weight > 0
 
     def check(self, num_latents: int, others: dict[str, bool]) -> None:
-        """Raises ValueError where the rest of the model config does not go with this.
+        """Raises ValueError if the rest of the model config does not go with this section.
 
         Args:
-            num_latents: of latent_cot.
-            others: `key=value` of the model config -> whether it is set so.
+            num_latents: latent_cot.num_latents.
+            others: `key=value` of the model config -> whether it is in force.
         """
         for key, on in others.items():
             if on:

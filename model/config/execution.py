@@ -1,4 +1,4 @@
-"""How the network is computed: the same numbers to rounding, at another speed and in other memory."""
+"""How the network is computed: the same numbers up to rounding, at different speed and memory."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ class ExecutionConfig:
     attention: str = "auto"
     # auto: grouped_mm where its kernels take the sizes, else loop | megablocks (GPU, bf16)
     experts: str = "auto"
-    # none | block: a layer keeps its input and its router's choice | selective: and its matrix products
+    # none | block: a layer keeps its input and its router's choice | selective: also its matrix products
     # | iteration: every step of a loop keeps its state and the routers' choices
     checkpointing: str = "none"
     compile: bool = False  # torch.compile of each layer's dense parts
@@ -45,10 +45,10 @@ class ExecutionConfig:
 
 @functools.cache
 def attention_backend(name: str, device: str, dtype: torch.dtype) -> str:
-    """The backend that `name` stands for on a device ("cpu", "cuda"), logged once.
+    """The backend that `name` selects on a device ("cpu", "cuda"); logged once.
 
     Raises:
-        ValueError: a backend named by hand does not run there.
+        ValueError: an explicitly named backend does not run there.
     """
     chosen = {"cpu": "blockwise"}.get(device, "sdpa") if name == "auto" else name
     if chosen in ("varlen", "flash_attn"):
@@ -61,10 +61,10 @@ def attention_backend(name: str, device: str, dtype: torch.dtype) -> str:
 
 @functools.cache
 def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
-    """The backend that `name` stands for; widths: the inner sizes of the experts' products. Logged once.
+    """The backend that `name` selects; widths: the inner sizes of the experts' products. Logged once.
 
     Raises:
-        ValueError: a backend named by hand does not run there.
+        ValueError: an explicitly named backend does not run there.
     """
     aligned = all(width * dtype.itemsize % 16 == 0 for width in widths) and dtype != torch.float64
     chosen = name

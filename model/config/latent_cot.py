@@ -44,7 +44,7 @@ def check_latent_cot(c: LatentCoTConfig) -> None:
     """Refuses what is impossible or would do nothing.
 
     Raises:
-        ValueError: names the key, its value, the limit and the mend.
+        ValueError: names the key, its value, the limit and the fix.
     """
     for name, value, allowed in (
         ("feedback", c.feedback, FEEDBACKS),

@@ -1,6 +1,6 @@
 """ModelConfig: every size and switch of the network, checked once, here.
 
-Names are those of Hugging Face's DeepseekV3Config wherever that has one.
+Names follow Hugging Face's DeepseekV3Config wherever it has one.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class ModelConfig:
     """A DeepSeek-V3-style decoder with an optional Latent Reasoning Unit.
 
     Raises:
-        ValueError: a size or switch is impossible; the line names the value, the limit and the mend.
+        ValueError: a size or switch is impossible; the line names the value, the limit and the fix.
     """
 
     preset: str | None = None  # nano | small | base | large: a named set of sizes, other keys override it
@@ -29,11 +29,11 @@ class ModelConfig:
     num_hidden_layers: int = 4  # distinct layers; a looped layer counts once
     max_position_embeddings: int = 2048  # longest sequence, in tokens
     initializer_range: float = 0.02  # standard deviation of the initial weights
-    # Of the layers' norms and the final one; rms_norm | layer_norm (scale and bias). The norms of queries,
-    # keys and Latent Reasoning Units stay RMSNorm.
+    # Kind of the layers' norms and the final one: rms_norm | layer_norm (scale and bias). The norms of
+    # queries, keys and Latent Reasoning Units are always RMSNorm.
     norm: str = "rms_norm"
-    rms_norm_eps: float = 1e-6  # of either kind
-    rms_norm_affine: bool = True  # learned scales in RMSNorm; without them only with use_mla=false
+    rms_norm_eps: float = 1e-6  # for either kind
+    rms_norm_affine: bool = True  # learned scales in RMSNorm; false needs use_mla=false
     # rope | learned: a table of max_position_embeddings vectors, added to the embeddings
     position_embedding: str = "rope"
     rope_theta: float = 10000.0
@@ -55,7 +55,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm on every head's query and key, before they are rotated
     # Feed-forward layers
     use_moe: bool = True  # mixture of experts; false: every layer is dense
-    # silu: SwiGLU | without a gate and only with use_moe=false: relu2: squared ReLU, gelu: by tanh (GPT-2)
+    # silu: SwiGLU | without a gate, and only with use_moe=false: relu2 (squared ReLU), gelu (by tanh, GPT-2)
     hidden_act: str = "silu"
     intermediate_size: int = 688  # width of a dense feed-forward layer
     # Mixture of experts
@@ -115,7 +115,7 @@ class ModelConfig:
         check_rope_scaling(self.rope_scaling)
 
     def _check_plain(self) -> None:
-        """What only the plain forms of attention and feed-forward layer have, and what excludes what."""
+        """Options that only plain attention and plain feed-forward layers have, and what excludes what."""
         both = ("use_mla", "use_moe")
         llama3 = isinstance(self.rope_scaling, Llama3RopeConfig)
         needs: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
@@ -167,12 +167,12 @@ class ModelConfig:
             )
         if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise ValueError(
-                f"model.n_group={self.n_group} leaves fewer than 2 experts a group, but groups are "
+                f"model.n_group={self.n_group} leaves fewer than 2 experts per group, but groups are "
                 "ranked by their best 2; lower n_group"
             )
 
     def _check_baselines(self) -> None:
-        """A baseline stands alone: mixed with what it is compared with, it would compare nothing."""
+        """A baseline runs alone: mixed with what it is compared to, it would compare nothing."""
         length = self.segment_length
         if (self.num_memory_tokens > 0) != (length is not None) or (length is not None and length < 1):
             raise ValueError(
@@ -192,7 +192,7 @@ class ModelConfig:
             ):
                 if getattr(self, name) and on:
                     raise ValueError(
-                        f"model.{name}={getattr(self, name)} is a baseline of its own and does not go with "
+                        f"model.{name}={getattr(self, name)} is a separate baseline and does not go with "
                         f"{other}; switch one of them off"
                     )
 
@@ -204,7 +204,7 @@ class ModelConfig:
         if self.num_pause_tokens or self.num_memory_tokens:
             raise ValueError(
                 f"{refused} num_pause_tokens={self.num_pause_tokens} and num_memory_tokens="
-                f"{self.num_memory_tokens}, baselines of their own; set both to 0"
+                f"{self.num_memory_tokens}, which are separate baselines; set both to 0"
             )
         if not self.decodes_exactly(self.recurrence.num_steps):
             raise ValueError(
@@ -214,7 +214,7 @@ class ModelConfig:
             )
 
     def _check_distillation(self) -> None:
-        """A student's pass forms no statistics of experts, halts nowhere and predicts no further."""
+        """A student's pass has no expert statistics, no halting and no multi-token prediction."""
         distillation = self.distillation
         if distillation is None or not distillation.student_pass:
             return
@@ -253,7 +253,7 @@ class ModelConfig:
 
     @property
     def has_experts(self) -> bool:
-        """Whether any layer, those of multi-token prediction included, is a mixture of experts."""
+        """Whether any layer, including those of multi-token prediction, is a mixture of experts."""
         return self.is_moe_layer(self.num_hidden_layers - 1 + bool(self.num_nextn_predict_layers))
 
     @property
@@ -271,7 +271,7 @@ class ModelConfig:
     def runs_of_layer(self, layer: int, num_steps: int, training: bool = False) -> int:
         """How often a forward pass with num_steps loop steps runs a layer.
 
-        Training with an expected loss reads every step out, through all layers after the loop.
+        Training with an expected loss reads out every step, through all layers after the loop.
         """
         r = self.recurrence
         if r.placement != "block":
@@ -300,7 +300,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Builds a config from plain values; keys that `preset` names are its, unless given here."""
+        """Builds a config from plain values; explicit keys override those of `preset`."""
         values = dict(values)
         preset = values.get("preset")
         if preset is not None:

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: int) -> dict[str, Any]:
-    """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of as many weights.
+    """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of equally many weights.
 
     Its two matrices of width 4D become three of width 8/3 D. A head is split 3:1 into an unrotated and a
     rotated part, and the latent is D/2 wide.

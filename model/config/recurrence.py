@@ -19,7 +19,7 @@ class HaltingConfig:
     # Learned kinds: a token halts once it has spent this probability (default 0.99). kind=threshold: at a
     # cosine of at least this (0.95), or at a divergence of at most this many nats (5e-4).
     threshold: float | None = None
-    min_steps: int = 1  # no token halts before
+    min_steps: int = 1  # no token halts earlier
     expectation: str | None = (
         None  # loss: sum p_n CE_n (default of block) | state: sum p_n s_n (of the others)
     )
@@ -27,7 +27,7 @@ class HaltingConfig:
     ponder_prior: float = 0.2  # kind=ponder: parameter of the geometric prior, about 1 / expected steps
     stability_weight: float = 0.0  # change of the state after it should have halted
     sparsity_weight: float = 0.0  # Hoyer-square of the state that is read out, 0..1
-    information_weight: float = 0.0  # minus a lower bound of the information successive states share
+    information_weight: float = 0.0  # minus a lower bound of the information that successive states share
 
     @property
     def learned(self) -> bool:
@@ -50,7 +50,7 @@ class HaltingConfig:
 
 @dataclass(frozen=True)
 class RecurrenceConfig:
-    """The Latent Reasoning Unit: where it stands, how often it runs, and how its state is carried."""
+    """The Latent Reasoning Unit: where it sits, how often it runs, and how its state is carried."""
 
     # none | kv: the KV latent, before attention | post_attention: attention's output | block: whole layers
     placement: str = "none"
@@ -60,11 +60,11 @@ class RecurrenceConfig:
     num_steps: int = 1  # loop steps R at inference; in training the fixed or the mean depth
     depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson, one draw per optimizer step)
     max_steps: int = 32  # upper limit of a sampled depth
-    backprop_steps: int | None = None  # gradients through the last so many steps only; default: all
+    backprop_steps: int | None = None  # gradients flow through this many last steps only; default: all
     injection: str = "add"  # none | add | concat | gate: how the loop's input re-enters at every step
     update: str = "gated"  # gated (GRU-style convex update) | simple (the core's output is the state)
-    # Each pass reads the normed state. False: the state itself, so that with injection=none and update=simple
-    # the residual stream runs through all passes as through so many layers of tied weights.
+    # Each pass reads the normed state. False: it reads the state itself, so that with injection=none and
+    # update=simple the residual stream runs through the passes as through layers of tied weights.
     state_norm: bool = True
     iteration_embedding: bool = False  # tells the core which step it is in
     halting: HaltingConfig = field(default_factory=HaltingConfig)
@@ -135,10 +135,10 @@ _HALTING_CHOICES = {
 
 
 def check_recurrence(r: RecurrenceConfig, num_layers: int, use_mla: bool) -> None:
-    """Refuses what is impossible or makes no sense, with the reason.
+    """Refuses what is impossible or makes no sense, and says why.
 
     Raises:
-        ValueError: names the key, its value, the limit and the mend.
+        ValueError: names the key, its value, the limit and the fix.
     """
     for section, where, choices in (
         (r, "recurrence", _CHOICES),
@@ -204,8 +204,8 @@ def _check_placement(r: RecurrenceConfig, use_mla: bool) -> None:
     """Each option belongs to some placements; elsewhere it would do nothing."""
     if r.placement == "kv" and not use_mla:
         raise ValueError(
-            "model.recurrence.placement=kv refines the KV latent, which grouped-query attention has not; set "
-            "model.use_mla=true or choose placement=post_attention"
+            "model.recurrence.placement=kv refines the KV latent, but grouped-query attention has none; "
+            "set model.use_mla=true or choose placement=post_attention"
         )
     local = "attention inside the loop already does this"
     whole = "a unit inside attention has no layers or keys of its own"

@@ -1,4 +1,4 @@
-"""Contexts longer than the one first trained on: how the rotations of RoPE slow down."""
+"""Contexts longer than the one first trained on: how RoPE's rotations slow down."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ class YarnConfig:
 
 @dataclass(frozen=True)
 class Llama3RopeConfig:
-    """Llama 3.1's way to a longer context, under its names and with its values; chosen by rope_type."""
+    """Llama 3.1's way to a longer context, with its names and values; chosen by rope_type."""
 
     rope_type: str = "llama3"
     factor: float = 8.0  # how many times slower the slow pairs turn

@@ -1,8 +1,8 @@
 """Export to and import from Hugging Face's DeepseekV3 format; dense models go on to dense.py.
 
-Without recurrence a ZeroModel is a DeepSeek-V3, and the names differ in two places only: experts lie
-stacked as w1, w3, w2 (gate, up, down), and multi-token prediction has a place of its own. transformers calls
-the modules of multi-token prediction unexpected, so they get a file that it does not read; vLLM reads it.
+Without recurrence a ZeroModel is a DeepSeek-V3, and only two kinds of names differ: experts are stacked as
+w1, w3, w2 (gate, up, down), and multi-token prediction has modules of its own. transformers reports those
+modules as unexpected, so they go into a file that it does not read; vLLM reads it.
 
 Shapes: E experts, D hidden, V vocabulary.
 """
@@ -61,7 +61,7 @@ _SHARED = (
     "routed_scaling_factor",
     "num_nextn_predict_layers",
 )
-# Fields whose other values the network here does not compute, with the only value it does.
+# Fields with the only value that this network computes.
 _FIXED: dict[str, Any] = {
     "model_type": "deepseek_v3",
     "hidden_act": "silu",
@@ -77,10 +77,10 @@ _MTP_PARTS = {"norm.": "shared_head.norm.", "layer.": "", "enorm.": "enorm.", "h
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json of the Hugging Face folder, with the keys that vLLM reads beside those of transformers.
+    """config.json of the Hugging Face folder, with the keys that transformers and vLLM read.
 
     Raises:
-        ValueError: the format cannot hold this model.
+        ValueError: the format cannot express this model.
     """
     refusals = (
         (config.recurrence.placement != "none", f"recurrence.placement={config.recurrence.placement}"),
@@ -97,7 +97,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     )
     for refused, what in refusals:
         if refused:
-            raise ValueError(f"the DeepseekV3 format has no place for {what}; only models without it export")
+            raise ValueError(f"the DeepseekV3 format cannot express {what}; only models without it export")
     dense = config.first_k_dense_replace if config.use_moe else config.num_hidden_layers
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -119,15 +119,15 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _hf_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
-    yarn = config.rope_scaling  # with latent attention nothing else
+    yarn = config.rope_scaling  # latent attention allows nothing else
     return None if yarn is None else {"rope_type": "yarn", **dataclasses.asdict(yarn)}
 
 
 def config_from_hf(values: dict[str, Any]) -> ModelConfig:
-    """The config of a Hugging Face folder; for one that hf_config wrote exactly the one it was given.
+    """The config of a Hugging Face folder; if hf_config wrote it, exactly the one that it was given.
 
     Raises:
-        ValueError: another kind of model, or one that the network here does not compute.
+        ValueError: another kind of model, or one that this network does not compute.
     """
     needed = (*_SHARED, "first_k_dense_replace")
     check_config(values, "DeepseekV3", _FIXED, [name for name in needed if name not in _DEFAULTS])
@@ -163,13 +163,13 @@ def _rope_from_hf(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
     if kind != "yarn" or odd:
         what = f"keys {', '.join(odd)}" if kind == "yarn" else f"rope_type={kind!r}"
         raise ValueError(f"config.json scales positions by {what}; only yarn with {', '.join(known)} is read")
-    # What transformers assumes where a key is absent.
+    # transformers' defaults for absent keys.
     absent: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
     return theta, YarnConfig(**(absent | rope))
 
 
 def to_hf(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ours under the names that lie on disk in the Hugging Face format; views, no copies."""
+    """A state dict of ZeroModel under the names of the Hugging Face format; views, not copies."""
     out: dict[str, Tensor] = {}
     for name, tensor in state.items():
         name = _mtp_to_hf(config, name)
@@ -192,7 +192,7 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
     """The inverse of to_hf.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or has no place in the model.
+        ValueError: a tensor is missing, has another shape, or does not belong to the model.
     """
     tensors = dict(tensors)
     for prefix in _shared_expert_prefixes(config):
@@ -217,12 +217,12 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
             if copy in tensors and not torch.equal(tensors.pop(copy), state[original]):
                 raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} among them")
+        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
     return state
 
 
 def _mtp_to_hf(config: ModelConfig, name: str) -> str:
-    """model.mtp.K.X -> model.layers.{L+K}.X' ; any other name stays."""
+    """model.mtp.K.X -> model.layers.{L+K}.X'; other names stay."""
     match = re.fullmatch(r"model\.mtp\.(\d+)\.(.*)", name)
     if match is None:
         return name
@@ -235,7 +235,7 @@ def _mtp_to_hf(config: ModelConfig, name: str) -> str:
 
 
 def _shared_expert_prefixes(config: ModelConfig) -> list[str]:
-    """Layers without shared experts: transformers builds them with width 0 and wants their weights."""
+    """Layers without shared experts: transformers builds them with width 0 and requires their weights."""
     if config.n_shared_experts or not config.has_experts:
         return []
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
@@ -249,7 +249,7 @@ def _empty_shared_experts(config: ModelConfig, prefix: str, dtype: torch.dtype) 
 
 
 def export_folder(checkpoint: Path, out: Path) -> None:
-    """Writes the Hugging Face folder of an export/ folder of ours; the weights come last.
+    """Writes the Hugging Face folder of an export/ folder; the weights come last.
 
     Raises:
         ValueError, FileNotFoundError: see load_pretrained, hf_config and write_tokenizer.
@@ -272,7 +272,7 @@ def export_folder(checkpoint: Path, out: Path) -> None:
 
 
 def import_folder(hf: Path, out: Path) -> None:
-    """Writes an export/ folder of ours from a Hugging Face folder.
+    """Writes an export/ folder from a Hugging Face folder.
 
     Raises:
         ValueError, FileNotFoundError: a file is missing or damaged, or the model is of another kind.
@@ -291,7 +291,7 @@ def import_folder(hf: Path, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(hf / TOKENIZER_NAME, out / TOKENIZER_NAME)
     else:
-        print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one beside the weights", file=sys.stderr)
+        print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one next to the weights", file=sys.stderr)
     save_weights(out, config, state)
 
 

@@ -1,9 +1,8 @@
-"""Import of Hugging Face folders of GPT-2 and Llama kind, as models with plain attention and dense layers.
+"""Import of GPT-2 and Llama folders of Hugging Face, as models with plain attention and dense layers.
 
-Their values and names, the transposed matrices of GPT-2, and the halves that Llama rotates where the network
-here rotates neighbours, are those of transformers' modeling_gpt2.py and modeling_llama.py. Dropout is not
-taken over. The embedding, and a head of its own, get rows for the special tokens that special_tokens.py
-adds.
+Their values and names, GPT-2's transposed matrices, and the halves that Llama rotates where this network
+rotates neighbours, follow transformers' modeling_gpt2.py and modeling_llama.py. Dropout is left out. The
+embedding, and an untied head, get rows for the special tokens that special_tokens.py adds.
 
 Shapes: D hidden, V vocabulary.
 """
@@ -43,10 +42,10 @@ _LLAMA_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "
 
 
 def gpt2_config(values: dict[str, Any]) -> ModelConfig:
-    """The config of a GPT-2's config.json.
+    """The config for GPT-2's config.json.
 
     Raises:
-        ValueError: a size is missing, or the network here does not compute this model.
+        ValueError: a size is missing, or this network does not compute this model.
     """
     if values.get("activation_function") == "gelu_pytorch_tanh":  # the same function
         values = {**values, "activation_function": "gelu_new"}
@@ -72,10 +71,10 @@ def gpt2_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def llama_config(values: dict[str, Any]) -> ModelConfig:
-    """The config of a Llama's config.json.
+    """The config for Llama's config.json.
 
     Raises:
-        ValueError: a size is missing, or the network here does not compute this model.
+        ValueError: a size is missing, or this network does not compute this model.
     """
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     check_config(values, "Llama", _LLAMA_FIXED, needed)
@@ -100,14 +99,14 @@ def llama_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def gpt2_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's tensors under our names.
+    """GPT-2's tensors under ZeroModel's names.
 
     Raises:
         ValueError: see _complete.
     """
     found: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        name = name.removeprefix("transformer.")  # missing in the folders of 2019
+        name = name.removeprefix("transformer.")  # absent from the folders of 2019
         match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
         if match is None or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # masks
             continue
@@ -126,7 +125,7 @@ def gpt2_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def llama_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Llama's tensors, which have our names, with every head's halves (i, i + R/2) as pairs (2i, 2i+1).
+    """Llama's tensors, already under ZeroModel's names, each head's halves (i, i + R/2) as pairs (2i, 2i+1).
 
     Raises:
         ValueError: see _complete.
@@ -144,23 +143,23 @@ def _complete(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tens
     """The model's state.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or has no place in the model.
+        ValueError: a tensor is missing, has another shape, or does not belong to the model.
     """
     with torch.device("meta"):
         expected = ZeroModel(config).state_dict()
     tied = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
     state = {name: take(tensors, name, like.shape) for name, like in expected.items()}
     if tied is not None and not torch.equal(tied, state[EMBEDDING]):
-        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; mend one of them")
+        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; fix one of them")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors have no place in the model, {min(tensors)} among them")
+        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
     return state
 
 
 def with_rows(weight: Tensor, tokens: SpecialTokens) -> Tensor:
-    """weight (V, D) of embedding or head -> (V', D), with a row for every special token that was added.
+    """weight (V, D) of embedding or head -> (V', D), with a row for every added special token.
 
-    A new row is the mean of the known tokens' rows plus normal noise of their standard deviation in every
+    A new row is the mean of the known tokens' rows plus normal noise with their standard deviation in each
     column, so that new tokens resemble known ones and differ from each other.
     """
     known = weight[: tokens.known].float()
@@ -182,7 +181,7 @@ DENSE: dict[str, Importer] = {  # by model_type
 
 
 def import_dense(values: dict[str, Any], hf: Path, out: Path) -> None:
-    """Writes an export/ folder of ours, the tokenizer first.
+    """Writes an export/ folder, the tokenizer first.
 
     Args:
         values: config.json, of a model_type in DENSE.

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face folder, and what the kinds of config.json share."""
+"""The files of a Hugging Face folder, and what all kinds of config.json share."""
 
 import json
 import os
@@ -18,12 +18,12 @@ INDEX_NAME = "model.safetensors.index.json"
 
 
 def check_config(values: dict[str, Any], kind: str, fixed: dict[str, Any], needed: Sequence[str]) -> None:
-    """Raises ValueError for a config.json that the network here does not compute.
+    """Raises ValueError for a config.json that this network does not compute.
 
     Args:
         kind: the model's name, for the error line.
-        fixed: keys that may be absent, with the only value that is computed.
-        needed: keys that must be there.
+        fixed: keys that may be absent, with the only value that this network computes.
+        needed: keys that must be present.
     """
     for name, expected in fixed.items():
         if values.get(name, expected) != expected:
@@ -39,8 +39,8 @@ def check_config(values: dict[str, Any], kind: str, fixed: dict[str, Any], neede
 
 
 def rope_parameters(values: dict[str, Any]) -> tuple[float, str, dict[str, Any]]:
-    """Base, kind and further values of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`
-    (before).
+    """Base, kind and further values of `rope_parameters` (transformers 5), or of `rope_theta` and
+    `rope_scaling` (earlier).
     """
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = float(rope.pop("rope_theta", values.get("rope_theta", 10000.0)))

@@ -1,7 +1,7 @@
 """The special tokens that training needs, in the tokenizer.json of a Hugging Face folder.
 
-<pad>, <bot>, <eot> and <step> are added where they are missing. Which id has which task is written into a
-section of the file's own, which data_pipeline/tokenization/json_tokenizer.py reads.
+<pad>, <bot>, <eot> and <step> are added where missing. A separate section of the file records which id has
+which task; data_pipeline/tokenization/json_tokenizer.py reads it.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ ADDED = {"pad_id": "<pad>", "bot_id": "<bot>", "eot_id": "<eot>", "step_separato
 class SpecialTokens(NamedTuple):
     """What was added to a vocabulary."""
 
-    ids: dict[str, int]  # the section: by task, and the vocabulary's size
+    ids: dict[str, int]  # the section: ids by task, and the vocabulary's size
     known: int  # tokens before
     added: list[int]  # ids that are new
 
@@ -34,7 +34,7 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
     path = hf / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing; write it by transformers' AutoTokenizer.from_pretrained(DIR)"
+            f"{path} is missing; write it with transformers' AutoTokenizer.from_pretrained(DIR)"
             ".save_pretrained(DIR)"
         )
     tokenizer = read_json(path)
@@ -54,7 +54,7 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
     ids = _document_ends(hf, values, special)
     for task, name in ADDED.items():
         if name in vocabulary and name not in special:
-            raise ValueError(f"{path} has {name} as an ordinary token, which a text can hold; rename it")
+            raise ValueError(f"{path} has {name} as an ordinary token, which texts can contain; rename it")
         if name not in special:
             special[name] = size
             flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -67,7 +67,7 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
 
 
 def _document_ends(hf: Path, values: dict[str, Any], special: dict[str, int]) -> dict[str, int]:
-    """Ids of the tokens before and after a document; without one for the start the other's (GPT-2)."""
+    """Ids of the tokens before and after a document; without one for the start, the end's (GPT-2)."""
     path, found = hf / "tokenizer_config.json", dict[str, int | None]()
     named = read_json(path) if path.is_file() else {}
     for end in ("bos", "eos"):

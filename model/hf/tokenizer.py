@@ -1,8 +1,8 @@
 """The sentencepiece tokenizer in the format of Hugging Face's tokenizers library.
 
-The two give the same ids for every text but two rare kinds: U+2581, sentencepiece's own mark for a space, is
-a space to Hugging Face, while data_pipeline keeps it as bytes; and the spelled name of a byte, `<0x41>`, is
-that byte to Hugging Face if one of its characters is unknown to the tokenizer.
+Both give the same ids for every text except two rare kinds: Hugging Face reads U+2581, sentencepiece's mark
+for a space, as a space, while data_pipeline keeps it as bytes; and Hugging Face reads the spelled name of a
+byte, `<0x41>`, as that byte if the tokenizer does not know one of its characters.
 """
 
 import itertools
@@ -24,15 +24,15 @@ def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json for a sentencepiece tokenizer.model.
 
     Raises:
-        ValueError: the file is not a sentencepiece model, or one of another kind than data_pipeline trains.
+        ValueError: the file is not a sentencepiece model, or not a kind that data_pipeline trains.
     """
     pieces, model_type = _read_sentencepiece(model)
     leading = itertools.takewhile(lambda piece: piece[2] in (_CONTROL, _UNKNOWN), pieces)
-    # A space in the name: no text can spell a control token, for spaces become META_SPACE first.
+    # With a space in the name no text can spell a control token, because spaces become META_SPACE first.
     control = [f"{piece[:-1]} >" for piece, _, _ in leading]
     vocabulary = [*control, *(piece for piece, _, _ in pieces[len(control) :])]
-    # sentencepiece finds neither control nor byte pieces in a text; a text that spells the name of a byte
-    # must be cheaper in any other way.
+    # sentencepiece never matches control or byte pieces in a text; a text that spells the name of a byte must
+    # be cheaper to split any other way.
     scores = [NEVER if kind in (_CONTROL, _UNKNOWN, _BYTE) else score for _, score, kind in pieces]
     values = {
         "version": "1.0",

@@ -11,7 +11,7 @@ from model.layers import Linear
 
 
 class Projection(nn.Sequential):
-    """Hidden state -> latent: Linear-GELU-Linear-LayerNorm, as CODI (arXiv 2502.21074) and PCCoT have it."""
+    """Hidden state -> latent: Linear-GELU-Linear-LayerNorm, as in CODI (arXiv 2502.21074) and PCCoT."""
 
     def __init__(self, width: int) -> None:
         super().__init__(Linear(width, width), nn.GELU(), Linear(width, width), nn.LayerNorm(width))

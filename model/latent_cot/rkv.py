@@ -1,17 +1,17 @@
 """R-KV: which tokens of a KV cache to keep (arXiv 2505.24133, section 3; github.com/Zefan-Cai/R-KV, rkv/).
 
-A token's score is lambda I - (1 - lambda) R: what recent queries attend to is important, what later keys
-repeat is redundant. Two uses: compressing the cache while generating (CacheCompressor), and choosing the
+A token's score is lambda I - (1 - lambda) R: what recent queries attend to is important (I), what later keys
+repeat is redundant (R). Two uses: compressing the cache while generating (CacheCompressor), and choosing the
 tokens of a chain of thought that a student distils (select; KaVa, arXiv 2510.02312).
 
-Where paper and code differ or are silent:
+Where the paper and its code differ or say nothing:
 - lambda is the paper's 0.1; the code's default is 0.07.
-- From the code: of a key's similar neighbours (cosine above 0.5) one, the latest, is zeroed; attention is
+- From the code: of a key's similar neighbours (cosine above 0.5) the latest is zeroed; attention is
   max-pooled over 7 candidates after the mean over queries; the maximum over the query heads of a group is
   taken of the logits; keys are compared as the cache holds them, rotated.
 - A key without a similar neighbour has nothing zeroed. The code then zeroes its similarity to the first key,
   a side effect of how it looks the neighbour up.
-- The prompt stays whole, so neither I nor R looks at it: both are over the generated tokens.
+- The whole prompt stays, so I and R are formed over the generated tokens alone.
 
 Shapes: B batch, T queries, S candidates, H query heads, G key-value heads (latent attention: H), K key width,
 W numbers per cached token, n kept.
@@ -28,9 +28,9 @@ from model.config.model import ModelConfig
 from model.interface import LanguageModel
 from model.layers import rotate, rotations, wide
 
-OBSERVATION_WINDOW = 8  # last tokens, whose queries judge the others and which always stay
-POOL = 7  # neighbouring candidates that share the largest attention among them
-SIMILAR = 0.5  # cosine above which two keys say the same
+OBSERVATION_WINDOW = 8  # last tokens: their queries judge the others, and they always stay
+POOL = 7  # neighbouring candidates, all of which get the largest attention among them
+SIMILAR = 0.5  # cosine above which two keys count as repeats
 IMPORTANCE_SHARE = 0.1  # lambda
 POLICIES = ("rkv", "random", "uniform")
 
@@ -38,13 +38,13 @@ POLICIES = ("rkv", "random", "uniform")
 def importance(
     query: Tensor, keys: Tensor, mask: Tensor, query_mask: Tensor, scale: float, pool: int = POOL
 ) -> Tensor:
-    """Attention of the queries onto the candidates alone: (B, G, S), 0 where no query is real.
+    """Attention of the queries to the candidates alone: (B, G, S), 0 where no query is real.
 
     Args:
-        query: (B, T, H, K), rotated as the keys are; all of them after all candidates.
+        query: (B, T, H, K), rotated like the keys; all queries come after all candidates.
         keys: (B, S, G, K); H a multiple of G.
-        mask: (B, S) booleans, False: padding, gets no attention.
-        query_mask: (B, T) booleans, False: padding, left out of the mean.
+        mask: (B, S) booleans, False for padding, which gets no attention.
+        query_mask: (B, T) booleans, False for padding, which the mean leaves out.
         scale: factor on query-key products.
         pool: width of the max-pool over candidates, odd; 1: none.
     """
@@ -58,11 +58,11 @@ def importance(
 def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
     """How much the other keys resemble each key: (B, G, S), sums to 1 over a row's real candidates.
 
-    Of the keys that resemble a key the latest is not held against: the last copy of a repetition stays.
+    The latest of the keys that resemble a key does not count: the last copy of a repetition stays.
 
     Args:
         keys: (B, S, G, K).
-        mask: (B, S) booleans, False: padding, neither compared nor counted.
+        mask: (B, S) booleans, False for padding, which is neither compared nor counted.
     """
     unit = F.normalize(wide(keys), dim=-1).transpose(1, 2)
     index = torch.arange(keys.shape[1], device=keys.device)
@@ -75,7 +75,7 @@ def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension's real entries; 0 elsewhere, and everywhere where none is real."""
+    """Softmax over the last dimension's real entries; 0 elsewhere, and in rows without real entries."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1) * mask
 
 
@@ -92,19 +92,19 @@ def select(
     """The candidates to keep.
 
     Args:
-        importance: (B, G, S), larger is kept longer; read by policy rkv alone.
-        keys: (B, S, G, K), compared with each other; of them the other policies read the shape alone.
+        importance: (B, G, S), larger is kept longer; only policy rkv reads it.
+        keys: (B, S, G, K), compared to each other; the other policies only read the shape.
         mask: (B, S) booleans, False: padding.
-        budget: candidates to keep of every row and head.
-        lambda_: share of the importance in the score; the rest is the redundancy's.
+        budget: candidates to keep per row and head.
+        lambda_: share of importance in the score; the rest goes to redundancy.
         policy: rkv | random | uniform (evenly spaced over the row's real candidates). The last two do not
             depend on padding, on a row's index in the batch or on the batch's size.
-        seed: of policy random; every row gets the same draws, so it should change with the step.
+        seed: for policy random; every row gets the same draws, so it should change with the step.
         shared: one choice for all heads, by their mean score.
 
     Returns:
-        (B, G, n) int64, or (B, 1, n) if shared, n = min(budget, S), in temporal order. Where a row has fewer
-        real candidates than n, they come first and padding follows, which the caller masks by
+        (B, G, n) int64, or (B, 1, n) if shared, n = min(budget, S), in temporal order. If a row has fewer
+        real candidates than n, they come first and padding follows; the caller masks it by
         mask[:, None].expand(-1, G, -1).gather(2, indices).
 
     Raises:
@@ -127,9 +127,9 @@ def joint_score(importance: Tensor, redundancy: Tensor, lambda_: float) -> Tenso
 
 
 def _blind_score(mask: Tensor, heads: int, budget: int, policy: str, seed: int) -> Tensor:
-    """Scores (B, G, S) of the policies that look at no content, by a candidate's rank in its row."""
+    """Scores (B, G, S) of the policies that ignore content, by a candidate's rank in its row."""
     rank = (mask.long().cumsum(1) - 1).clamp(min=0)
-    if policy == "uniform":  # of n candidates those where floor(budget rank / n) goes up, in integers
+    if policy == "uniform":  # of n candidates those at which floor(budget rank / n) rises, in integers
         count = mask.sum(1, keepdim=True).clamp(min=1)
         rises = (rank + 1) * budget // count > rank * budget // count
         return rises.float()[:, None].expand(-1, heads, -1)
@@ -139,7 +139,7 @@ def _blind_score(mask: Tensor, heads: int, budget: int, policy: str, seed: int) 
 
 
 def best(score: Tensor, mask: Tensor, budget: int) -> Tensor:
-    """Indices (B, G, n) of the highest scores (B, G, S), see select; of equal ones the earlier."""
+    """Indices (B, G, n) of the highest scores (B, G, S), see select; ties go to the earlier."""
     S = score.shape[2]
     order = score.masked_fill(~mask[:, None], float("-inf")).sort(dim=-1, descending=True, stable=True)
     kept = order.indices[..., : min(budget, S)]
@@ -155,8 +155,8 @@ def cached_keys(model: LanguageModel, layer: int, held: Tensor) -> tuple[Tensor,
         held: (B, S, W), a slot of a LatentCache.
 
     Returns:
-        Rotated keys (B, S, G, K) and values (B, S, G, V); of latent attention those of all H heads,
-        reconstructed from the latents.
+        Rotated keys (B, S, G, K) and values (B, S, G, V); for latent attention, of all H heads, reconstructed
+        from the latents.
     """
     c = model.config
     if not c.use_mla:
@@ -171,7 +171,7 @@ def cached_keys(model: LanguageModel, layer: int, held: Tensor) -> tuple[Tensor,
 
 
 def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cached_keys with any rotation by positions (B or 1, S) taken back: keys before RoPE, and values."""
+    """cached_keys with any rotation by positions (B or 1, S) undone: keys before RoPE, and values."""
     keys, values = cached_keys(model, layer, held)
     if model.config.learned_positions:
         return keys, values
@@ -181,21 +181,21 @@ def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Ten
 
 
 class CacheCompressor:
-    """Keeps a cache at the prompt and at most budget + buffer generated tokens.
+    """Limits a cache to the prompt and at most budget + buffer generated tokens.
 
-    Whenever so many are held they are cut to `budget`, among them the last OBSERVATION_WINDOW. Every slot
-    (layer, loop step) chooses for itself; in plain attention every key-value head as well. Latent attention
-    makes one choice per slot, for its heads share the latents. Of a slot that several loop steps read, the
-    queries of all of them count.
+    When it holds that many, they are cut to `budget`, including the last OBSERVATION_WINDOW. Each slot
+    (layer, loop step) chooses for itself; in plain attention, so does each key-value head. Latent attention
+    makes one choice per slot, because its heads share the latents. For a slot that several loop steps read,
+    the queries of all these steps count.
 
-    Tokens keep the positions they were read at, so a cache's length says no longer where the next one is.
-    Of what the embeddings' convolution has read, the last tokens stay: it looks at no others.
+    Tokens keep the positions they were read at, so the cache's length no longer gives the next position.
+    The embeddings' convolution keeps its last tokens, because it reads no others.
 
     Args:
         model: the model that reads.
         tokens: (B, T) int64, the prompt, not yet read.
         attention_mask: (B, T), 1 where a token is real; None: all.
-        cache: empty; this collects its queries.
+        cache: empty; it starts to collect queries.
         budget: generated tokens to keep.
         buffer: tokens to generate between two cuts.
 
@@ -225,15 +225,15 @@ class CacheCompressor:
         return self.position
 
     def after_pass(self, attention_mask: Tensor | None) -> Tensor | None:
-        """To be called after every pass; cuts the cache where it is full.
+        """Call this after every pass; it cuts the cache when it is full.
 
         Args:
-            attention_mask: (B, S) of the cached tokens.
+            attention_mask: (B, S), for the cached tokens.
 
         Returns:
-            That of the tokens now cached.
+            The mask for the tokens that are cached now.
         """
-        if self.cache.queries is not None:  # not of the prompt
+        if self.cache.queries is not None:  # those of the prompt do not count
             self.window.append(self.cache.queries)
         self.cache.queries = {}
         generated = self.cache.length - self.prompt_length
@@ -247,7 +247,7 @@ class CacheCompressor:
         self.cache.keep(self.prompt_length, lambda slot, held: self._kept_entries(slot, held, real))
         if attention_mask is None:
             return None
-        # Every slot and head keeps its real tokens first, and all of them where they are few.
+        # Every slot and head puts its real tokens first, and keeps all of them if they are few.
         kept = torch.arange(self.budget, device=real.device) < real.sum(1, keepdim=True)
         return torch.cat((attention_mask[:, : self.prompt_length], kept.to(attention_mask.dtype)), 1)
 
@@ -270,13 +270,13 @@ class CacheCompressor:
         return kept if self.model.config.use_mla else kept.repeat(1, 2, 1)  # of keys, and of values
 
     def _importance(self, slot: Slot, candidates: Tensor, real: Tensor) -> Tensor:
-        """(B, G, S) of candidates (B, S, G, K) in the eyes of the last tokens' queries."""
+        """(B, G, S) of candidates (B, S, G, K), by the last tokens' queries."""
         asked = [query for queries in self.window for query in queries.get(slot, [])]
         if not asked:  # a loop step that none of the last tokens reached
             return candidates.new_zeros(len(candidates), candidates.shape[2], candidates.shape[1])
         attention = self.model.attention_layer(int(slot[0]))
         query = torch.cat(asked, 1)
-        # A row whose last tokens are padding has ended: nobody reads what it keeps.
+        # A row whose last tokens are padding has ended; what it keeps is never read.
         every = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
         return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
 

@@ -1,7 +1,7 @@
-"""What latent chain of thought learns from: the parts of traced documents, and the distances that teach.
+"""What latent chain of thought learns from: the parts of traced documents, and the distances to the teacher.
 
-A traced document is `[bos] question <bot> trace <eot> answer [eos]`. Every distance is a number a document,
-formed from that document alone, so that neither the batch, its order nor its padding changes it.
+A traced document is `[bos] question <bot> trace <eot> answer [eos]`. Every distance is one number per
+document, formed from that document alone, so it does not depend on the batch, its order or its padding.
 
 Shapes: b rows, T columns of a row, N documents, W width of a gathered part, D hidden, M latents, G key-value
 heads.
@@ -20,7 +20,7 @@ from model.losses import IGNORE_INDEX
 
 
 class Traces(NamedTuple):
-    """Where the N traced documents of a packed batch lie; all (N,) int64."""
+    """Where the N traced documents of a packed batch are; all (N,) int64."""
 
     row: Tensor
     start: Tensor  # of the first token
@@ -32,10 +32,10 @@ class Traces(NamedTuple):
 def find_traces(tokens: Tensor, cu_seqlens: Tensor, config: DistillationConfig) -> Traces:
     """The traced documents of tokens (b, T) with segments cu_seqlens (b, n), see ZeroModel.forward.
 
-    Segments without <bot> and <eot>, ordinary text and padding, are no traced documents.
+    Segments without <bot> and <eot> (ordinary text, padding) are not traced documents.
 
     Raises:
-        ValueError: a document lacks one of the two, so that it was cut at the edge of a row.
+        ValueError: a document has only one of the two, because it was cut at the edge of a row.
     """
     row, bot = (tokens == config.bot_id).nonzero(as_tuple=True)
     eot_row, eot = (tokens == config.eot_id).nonzero(as_tuple=True)
@@ -62,8 +62,8 @@ def gathered(
 ) -> tuple[Tensor, Tensor]:
     """Parts first..stop-1 of rows of values (b, T, ...) -> (N, W, ...), and (N, W) True where one is.
 
-    W is the longest part; the others are padded on the right, or with `left` on the left, with whatever
-    stands nearby.
+    W is the length of the longest part; the others are padded on the right, or with `left` on the left, by
+    neighbouring values.
     """
     length = stop - first
     width = int(length.max()) if len(row) else 0
@@ -74,10 +74,10 @@ def gathered(
 
 
 def stage(config: DistillationConfig, num_latents: int, step: int) -> tuple[int, int | None]:
-    """Latents, and steps of the trace that they replace, in optimizer step `step` (from 0); None: all.
+    """Numbers of latents and of trace steps that they replace in optimizer step `step` (from 0); None: all.
 
     Coconut (arXiv 2412.06769, 3 and its released configs): stage s = 1, 2, ... replaces s steps by
-    latents_per_step latents each; once all latents are in use the rest of the trace is dropped as well.
+    latents_per_step latents each; once all latents are in use, the rest of the trace is dropped too.
     """
     if not config.stage_steps:
         return num_latents, None
@@ -88,7 +88,7 @@ def stage(config: DistillationConfig, num_latents: int, step: int) -> tuple[int,
 def rest_start(tokens: Tensor, traces: Traces, config: DistillationConfig, steps: int | None) -> Tensor:
     """(N,) column of what follows the first `steps` steps of each trace; None: all of them.
 
-    Between two steps stands one config.step_id. After the last step this is the column of <eot>.
+    One config.step_id separates two steps. After the last step this is the column of <eot>.
     """
     if steps is None:
         return traces.eot
@@ -98,7 +98,7 @@ def rest_start(tokens: Tensor, traces: Traces, config: DistillationConfig, steps
 
 
 def student_targets(tokens: Tensor, traces: Traces, config: DistillationConfig, steps: int | None) -> Tensor:
-    """Tokens that the student predicts: what is left of the traces, and the answers with their [eos]."""
+    """How many tokens the student predicts: the rest of the traces, and the answers with their [eos]."""
     rest = rest_start(tokens, traces, config, steps)
     return (traces.end - 1 - rest).sum()
 
@@ -106,7 +106,7 @@ def student_targets(tokens: Tensor, traces: Traces, config: DistillationConfig, 
 def loss_counts(
     config: ModelConfig, step: int, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor
 ) -> dict[str, int]:
-    """What the terms of the loss are divided by, see losses.LossTerm.counted_in, but for "rows".
+    """The counts that divide the loss terms, see losses.LossTerm.counted_in; all except "rows".
 
     Args:
         step: the optimizer step, from 0.
@@ -131,11 +131,11 @@ def distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
 
 
 def spread(teacher: Tensor, real: Tensor, kind: str) -> Tensor:
-    """(N,) what a distance is divided by: the standard deviation of one document's teacher (N, W, ...).
+    """(N,) divisors of a distance: the standard deviation within each document's teacher (N, W, ...).
 
-    Over all its numbers where real (N, W), padding left out. CODI takes one over the micro-batch as well, so
-    that its loss depends on the batch; at one document a batch the two are the same. As there, a squared
-    distance is divided by the variance.
+    Taken over all numbers where real (N, W). CODI takes it over the whole micro-batch, so its loss depends on
+    the batch; with one document per batch the two agree. As in CODI, a squared distance is divided by the
+    variance.
     """
     values = wide(teacher).flatten(2)
     weights = real[..., None].expand_as(values)
@@ -165,11 +165,11 @@ def hidden_loss(student: list[Tensor], teacher: list[Tensor], config: Distillati
 def kv_distance(student: Tensor, teacher: Tensor, real: Tensor, config: DistillationConfig) -> Tensor:
     """Keys, or values, of one layer (N, M, G, W) -> (N,), mean over the M latents, the heads and their width.
 
-    KaVa's sum of |.|_p^p over a head's width is divided by that width, so that the weight means the same
-    whatever it is, and for keys and values that differ in it. The teacher's are detached.
+    KaVa's sum of |.|_p^p over a head's width is divided by that width, so that the weight means the same for
+    every width, also where keys and values differ in width. The teacher's are detached.
 
     Args:
-        real: (N, M), False where the trace had no token left for a latent.
+        real: (N, M), False where the trace has no token left for a latent.
     """
     teacher = teacher.detach()
     loss = distance(student, teacher, config.kv_distance).mean((2, 3))
@@ -187,7 +187,7 @@ def kv_loss(
 
     Args:
         student: keys before rotation and values (N, M, G, W) of the latents, layer by layer.
-        teacher: those kept of the trace, in temporal order.
+        teacher: the kept ones of the trace, in temporal order.
     """
     parts = [
         (kv_distance(keys, t_keys, kept, config) + kv_distance(values, t_values, kept, config)) / 2
@@ -197,11 +197,11 @@ def kv_loss(
 
 
 def latent_targets(tokens: Tensor, traces: Traces, config: DistillationConfig, num_latents: int) -> Tensor:
-    """(N, M) the trace's token that each latent is to predict, or IGNORE_INDEX.
+    """(N, M) the token of the trace that each latent should predict, or IGNORE_INDEX.
 
-    LOTUS gives every step of the trace a block of latents, filled from the left; what a step has beyond its
-    block, and steps beyond the last block, are left out. With latent_block=0 the tokens follow one another,
-    those between steps among them.
+    LOTUS gives each step of the trace a block of latents, filled from the left; tokens beyond a step's block,
+    and steps beyond the last block, are left out. With latent_block=0 the tokens follow one another,
+    including those between steps.
     """
     trace, real = gathered(tokens, traces.row, traces.bot + 1, traces.eot)
     latent = torch.arange(trace.shape[1], device=tokens.device).expand_as(trace)

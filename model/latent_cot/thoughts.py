@@ -1,4 +1,4 @@
-"""Latent chain of thought: questions are read once, latents are iterated over its cache.
+"""Latent chain of thought: a question is read once, and latents iterate over its cache.
 
     [bos] Q <bot>  z_1 ... z_c  <eot> A
 
@@ -25,21 +25,21 @@ from model.transformer import ZeroModel
 
 
 class Thoughts(NamedTuple):
-    """What thinking leaves, ready for <eot> and the answer."""
+    """The result of thinking, ready for <eot> and the answer."""
 
-    cache: LatentCache  # of the question and the latents of the last iteration, T + c positions
+    cache: LatentCache  # of the question and the last iteration's latents, T + c positions
     attention_mask: Tensor | None  # (B, T + c); None: nothing is padded
     hidden: Tensor  # (B, c, D) of the last iteration, normed
-    iterations: int  # that the slowest row took, counted as num_iterations; 0 where the kind has none
+    iterations: int  # of the slowest row, counted as num_iterations; 0 for kinds without any
     passes: int  # forward passes over latents
-    change: list[float]  # of the latents by each iteration: |new - old| / |old|, the largest row's
+    change: list[float]  # of the latents per iteration: |new - old| / |old|, the largest over the rows
 
 
 class _Iteration(NamedTuple):
     """One pass over the latents."""
 
-    latents: Tensor  # (B, c, D), what is fed
-    hidden: Tensor  # (B, c, D), what comes out
+    latents: Tensor  # (B, c, D), fed in
+    hidden: Tensor  # (B, c, D), the output
     cache: LatentCache
 
 
@@ -53,7 +53,7 @@ class _Thinker:
         self.passes = 0
 
     def run(self, latents: Tensor, cache: LatentCache) -> _Iteration:
-        """latents (B, n, D) after what a cache holds, which stays as it is."""
+        """Runs latents (B, n, D) after what a cache holds; the cache is unchanged."""
         cache = cache.branch()
         mask = None if self.mask is None else self.mask[:, : cache.length + latents.shape[1]]
         out, _ = self.model.read(
@@ -75,21 +75,21 @@ def think(
     seed: int = 0,
     differentiable: bool | None = None,
 ) -> Thoughts:
-    """Reads questions and thinks about them; gradients flow back through all iterations.
+    """Reads questions and thinks about them; gradients flow through all iterations.
 
     Args:
         tokens: (B, T) int64, [bos] Q <bot>, shorter rows padded on the LEFT.
         attention_mask: (B, T), 1 where a token is real; default: all.
         num_latents: c; default: the config's.
-        num_iterations: of jacobi T, of lotus R; default: the config's.
+        num_iterations: T of jacobi, R of lotus; default: the config's.
         num_steps: loop steps of the model; default: the config's.
         tolerance: at inference, a row stops once an iteration would change its latents by less than this
-            share of their norm. Rows stop apart, so that none depends on its neighbours.
-        replace: a control: after the last iteration the latents of each row are replaced and run once more.
-            shuffled: by those of another row | zeroed: by 0.
-        seed: of the permutation of `shuffled`.
-        differentiable: whether the cache only ever grows by copies, as gradients need it; default: whether
-            gradients are on.
+            share of their norm. Each row stops by itself, so no row depends on its neighbours.
+        replace: a control: after the last iteration, each row's latents are replaced and run once more.
+            shuffled: by another row's | zeroed: by 0.
+        seed: for the permutation of `shuffled`.
+        differentiable: whether the cache grows by copies only, which gradients need; default: whether they
+            are enabled.
 
     Raises:
         ValueError: the model has no latent thoughts, an option does not go with its kind, or the row would
@@ -138,8 +138,8 @@ def _checked(
         )
     if tolerance < 0 or (tolerance and torch.is_grad_enabled()):
         raise ValueError(
-            f"tolerance={tolerance} must not be negative, and with gradients, where all ranks iterate alike, "
-            "it must be 0"
+            f"tolerance={tolerance} must not be negative, and must be 0 with gradients, where all "
+            "ranks iterate equally often"
         )
     if tolerance and not settings.iterations:
         raise ValueError(
@@ -160,7 +160,7 @@ def _one_after_another(thinker: _Thinker, bot: Tensor, c: int) -> _Iteration:
 def _all_at_once(
     thinker: _Thinker, bot: Tensor, c: int, iterations: int, tolerance: float
 ) -> tuple[_Iteration, list[float]]:
-    """Parallel feedback; also the latents' change by each iteration after the first pass."""
+    """Parallel feedback; also the latents' change in each iteration after the first pass."""
     unit, settings = thinker.model.latent_thoughts, thinker.model.config.latent_cot
     ids = torch.zeros(len(bot), c, dtype=torch.int64, device=bot.device)
     first = unit.project(bot)
@@ -181,20 +181,20 @@ def _all_at_once(
 
 @torch.no_grad()
 def _relative_change(old: Tensor, new: Tensor) -> Tensor:
-    """(B, c, D) twice -> (B,) fp32."""
+    """old and new (B, c, D) -> (B,) fp32."""
     before = old.float().flatten(1)
     return (new.float().flatten(1) - before).norm(dim=1) / before.norm(dim=1).clamp(min=1e-30)
 
 
 def _replaced(latents: Tensor, replace: str, seed: int) -> Tensor:
-    """Latents (B, c, D) of the control."""
+    """The control's latents (B, c, D)."""
     if replace == "zeroed":
         return torch.zeros_like(latents)
     return latents[derangement(len(latents), seed).to(latents.device)]
 
 
 def derangement(n: int, seed: int) -> Tensor:
-    """(n,) int64, a random cycle through 0..n-1: from n = 2 on no number stays in its place."""
+    """(n,) int64, a random cycle through 0..n-1: for n >= 2 no number keeps its index."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     source = torch.empty_like(order)
     source[order] = order.roll(1)
@@ -219,10 +219,10 @@ def generate_with_thoughts(
         max_new_tokens: of the answer, n.
         attention_mask: (B, T), 1 where a token is real; default: all.
         thinking: further arguments of `think`.
-        options: of generate.generate.
+        options: for generate.generate.
 
     Returns:
-        (B, n) answers, and the thoughts; their cache holds the answer too, but for its last token.
+        (B, n) answers, and the thoughts, whose cache also holds the answer except its last token.
 
     Raises:
         ValueError: as `think` and `generate` do.

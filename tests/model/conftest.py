@@ -1,4 +1,4 @@
-"""Small models of every kind, with weights large enough that a mistake shows."""
+"""Small models of every kind, with weights large enough to expose mistakes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -112,7 +112,7 @@ def tokens() -> torch.Tensor:
 def check_documents_are_apart(
     model: ZeroModel, tokens: torch.Tensor, starts: torch.Tensor, tolerance: float
 ) -> None:
-    """Asserts that every document of the packed rows has the logits that it has alone."""
+    """Asserts that every document in the packed rows has the same logits as it has alone."""
     packed = model(tokens, cu_seqlens=starts).logits
     for row, row_starts in enumerate(starts.tolist()):
         for first, last in zip(row_starts, row_starts[1:], strict=False):

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders of GPT-2 and Llama kind, with random weights and a BPE trained here."""
+"""Tiny Hugging Face folders of GPT-2 and Llama, with random weights and a BPE tokenizer trained here."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ LLAMA3_ROPE = {
 
 @functools.cache
 def tokenizer_json(*special: str) -> str:
-    """A byte-level BPE as GPT-2 has it; the special tokens come first."""
+    """A byte-level BPE like GPT-2's; the special tokens come first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def tokenizer_json(*special: str) -> str:
 
 
 def randomized(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights that are large enough for a mistake to show, biases and norms among them."""
+    """Weights large enough to expose mistakes, including biases and norms."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -59,7 +59,7 @@ def gpt2_folder(folder: Path, **changes: Any) -> PreTrainedModel:
 
 
 def llama_folder(folder: Path, **changes: Any) -> PreTrainedModel:
-    """The vocabulary of the model is larger than the tokenizer's, as it often is for speed."""
+    """The model's vocabulary is larger than the tokenizer's, as is common for speed."""
     text = tokenizer_json("<|begin_of_text|>", "<|end_of_text|>")
     vocabulary = len(json.loads(text)["model"]["vocab"]) + 10
     sizes = {

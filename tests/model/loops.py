@@ -1,4 +1,4 @@
-"""Every loop that the config admits, for the tests that must hold of all of them."""
+"""Every loop that the config allows, for tests that must hold for all of them."""
 
 import itertools
 from typing import Any
@@ -27,7 +27,7 @@ EXACT = ("per_step", "parallel", "first")
 def loop(
     placement: str, halting: dict[str, Any], granularity: str, cache: str, number: int
 ) -> dict[str, Any]:
-    """A recurrence section; the other switches take turns by `number`."""
+    """A recurrence section; the other switches rotate with `number`."""
     adaptive = {} if halting["kind"] == "fixed" else {"granularity": granularity, "threshold": 0.9}
     section: dict[str, Any] = {
         "placement": placement,
@@ -63,14 +63,14 @@ def admitted(section: dict[str, Any]) -> bool:
 
 
 def every_loop() -> dict[str, dict[str, Any]]:
-    """placement x halting x granularity x cache, as far as the config admits it."""
+    """placement x halting x granularity x cache, as far as the config allows."""
     found = {}
     product = itertools.product(PLACEMENTS, KINDS, GRANULARITIES, CACHES)
     for number, (placement, halting, granularity, cache) in enumerate(product):
         if placement != "block" and cache != "per_step":
             continue  # refused, see test_recurrence_config.py
         if halting["kind"] == "fixed" and granularity != "token":
-            continue  # nothing to be granular about
+            continue  # granularity does nothing
         section = loop(placement, halting, granularity, cache, number)
         if admitted(section):
             name = "-".join([placement, *map(str, halting.values()), granularity, cache])
@@ -82,7 +82,7 @@ EVERY = every_loop()
 
 
 def covering() -> list[str]:
-    """A subset in which every pair of values of two of the four switches occurs."""
+    """A subset that contains every pair of values of any two of the four switches."""
     chosen: list[str] = []
     seen: set[tuple[int, str, int, str]] = set()
 

@@ -4,7 +4,7 @@ import torch
 
 
 def rotated(vector: torch.Tensor, position: int, theta: float) -> torch.Tensor:
-    """RoPE as multiplication of complex numbers made of neighbouring pairs."""
+    """RoPE as multiplication of complex numbers formed from neighbouring pairs."""
     width = len(vector)
     angle = torch.tensor([position * theta ** (-2 * i / width) for i in range(width // 2)])
     turned = torch.view_as_complex(vector.reshape(-1, 2)) * torch.polar(torch.ones_like(angle), angle)

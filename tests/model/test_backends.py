@@ -36,7 +36,7 @@ GPU_SIZES = {
 
 
 def make(build, attention: str, variant: str = "deepseek", **overrides) -> tuple[ZeroModel, torch.device]:
-    """A model that the backend can run, on the device it runs on."""
+    """A model that the backend can run, on the backend's device."""
     if attention in ("varlen", "flash_attn"):
         model = build(variant, execution={"attention": attention}, **{**GPU_SIZES, **overrides})
         return model.to("cuda", torch.bfloat16), torch.device("cuda")
@@ -97,7 +97,7 @@ def test_padding_and_cached_decoding_work_under_every_backend_of_a_cpu(build, to
     seed=st.integers(0, 99),
 )
 def test_blockwise_attention_equals_sdpa_in_value_and_gradient(lengths, rows, padded, queries, seed):
-    """Any documents, padding anywhere, and blocks that end anywhere."""
+    """Arbitrary documents, padding and block boundaries."""
     T, generator = sum(lengths), torch.Generator().manual_seed(seed)
     starts = torch.tensor([0, *lengths]).cumsum(0).expand(rows, -1).contiguous()
     real = torch.rand(rows, T, generator=generator) >= padded
@@ -126,7 +126,7 @@ def test_grouped_mm_equals_the_loop_in_value_and_gradient(tokens, starve):
     results = []
     for experts in ("loop", "grouped_mm"):
         model = expert_model(experts)
-        if starve:  # all tokens on the first two experts, none on the others
+        if starve:  # all tokens go to the first two experts
             for layer in model.moe_layers():
                 layer.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9, -9, -9]))
         output = model(tokens, targets=tokens)
@@ -176,17 +176,17 @@ def test_unknown_names_are_refused_with_the_known_ones(field, names):
 
 
 def test_bf16_stays_close_to_fp32(build, variant, tokens):
-    """Also on CPUs without bf16 instructions, where products run in fp32 and are rounded."""
+    """Including CPUs without bf16 instructions, where products run in fp32 and are rounded."""
     model = build(variant)
     with torch.no_grad():
         expected = model(tokens).logits
     half = model.to(torch.bfloat16)
-    for layer in half.moe_layers():  # as training keeps it
+    for layer in half.moe_layers():  # as in training
         layer.gate.e_score_correction_bias = layer.gate.e_score_correction_bias.float()
     out = half(tokens, targets=tokens)
     out.loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in half.parameters())
     found = half(tokens).logits.float()
-    # A choice between experts that rounding flips changes a few tokens much; most must stay close.
+    # Where rounding flips a choice of experts, a few tokens change a lot; most must stay close.
     relative = (found - expected).abs().amax(-1) / expected.abs().max()
     assert relative.median() < 0.05

@@ -1,4 +1,4 @@
-"""Pause tokens and recurrent memory against what they stand for, computed by hand."""
+"""Pause tokens and recurrent memory against their definitions, computed by hand."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same loss and gradients, less memory, the router asked once."""
+"""Activation checkpointing: the same loss and gradients, less memory, one choice per router."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=to
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts the operations that are really computed."""
+    """Counts the operations that are actually computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def test_policies_change_no_number(build, tokens, policy, name):
         assert torch.equal(gradients_c[parameter], gradient), parameter
     for load, load_c in zip(loads, loads_c, strict=True):
         assert torch.equal(load, load_c)  # counted once, though the layer ran twice
-    # The choice of experts is kept, not made again.
+    # The choice of experts is kept, not repeated.
     assert operations_c["aten.topk.default"] == operations["aten.topk.default"]
     assert operations_c["aten.sigmoid.default"] >= operations["aten.sigmoid.default"]
     products, products_c = operations["aten.mm.default"], operations_c["aten.mm.default"]

@@ -1,4 +1,4 @@
-"""Counts against the built model, and errors that help."""
+"""Counts against the built model, and helpful errors."""
 
 import pytest
 import torch
@@ -54,14 +54,14 @@ def test_training_flops_equal_torchs_counter_to_one_percent(build, variant):
     layers = sum(c.runs_of_layer(i, c.recurrence.num_steps) for i in range(c.num_hidden_layers))
     layers += c.num_nextn_predict_layers
     counted = expected - 3 * _padding(c, B, T) * layers
-    # An ignored target costs nothing: module k of multi-token prediction has none at the last k places.
+    # An ignored target costs nothing: module k of multi-token prediction has none at the last k positions.
     ignored = B * sum(range(1, c.num_nextn_predict_layers + 1))
     counted += 3 * 2 * c.vocab_size * c.hidden_size * ignored
     assert abs(training_flops_per_token(c, T) * B * T / counted - 1) < 0.01
 
 
 def _padding(c: ModelConfig, B: int, T: int) -> int:
-    """FLOPs of the zero columns that widen MLA's values, which the formula rightly leaves out."""
+    """FLOPs of the zero columns that pad MLA's values, which the formula rightly leaves out."""
     spare = max(c.qk_head_dim - c.v_head_dim, 0) if c.use_mla else 0
     return 2 * T * c.num_attention_heads * spare * B * T
 
@@ -130,7 +130,7 @@ PLAIN = {"use_mla": False, "use_moe": False}
             "exceeds the 2 experts of the kept groups",
         ),
         ({"topk_group": 2}, r"topk_group=2 must lie in 1..n_group=1"),
-        ({"n_group": 8, "topk_group": 4}, "fewer than 2 experts a group"),
+        ({"n_group": 8, "topk_group": 4}, "fewer than 2 experts per group"),
         (
             {"recurrence": {"placement": "blok"}},
             "placement='blok' is unknown; choose one of none, kv, post_attention, block",

@@ -24,11 +24,11 @@ def test_truncation_keeps_the_tokens_that_a_loop_over_them_keeps(seed, vocabular
     for row, row_kept in zip(logits, kept, strict=True):
         ranked = sorted(range(vocabulary), key=lambda i: -float(row[i]))[:top_k]
         shares = torch.softmax(row[ranked], 0).tolist()
-        before = dict(zip(ranked, accumulate(shares, initial=0.0), strict=False))  # of the likelier ones
+        before = dict(zip(ranked, accumulate(shares, initial=0.0), strict=False))  # of the more likely ones
         allowed = {token for token in ranked if before[token] < limit}
         found = {i for i in range(vocabulary) if row_kept[i]}
         assert found <= set(ranked)
-        # At the very edge of top_p rounding decides; all else must agree.
+        # Exactly at the edge of top_p rounding decides; everything else must agree.
         assert all(abs(before[token] - limit) < 1e-5 for token in found ^ allowed)
         assert ranked[0] in found
 

@@ -25,7 +25,7 @@ from .conftest import BLOCK
 TOKENIZER = train_tokenizer(["the cat sat on the mat 0123456789. " * 20], 300)
 VOCABULARY = 300
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
-# One entry a configuration; what it leaves out is drawn at random.
+# One entry per configuration; what it leaves out is drawn at random.
 MATRIX: list[dict[str, Any]] = [
     {"q_lora_rank": None},
     {"q_lora_rank": 12},
@@ -86,7 +86,7 @@ def random_model(config: ModelConfig, seed: int = 0, scale: float = 0.3) -> Zero
 
 
 def exported(model: ZeroModel, folder: Path) -> Path:
-    """The Hugging Face folder of a model, by way of an export/ folder."""
+    """The Hugging Face folder of a model, converted from an export/ folder."""
     model.save_pretrained(folder / "ours")
     (folder / "ours" / "tokenizer.model").write_bytes(TOKENIZER)
     export_folder(folder / "ours", folder / "hf")
@@ -153,7 +153,7 @@ def test_greedy_generation_is_identical_and_tokenizers_agree(number, tmp_path):
     expected = theirs.generate(**prompt, **options)
     found = ours.generate(prompt["input_ids"], 64, attention_mask=prompt["attention_mask"])
     assert torch.equal(found, expected)
-    assert len(set(found[0, -64:].tolist())) > 3  # not one token for ever
+    assert len(set(found[0, -64:].tolist())) > 3  # not the same token forever
 
 
 @pytest.mark.parametrize(("number", "modules"), [(2, 0), (6, 2), (7, 0), (7, 2), (8, 2), (10, 1), (11, 0)])
@@ -162,7 +162,7 @@ def test_a_round_trip_gives_every_bit_back(number, modules, tmp_path):
     values |= {"router_bias_update_rate": 0.02, "mtp_loss_weight": 0.1}
     ours = random_model(ModelConfig.from_dict(values), seed=number)
     folder = exported(ours, tmp_path)
-    load_theirs(folder)  # also with multi-token prediction no key is unexpected
+    load_theirs(folder)  # no key is unexpected, even with multi-token prediction
     import_folder(folder, tmp_path / "back")
     for name in ("config.json", "tokenizer.model"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
@@ -201,7 +201,7 @@ def test_multi_token_prediction_equals_transformers(tmp_path):
 
 
 def test_folders_of_transformers_itself_are_read(tmp_path):
-    """Written by save_pretrained, in one file and in shards, without our own section in config.json."""
+    """Written by save_pretrained, in one file and in shards, without ZeroModel's section in config.json."""
     ours = random_model(random_config(4))
     theirs = load_theirs(exported(ours, tmp_path))
     del theirs.config.zeromodel
@@ -257,7 +257,7 @@ def test_what_the_format_cannot_hold_is_refused(change, message):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "scales positions by rope_type='linear'"),
         ({"rope_scaling": {"type": "yarn", "attention_factor": 1.0}}, "by keys attention_factor"),
         ({"hidden_size": 5}, "kv_a_proj_with_mqa.weight is|embed_tokens.weight is"),
-        ({"num_hidden_layers": 2}, "tensors have no place in the model, model.layers.2"),
+        ({"num_hidden_layers": 2}, "tensors do not belong to the model, model.layers.2"),
         ({"num_hidden_layers": 4}, r"model.layers.3.* is missing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Imported GPT-2 and Llama folders give transformers' logits, and files that need nothing new."""
+"""Imported GPT-2 and Llama folders give transformers' logits, and files that need no further package."""
 
 import json
 import os
@@ -29,14 +29,14 @@ TASKS = ("pad_id", "bos_id", "eos_id", "bot_id", "eot_id", "step_separator_id")
 
 
 def known_tokens(folder: Path) -> int:
-    """The model may have more rows, of which new tokens take the first."""
+    """The model may have more rows; new tokens take the first of those."""
     return len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_logits_equal_transformers(kind, tmp_path):
-    """Of whole rows, of padded ones, and of rows read token by token; 300 places reach llama3's ramp."""
+    """For whole rows, padded rows, and rows read token by token; 300 positions reach llama3's ramp."""
     make, changes = KINDS[kind]
     theirs = make(tmp_path / "hf", **changes)
     import_folder(tmp_path / "hf", tmp_path / "ours")
@@ -108,7 +108,7 @@ def edited(folder: Path, name: str, **changes: object) -> None:
         (gpt2_folder, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (gpt2_folder, {"activation_function": "relu"}, "activation_function='relu', but only 'gelu_new'"),
         (gpt2_folder, {"n_layer": 3}, "model.layers.2.input_layernorm.weight is missing"),
-        (gpt2_folder, {"n_layer": 1}, "tensors have no place in the model, model.layers.1.input"),
+        (gpt2_folder, {"n_layer": 1}, "tensors do not belong to the model, model.layers.1.input"),
         (gpt2_folder, {"eos_token_id": 7}, "bos id 0 and eos id 7, which are not special tokens"),
     ],
 )
@@ -122,7 +122,7 @@ def test_what_is_not_computed_is_refused_in_one_line(make, changes, message, tmp
 
 
 def test_folders_as_they_lie_on_the_hub(tmp_path):
-    """Of 2019: no prefix, masks among the tensors, a head beside the embedding that it equals, a tokenizer
+    """A folder of 2019: no prefix, masks among the tensors, a head besides the equal embedding, a tokenizer
     without a type.
     """
     gpt2_folder(tmp_path / "hf")

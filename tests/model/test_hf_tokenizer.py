@@ -1,4 +1,4 @@
-"""The exported tokenizer gives the ids of data_pipeline's, and loses nothing."""
+"""The exported tokenizer gives the same ids as data_pipeline's, and loses nothing."""
 
 import json
 from pathlib import Path

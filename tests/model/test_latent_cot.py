@@ -17,14 +17,14 @@ ANSWER = torch.tensor([[EOT, 11, 12]]).expand(3, -1)
 
 
 def whole(model: ZeroModel, embedded: Tensor) -> Tensor:
-    """Hidden states of a pass without a cache."""
+    """Hidden states from a pass without a cache."""
     return model(inputs_embeds=embedded).hidden
 
 
 def literal(
     model: ZeroModel, tokens: Tensor, c: int = C, iterations: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Latents' hidden states and the answer's logits from the formulas, each pass over whole rows."""
+    """The latents' hidden states and the answer's logits by the formulas, with passes over whole rows."""
     settings, unit = model.config.latent_cot, model.latent_thoughts
     project = unit.projection if settings.projects else torch.nn.Identity()
     question, kind = model.model.embed_tokens(tokens), settings.feedback
@@ -57,7 +57,7 @@ def thought(model: ZeroModel, tokens: Tensor, **options: Any) -> tuple[Tensor, T
 
 
 def gradients(model: ZeroModel, results: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Of a scalar of both results; a parameter that takes no part has none."""
+    """Gradients of a scalar of both results; a parameter that takes no part has none."""
     generator = torch.Generator().manual_seed(7)
     scalar = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -200,7 +200,7 @@ def test_a_converged_row_stops_and_nothing_changes(kind):
     model, tokens = make(kind).eval(), questions()
     full = think(model, tokens, num_iterations=20)
     stopped = think(model, tokens, num_iterations=20, tolerance=1e-9)
-    # The latents of iteration C are those of the sequential form, and no later one changes them.
+    # At iteration C the latents equal the sequential form's, and later iterations do not change them.
     assert (stopped.iterations, stopped.passes) == (C, C + 1)
     assert min(full.change[:C]) > 1e-6
     assert max(full.change[C:]) < 1e-12
@@ -316,7 +316,7 @@ def test_branches_of_a_cache_do_not_disturb_each_other(differentiable):
         return torch.randn(2, n, 3, generator=generator)
 
     cache, slot, first, rest = LatentCache(differentiable=differentiable), (0, 0), some(4), [some(3), some(3)]
-    for part in first.split(1, 1):  # leaves spare places behind
+    for part in first.split(1, 1):  # leaves spare capacity behind
         cache.append(slot, part)
         cache.advance(1)
     branches = [cache.branch(), cache.branch()]

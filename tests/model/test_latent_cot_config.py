@@ -49,7 +49,7 @@ LATENTS = {"num_latents": 3}
         ({"latent_cot": LATENTS, "num_pause_tokens": 1}, "set both to 0"),
         (
             {"latent_cot": LATENTS, "num_memory_tokens": 1, "segment_length": 4, "use_moe": False},
-            "num_memory_tokens=1, baselines of their own",
+            "num_memory_tokens=1, which are separate baselines",
         ),
         (
             {"latent_cot": LATENTS, "recurrence": {"placement": "block", "num_steps": 2, "cache": "ema"}},
@@ -84,7 +84,7 @@ def test_thinking_refuses_what_it_cannot_do(feedback, options, message):
 
 
 def test_gradients_need_all_iterations():
-    with pytest.raises(ValueError, match="with gradients, where all ranks iterate alike, it must be 0"):
+    with pytest.raises(ValueError, match="must be 0 with gradients, where all ranks iterate equally often"):
         think(make("latent_moe"), questions(), tolerance=0.1)
 
 
@@ -106,7 +106,7 @@ def test_either_tokens_or_embeddings_go_in(build, tokens):
             model(**given)
     with pytest.raises(ValueError, match="multi-token prediction reads tokens"):
         build("multi_token")(inputs_embeds=embedded, targets=tokens)
-    with pytest.raises(ValueError, match="a recurrent memory reads tokens only"):
+    with pytest.raises(ValueError, match="a recurrent memory only reads tokens"):
         build("memory")(inputs_embeds=embedded)
 
 

@@ -1,4 +1,4 @@
-"""Caches of looped layers: what they hold, and what decoding with an approximate one computes."""
+"""Caches of looped layers: what they hold, and what decoding computes with an approximate one."""
 
 import dataclasses
 
@@ -29,14 +29,14 @@ def make(**options) -> ZeroModel:
 
 
 def literal_decode(model: ZeroModel, cache: LatentCache, token: torch.Tensor) -> torch.Tensor:
-    """Logits (V,) of one more token (1,): every step attends to what the cache keeps of the others' steps."""
+    """Logits (V,) of one more token (1,): each step attends to what the cache keeps of earlier tokens."""
     net, lru, c = model.model, model.model.recurrence[0], model.config
     context = model.attention_context(token[None], cache=cache)
 
     def layer(number: int, x: torch.Tensor, step: int, kept):
         block, attention = net.layers[number], net.layers[number].self_attn
         normed = block.input_layernorm(x)
-        plain = dataclasses.replace(context, cache=None, mask=None)  # one token sees all that is held
+        plain = dataclasses.replace(context, cache=None, mask=None)  # a single token sees the whole cache
         query = attention.q_proj(normed).unflatten(-1, (c.num_attention_heads, -1))
         q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope, _ = attention._latent(normed, query.flatten(2), plain)
@@ -65,7 +65,7 @@ def literal_decode(model: ZeroModel, cache: LatentCache, token: torch.Tensor) ->
 
 
 def decoded_and_full(tokens: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the tenth token, decoded (which must equal the literal decode) and by a full pass."""
+    """Logits of the tenth token, decoded (which must equal the literal decoding) and from a full pass."""
     model, cache = make(**options), LatentCache()
     with torch.no_grad():
         model(tokens[:1, :9], cache=cache)

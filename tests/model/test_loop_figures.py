@@ -1,4 +1,4 @@
-"""Figures of the loops against counts by hand."""
+"""The loops' figures against counts by hand."""
 
 import pytest
 import torch

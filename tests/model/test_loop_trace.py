@@ -1,4 +1,4 @@
-"""Halting and its terms against their definitions, and the merges of keys, by brute force."""
+"""Halting, its loss terms and merged keys against their definitions, by brute force."""
 
 import math
 
@@ -101,7 +101,7 @@ def test_information_is_high_for_equal_states_and_none_for_unrelated_ones():
         config = HaltingConfig(information_weight=1.0)
         return loop_trace(config, [one], [one.bool()], [before, after], after, segment, None).terms[3].item()
 
-    assert lost(a, a) == pytest.approx(-math.log(40), abs=0.05)  # all there is to know about the place
+    assert lost(a, a) == pytest.approx(-math.log(40), abs=0.05)  # the state identifies the position
     assert lost(a, b) > -0.1
     halves = torch.arange(40)[None] // 20
     assert lost(a, a, halves) == pytest.approx(-math.log(20), abs=0.05)
@@ -111,7 +111,7 @@ def test_information_is_high_for_equal_states_and_none_for_unrelated_ones():
 def test_document_mean_equals_a_loop_over_tokens(starts):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(1, 9, generator=generator)
-    real = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()  # a hole, as speculative decoding leaves
+    real = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1]]).bool()  # a hole, as speculative decoding leaves one
     if starts is not None:
         real[:] = True
     segment = segments(real, None if starts is None else torch.tensor(starts))

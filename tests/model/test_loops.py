@@ -1,4 +1,4 @@
-"""What must hold of every loop: placement x halting x granularity x cache."""
+"""What must hold for every loop: placement x halting x granularity x cache."""
 
 import copy
 import dataclasses
@@ -115,7 +115,7 @@ def test_a_prefill_equals_a_full_pass_and_training_mode_computes_the_same(name, 
     model = make(name)
     whole = model(tokens)
     torch.testing.assert_close(model(tokens, cache=LatentCache()).logits, whole.logits, **TOLERANCE)
-    if "-threshold-" not in name:  # which halts at inference only
+    if "-threshold-" not in name:  # it halts only at inference
         torch.testing.assert_close(make(name).train()(tokens).logits, whole.logits, **TOLERANCE)
 
 
@@ -129,7 +129,7 @@ def test_probabilities_sum_to_one_and_stop_after_halting(name, tokens):
     assert not p[later].any()
     assert steps.min() >= 1
     if adaptive(name):
-        assert len(steps.unique()) > 1, "the tokens must halt apart, or the other tests show little"
+        assert len(steps.unique()) > 1, "tokens must halt at different steps, or the other tests show little"
     else:
         assert (steps == 4).all()
 
@@ -150,7 +150,7 @@ def test_with_zero_halting_it_equals_fixed_depth(name, tokens):
         expected = fixed.train()(tokens, targets=tokens).loss_sums["cross_entropy"]
         found = model.train()(tokens, targets=tokens).loss_sums["cross_entropy"]
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    else:  # never still enough
+    else:  # never settled enough
         set_limit(model, 2.0 if model.config.recurrence.halting.measure == "cosine" else -1.0)
     torch.testing.assert_close(model.eval()(tokens).logits, fixed.eval()(tokens).logits, **TOLERANCE)
 
@@ -185,7 +185,7 @@ def test_left_padded_rows_generate_what_they_generate_alone(name):
 def test_gradients_equal_finite_differences(name, tokens):
     torch.set_default_dtype(torch.float64)
     try:
-        section = copy.deepcopy(EVERY[name])  # stability holds a factor fixed, see test_loop_trace.py
+        section = copy.deepcopy(EVERY[name])  # stability detaches a factor, see test_loop_trace.py
         section["halting"] |= {"sparsity_weight": 0.1, "information_weight": 0.1}
         if learned(name):
             section["halting"]["ponder_weight"] = 0.1
@@ -208,7 +208,7 @@ def test_gradients_equal_finite_differences(name, tokens):
         value = model(tokens, targets=targets).loss
         grads = torch.autograd.grad(value, parameters)
         slope = sum((g * d).sum() for g, d in zip(grads, direction, strict=True))
-        step = 1e-7  # so small that no router chooses and no token halts otherwise
+        step = 1e-7  # so small that no router's choice and no halting changes
         with torch.no_grad():
             difference = (loss(step) - loss(-step)) / (2 * step)
         assert abs(difference) > 1e-3

@@ -52,7 +52,7 @@ def test_bf16_stays_close_to_fp32():
 
 
 def test_parts_of_a_batch_add_up_to_its_loss(build, tokens):
-    """Global counts make the sum over ranks and micro-batches the loss of one process."""
+    """With global counts, ranks and micro-batches add up to the loss of one process."""
     model = build("loop", balance_loss_weight=0.5).train()
     targets = tokens.roll(-1, 1).clone()
     targets[0, 2:] = IGNORE_INDEX

@@ -21,7 +21,7 @@ def make_moe(experts: str = "auto", **overrides) -> MoE:
 
 
 def literal_moe(moe: MoE, x: torch.Tensor) -> torch.Tensor:
-    """DeepSeek-V3 eq. 12-16 with group-limited choice, for tokens x (N, D)."""
+    """DeepSeek-V3 eq. 12-16 with group-limited routing, for tokens x (N, D)."""
     c, out = moe.config, []
     for u in x:
         scores = torch.sigmoid(moe.gate.weight @ u)

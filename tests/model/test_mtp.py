@@ -17,13 +17,13 @@ STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=to
 
 
 def literal_mtp_loss(model: ZeroModel, document: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Eq. 21-25 for one document (T,): sum over modules and places, divided by the modules."""
+    """Eq. 21-25 for one document (T,): summed over modules and positions, divided by the modules."""
     T, total = len(document), torch.zeros(())
     context = model.attention_context(document[None])
     context.num_steps = model.config.recurrence.num_steps
     hidden = model.model(model.model.embed(document[None], context), context).hidden
     for k, module in enumerate(model.model.mtp, 1):
-        ahead = document.roll(-k)  # the last k places have no token ahead and are left out below
+        ahead = document.roll(-k)  # the last k positions have no token ahead and are left out below
         joined = torch.cat((module.enorm(model.model.embed_tokens(ahead[None])), module.hnorm(hidden)), -1)
         hidden = module.norm(module.layer(joined @ module.eh_proj.weight.T, context).hidden)
         for place in range(T - k):
@@ -109,7 +109,7 @@ def test_a_trained_module_drafts_well_and_still_changes_nothing():
     found, acceptance = generate_speculatively(model, rows[:4, :12], 40)
     assert torch.equal(found, plain)
     assert acceptance.rate > 0.9
-    assert acceptance.drafted < 4 * 25  # about two tokens a pass
+    assert acceptance.drafted < 4 * 25  # about two tokens per pass
 
 
 def test_a_model_without_the_module_is_refused(build, tokens):

@@ -65,7 +65,7 @@ def test_sampled_depth_is_a_function_of_seed_and_step():
     assert depths != [sample_depth(config, 1, step) for step in range(3000)]
     assert min(depths) >= 1
     assert max(depths) == 20  # clamped
-    # E[R] = r + 1 with r = num_steps - 1, since E[exp(N(log r - s^2/2, s))] = r; the clamp takes a little.
+    # E[R] = r + 1 with r = num_steps - 1, since E[exp(N(log r - s^2/2, s))] = r; the clamp lowers it a bit.
     assert abs(sum(depths) / len(depths) - 8) < 0.5
     fixed = ModelConfig.from_dict({**SMALL, "recurrence": BLOCK})
     assert {sample_depth(fixed, 0, step) for step in range(9)} == {3}

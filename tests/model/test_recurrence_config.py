@@ -82,7 +82,7 @@ def test_flops_computed_twice_equal_torchs_counter(name, checkpointing):
             model(tokens, attention_mask=mask, targets=tokens).loss.backward()
         counted[policy] = counter.get_total_flops() / tokens.numel()
     expected = recomputed_flops_per_token(config, checkpointing, 48)
-    if checkpointing != "selective":  # math attention, which alone is counted, is not what it keeps
+    if checkpointing != "selective":  # the counter only sees math attention, which selective does not keep
         assert expected == pytest.approx(counted[checkpointing] - counted["none"], rel=0.02)
     assert (expected > 0) == (checkpointing == "block" or checkpointing == "iteration")
 

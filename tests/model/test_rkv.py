@@ -1,4 +1,4 @@
-"""R-KV against a literal reading of its formulas, and the compressed cache against masking the whole one."""
+"""R-KV against a literal reading of its formulas, and the compressed cache against a masked full one."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def softmax(values: list[float]) -> list[float]:
 
 
 def literal_importance(query: torch.Tensor, keys: torch.Tensor, scale: float) -> list[list[float]]:
-    """query (T, H, K), keys (S, G, K) -> a list of S numbers a head; no padding, no batch."""
+    """query (T, H, K), keys (S, G, K) -> a list of S numbers per head; no padding, no batch."""
     (T, H, _), (S, G, _) = query.shape, keys.shape
     size, result = H // G, []
     for g in range(G):
@@ -47,7 +47,7 @@ def literal_importance(query: torch.Tensor, keys: torch.Tensor, scale: float) ->
 
 
 def literal_redundancy(keys: torch.Tensor) -> list[list[float]]:
-    """keys (S, G, K) -> a list of S numbers a head."""
+    """keys (S, G, K) -> a list of S numbers per head."""
     S, G, _ = keys.shape
     result = []
     for g in range(G):
@@ -63,7 +63,7 @@ def literal_redundancy(keys: torch.Tensor) -> list[list[float]]:
 
 
 def repetitive_keys(S: int, G: int, seed: int = 0) -> torch.Tensor:
-    """(S, G, 6) of which about every other one nearly repeats another."""
+    """(S, G, 6), about half of which nearly repeat another."""
     keys = random(S, G, 6, seed=seed)
     source = torch.randint(0, S, (S, G), generator=torch.Generator().manual_seed(seed))
     copies = keys.gather(0, source[..., None].expand(-1, -1, 6)) + 0.2 * random(S, G, 6, seed=seed + 1)
@@ -92,7 +92,7 @@ def test_scores_equal_the_literal_formulas_however_the_batch_is_padded(heads, gr
             )
         unit = F.normalize(k, dim=-1)
         similar += int((torch.einsum("sgk,tgk->gst", unit, unit) > 0.5).sum()) - k.shape[0] * groups
-    assert similar > 10  # so that the latest neighbour is really zeroed
+    assert similar > 10  # so that the latest neighbour is indeed zeroed
 
 
 def test_of_repeated_keys_the_latest_copy_stays():
@@ -172,9 +172,9 @@ def test_expanded_keys_are_those_of_position_zero(build, tokens, variant):
     late_at = torch.arange(30, 47)[None].expand(3, -1)
     model(tokens, cache=early, position_ids=torch.zeros_like(tokens))
     model(tokens, cache=late, position_ids=late_at)
-    first = (0, 0)  # later layers see what attention to turned keys made
+    first = (0, 0)  # later layers see the result of attention to rotated keys
     held, expected = late._slots[first][:, :17], cached_keys(model, 0, early._slots[first][:, :17])
-    if variant == "yarn":  # its rotation stretches at position 0 as well
+    if variant == "yarn":  # its rotation also scales at position 0
         expected = expanded_keys(model, 0, early._slots[first][:, :17], torch.zeros_like(tokens))
     for ours, theirs in zip(expanded_keys(model, 0, held, late_at), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -184,7 +184,7 @@ def test_expanded_keys_are_those_of_position_zero(build, tokens, variant):
     ("options", "reads"),
     [
         ({}, [1, 1, 1]),
-        ({"cache": "parallel"}, [3, 2, 1]),  # step n reads its own and those before
+        ({"cache": "parallel"}, [3, 2, 1]),  # step n reads its own keys and the earlier steps'
         ({"cache": "first"}, [3]),
         ({"virtual_layers": 2}, [1, 2]),
     ],
@@ -201,7 +201,7 @@ def test_every_slot_collects_the_queries_that_read_it(build, tokens, options, re
 
 
 class MaskedReplay:
-    """Reads one row's tokens one by one over a whole cache; attention sees what R-KV would have kept.
+    """Reads one row's tokens one by one over a full cache; attention sees what R-KV would have kept.
 
     Everything is computed for one row without padding, from what the attention function is given.
     """
@@ -210,7 +210,7 @@ class MaskedReplay:
         monkeypatch.setattr(attention_module, "attend", self.attend)
         self.model, self.first, self.budget, self.limit = model, len(prompt), budget, budget + buffer
         self.cache, self.cuts = LatentCache(), 0
-        self.kept: dict[int, list[list[int]]] = {}  # by call and head, the generated tokens' places
+        self.kept: dict[int, list[list[int]]] = {}  # by call and head, the generated tokens' indices
         self.queries: dict[int, list[torch.Tensor]] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.prefill = True
@@ -333,7 +333,7 @@ def test_a_budget_never_exceeded_changes_nothing_and_a_small_one_saves_memory(
         assert torch.equal(logits[free], logits[roomy])
         assert torch.equal(runs[free], runs[roomy])
         assert caches[roomy].length == caches[free].length == 17 + 17
-        # Cut at 13 held tokens to 9, and 4 later, at the 17th read, again.
+        # Cut from 13 held tokens to 9, and again 4 tokens later, at the 17th read.
         assert caches[tight].length == 17 + 9
         assert caches[tight].numel() == slots * (17 + 9)
         assert logits[tight].isfinite().all()

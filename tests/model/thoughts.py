@@ -34,7 +34,7 @@ BOT, EOT, C = 4, 5, 4
 
 
 def make(kind: str, feedback: str = "jacobi", **execution: Any) -> ZeroModel:
-    """A model in double precision: what is left is rounding, and finite differences are sharp."""
+    """A model in double precision, where rounding is small and finite differences are sharp."""
     thoughts = {"num_latents": C, **FEEDBACKS[feedback]}
     config = ModelConfig.from_dict({**SMALL, **KINDS[kind], "latent_cot": thoughts})
     return ZeroModel(config, seed=3, execution=ExecutionConfig(**execution)).double()
