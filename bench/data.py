@@ -67,7 +67,7 @@ from data_pipeline.shards.files import (
     write_manifest,
     write_shards,
 )
-from data_pipeline.sources.readers import read_jsonl
+from data_pipeline.sources.text import read_jsonl
 from data_pipeline.tokenization.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
 
 TASKS = ("memory", "resume", "read", "prepare")

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.cleaning.ngrams import ngram_hashes, normalised_words, word_hashes
-from data_pipeline.sources.readers import Problem, read_arc, read_babi, read_gsm8k, read_logiqa
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import read_arc, read_babi, read_gsm8k, read_logiqa
 
 NGRAM_WORDS = 13
 # A shorter problem is not looked for (294 of ARC's 4417): "Which of these is a mineral?" is in honest text.

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.documents import Problem, TracedDocument
 from data_pipeline.sources.files import json_lines, json_value, text_fields, text_lines
-from data_pipeline.sources.readers import Problem, TracedDocument
 from data_pipeline.tasks.causal_loop_v2 import Sample
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.sample_order import key_of, permute
 from data_pipeline.recipe import Recipe, source_options
 from data_pipeline.shards.files import SPLITS
-from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.sources.registry import within_limits
 from data_pipeline.staging.units import Units
 from data_pipeline.tokenization.tokenizer import train_tokenizer

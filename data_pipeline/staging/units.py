@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.readers import (
+from data_pipeline.sources.documents import (
     ANSWER_PREFIX,
     AnyDocument,
     Document,

@@ -24,7 +24,7 @@ from data_pipeline.shards.files import (
 )
 from data_pipeline.shards.token_stream import TokenStream
 from data_pipeline.sources import registry as kinds_module
-from data_pipeline.sources.readers import Document, LabelledDocument
+from data_pipeline.sources.documents import Document, LabelledDocument
 from data_pipeline.sources.registry import read_documents
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify

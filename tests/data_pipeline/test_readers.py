@@ -12,16 +12,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.readers import (
-    Problem,
-    read_arc,
-    read_babi,
-    read_gsm8k,
-    read_logiqa,
-    read_text,
-    read_wiki,
-)
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import read_arc, read_babi, read_gsm8k, read_logiqa
 from data_pipeline.sources.registry import input_files, read_documents
+from data_pipeline.sources.text import read_text, read_wiki
 
 
 def tar(path: Path, members: dict[str, str | bytes], compress: Callable[[bytes], bytes]) -> Path:

@@ -19,7 +19,7 @@ from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import CleaningRecipe, Recipe, TokenizerRecipe, source_options
 from data_pipeline.shards.files import IGNORE_INDEX
 from data_pipeline.shards.token_stream import TokenStream
-from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.sources.documents import TracedDocument
 from data_pipeline.sources.registry import read_documents
 from data_pipeline.sources.traced import read_icot, read_prosqa, traced_gsm8k, traced_icot, traced_prosqa
 from data_pipeline.staging.units import Unit, write_unit

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval import gsm8k, gsm8k_cot
 from eval.scoring.cli import Options
 from eval.scoring.generation import Ballot, majority_vote, sample_votes

@@ -1,80 +1,19 @@
-"""Readers of real files as they are, and the one place of prompt formats.
+"""Readers of the published problem sets, and the one place of their prompts: those of lm-evaluation-harness.
 
-Prompts and targets are those of lm-evaluation-harness. Every reader streams; archives are read member by
-member and never extracted, so a member's name cannot reach the disk. Errors name the file and the line.
+Every reader streams; archives are read member by member and never extracted, so a member's name cannot reach
+the disk. Errors name the file and the line.
 """
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.files import (
-    decode,
-    json_lines,
-    json_value,
-    parquet_rows,
-    tar_members,
-    text_fields,
-    text_lines,
-)
+from data_pipeline.sources.documents import MathProblem, Problem
+from data_pipeline.sources.files import decode, json_lines, json_value, tar_members, text_fields, text_lines
 
 log = logging.getLogger(__name__)
-
-# Characters; a plain text file is cut at blank lines into documents of at least this.
-MIN_TEXT_DOCUMENT = 2000
-ANSWER_PREFIX = "\nAnswer:"  # between a chain of thought and " value"
-
-
-class Document(NamedTuple):
-    """One training text: what is asked ("" for running text) and what follows it."""
-
-    prompt: str
-    completion: str
-
-    @property
-    def text(self) -> str:
-        return self.prompt + self.completion
-
-
-class LabelledDocument(NamedTuple):
-    """One training text with its own targets, in place of the next token."""
-
-    text: str  # every character is one token
-    labels: tuple[tuple[int, str], ...]  # (index of a character in text, the one character to predict there)
-
-
-class TracedDocument(NamedTuple):
-    """A question, its chain of thought in steps, and the answer's value; encode.py says how it is encoded."""
-
-    question: str
-    steps: tuple[str, ...]  # none of them empty
-    answer: str
-
-    @property
-    def text(self) -> str:
-        """What its tokens decode to."""
-        return f"{self.question}{' '.join(self.steps)}{ANSWER_PREFIX} {self.answer}"
-
-
-AnyDocument = Document | LabelledDocument | TracedDocument
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. `choices` are full continuations as scored (" text"); target == choices[gold] if there
-    are any.
-    """
-
-    id: str
-    prompt: str
-    target: str
-    choices: tuple[str, ...] = ()
-    gold: int = -1
-    group: str = ""
 
 
 def read_gsm8k(path: Path) -> Iterator[Problem]:
@@ -182,13 +121,6 @@ def read_reclor(path: Path) -> Iterator[Problem]:
 def _passage_prompt(context: str, question: str, options: Sequence[str]) -> str:
     listed = "".join(f"{name}. {option}\n" for name, option in zip("ABCD", options, strict=True))
     return f"Passage: {context}\nQuestion: {question}\nChoices:\n{listed}Answer:"
-
-
-@dataclass(frozen=True)
-class MathProblem(Problem):
-    """A problem of MATH; `group` is the subject's folder, `target` the answer in the solution's box."""
-
-    level: int | None = None  # 1 to 5; None where the file says "Level ?"
 
 
 MATH_SUBJECTS = (
@@ -303,63 +235,3 @@ def _babi_task(text: str, where: str, group: str, split: str) -> Iterator[Proble
             group=group,
         )
         count += 1
-
-
-def read_wiki(path: Path) -> Iterator[str]:
-    """Article texts, the title first, of a tar.xz of `<doc id url title> ... </doc>` records."""
-    for name, data in tar_members(path):
-        article: list[str] | None = None
-        for number, line in enumerate(decode(data, f"{path}:{name}").split("\n"), start=1):
-            if line.startswith("<doc ") and article is None:
-                article = []
-            elif line == "</doc>" and article is not None:
-                yield "\n".join(article).strip()
-                article = None
-            elif article is not None:
-                article.append(line)
-            elif line.strip():
-                raise DataError(f"{path}:{name} line {number}: text outside <doc> records: download it again")
-        if article is not None:
-            raise DataError(f"{path}:{name} ends inside a <doc> record: download it again")
-
-
-def read_text(path: Path) -> Iterator[str]:
-    """Documents of a text file, or of a tar of text files (one document a file), compressed or not.
-
-    A single file is cut at blank lines into documents of at least MIN_TEXT_DOCUMENT characters (the last may
-    be shorter). White space at the ends of a document is dropped, empty documents are skipped.
-    """
-    if re.search(r"\.tar(\.\w+)?$|\.tgz$", Path(path).name):
-        for name, data in tar_members(path):
-            if text := decode(data, f"{path}:{name}").strip():
-                yield text
-        return
-    document: list[str] = []
-    size = 0
-    for line in text_lines(path):
-        if not line.strip() and size >= MIN_TEXT_DOCUMENT:
-            yield "".join(document).strip()
-            document, size = [], 0
-        document.append(line)
-        size += len(line)
-    if text := "".join(document).strip():
-        yield text
-
-
-def read_jsonl(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
-    """One document a line of a JSON lines file, compressed or not.
-
-    `fields` are the names of one text, or of a prompt and its completion, all of them strings.
-    """
-    return _rows(json_lines, path, fields, "line")
-
-
-def read_parquet(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
-    """One document a row of a parquet file; `fields` as in `read_jsonl`."""
-    return _rows(parquet_rows, path, fields, "row")
-
-
-def _rows(read: Callable[..., Any], path: Path, fields: Sequence[str], unit: str) -> Iterator[Document]:
-    for number, row in read(path, fields):
-        *prompt, completion = text_fields(row, fields, f"{path} {unit} {number}")
-        yield Document(prompt[0] if prompt else "", completion)
