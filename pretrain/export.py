@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.errors import user_errors
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
-from data_pipeline.shards.files import Manifest
+from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
 from model.pretrained import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
 from pretrain import checkpoint, lora

@@ -178,7 +178,7 @@ class _Grams:
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(positions in `hashes` (W,) that are in the set, ascending; their owners)."""
         positions = np.flatnonzero(self._table[hashes >> self._shift])
-        places = np.searchsorted(self._grams, hashes[positions])
-        places[places == len(self._grams)] = 0
-        found = self._grams[places] == hashes[positions]
-        return positions[found], self._owners[places[found]]
+        candidates = np.searchsorted(self._grams, hashes[positions])
+        candidates[candidates == len(self._grams)] = 0
+        found = self._grams[candidates] == hashes[positions]
+        return positions[found], self._owners[candidates[found]]
