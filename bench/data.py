@@ -57,17 +57,10 @@ from tqdm import tqdm
 from common.errors import user_errors
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.packing import PACKINGS
-from data_pipeline.shards.files import (
-    TOKENIZER,
-    EncodedDocument,
-    Manifest,
-    Source,
-    Split,
-    token_dtype,
-    write_manifest,
-    write_shards,
-)
-from data_pipeline.sources.readers import read_jsonl
+from data_pipeline.shards.format import EncodedDocument, token_dtype
+from data_pipeline.shards.manifest import TOKENIZER, Manifest, Source, Split, write_manifest
+from data_pipeline.shards.writer import write_shards
+from data_pipeline.sources.text import read_jsonl
 from data_pipeline.tokenization.tokenizer import MODEL_TYPES, Tokenizer, train_tokenizer
 
 TASKS = ("memory", "resume", "read", "prepare")

@@ -18,9 +18,10 @@ from data_peers import (
 from data_pipeline.build import build
 from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import Recipe, TokenizerRecipe
-from data_pipeline.shards.files import IGNORE_INDEX, open_manifest
+from data_pipeline.shards.format import IGNORE_INDEX
+from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.shards.token_stream import TokenStream
-from data_pipeline.sources.readers import Document
+from data_pipeline.sources.documents import Document
 from data_pipeline.sources.registry import read_documents
 
 SOURCE = "text"

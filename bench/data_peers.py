@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from data_pipeline.shards.files import IGNORE_INDEX
+from data_pipeline.shards.format import IGNORE_INDEX
 from data_pipeline.tokenization.tokenizer import BOS_ID, EOS_ID, META_SPACE, UNK_ID
 
 STORED = "<u2"  # how every file here stores a token

@@ -40,7 +40,7 @@ from measuring import (
 from tokenizers.processors import TemplateProcessing
 
 from common.errors import user_errors
-from data_pipeline.sources.readers import read_arc, read_gsm8k, read_logiqa
+from data_pipeline.sources.problems import read_arc, read_gsm8k, read_logiqa
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from eval.run import TASKS as EVALUATIONS
 from eval.scoring.cli import Evaluation, Options

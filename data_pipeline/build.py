@@ -35,8 +35,8 @@ from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.errors import DataError
 from data_pipeline.loading.sample_order import mixture_table
 from data_pipeline.recipe import Recipe, load_recipe, source_options
-from data_pipeline.shards.files import (
-    FORMAT,
+from data_pipeline.shards.format import FORMAT, token_dtype
+from data_pipeline.shards.manifest import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
@@ -45,12 +45,18 @@ from data_pipeline.shards.files import (
     Source,
     Split,
     open_manifest,
-    token_dtype,
     write_manifest,
-    write_shard,
 )
+from data_pipeline.shards.writer import write_shard
 from data_pipeline.sources.registry import read_unit, unit_files
-from data_pipeline.staging.build_plan import PLAN, Plan, PlannedShard, make_plan, order_file, tokenizer_model
+from data_pipeline.staging.build_plan import (
+    PLAN,
+    BuildPlan,
+    PlannedShard,
+    make_plan,
+    order_file,
+    tokenizer_model,
+)
 from data_pipeline.staging.units import Units, write_unit
 from data_pipeline.tokenization.encode import encoder
 from data_pipeline.tokenization.tokenizer import Tokenizer
@@ -130,7 +136,7 @@ def build(
         _plan(this)
     if (task and not planned) or plan_only:
         return None
-    shards = [s for s in Plan.load(this.work).shards[number::of] if not this.record(s).is_file()]
+    shards = [s for s in BuildPlan.load(this.work).shards[number::of] if not this.record(s).is_file()]
     _in_processes(_write, this, shards, workers, "write", " shards")
     return None if task else _merge(this)
 
@@ -259,7 +265,7 @@ def _plan(build: Build) -> None:
 
 def _write(build: Build, planned: PlannedShard) -> None:
     """Encodes and writes one shard."""
-    plan, tokenizer = Plan.load(build.work), Tokenizer(build.out / TOKENIZER)
+    plan, tokenizer = BuildPlan.load(build.work), Tokenizer(build.out / TOKENIZER)
     source = next(source for source in build.recipe.sources if source["name"] == planned.source)
     encode = encoder(source, plan.labelled[planned.source], tokenizer)
     units = build.units(planned.source)
@@ -272,13 +278,13 @@ def _write(build: Build, planned: PlannedShard) -> None:
     write_file(build.record(planned), json.dumps({"text_bytes": text_bytes, "shard": asdict(shard)}).encode())
 
 
-def _dtype(plan: Plan, tokenizer: Tokenizer) -> str:
+def _dtype(plan: BuildPlan, tokenizer: Tokenizer) -> str:
     return token_dtype(tokenizer.vocab_size + any(plan.labelled.values()))  # one value more: no label
 
 
 def _merge(build: Build) -> Manifest:
     """The manifest of the written shards; then the folder holds the build and nothing else."""
-    plan, tokenizer = Plan.load(build.work), Tokenizer(build.out / TOKENIZER)
+    plan, tokenizer = BuildPlan.load(build.work), Tokenizer(build.out / TOKENIZER)
     records = {shard: json.loads(build.record(shard).read_text()) for shard in plan.shards}
     weights, sources = _weights(build.recipe), {}
     for name in build.files:

@@ -16,7 +16,7 @@ from common.errors import user_errors
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Batch, Loader
 from data_pipeline.loading.sample_order import Stage
-from data_pipeline.shards.files import IGNORE_INDEX
+from data_pipeline.shards.format import IGNORE_INDEX
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 
@@ -58,7 +58,7 @@ def describe(loader: Loader, tokenizer: Tokenizer, batch: Batch) -> Iterator[str
         reason = loader.damaged.get((source, number))
         yield (
             f"row {row}: source {source}, row {number}, epoch {epoch}, {max(len(edges) - 1, 0)} segments, "
-            f"{int((targets != IGNORE_INDEX).sum())} targets, {len(tokens) - length} places of padding"
+            f"{int((targets != IGNORE_INDEX).sum())} targets, {len(tokens) - length} positions of padding"
             + (f", left out: {reason}" if reason else "")
         )
         for start, stop in zip(edges, edges[1:], strict=False):
@@ -83,8 +83,8 @@ def _marked(tokenizer: Tokenizer, tokens: np.ndarray, targets: np.ndarray) -> st
 
 
 def _labelled(tokenizer: Tokenizer, tokens: np.ndarray, labels: np.ndarray) -> str:
-    places = np.flatnonzero(labels != IGNORE_INDEX).tolist()
-    shown = ", ".join(f"{place} {tokenizer.decode([int(labels[place])])!r}" for place in places)
+    positions = np.flatnonzero(labels != IGNORE_INDEX).tolist()
+    shown = ", ".join(f"{position} {tokenizer.decode([int(labels[position])])!r}" for position in positions)
     return f"{tokenizer.decode(tokens.tolist())!r} labels: {shown}"
 
 

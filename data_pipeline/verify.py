@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from common.errors import user_errors
 from data_pipeline.errors import DataError
-from data_pipeline.shards.files import Manifest, check_sha256, open_manifest
+from data_pipeline.shards.manifest import Manifest, check_sha256, open_manifest
 
 
 def verify(path: str | Path) -> Manifest:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_pipeline.loading.loader import Loader
-from data_pipeline.sources.readers import ANSWER_PREFIX
+from data_pipeline.sources.documents import ANSWER_PREFIX
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import with_method
 from distill.student import Student

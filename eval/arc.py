@@ -9,7 +9,8 @@ report acc_norm of arc_challenge with 25.
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.sources.readers import Problem, read_arc
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import read_arc
 from eval.scoring.choices import choice_result
 from eval.scoring.cli import Evaluation, Options, find_data, first, main
 from eval.scoring.core import Scorer, add_fewshot

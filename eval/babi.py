@@ -13,7 +13,8 @@ answers there.
 from collections.abc import Sequence
 from typing import Any
 
-from data_pipeline.sources.readers import Problem, read_babi
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import read_babi
 from eval.scoring.cli import Evaluation, Options, find_data, first, main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of

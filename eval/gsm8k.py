@@ -8,7 +8,8 @@ Five exemplars before each problem, as in lm-eval, drawn from the train file bes
 import re
 from typing import Any
 
-from data_pipeline.sources.readers import Problem, read_gsm8k
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import read_gsm8k
 from eval.scoring.cli import Evaluation, Options, find_data, first, main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of

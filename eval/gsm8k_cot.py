@@ -11,7 +11,8 @@ import re
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.sources.readers import Problem, read_gsm8k_cot
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import read_gsm8k_cot
 from eval.gsm8k import MAX_NEW_TOKENS, ballot, grade, summarize
 from eval.scoring.cli import Evaluation, Options, find_data, first, main
 from eval.scoring.core import Scorer, with_shots

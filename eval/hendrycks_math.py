@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources.readers import MATH_SUBJECTS, MathProblem, Problem, read_math
+from data_pipeline.sources.documents import MathProblem, Problem
+from data_pipeline.sources.problems import MATH_SUBJECTS, read_math
 from eval.scoring.cli import Evaluation, Options, main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of

@@ -6,7 +6,7 @@ Exemplars come from Train.txt beside Test.txt as in lm-eval, or from Eval.txt wh
 them is in the results file.
 """
 
-from data_pipeline.sources.readers import read_logiqa
+from data_pipeline.sources.problems import read_logiqa
 from eval.scoring.choices import choice_result
 from eval.scoring.cli import Evaluation, Options, find_data, first, main
 from eval.scoring.core import Scorer, add_fewshot

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_pipeline.shards.held_out import held_out_texts, is_build
-from data_pipeline.sources.readers import read_jsonl, read_parquet, read_text
+from data_pipeline.sources.text import read_jsonl, read_parquet, read_text
 from eval.scoring.cli import Evaluation, Options, find_data, main
 from eval.scoring.core import Score, Scorer
 from eval.scoring.results import TaskResult, taken

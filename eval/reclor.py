@@ -7,7 +7,7 @@ its authors for it (Yu et al. 2020, arXiv:2002.04326) and put val.json, and for 
 DATA_ROOT/reclor. The answers of its test file are not published.
 """
 
-from data_pipeline.sources.readers import read_reclor
+from data_pipeline.sources.problems import read_reclor
 from eval.scoring.choices import choice_result
 from eval.scoring.cli import Evaluation, Options, find_data, first, main
 from eval.scoring.core import Scorer, add_fewshot

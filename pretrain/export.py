@@ -16,7 +16,7 @@ from torch import Tensor
 from common.errors import user_errors
 from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
-from data_pipeline.shards.files import Manifest
+from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
 from pretrain import checkpoint, lora

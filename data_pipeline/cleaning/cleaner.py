@@ -98,8 +98,8 @@ def _remove_duplicates(
     owners = [(name, number) for name in names for number in numbers[name].tolist()]
     prints = np.concatenate([units[name].fingerprints(step)[numbers[name]] for name in names])
     found: Duplicates = keep_exact(prints) if step == "exact" else keep_near(prints, recipe.near_threshold)
-    for place in np.flatnonzero(~found.keep).tolist():
-        (name, number), (first_name, first) = owners[place], owners[int(found.duplicate_of[place])]
+    for index in np.flatnonzero(~found.keep).tolist():
+        (name, number), (first_name, first) = owners[index], owners[int(found.duplicate_of[index])]
         kept[name][number] = False
         original = units[first_name][first].text
         _report(report, Removed(name, step, "duplicate"), units[name], number, original)

@@ -1,16 +1,16 @@
-"""Finds the problems of the four evaluation sets in training text.
+"""Finds the held-out problems of the published sets (sources/problems.py) in training text.
 
 A document is contaminated by a problem if it holds a run of `ngram_words` (13, as GPT-3, Brown et al. 2020,
 appendix C) consecutive words of it, or the whole problem where that is shorter, down to MIN_WORDS. Case,
-punctuation, symbols and white space do not count (words.py). What of a problem is compared:
+punctuation, symbols and white space do not count (ngrams.py). What is compared of a problem:
 
-- GSM8K: the question, and the worked answer.
-- ARC: the question without its choices.
-- LogiQA: the passage; with the question if the passage is below `ngram_words`. Its questions alone ("Which of
-  the following, if true, most weakens the argument?") are the phrases of every such test.
-- bAbI: story and question. They are put together from some hundred sentences, so that 13 words of a test
-  story are in nearly every training story: here a run is STORY_WORDS words. Numbers are left out of it on
-  both sides, so that the published files with their line numbers, answers in between, are found as well.
+- The question without its choices, or the passage it is about; with the question if the passage is below
+  `ngram_words`. LogiQA's questions alone ("Which of the following, if true, most weakens the argument?") are
+  the phrases of every such test.
+- The worked answer of a problem without choices (GSM8K).
+- Story and question of a templated set (bAbI). They are put together from some hundred sentences, so that 13
+  words of a test story are in nearly every training story: here a run is STORY_WORDS words. Numbers are left
+  out on both sides, so that the published files with their line numbers, answers in between, are found too.
 """
 
 import re
@@ -21,35 +21,30 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.cleaning.ngrams import ngram_hashes, normalised_words, word_hashes
-from data_pipeline.sources.readers import Problem, read_arc, read_babi, read_gsm8k, read_logiqa
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import PROBLEM_SETS
 
 NGRAM_WORDS = 13
 # A shorter problem is not looked for (294 of ARC's 4417): "Which of these is a mineral?" is in honest text.
 MIN_WORDS = 8
 STORY_WORDS = 32
-_LABEL = re.compile(r"^(?:Passage|Question|Choices|Answer):|^[A-D]\. ", re.MULTILINE)
+_LABEL = re.compile(r"^(?:Passage|Question|Problem|Choices|Answer):|^[A-D]\. ", re.MULTILINE)
 
 # What a Decontaminator reads, relative to the data folder.
-EVALUATION_FILES = (
-    "gsm8k/test.jsonl",
-    *(f"arc/ARC-{level}-{split}.jsonl" for level in ("Easy", "Challenge") for split in ("Test", "Dev")),
-    "logiqa/Eval.txt",
-    "logiqa/Test.txt",
-    "babi/tasks_1-20_v1-2.tar.gz",
-)
+EVALUATION_FILES = tuple(file for problem_set in PROBLEM_SETS for file in problem_set.held_out)
 
 
 class Match(NamedTuple):
     """Why a document is contaminated."""
 
-    set: str  # gsm8k | arc | logiqa | babi
+    set: str  # ProblemSet.name
     problem: str  # Problem.id
     kind: str  # "ngram", a run of words out of the problem, or "question", the whole of a short one
     words: str  # the words both have, normalised
 
 
 class Decontaminator:
-    """An index of the evaluation sets under the data folder `root`.
+    """An index of the held-out problems under the data folder `root`.
 
     Raises DataError as their readers do, for a missing or damaged file.
     """
@@ -57,10 +52,10 @@ class Decontaminator:
     def __init__(self, root: Path, ngram_words: int = NGRAM_WORDS) -> None:
         root = Path(root)
         self._problems = _Runs(_problem_texts(root, ngram_words), ngram_words)
-        self._stories = _Runs(_story_texts(root / "babi/tasks_1-20_v1-2.tar.gz"), STORY_WORDS)
+        self._stories = _Runs(_story_texts(root), STORY_WORDS)
 
     def match(self, text: str) -> Match | None:
-        """The first problem that contaminates `text`; n-grams before whole questions, bAbI last."""
+        """The first problem that contaminates `text`; n-grams before whole questions, stories last."""
         words = normalised_words(text)
         hashes = word_hashes(words)
         if match := self._problems.match(words, hashes):
@@ -77,48 +72,51 @@ class _Named(NamedTuple):
     words: list[str]
 
 
-def _problem_texts(root: Path, ngram_words: int) -> Iterator[_Named]:
-    for problem in read_gsm8k(root / "gsm8k/test.jsonl"):
-        yield _Named("gsm8k", problem.id, normalised_words(_parts(problem)[0]))
-        answer = normalised_words(problem.target)
-        if len(answer) >= ngram_words:  # a shorter one is a handful of numbers
-            yield _Named("gsm8k", problem.id, answer)
-    for level in ("Easy", "Challenge"):
-        for split in ("Test", "Dev"):
-            for problem in read_arc(root / f"arc/ARC-{level}-{split}.jsonl"):
-                yield _Named("arc", problem.id, normalised_words(_parts(problem)[0]))
-    for split in ("Eval", "Test"):
-        for problem in read_logiqa(root / f"logiqa/{split}.txt"):
-            passage, question = (normalised_words(part) for part in _parts(problem)[:2])
-            yield _Named("logiqa", problem.id, passage + question * (len(passage) < ngram_words))
+def _problems(root: Path, templated: bool) -> Iterator[tuple[str, Problem]]:
+    """(name of the set, problem) of the held-out files."""
+    for problem_set in PROBLEM_SETS:
+        if problem_set.templated == templated:
+            for file in problem_set.held_out:
+                yield from ((problem_set.name, problem) for problem in problem_set.read(root / file))
 
 
 def _parts(problem: Problem) -> list[str]:
-    """What stands after each label of the prompt: passage, question, choices."""
+    """What follows each label of the prompt: passage, question, choices."""
     return [part for part in _LABEL.split(problem.prompt) if part.strip()]
 
 
-def _story_texts(path: Path) -> Iterator[_Named]:
-    """Each bAbI test problem as it is asked, with and without the label "Question:", and each whole story as
-    it is published, with its questions and answers in between.
+def _problem_texts(root: Path, ngram_words: int) -> Iterator[_Named]:
+    for name, problem in _problems(root, templated=False):
+        asked, *others = _parts(problem)
+        words = normalised_words(asked)
+        if problem.prompt.startswith("Passage:") and len(words) < ngram_words:
+            words += normalised_words(others[0])
+        yield _Named(name, problem.id, words)
+        answer = [] if problem.choices else normalised_words(problem.target)
+        if len(answer) >= ngram_words:  # a shorter one is a handful of numbers
+            yield _Named(name, problem.id, answer)
 
-    Of a story that goes on from problem to problem only the new runs are given.
+
+def _story_texts(root: Path) -> Iterator[_Named]:
+    """Each problem as it is asked, with and without the label "Question:", and each whole story as it is
+    published, with its questions and answers in between.
+
+    Of a story that continues from problem to problem only the new runs are given.
     """
-    for size in ("en", "en-10k"):
-        before, story, published = "", list[str](), _Named("babi", "", [])
-        for problem in read_babi(path, "test", size):
-            passage, question = _parts(problem)
-            if not before or not passage.startswith(before):
-                yield published
-                before, story, published = "", [], _Named("babi", problem.id, [])
-            added, ask = normalised_words(passage[len(before) :]), normalised_words(question)
-            runs = story[max(0, len(story) - STORY_WORDS + 1) :] + added
-            yield _Named("babi", problem.id, runs + ask)
-            if len(runs + ask) >= MIN_WORDS:  # not with the help of the label
-                yield _Named("babi", problem.id, [*runs, "question", *ask])
-            published.words.extend(added + ask + normalised_words(problem.target))
-            before, story = passage, story + added
-        yield published
+    before, story, published = "", list[str](), _Named("", "", [])
+    for name, problem in _problems(root, templated=True):
+        passage, question = _parts(problem)
+        if not before or not passage.startswith(before):
+            yield published
+            before, story, published = "", [], _Named(name, problem.id, [])
+        added, ask = normalised_words(passage[len(before) :]), normalised_words(question)
+        runs = story[max(0, len(story) - STORY_WORDS + 1) :] + added
+        yield _Named(name, problem.id, runs + ask)
+        if len(runs + ask) >= MIN_WORDS:  # not with the help of the label
+            yield _Named(name, problem.id, [*runs, "question", *ask])
+        published.words.extend(added + ask + normalised_words(problem.target))
+        before, story = passage, story + added
+    yield published
 
 
 class _Runs:
@@ -180,7 +178,7 @@ class _Grams:
     def find(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(positions in `hashes` (W,) that are in the set, ascending; their owners)."""
         positions = np.flatnonzero(self._table[hashes >> self._shift])
-        places = np.searchsorted(self._grams, hashes[positions])
-        places[places == len(self._grams)] = 0
-        found = self._grams[places] == hashes[positions]
-        return positions[found], self._owners[places[found]]
+        candidates = np.searchsorted(self._grams, hashes[positions])
+        candidates[candidates == len(self._grams)] = 0
+        found = self._grams[candidates] == hashes[positions]
+        return positions[found], self._owners[candidates[found]]

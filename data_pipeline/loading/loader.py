@@ -15,10 +15,10 @@ import numpy as np
 
 from common.nearest import nearest
 from data_pipeline.errors import DataError
-from data_pipeline.loading.packing import Packing, Plan, Rows, packing_of
+from data_pipeline.loading.packing import Packing, PackingPlan, Rows, packing_of
 from data_pipeline.loading.sample_order import Order, Stage, stage_starts
 from data_pipeline.loading.streaming import ShardCache, open_data
-from data_pipeline.shards.files import SPLITS, Manifest, Shard
+from data_pipeline.shards.manifest import SPLITS, Manifest, Shard
 from data_pipeline.shards.token_stream import DamagedError, TokenStream
 
 PLANNED_ROWS = 512  # rows of this rank that are planned at once, which costs little more than one
@@ -32,7 +32,8 @@ class _Plans:
     sources: np.ndarray  # (steps, b) source numbers
     epochs: np.ndarray  # (steps, b)
     rows: np.ndarray  # (steps, b)
-    by_source: dict[int, tuple[np.ndarray, Plan]]  # (steps + 1,) rows of the source before each step; of all
+    # (steps + 1,) rows of the source before each step; the plan of all its rows
+    by_source: dict[int, tuple[np.ndarray, PackingPlan]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Loader:
     """Batches of a built data folder: the global batch of a step depends on (manifest, seed, step) and the
     settings below alone.
 
-    `rows`, `dropped_tokens`, `padded_tokens`: per source, rows in an epoch, tokens in no row, and places of
-    an epoch without token; a source that is in no stage is in none of them. `labelled`: the sources that have
-    labels. `longest_document`: its tokens, by source. `damaged`: (source, row) left out, with the reason.
+    `rows`, `dropped_tokens`, `padded_tokens`: per source, rows in an epoch, tokens in no row, and
+    positions of an epoch without a token; sources that no stage draws from are absent. `labelled`: the
+    sources that have labels. `longest_document`: its tokens, by source. `damaged`: (source, row) left out,
+    with the reason.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Loader:
         Args:
             path: folder or URL, see streaming.open_data, also for `cache` and `cache_bytes`.
             packing: concat | best_fit, see packing.py.
-            stages: see order.stage_starts; none: the recipe's weights for the whole run.
+            stages: see sample_order.stage_starts; none: the recipe's weights for the whole run.
             shuffle_shards: 0: an epoch is a permutation of all rows; K: of the blocks of K shards, and of the
                 rows of each block, so that few shards are in use at a time.
             max_damaged_rows: distinct rows that this process may leave out because a member they touch is
@@ -193,15 +195,15 @@ class Loader:
         if step < 0:
             raise DataError(f"step {step} is negative: steps count from 0")
         plans = self._plan(step)
-        place = step - plans.first
-        sources, rows = plans.sources[place], plans.rows[place]
+        number = step - plans.first
+        sources, rows = plans.sources[number], plans.rows[number]
         out = Rows(len(rows), self.sequence_length, self._cu_size)
         for source in set(sources.tolist()):
             self._read(step, source, out)
         names = [self._order.names[source] for source in sources.tolist()]
         ids = list(zip(names, rows.tolist(), strict=True))
         self._prefetch(step)
-        epochs = plans.epochs[place].tolist()
+        epochs = plans.epochs[number].tolist()
         return Batch(out.tokens, out.targets, out.cu_seqlens, out.lengths, ids, epochs)
 
     def _read(self, step: int, source: int, out: Rows) -> None:
@@ -209,20 +211,20 @@ class Loader:
         plans, packing = self._plan(step), self._packings[self._order.names[source]]
         before, plan = plans.by_source[source]
         first, stop = before[step - plans.first :][:2].tolist()
-        places = np.flatnonzero(plans.sources[step - plans.first] == source)
+        out_rows = np.flatnonzero(plans.sources[step - plans.first] == source)
         try:
-            packing.read(plan, first, stop, out, places)
+            packing.read(plan, first, stop, out, out_rows)
             return
         except DamagedError:
             if self.max_damaged_rows == 0:
                 raise
-        for number, place in enumerate(places.tolist(), start=first):
+        for number, out_row in enumerate(out_rows.tolist(), start=first):
             try:
-                packing.read(plan, number, number + 1, out, np.array([place]))
+                packing.read(plan, number, number + 1, out, np.array([out_row]))
             except DamagedError as error:
-                row = int(plans.rows[step - plans.first, place])
+                row = int(plans.rows[step - plans.first, out_row])
                 self._leave_out(step, self._order.names[source], row, error)
-                out.clear(place)
+                out.clear(out_row)
 
     def _leave_out(self, step: int, name: str, row: int, error: DamagedError) -> None:
         if (name, row) in self.damaged:

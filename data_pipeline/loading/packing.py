@@ -11,7 +11,7 @@ import numpy as np
 
 from common.nearest import nearest
 from data_pipeline.errors import DataError
-from data_pipeline.shards.files import IGNORE_INDEX
+from data_pipeline.shards.format import IGNORE_INDEX
 from data_pipeline.shards.token_stream import Spans, TokenStream
 from data_pipeline.tokenization.tokenizer import PAD_ID
 
@@ -26,12 +26,12 @@ class Layout(NamedTuple):
     document: np.ndarray
 
 
-class Plan(NamedTuple):
+class PackingPlan(NamedTuple):
     """What reading n rows takes, all of it worked out at once."""
 
     lengths: np.ndarray  # (n,) int32, tokens before the padding
     cu_seqlens: np.ndarray  # (n, S) int32
-    spans: Spans  # to places row * (T + 1) + column: the target at a row's edge lies one token past it
+    spans: Spans  # to offsets row * (T + 1) + column: the target at a row's edge lies one token past it
     first_spans: np.ndarray  # (n + 1,)
     ignored: np.ndarray  # (i,) ascending row * T + column without target, the padding's not among them
     first_ignored: np.ndarray  # (n + 1,)
@@ -63,7 +63,7 @@ class Packing(ABC):
     rows: int
     max_segments: int  # of any row, padding at its end counted as one
     dropped_tokens: int  # in no row
-    padded_tokens: int  # places of an epoch that hold no token
+    padded_tokens: int  # positions of an epoch that hold no token
     longest_document: int  # tokens
 
     def __init__(self, stream: TokenStream, sequence_length: int, blocks: np.ndarray | None = None) -> None:
@@ -81,7 +81,7 @@ class Packing(ABC):
     def layout(self, rows: np.ndarray) -> Layout:
         """The pieces of `rows` (n,)."""
 
-    def plan(self, rows: np.ndarray, cu_size: int) -> Plan:
+    def plan(self, rows: np.ndarray, cu_size: int) -> PackingPlan:
         """How to read `rows` (n,); cu_size above max_segments. Reads no shard.
 
         No target has a document's last token, nor one before a token of a masked prompt; in a labelled source
@@ -109,41 +109,41 @@ class Packing(ABC):
             if stream.has_prompts:
                 masked = np.clip(stream.prompt_ends[document] - 1 - start, 0, length)
                 ignored = np.union1d(ignored, ragged(row * T + column, masked)[1])
-        return Plan(
+        return PackingPlan(
             lengths.astype(np.int32),
             cu,
             spans,
-            np.searchsorted(spans.place, np.arange(n + 1) * (T + 1)),
+            np.searchsorted(spans.offset, np.arange(n + 1) * (T + 1)),
             ignored,
             np.searchsorted(ignored, np.arange(n + 1) * T),
         )
 
-    def read(self, plan: Plan, first: int, stop: int, out: Rows, places: np.ndarray) -> None:
-        """Fill rows `places` (stop - first,) of `out` with the rows first..stop-1 of `plan`.
+    def read(self, plan: PackingPlan, first: int, stop: int, out: Rows, out_rows: np.ndarray) -> None:
+        """Fill rows `out_rows` (stop - first,) of `out` with the rows first..stop-1 of `plan`.
 
-        A target is the label at its place in a labelled source, else the next token. Padding is a segment of
-        its own without targets. Raises DamagedError where a member that the rows touch is damaged; what was
-        filled in by then is undefined.
+        A target is the label at its position in a labelled source, else the next token. Padding is a
+        segment of its own without targets. Raises DamagedError if a member that the rows touch is damaged;
+        what was filled in by then is undefined.
         """
         T, stream = self._T, self._stream
         spans = plan.spans.part(slice(plan.first_spans[first], plan.first_spans[stop]))
-        row, column = np.divmod(spans.place, T + 1)
-        at = places[row - first]
-        stream.copy(spans, out.flat_tokens, at * (T + 1) + column)
+        row, column = np.divmod(spans.offset, T + 1)
+        into = out_rows[row - first]
+        stream.copy(spans, out.flat_tokens, into * (T + 1) + column)
         if stream.labelled:
-            stream.copy(spans, out.targets.reshape(-1), at * T + column, labels=True)
-        for place, length in zip(places.tolist(), plan.lengths[first:stop].tolist(), strict=True):
+            stream.copy(spans, out.targets.reshape(-1), into * T + column, labels=True)
+        for out_row, length in zip(out_rows.tolist(), plan.lengths[first:stop].tolist(), strict=True):
             if not stream.labelled:
-                out.targets[place] = out.following[place]
+                out.targets[out_row] = out.following[out_row]
             if length < T:
-                out.tokens[place, length:] = PAD_ID
-                out.targets[place, length:] = IGNORE_INDEX
+                out.tokens[out_row, length:] = PAD_ID
+                out.targets[out_row, length:] = IGNORE_INDEX
         ignored = plan.ignored[plan.first_ignored[first] : plan.first_ignored[stop]]
         if len(ignored):
             row, column = np.divmod(ignored, T)
-            out.targets[places[row - first], column] = IGNORE_INDEX
-        out.cu_seqlens[places] = plan.cu_seqlens[first:stop]
-        out.lengths[places] = plan.lengths[first:stop]
+            out.targets[out_rows[row - first], column] = IGNORE_INDEX
+        out.cu_seqlens[out_rows] = plan.cu_seqlens[first:stop]
+        out.lengths[out_rows] = plan.lengths[first:stop]
 
 
 class ConcatPacking(Packing):

@@ -1,8 +1,9 @@
-"""Which row of which source stands at which place of the global sample sequence: O(1), without state.
+"""Which row of which source comes at which position of the global sample sequence: O(1), without state.
 
-Sample `counter` takes its source from the periodic mixture table of its stage, its epoch and place from how
-many samples of that source came before (a sum of whole stages and whole periods), and its row from a
-permutation keyed by (seed, source, epoch); of blocks and of the rows in each, where there are blocks.
+Sample `counter` takes its source from the periodic mixture table of its stage, its epoch and its position
+in the epoch from how many samples of that source came before (a sum of whole stages and whole periods), and
+its row from a permutation keyed by (seed, source, epoch); of blocks and of the rows in each, where there are
+blocks.
 """
 
 import hashlib
@@ -28,8 +29,8 @@ class Stage:
 
 
 def permute(index: int | np.ndarray, size: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
-    """Places of `index` (any shape, in 0..size-1) in the permutation of range(size) that `key` (64 bits)
-    names. `size` and `key` are numbers or arrays of the shape of `index`: then each place has its own.
+    """Positions of `index` (any shape, in 0..size-1) in the permutation of range(size) that `key` (64 bits)
+    names. `size` and `key` are numbers or arrays of the shape of `index`: then each index has its own.
 
     A Feistel network over the smallest power of 4 that holds `size`; results past the end are sent through
     again until they fall inside (cycle walking), which keeps the map one-to-one. Returns int64 of the shape
@@ -74,8 +75,8 @@ def key_of(*parts: object) -> int:
 def mixture_table(weights: Mapping[str, float], period: int = MIXTURE_PERIOD) -> np.ndarray:
     """Source numbers (period,) int64: at every prefix each source's count stays below its share + 1.
 
-    The weights are quantised to n / period by largest remainder; each place goes to the source with the
-    largest deficit. Raises DataError for a weight that is too small to get a place.
+    The weights are quantised to n / period by largest remainder; each slot goes to the source with the
+    largest deficit. Raises DataError for a weight that is too small to get a slot.
     """
     total = sum(weights.values())
     shares = np.array([weight / total * period for weight in weights.values()])
@@ -87,15 +88,15 @@ def mixture_table(weights: Mapping[str, float], period: int = MIXTURE_PERIOD) ->
             raise DataError(f"source {name!r} has weight {weights[name]}, under 1/{period} of all: raise it")
     deficit = np.zeros(len(counts), dtype=np.int64)  # in units of 1 / period samples
     table = np.empty(period, dtype=np.int64)
-    for place in range(period):
+    for slot in range(period):
         deficit += counts
-        table[place] = source = int(np.argmax(deficit))
+        table[slot] = source = int(np.argmax(deficit))
         deficit[source] -= period
     return table
 
 
 class _Mixture:
-    """One stage: a periodic table of source numbers, and what is drawn before any place of it."""
+    """One stage: a periodic table of source numbers, and what is drawn before each of its slots."""
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, float], start: int) -> None:
         drawn = {name: weights[name] for name in names if weights.get(name, 0)}
@@ -103,14 +104,14 @@ class _Mixture:
         self.start = start  # the first global sample
         self.table = numbers[mixture_table(drawn)]  # (period,)
         one_hot = self.table[:, None] == np.arange(len(names))
-        # (period,) places of the same source before this one
+        # (period,) slots of the same source before this one
         self.earlier = (np.cumsum(one_hot, axis=0) - one_hot)[np.arange(len(self.table)), self.table]
         self.per_period = one_hot.sum(axis=0)  # (sources,)
 
     def drawn(self, count: int) -> np.ndarray:
         """(sources,) samples of each source among the first `count` of the stage."""
-        period, place = divmod(count, len(self.table))
-        return period * self.per_period + np.bincount(self.table[:place], minlength=len(self.per_period))
+        period, slot = divmod(count, len(self.table))
+        return period * self.per_period + np.bincount(self.table[:slot], minlength=len(self.per_period))
 
 
 class _Blocks:
@@ -155,7 +156,7 @@ class Order:
         0.
         """
         sources, drawn = self._draw(np.asarray(counters, dtype=np.int64))
-        epochs, places = np.divmod(drawn, self.rows[sources])
+        epochs, positions = np.divmod(drawn, self.rows[sources])
         sizes, firsts = self.rows[sources], np.zeros(len(sources), dtype=np.int64)
         keys = np.empty(len(sources), dtype=np.uint64)
         for source, epoch in sorted(set(zip(sources.tolist(), epochs.tolist(), strict=True))):
@@ -164,14 +165,14 @@ class Order:
                 keys[here] = key_of(self._seed, self.names[source], epoch)
                 continue
             order = self._blocks_of(source, epoch)
-            number = np.searchsorted(order.ends, places[here], side="right")
+            number = np.searchsorted(order.ends, positions[here], side="right")
             block = order.order[number]
             sizes[here], firsts[here] = self._blocks[source][block], self._first_rows[source][block]
-            places[here] -= order.ends[number] - sizes[here]
+            positions[here] -= order.ends[number] - sizes[here]
             distinct, which = np.unique(block, return_inverse=True)
             names = [key_of(self._seed, self.names[source], epoch, b) for b in distinct.tolist()]
             keys[here] = np.array(names, dtype=np.uint64)[which]
-        return sources, epochs, firsts + permute(places, sizes, keys)
+        return sources, epochs, firsts + permute(positions, sizes, keys)
 
     def _draw(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source number, samples of it before) of each counter, (n,) int64."""
@@ -179,11 +180,11 @@ class Order:
         sources, drawn = np.empty_like(counters), np.empty_like(counters)
         for stage in np.unique(stages).tolist():
             here, mixture = stages == stage, self._mixtures[stage]
-            period, place = np.divmod(counters[here] - mixture.start, len(mixture.table))
-            found = mixture.table[place]
+            period, slot = np.divmod(counters[here] - mixture.start, len(mixture.table))
+            found = mixture.table[slot]
             sources[here] = found
             drawn[here] = (
-                self._before[stage][found] + period * mixture.per_period[found] + mixture.earlier[place]
+                self._before[stage][found] + period * mixture.per_period[found] + mixture.earlier[slot]
             )
         return sources, drawn
 
@@ -208,9 +209,9 @@ class Order:
         """The block of each source that comes after the one that it stands in at global sample `counter`."""
         following = {}
         for source, drawn in enumerate(self.drawn(counter).values()):
-            epoch, place = divmod(drawn, int(self.rows[source]))
+            epoch, position = divmod(drawn, int(self.rows[source]))
             order = self._blocks_of(source, epoch)
-            end = int(order.ends[np.searchsorted(order.ends, place, side="right")])
+            end = int(order.ends[np.searchsorted(order.ends, position, side="right")])
             if end == self.rows[source]:  # the last of the epoch
                 order, end = self._order_blocks(source, epoch + 1), 0
             following[self.names[source]] = int(order.order[np.searchsorted(order.ends, end, side="right")])

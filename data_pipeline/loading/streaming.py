@@ -16,7 +16,7 @@ from threading import Thread
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.files import MANIFEST, TOKENIZER, Manifest, Shard, open_manifest, parse_manifest
+from data_pipeline.shards.manifest import MANIFEST, TOKENIZER, Manifest, Shard, open_manifest, parse_manifest
 from data_pipeline.shards.token_stream import DamagedError, ShardFiles
 from data_pipeline.sources.remote import download, is_url, unfinished
 
@@ -56,7 +56,7 @@ def open_data(
 class ShardCache(ShardFiles):
     """The shards of a URL, each fetched when it is first asked for or before."""
 
-    mend = "delete it from the cache, it is fetched again"
+    fix = "delete it from the cache, it is fetched again"
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int | None) -> None:
         super().__init__(manifest.path, manifest.dtype)

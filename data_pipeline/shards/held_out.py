@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.files import MANIFEST, open_manifest
+from data_pipeline.shards.manifest import MANIFEST, open_manifest
 from data_pipeline.shards.token_stream import TokenStream
 from data_pipeline.tokenization.tokenizer import Tokenizer
 

@@ -7,16 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.files import (
-    DOCUMENT_DTYPE,
-    IGNORE_INDEX,
-    INDEX_DTYPE,
-    REBUILD,
-    Manifest,
-    Shard,
-    check_size,
-    read_index,
-)
+from data_pipeline.shards.format import DOCUMENT_DTYPE, IGNORE_INDEX, INDEX_DTYPE
+from data_pipeline.shards.manifest import REBUILD, Manifest, Shard, check_size, read_index
 
 
 class DamagedError(DataError):
@@ -26,7 +18,7 @@ class DamagedError(DataError):
 class ShardFiles:
     """The shards of a data folder, each mapped when it is first asked for."""
 
-    mend = REBUILD
+    fix = REBUILD
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder, self._dtype = folder, np.dtype(dtype)
@@ -50,15 +42,15 @@ class ShardFiles:
 
 
 class Spans(NamedTuple):
-    """Runs of tokens, none across two members, for places of an output. All (n,) int64."""
+    """Runs of tokens, none across two members, and where each goes in an output. All (n,) int64."""
 
-    place: np.ndarray
+    offset: np.ndarray  # in the flat output
     length: np.ndarray
     member: np.ndarray
     begin: np.ndarray  # in the array of the member's shard
 
     def part(self, rows: np.ndarray | slice) -> "Spans":
-        return Spans(self.place[rows], self.length[rows], self.member[rows], self.begin[rows])
+        return Spans(self.offset[rows], self.length[rows], self.member[rows], self.begin[rows])
 
 
 class TokenStream:
@@ -90,8 +82,8 @@ class TokenStream:
         self._member_starts = self.document_starts[first_document]  # (members + 1,) in tokens
         # Where a member's first token stands in its shard, less the tokens before it in the stream.
         header = 4 * (1 + 2 * self._members["documents"].astype(np.int64))
-        offset = (self._members["offset"].astype(np.int64) + header) // self._dtype.itemsize
-        self._shifts = offset - self._member_starts[:-1]
+        in_shard = (self._members["offset"].astype(np.int64) + header) // self._dtype.itemsize
+        self._shifts = in_shard - self._member_starts[:-1]
         self._no_label = np.iinfo(self._dtype).max
         self._verified = np.zeros(len(self._members), dtype=bool)
 
@@ -109,23 +101,23 @@ class TokenStream:
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
         out = np.empty(stop - start, dtype=np.int32)
         spans = self.spans(np.array([0]), np.array([start]), np.array([stop]))
-        self.copy(spans, out, spans.place, labels=labels)
+        self.copy(spans, out, spans.offset, labels=labels)
         return out
 
-    def spans(self, places: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Spans:
-        """Where the tokens [starts[i], stops[i]) lie that belong at places[i], ascending, of an output."""
+    def spans(self, offsets: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Spans:
+        """Where the tokens [starts[i], stops[i]) lie that go to offsets[i], ascending, of an output."""
         parts = []
         while len(starts):
             member = np.searchsorted(self._member_starts, starts, side="right") - 1
             ends = np.minimum(stops, self._member_starts[member + 1])
-            parts.append(Spans(places, ends - starts, member, starts + self._shifts[member]))
+            parts.append(Spans(offsets, ends - starts, member, starts + self._shifts[member]))
             over = ends < stops  # the rest lies in the next member
-            places, starts, stops = (places + ends - starts)[over], ends[over], stops[over]
+            offsets, starts, stops = (offsets + ends - starts)[over], ends[over], stops[over]
         spans = Spans(*map(np.concatenate, zip(*parts, strict=True)))
-        return spans if len(parts) == 1 else spans.part(np.argsort(spans.place, kind="stable"))
+        return spans if len(parts) == 1 else spans.part(np.argsort(spans.offset, kind="stable"))
 
-    def copy(self, spans: Spans, out: np.ndarray, places: np.ndarray, labels: bool = False) -> None:
-        """Copy the spans' tokens, or labels, to `places` of the flat int32 `out`.
+    def copy(self, spans: Spans, out: np.ndarray, offsets: np.ndarray, labels: bool = False) -> None:
+        """Copy the spans' tokens, or labels, to `offsets` of the flat int32 `out`.
 
         Raises DamagedError if a member that they lie in fails its checksum; what was copied by then is
         undefined.
@@ -135,13 +127,13 @@ class TokenStream:
         begin = spans.begin
         if labels:  # they stand behind the member's tokens
             begin = begin + self._member_starts[spans.member + 1] - self._member_starts[spans.member]
-        columns = (places, begin, begin + spans.length, self._shard_of[spans.member])
+        columns = (offsets, begin, begin + spans.length, self._shard_of[spans.member])
         array, shards = self._files.array, self.shards
-        for place, first, stop, shard in zip(*(column.tolist() for column in columns), strict=True):
+        for offset, first, stop, shard in zip(*(column.tolist() for column in columns), strict=True):
             stored = array(shards[shard])[first:stop]
-            out[place : place + stop - first] = stored
+            out[offset : offset + stop - first] = stored
             if labels:
-                out[place : place + stop - first][stored == self._no_label] = IGNORE_INDEX
+                out[offset : offset + stop - first][stored == self._no_label] = IGNORE_INDEX
 
     def _verify(self, members: np.ndarray) -> None:
         """Compares checksums, each once a process: afterwards the page cache is trusted."""
@@ -154,6 +146,6 @@ class TokenStream:
                 name = member - int(np.searchsorted(self._shard_of, number))
                 path = self._files.folder / self.shards[number].file
                 raise DamagedError(
-                    f"{path} member {name:06d}: its checksum differs, it is damaged: {self._files.mend}"
+                    f"{path} member {name:06d}: its checksum differs, it is damaged: {self._files.fix}"
                 )
             self._verified[member] = True

@@ -17,23 +17,11 @@ from omegaconf import MISSING
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
+from data_pipeline.sources.documents import AnyDocument, Document, LabelledDocument, Problem, TracedDocument
 from data_pipeline.sources.files import require_file
-from data_pipeline.sources.readers import (
-    AnyDocument,
-    Document,
-    LabelledDocument,
-    Problem,
-    TracedDocument,
-    read_arc,
-    read_babi,
-    read_gsm8k,
-    read_jsonl,
-    read_logiqa,
-    read_parquet,
-    read_text,
-    read_wiki,
-)
+from data_pipeline.sources.problems import read_arc, read_babi, read_gsm8k, read_logiqa
 from data_pipeline.sources.remote import expand, fetch, is_url
+from data_pipeline.sources.text import read_jsonl, read_parquet, read_text, read_wiki
 from data_pipeline.sources.traced import traced_causal_loop_v2, traced_gsm8k, traced_icot, traced_prosqa
 from data_pipeline.tasks import addition, causal_loop, causal_loop_v2, p_hop
 

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.documents import Problem, TracedDocument
 from data_pipeline.sources.files import json_lines, json_value, text_fields, text_lines
-from data_pipeline.sources.readers import Problem, TracedDocument
+from data_pipeline.sources.published import GITHUB, DataSet, files_of
 from data_pipeline.tasks.causal_loop_v2 import Sample
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,23 @@ def traced_prosqa(path: Path, keep_last_step: bool = True) -> Iterator[TracedDoc
 def read_prosqa(path: Path) -> Iterator[Problem]:
     """The questions and answers of a ProsQA file (see `traced_prosqa`)."""
     return _problems(_prosqa(path), path, "prosqa")
+
+
+PROSQA = DataSet(
+    "prosqa",
+    "MIT",
+    "https://github.com/facebookresearch/coconut",
+    files_of(
+        "prosqa",
+        f"{GITHUB}/facebookresearch/coconut/main/",
+        """
+    99e40ce7e9107fd02e35bcd78a7a4479bd57f415bab0a6efd37cc11a72e594f6  data/prosqa_train.json
+    c74e0de24f1e90ec48b1a993e6458a7be4caeef3928f5104e3c2e45d689a5249  data/prosqa_valid.json
+    82ddc0afe6ee30eb31bb16fa208e293e55278a20fa987098d48519cae7e12680  data/prosqa_test.json
+    cf9b17822d1fcd4ff32ccbe14183386fb3adf6f2ff92dc184130823f7fc28173  LICENSE
+    """,
+    ),
+)
 
 
 def _prosqa(path: Path) -> Iterator[TracedDocument]:

@@ -17,8 +17,8 @@ from data_pipeline.cleaning.report import CleaningReport
 from data_pipeline.errors import DataError
 from data_pipeline.loading.sample_order import key_of, permute
 from data_pipeline.recipe import Recipe, source_options
-from data_pipeline.shards.files import SPLITS
-from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.shards.manifest import SPLITS
+from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.sources.registry import within_limits
 from data_pipeline.staging.units import Units
 from data_pipeline.tokenization.tokenizer import train_tokenizer
@@ -30,7 +30,7 @@ LABELLED_FACTOR = 4  # a character of a labelled text becomes a token and a labe
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """Places first..last of the shuffled documents of a split."""
+    """Positions first..last-1 of the shuffled documents of a split."""
 
     source: str
     split: str
@@ -44,15 +44,15 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     build_hash: str  # of recipe and input files
     labelled: dict[str, bool]  # by source
     shards: tuple[PlannedShard, ...]
 
     @staticmethod
-    def load(work: Path) -> "Plan":
+    def load(work: Path) -> "BuildPlan":
         fields = json.loads((work / PLAN).read_text())
-        return Plan(**{**fields, "shards": tuple(PlannedShard(**shard) for shard in fields["shards"])})
+        return BuildPlan(**{**fields, "shards": tuple(PlannedShard(**shard) for shard in fields["shards"])})
 
     def save(self, work: Path) -> None:
         write_file(work / PLAN, json.dumps(asdict(self)).encode())
@@ -60,7 +60,7 @@ class Plan:
 
 def make_plan(
     recipe: Recipe, units: dict[str, Units], build_hash: str, work: Path
-) -> tuple[Plan, CleaningReport]:
+) -> tuple[BuildPlan, CleaningReport]:
     """Chooses, splits and shuffles the documents of every source; the orders go to `work`.
 
     Raises:
@@ -86,7 +86,7 @@ def make_plan(
             limit = SHARD_TEXT_BYTES // (LABELLED_FACTOR if labelled[name] else 1)
             bounds = cut(sizes[name][order], limit)
             shards += [PlannedShard(name, split, n, *bound) for n, bound in enumerate(bounds)]
-    return Plan(build_hash, labelled, tuple(shards)), report
+    return BuildPlan(build_hash, labelled, tuple(shards)), report
 
 
 def order_file(work: Path, source: str, split: str) -> Path:

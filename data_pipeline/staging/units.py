@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.readers import (
+from data_pipeline.sources.documents import (
     ANSWER_PREFIX,
     AnyDocument,
     Document,
@@ -155,13 +155,13 @@ class Unit:
 
 def _traced(text: bytes, start: int, sizes: list[int]) -> TracedDocument:
     """The document with this `text`, whose steps, of `sizes` bytes, begin at `start`."""
-    steps, place = [], start
+    steps, begin = [], start
     for size in sizes:
-        steps.append(text[place : place + size].decode())
-        place += size + 1
-    place = max(start, place - 1)  # no space after the last step
+        steps.append(text[begin : begin + size].decode())
+        begin += size + 1
+    begin = max(start, begin - 1)  # no space after the last step
     return TracedDocument(
-        text[:start].decode(), tuple(steps), text[place:].decode().removeprefix(f"{ANSWER_PREFIX} ")
+        text[:start].decode(), tuple(steps), text[begin:].decode().removeprefix(f"{ANSWER_PREFIX} ")
     )
 
 

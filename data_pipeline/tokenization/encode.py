@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.files import IGNORE_INDEX, EncodedDocument
-from data_pipeline.sources.readers import ANSWER_PREFIX, Document, LabelledDocument, TracedDocument
+from data_pipeline.shards.format import IGNORE_INDEX, EncodedDocument
+from data_pipeline.sources.documents import ANSWER_PREFIX, Document, LabelledDocument, TracedDocument
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
 

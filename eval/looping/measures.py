@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.tokenization.encode import CharacterIds, encode_labelled
 from eval.scoring.core import Scorer
 from eval.scoring.inference import with_halting

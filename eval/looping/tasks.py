@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.nearest import nearest
-from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.tasks import addition, causal_loop_v2, p_hop
 from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval.scoring.core import Score, Scorer, score_choices
 from eval.scoring.results import TaskResult, majority, taken
 

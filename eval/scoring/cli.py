@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import user_errors
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval.scoring.core import Scorer
 from eval.scoring.journal import Journal, checkpoint_fingerprint
 from eval.scoring.results import (

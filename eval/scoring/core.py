@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval.scoring.scorer import Scorer
 
 __all__ = [

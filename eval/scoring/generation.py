@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval.scoring.cli import Options
 from eval.scoring.core import Scorer
 from eval.scoring.results import taken

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from data_pipeline.sources.readers import ANSWER_PREFIX
+from data_pipeline.sources.documents import ANSWER_PREFIX
 from data_pipeline.tokenization.encode import encode_question, encode_traced
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.inference import pad

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.sources.readers import ANSWER_PREFIX, Problem, TracedDocument, read_gsm8k
+from data_pipeline.sources.documents import ANSWER_PREFIX, Problem, TracedDocument
+from data_pipeline.sources.problems import read_gsm8k
 from data_pipeline.sources.traced import read_icot, read_prosqa, traced_causal_loop_v2
 from data_pipeline.tasks import causal_loop_v2
 from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer

@@ -8,7 +8,9 @@ import pytest
 
 from common.files import write_file
 from data_pipeline.loading.packing import Packing, Rows
-from data_pipeline.shards.files import EncodedDocument, Manifest, Source, Split, write_manifest, write_shards
+from data_pipeline.shards.format import EncodedDocument
+from data_pipeline.shards.manifest import Manifest, Source, Split, write_manifest
+from data_pipeline.shards.writer import write_shards
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 
 Documents = dict[str, dict[str, list[list[int]]]]  # source -> split -> documents

@@ -15,10 +15,10 @@ from data_pipeline.build import build, main, summary
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import OWN_KEYS, load_recipe
-from data_pipeline.shards.files import open_manifest
+from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.shards.token_stream import TokenStream
-from data_pipeline.sources.readers import read_wiki
 from data_pipeline.sources.registry import read_documents
+from data_pipeline.sources.text import read_wiki
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from data_pipeline.verify import verify
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.cleaning.decontaminate import MIN_WORDS, STORY_WORDS, Decontaminator
 from data_pipeline.errors import DataError
-from data_pipeline.sources.readers import read_arc, read_babi, read_logiqa, read_text, read_wiki
+from data_pipeline.sources.problems import read_arc, read_babi, read_logiqa
+from data_pipeline.sources.text import read_text, read_wiki
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.cleaning.dedup import PERMUTATIONS, bands, exact_hash, keep_exact, keep_near, signature
-from data_pipeline.sources.readers import read_wiki
+from data_pipeline.sources.text import read_wiki
 
 
 def jaccard(a: str, b: str) -> float:

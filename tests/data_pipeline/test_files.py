@@ -20,15 +20,8 @@ from pyarrow import parquet
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.files import Stream, json_lines, parquet_rows, tar_members, text_lines
-from data_pipeline.sources.readers import (
-    read_arc,
-    read_gsm8k,
-    read_jsonl,
-    read_logiqa,
-    read_parquet,
-    read_text,
-    read_wiki,
-)
+from data_pipeline.sources.problems import read_arc, read_gsm8k, read_logiqa
+from data_pipeline.sources.text import read_jsonl, read_parquet, read_text, read_wiki
 
 
 def zstd(data: bytes) -> bytes:

@@ -14,7 +14,7 @@ from tokenizers import normalizers
 from data_pipeline.build import build
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import Recipe, TokenizerRecipe, load_recipe
-from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.sources.documents import TracedDocument
 from data_pipeline.tokenization.encode import encode_traced
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model.hf.files import write_json

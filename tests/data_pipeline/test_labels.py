@@ -13,18 +13,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.recipe import OWN_KEYS, Recipe, TokenizerRecipe
-from data_pipeline.shards.files import (
-    EncodedDocument,
-    Manifest,
-    Source,
-    Split,
-    open_manifest,
-    write_manifest,
-    write_shards,
-)
+from data_pipeline.shards.format import EncodedDocument
+from data_pipeline.shards.manifest import Manifest, Source, Split, open_manifest, write_manifest
 from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.shards.writer import write_shards
 from data_pipeline.sources import registry as kinds_module
-from data_pipeline.sources.readers import Document, LabelledDocument
+from data_pipeline.sources.documents import Document, LabelledDocument
 from data_pipeline.sources.registry import read_documents
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.verify import verify
@@ -277,7 +271,7 @@ def test_the_mark_for_none_is_never_a_piece(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["p_hop", "addition"])
 def test_recipes_build(tmp_path, capsys, name):
-    path = Path(kinds_module.__file__).parent / "recipes" / f"{name}.yaml"
+    path = Path(kinds_module.__file__).parents[1] / "recipes" / f"{name}.yaml"
     main(["--recipe", str(path), "--out", str(tmp_path / "out"), "sources.0.num_samples=2000"])
     vocabulary = int(re.findall(r"vocabulary: (\d+) pieces", capsys.readouterr().out)[0])
     manifest = verify(tmp_path / "out")

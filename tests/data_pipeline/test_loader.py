@@ -14,7 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Batch, Loader
 from data_pipeline.loading.packing import IGNORE_INDEX, ConcatPacking
 from data_pipeline.loading.sample_order import Stage
-from data_pipeline.shards.files import open_manifest
+from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.shards.token_stream import TokenStream
 
 from .conftest import prompt_length, read_row

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.packing import IGNORE_INDEX, PACKINGS, BestFitPacking, best_fit, packing_of
-from data_pipeline.shards.files import EncodedDocument, Manifest, Source, Split, open_manifest, write_shards
+from data_pipeline.shards.format import EncodedDocument
+from data_pipeline.shards.manifest import Manifest, Source, Split, open_manifest
 from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.shards.writer import write_shards
 from model import ModelConfig, ZeroModel
 
 from .conftest import prompt_length, read_row

@@ -13,7 +13,7 @@ from data_pipeline.cleaning.quality import RULES, QualityLimits, _Text, first_fa
 from data_pipeline.cleaning.report import EXAMPLES, CleaningReport, Removed
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import CleaningRecipe, structured
-from data_pipeline.sources.readers import read_text, read_wiki
+from data_pipeline.sources.text import read_text, read_wiki
 
 LIMITS = QualityLimits()
 

@@ -12,16 +12,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.readers import (
-    Problem,
-    read_arc,
-    read_babi,
-    read_gsm8k,
-    read_logiqa,
-    read_text,
-    read_wiki,
-)
+from data_pipeline.sources.documents import Problem
+from data_pipeline.sources.problems import PROBLEM_SETS, read_arc, read_babi, read_gsm8k, read_logiqa
 from data_pipeline.sources.registry import input_files, read_documents
+from data_pipeline.sources.text import read_text, read_wiki
 
 
 def tar(path: Path, members: dict[str, str | bytes], compress: Callable[[bytes], bytes]) -> Path:
@@ -157,6 +151,22 @@ def test_training_text_of_every_kind(data_root):
     some = list(read_documents("text", data_root, {**files, "max_bytes": 10_000}))
     size = sum(len(d.text.encode()) for d in some)
     assert 7000 < size <= 10_000
+
+
+# ---- the records
+
+
+def test_a_record_names_the_files_that_are_fetched(data_root):
+    assert len({problem_set.name for problem_set in PROBLEM_SETS}) == len(PROBLEM_SETS)
+    for problem_set in PROBLEM_SETS:
+        paths = {*problem_set.train, *problem_set.test, *problem_set.held_out}
+        if problem_set.files:
+            assert paths <= {file.path for file in problem_set.files}, problem_set.name
+            assert set(problem_set.test) <= set(problem_set.held_out), problem_set.name
+        for path in problem_set.held_out:
+            assert next(problem_set.read(data_root / path)).target.startswith(" ")
+        if len(paths) > 1:  # else one archive of all splits
+            assert not set(problem_set.train) & {*problem_set.test, *problem_set.held_out}, problem_set.name
 
 
 # ---- made-up files

@@ -8,8 +8,10 @@ import webdataset
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Loader
-from data_pipeline.shards.files import EncodedDocument, open_manifest, token_dtype, write_shards
+from data_pipeline.shards.format import EncodedDocument, token_dtype
+from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.shards.token_stream import TokenStream
+from data_pipeline.shards.writer import write_shards
 from data_pipeline.verify import main, verify
 
 

@@ -5,7 +5,9 @@ import yaml
 
 from common.files import write_file
 from data_pipeline.loading.loader import Loader
-from data_pipeline.shards.files import EncodedDocument, Manifest, Source, Split, write_manifest, write_shards
+from data_pipeline.shards.format import EncodedDocument
+from data_pipeline.shards.manifest import Manifest, Source, Split, write_manifest
+from data_pipeline.shards.writer import write_shards
 from data_pipeline.show_step import main
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Batch, Loader
-from data_pipeline.shards.files import open_manifest
+from data_pipeline.shards.manifest import open_manifest
 
 from ..conftest import ROOT
 from .http_server import Server, serving

@@ -17,9 +17,9 @@ from data_pipeline.cleaning.cleaner import Cleaner
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Loader
 from data_pipeline.recipe import CleaningRecipe, Recipe, TokenizerRecipe, source_options
-from data_pipeline.shards.files import IGNORE_INDEX
+from data_pipeline.shards.format import IGNORE_INDEX
 from data_pipeline.shards.token_stream import TokenStream
-from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.sources.documents import TracedDocument
 from data_pipeline.sources.registry import read_documents
 from data_pipeline.sources.traced import read_icot, read_prosqa, traced_gsm8k, traced_icot, traced_prosqa
 from data_pipeline.staging.units import Unit, write_unit

@@ -7,7 +7,7 @@ every document, so that the tests hold the prompts where lm-eval is not installe
 it.
 
 The published files are read here as lm-eval's copies on the hub were made of them, and not by
-data_pipeline/sources/readers.py, which is under test.
+data_pipeline/sources/problems.py, which is under test.
 """
 
 import hashlib

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval.scoring.core import Scorer, add_fewshot, mean_score, score_choices
 from eval.scoring.scorer import cut_at_stop
 from model import ZeroModel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from eval import gsm8k, gsm8k_cot
 from eval.scoring.cli import Options
 from eval.scoring.generation import Ballot, majority_vote, sample_votes
@@ -262,7 +262,7 @@ def test_majority_baselines(checkpoint, data, tmp_path, run_script):
 
 def test_training_data_of_an_export(data_folder, tmp_path):
     """What pretrain/export.py writes of a real manifest is what evaluation reads."""
-    from data_pipeline.shards.files import open_manifest
+    from data_pipeline.shards.manifest import open_manifest
     from pretrain.export import describe_data
 
     manifest = open_manifest(data_folder)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.sources.readers import MATH_SUBJECTS, boxed_answer, read_math, read_reclor
+from data_pipeline.sources.problems import MATH_SUBJECTS, boxed_answer, read_math, read_reclor
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval import hendrycks_math, p_hop, perplexity, reclor
 from eval.hendrycks_math import equivalent, extract, normalize

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.sources.readers import LabelledDocument
+from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.tasks import addition, p_hop
 from data_pipeline.tokenization.tokenizer import BOS_ID, Tokenizer, train_tokenizer
 from eval import reasoning

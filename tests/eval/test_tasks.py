@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipeline.sources.readers import Problem
+from data_pipeline.sources.documents import Problem
 from data_pipeline.tasks.causal_loop import Sample, generate, majority_answer, one_step_answer
 from eval import babi, causal_loop, gsm8k, gsm8k_cot
 from eval.run import select_tasks

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.sources.readers import TracedDocument
+from data_pipeline.sources.documents import TracedDocument
 from data_pipeline.tasks import causal_loop_v2
 from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer
 from data_pipeline.tokenization.tokenizer import BOS_ID, BOT_ID, EOS_ID, EOT_ID, Tokenizer

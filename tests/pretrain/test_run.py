@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_pipeline.loading.loader import Loader
-from data_pipeline.shards.files import open_manifest
+from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import load_pretrained
 from pretrain import checkpoint

@@ -1,86 +1,47 @@
-"""Readers of real files as they are, and the one place of prompt formats.
+"""Readers of the published problem sets, and the one place of their prompts: those of lm-evaluation-harness.
 
-Prompts and targets are those of lm-evaluation-harness. Every reader streams; archives are read member by
-member and never extracted, so a member's name cannot reach the disk. Errors name the file and the line.
+Every reader streams; archives are read member by member and never extracted, so a member's name cannot reach
+the disk. Errors name the file and the line.
 """
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.files import (
-    decode,
-    json_lines,
-    json_value,
-    parquet_rows,
-    tar_members,
-    text_fields,
-    text_lines,
-)
+from data_pipeline.sources.documents import MathProblem, Problem
+from data_pipeline.sources.files import decode, json_lines, json_value, tar_members, text_fields, text_lines
+from data_pipeline.sources.published import GITHUB, File, ProblemSet, files_of
 
 log = logging.getLogger(__name__)
-
-# Characters; a plain text file is cut at blank lines into documents of at least this.
-MIN_TEXT_DOCUMENT = 2000
-ANSWER_PREFIX = "\nAnswer:"  # between a chain of thought and " value"
-
-
-class Document(NamedTuple):
-    """One training text: what is asked ("" for running text) and what follows it."""
-
-    prompt: str
-    completion: str
-
-    @property
-    def text(self) -> str:
-        return self.prompt + self.completion
-
-
-class LabelledDocument(NamedTuple):
-    """One training text with its own targets, in place of the next token."""
-
-    text: str  # every character is one token
-    labels: tuple[tuple[int, str], ...]  # (index of a character in text, the one character to predict there)
-
-
-class TracedDocument(NamedTuple):
-    """A question, its chain of thought in steps, and the answer's value; encode.py says how it is encoded."""
-
-    question: str
-    steps: tuple[str, ...]  # none of them empty
-    answer: str
-
-    @property
-    def text(self) -> str:
-        """What its tokens decode to."""
-        return f"{self.question}{' '.join(self.steps)}{ANSWER_PREFIX} {self.answer}"
-
-
-AnyDocument = Document | LabelledDocument | TracedDocument
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. `choices` are full continuations as scored (" text"); target == choices[gold] if there
-    are any.
-    """
-
-    id: str
-    prompt: str
-    target: str
-    choices: tuple[str, ...] = ()
-    gold: int = -1
-    group: str = ""
 
 
 def read_gsm8k(path: Path) -> Iterator[Problem]:
     """GSM8K jsonl, `{"question", "answer"}` a line."""
     for name, question, answer in _gsm8k_rows(path):
         yield Problem(f"gsm8k-{name}", f"Question: {question}\nAnswer:", f" {answer}", group="gsm8k")
+
+
+GSM8K = ProblemSet(
+    "gsm8k",
+    "MIT",
+    "https://github.com/openai/grade-school-math",
+    files_of(
+        "gsm8k",
+        f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/",
+        """
+    17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465  grade_school_math/data/train.jsonl
+    3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14  grade_school_math/data/test.jsonl
+    86bbb73e855821d7c401912fd4bf82e34313e6e3b6fd6f909f2b6cc9e209a53b  LICENSE
+    """,
+    ),
+    read=read_gsm8k,
+    train=("gsm8k/train.jsonl",),
+    test=("gsm8k/test.jsonl",),
+    held_out=("gsm8k/test.jsonl",),
+)
 
 
 def read_gsm8k_cot(path: Path) -> Iterator[Problem]:
@@ -122,6 +83,39 @@ def read_arc(path: Path) -> Iterator[Problem]:
         yield Problem(row["id"], f"Question: {stem_text}\nAnswer:", choices[gold], choices, gold, group)
 
 
+ARC = ProblemSet(
+    "arc",
+    "CC BY-SA 4.0",
+    "https://allenai.org/data/arc",
+    files_of(
+        "arc",
+        "ARC-V1-Feb2018-2/",
+        """
+    c62e5482d8c01f2d5a7f24239ac9db3b12f9e47267c4e3f088c6ffe41d5545ef  ARC-Easy/ARC-Easy-Train.jsonl
+    f4364b808a68df6bf500ce1070fb0105d40cacd2391c210deb00ff83ba75d1f4  ARC-Easy/ARC-Easy-Dev.jsonl
+    ce32a0774b4beb1977d2c6b16dda5dd2b24fdc9c7f506882c452678676bd09be  ARC-Easy/ARC-Easy-Test.jsonl
+    e02837c53ee86f6d73c259f91c77725c5062ef4531130b7f473a9d9b01118a77  ARC-Challenge/ARC-Challenge-Train.jsonl
+    55224364abd2477f66a9a57c5cbef109fb71d83019aa5e37aec0e7ab757746ca  ARC-Challenge/ARC-Challenge-Dev.jsonl
+    9fa8ffb3e3a1f88cb302d53dd95aae81e39209ad9bcf974376b319d8fd35717c  ARC-Challenge/ARC-Challenge-Test.jsonl
+    """,
+    ),
+    archive=File(
+        "arc/ARC-V1-Feb2018.zip",
+        "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip",  # 681 MB
+        "6d2d5ab50b2ceec6ba5f79c921be77cf2de712ea25a2b3f4fff3acc101cecfa0",
+    ),
+    read=read_arc,
+    train=("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl"),
+    test=("arc/ARC-Easy-Test.jsonl", "arc/ARC-Challenge-Test.jsonl"),
+    held_out=(
+        "arc/ARC-Easy-Test.jsonl",
+        "arc/ARC-Easy-Dev.jsonl",
+        "arc/ARC-Challenge-Test.jsonl",
+        "arc/ARC-Challenge-Dev.jsonl",
+    ),
+)
+
+
 def read_logiqa(path: Path) -> Iterator[Problem]:
     """LogiQA 1.0 text: 8 lines a problem (blank, letter of the answer, context, question, four options).
 
@@ -157,6 +151,26 @@ def _spaced(text: str) -> str:
     return text.replace(".", ". ").strip()
 
 
+LOGIQA = ProblemSet(
+    "logiqa",
+    "none stated by its authors; published for research",
+    "https://github.com/lgw863/LogiQA-dataset",
+    files_of(
+        "logiqa",
+        f"{GITHUB}/lgw863/LogiQA-dataset/master/",
+        """
+    7d5bb1f58278e33b395744cd2ad8d7600faa0b3c4d615c659a44ec1181d759fa  Train.txt
+    4c49e6753b7262c001506b9151135abf722247035ab075dad93acdea5789c01f  Eval.txt
+    359acb78c37802208f7fde9e2f6574b8526527c63d6a336f90a53f1932cb4701  Test.txt
+    """,
+    ),
+    read=read_logiqa,
+    train=("logiqa/Train.txt",),
+    test=("logiqa/Test.txt",),
+    held_out=("logiqa/Eval.txt", "logiqa/Test.txt"),
+)
+
+
 def read_reclor(path: Path) -> Iterator[Problem]:
     """ReClor, a JSON list of `{"context", "question", "answers", "label", "id_string"}`, as LogiQA asks."""
     keys = ("context", "question", "id_string")
@@ -179,16 +193,20 @@ def read_reclor(path: Path) -> Iterator[Problem]:
         yield Problem(name, prompt, choices[gold], choices, gold, "reclor")
 
 
+RECLOR = ProblemSet(
+    "reclor",
+    "for research only, not to be passed on",
+    "https://whyu.me/reclor/",
+    files=(),
+    read=read_reclor,
+    train=("reclor/train.json",),
+    test=("reclor/val.json",),  # the answers of its test file are not published
+)
+
+
 def _passage_prompt(context: str, question: str, options: Sequence[str]) -> str:
     listed = "".join(f"{name}. {option}\n" for name, option in zip("ABCD", options, strict=True))
     return f"Passage: {context}\nQuestion: {question}\nChoices:\n{listed}Answer:"
-
-
-@dataclass(frozen=True)
-class MathProblem(Problem):
-    """A problem of MATH; `group` is the subject's folder, `target` the answer in the solution's box."""
-
-    level: int | None = None  # 1 to 5; None where the file says "Level ?"
 
 
 MATH_SUBJECTS = (
@@ -231,6 +249,21 @@ def read_math(folder: Path, subject: str) -> Iterator[MathProblem]:
             group=subject,
             level=None if number[1] == "?" else int(number[1]),
         )
+
+
+def _read_math_subjects(folder: Path) -> Iterator[MathProblem]:
+    return chain.from_iterable(read_math(folder, subject) for subject in MATH_SUBJECTS)
+
+
+MATH = ProblemSet(
+    "math",
+    "MIT; its publisher withdrew it after a claim of copyright",
+    "https://github.com/hendrycks/math",
+    files=(),
+    read=_read_math_subjects,
+    train=("math/train",),
+    test=("math/test",),
+)
 
 
 def boxed_answer(solution: str) -> str | None:
@@ -305,61 +338,28 @@ def _babi_task(text: str, where: str, group: str, split: str) -> Iterator[Proble
         count += 1
 
 
-def read_wiki(path: Path) -> Iterator[str]:
-    """Article texts, the title first, of a tar.xz of `<doc id url title> ... </doc>` records."""
-    for name, data in tar_members(path):
-        article: list[str] | None = None
-        for number, line in enumerate(decode(data, f"{path}:{name}").split("\n"), start=1):
-            if line.startswith("<doc ") and article is None:
-                article = []
-            elif line == "</doc>" and article is not None:
-                yield "\n".join(article).strip()
-                article = None
-            elif article is not None:
-                article.append(line)
-            elif line.strip():
-                raise DataError(f"{path}:{name} line {number}: text outside <doc> records: download it again")
-        if article is not None:
-            raise DataError(f"{path}:{name} ends inside a <doc> record: download it again")
+def _read_babi_tests(path: Path) -> Iterator[Problem]:
+    return chain(read_babi(path, "test", "en"), read_babi(path, "test", "en-10k"))
 
 
-def read_text(path: Path) -> Iterator[str]:
-    """Documents of a text file, or of a tar of text files (one document a file), compressed or not.
+BABI = ProblemSet(
+    "babi",
+    "CC BY 3.0",
+    "https://research.facebook.com/downloads/babi/",
+    # The address of the paper is gone; its authors' laboratory serves version 1.2 with ParlAI.
+    (
+        File(
+            "babi/tasks_1-20_v1-2.tar.gz",
+            "https://dl.fbaipublicfiles.com/parlai/babi/babi.tar.gz",
+            "f7f0bee187efca0d81c3daac1b162cda4eb7f9505dee5ad6846eabbed3dbf92e",
+        ),
+    ),
+    read=_read_babi_tests,
+    train=("babi/tasks_1-20_v1-2.tar.gz",),  # one archive of all splits
+    test=("babi/tasks_1-20_v1-2.tar.gz",),
+    held_out=("babi/tasks_1-20_v1-2.tar.gz",),
+    templated=True,
+)
 
-    A single file is cut at blank lines into documents of at least MIN_TEXT_DOCUMENT characters (the last may
-    be shorter). White space at the ends of a document is dropped, empty documents are skipped.
-    """
-    if re.search(r"\.tar(\.\w+)?$|\.tgz$", Path(path).name):
-        for name, data in tar_members(path):
-            if text := decode(data, f"{path}:{name}").strip():
-                yield text
-        return
-    document: list[str] = []
-    size = 0
-    for line in text_lines(path):
-        if not line.strip() and size >= MIN_TEXT_DOCUMENT:
-            yield "".join(document).strip()
-            document, size = [], 0
-        document.append(line)
-        size += len(line)
-    if text := "".join(document).strip():
-        yield text
-
-
-def read_jsonl(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
-    """One document a line of a JSON lines file, compressed or not.
-
-    `fields` are the names of one text, or of a prompt and its completion, all of them strings.
-    """
-    return _rows(json_lines, path, fields, "line")
-
-
-def read_parquet(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
-    """One document a row of a parquet file; `fields` as in `read_jsonl`."""
-    return _rows(parquet_rows, path, fields, "row")
-
-
-def _rows(read: Callable[..., Any], path: Path, fields: Sequence[str], unit: str) -> Iterator[Document]:
-    for number, row in read(path, fields):
-        *prompt, completion = text_fields(row, fields, f"{path} {unit} {number}")
-        yield Document(prompt[0] if prompt else "", completion)
+# In the order that a build's hash has them in.
+PROBLEM_SETS = (GSM8K, ARC, LOGIQA, BABI, RECLOR, MATH)
