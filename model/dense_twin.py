@@ -38,7 +38,8 @@ def solve_widths(
     Args:
         model: what is scaled. `measure` must be linear in each of the widths.
         names: keys of ModelConfig, each of which changes what is measured.
-        multiples: what the widths are rounded to, tried in this order: the first that comes near enough counts.
+        multiples: what the widths are rounded to, tried in this order; the first that comes near enough is
+            taken.
         tolerance: how near is near enough, as a share of `wanted`; None: half of what 1 more width adds.
 
     Raises:
@@ -47,20 +48,24 @@ def solve_widths(
     gains = {name: measure(_with(model, {name: getattr(model, name) + 1})) - measure(model) for name in names}
     share = sum(gain * getattr(model, name) for name, gain in gains.items())
     scale = 1 + (wanted - measure(model)) / share
-    limit = min(gains.values()) / 2 / wanted if tolerance is None else tolerance
+    unit, limit = (1.0, min(gains.values()) / 2) if tolerance is None else (wanted, tolerance)
 
     def miss(candidate: ModelConfig) -> float:
-        return abs(measure(candidate) / wanted - 1)
+        return abs(measure(candidate) / unit - wanted / unit)
+
+    def rank(candidate: ModelConfig) -> tuple[float, int]:
+        """Of two that are equally near, the odd width: the committed records were made with it."""
+        return miss(candidate), sum(getattr(candidate, name) % 2 == 0 for name in names)
 
     for multiple in multiples:
-        nearest = min((model, *_scaled(model, names, scale, multiple)), key=miss)
+        nearest = min((model, *_scaled(model, names, scale, multiple)), key=rank)
         if miss(nearest) <= limit:
             return nearest
     widths = ", ".join(f"{name}={getattr(nearest, name)}" for name in names)
     raise ValueError(
-        f"no whole widths come within {limit:.2%} of {wanted:,.0f}: the nearest, {widths}, give "
-        f"{measure(nearest):,.0f} ({measure(nearest) / wanted - 1:+.1%}); match a larger model, whose widths "
-        "are finer steps"
+        f"no whole widths come within {limit * unit / wanted:.2%} of {wanted:,.0f}: the nearest, {widths}, "
+        f"give {measure(nearest):,.0f} ({measure(nearest) / wanted - 1:+.1%}); match a larger model, whose "
+        "widths are finer steps"
     )
 
 
