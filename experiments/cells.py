@@ -4,14 +4,15 @@ import fcntl
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from common.files import write_json
-from experiments.groups import GROUPS
 from experiments.jobs import ROOT, SETTINGS, call, changed_setting, train
 from experiments.matrix import BASE, Matrix, Plan
 from experiments.record import FAILED, RECORD, make_record
+from experiments.settings import Settings, evaluation_settings
 
 
 def folder_of(plan: Plan, out: Path) -> Path:
@@ -50,32 +51,32 @@ def training(plan: Plan) -> list[str]:
 
 def evaluations(plan: Plan, evaluate: bool, data: str = "DATA") -> dict[str, list[str]]:
     """By name, the script and flags of each evaluation but for checkpoint and output."""
-    if not evaluate:
-        return {}
-    spec, task = plan.task.evaluation, plan.task
-    looped = plan.model.recurrence.placement != "none"
-    trained = plan.model.recurrence.num_steps
-    steps = ",".join(map(str, sorted({*spec.steps, trained})))
-    batch = ["--batch_size", str(spec.batch_size)]
-    if task.kind == "text":
-        depths = ["--depth", steps] if looped else []
-        limit = ["--limit", str(spec.limit), *batch]
-        tests = {"main": ["eval/perplexity.py", "--data", data, *depths, *limit]}
-        if spec.few_shot is not None:
-            shots = ",".join(map(str, spec.shots))
-            tests["few-shot"] = ["eval/run.py", "--tasks", spec.few_shot, "--num_fewshot", shots, *limit]
-        return tests
-    questions = ["--task", str(spec.task), "--num_samples", str(spec.num_samples), "--log_samples", *batch]
-    own = ["--task_options", spec.task_options]
-    if task.kind == "traced":
-        mode = "cot" if GROUPS[plan.cell.group].method == "cot" else "none"
-        votes = ["--samples", str(spec.votes)] if mode == "cot" and spec.votes else []
-        return {"main": ["eval/thoughts.py", "--mode", mode, *questions, *own, *votes]}
-    tests = {"main": [*own, *(["--steps", steps] if looped else [])]}
-    for name, options in task.gaps.items():
-        at = ["--steps", str(trained)] if looped else []
-        tests[f"gap {name}"] = ["--task_options", options, *at]
-    return {name: ["eval/reasoning.py", *questions, *flags] for name, flags in tests.items()}
+    told = evaluation_settings(plan) if evaluate else {}
+    return {name: evaluation_command(entry, data) for name, entry in told.items()}
+
+
+def evaluation_command(told: Settings, data: str) -> list[str]:
+    """The script and flags of one evaluation, as experiments/settings.py describes it."""
+    script = {
+        "reasoning": ["eval/reasoning.py", "--log_samples"],
+        "thoughts": ["eval/thoughts.py", "--log_samples"],
+        "perplexity": ["eval/perplexity.py", "--data", data],
+        "few_shot": ["eval/run.py"],
+    }[told["kind"]]
+    renamed = {
+        "reasoning": {"num_steps": "steps"},
+        "perplexity": {"num_steps": "depth"},
+        "few_shot": {"task": "tasks"},
+    }
+    names = renamed.get(told["kind"], {})
+    flags = [(f"--{names.get(key, key)}", _flag(value)) for key, value in told.items() if key != "kind"]
+    return [*script, *chain.from_iterable(flags)]
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={option}" for key, option in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -119,7 +120,7 @@ def run_cell(plan: Plan, matrix: Matrix, out: Path) -> None:
         train(folder, script, *training(plan), f"data.path={data}")
         for name, (test, *flags) in evaluations(plan, not matrix.is_sweep, str(data)).items():
             _evaluate(folder, name, test, flags)
-        write_json(folder / RECORD, make_record(plan, matrix, folder, command(plan, matrix, out)))
+        write_json(folder / RECORD, make_record(plan, matrix, folder))
     except (ValueError, OSError) as error:
         write_json(folder / FAILED, {"cell": plan.cell.name, "problem": str(error)})
         raise
@@ -132,10 +133,3 @@ def _evaluate(folder: Path, name: str, script: str, flags: Sequence[str]) -> Non
         return
     paths = ("--checkpoint", folder.absolute() / "export", "--output_path", where.absolute())
     call(folder / f"eval {name}.log", sys.executable, script, *paths, *flags)
-
-
-def command(plan: Plan, matrix: Matrix, out: Path) -> str:
-    """Runs this cell alone, from the root of the repository."""
-    path = matrix.path.resolve()
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else matrix.path
-    return f"python experiments/run.py --matrix {shown} --out {out} --cells '{plan.cell.name}'"
