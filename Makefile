@@ -54,7 +54,7 @@ real: setup
 
 # The quick matrix of experiments/CLAIMS.md and the report over it; standard.yaml takes a working day.
 experiments: setup
-	python experiments/run.py --matrix experiments/quick.yaml --out $(EXPERIMENTS_RUN) --jobs 2
+	python experiments/run.py --matrix quick --out $(EXPERIMENTS_RUN) --jobs 2
 	python experiments/report.py --runs $(EXPERIMENTS_RUN) --out $(EXPERIMENTS_RUN)/RESULTS.md
 
 # docs/RESULTS.md and the README's figure from the committed records of these matrices.
@@ -62,20 +62,21 @@ PUBLISHED := standard names examples iterations loss_weights
 results: setup
 	python experiments/report.py $(PUBLISHED:%=--runs experiments/results/%.jsonl) --out docs/RESULTS.md
 
-# Latent chain of thought, every method and control: two hours on two cores; MATRIX holds further flags.
+# Latent chain of thought, every method and control: two hours on two cores. MATRIX holds further flags of
+# experiments/run.py, such as --cells 'kava-*'.
 distill-matrix: setup
-	python distill/matrix.py --out $(MATRIX_RUN) --jobs 2 $(MATRIX)
-	python eval/report.py $(MATRIX_RUN)/*-[0-9] --out $(MATRIX_RUN)/report.html
+	python experiments/run.py --matrix latent_cot --out $(MATRIX_RUN) --jobs 2 $(MATRIX)
+	python eval/report.py $(MATRIX_RUN)/cells/*-[0-9] --out $(MATRIX_RUN)/report.html
 
 # GSM8K from scratch, as far as an hour and a half of two cores goes.
 distill-gsm8k: setup
-	python distill/matrix.py --task gsm8k --out $(GSM8K_RUN) --jobs 2 $(MATRIX)
-	python eval/report.py $(GSM8K_RUN)/*-[0-9] --out $(GSM8K_RUN)/report.html
+	python experiments/run.py --matrix latent_cot_gsm8k --out $(GSM8K_RUN) --jobs 2 $(MATRIX)
+	python eval/report.py $(GSM8K_RUN)/cells/*-[0-9] --out $(GSM8K_RUN)/report.html
 
 # A quarter of an hour of it.
 distill-quick: setup
-	python distill/matrix.py --out $(QUICK_RUN) --jobs 2 --quick $(MATRIX)
-	python eval/report.py $(QUICK_RUN)/*-[0-9] --out $(QUICK_RUN)/report.html
+	python experiments/run.py --matrix latent_cot_quick --out $(QUICK_RUN) --jobs 2 $(MATRIX)
+	python eval/report.py $(QUICK_RUN)/cells/*-[0-9] --out $(QUICK_RUN)/report.html
 
 # One more than cores, at most 4: tests wait for launchers, timeouts and each other's ranks.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, len(os.sched_getaffinity(0)) + 1))")

@@ -1,66 +1,50 @@
-"""One cell: its data, its training, its evaluations, then its record."""
+"""What a cell of a matrix of groups is told: its training, its evaluations, and the job of them."""
 
-import fcntl
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
-from experiments.jobs import ROOT, SETTINGS, call, changed_setting, train
-from experiments.matrix import BASE, Matrix, Plan
-from experiments.record import FAILED, RECORD, make_record
+from experiments.jobs import DATA, ROOT, Data, Job, cell_folder
+from experiments.matrix import BASE, Matrix, PlannedCell
+from experiments.record import make_record
 from experiments.settings import Settings, evaluation_settings
 
 
-def folder_of(plan: Plan, out: Path) -> Path:
-    return out / "cells" / plan.cell.name
+def job_of(plan: PlannedCell, matrix: Matrix) -> Job:
+    """All that is run for a cell, its record the last of it."""
+    return Job(
+        name=plan.cell.name,
+        max_steps=plan.max_steps,
+        script="pretrain/main.py" if plan.method is None else "distill/main.py",
+        training=tuple(training(plan)),
+        data=Data(plan.data_name, plan.task.recipe, plan.data),
+        evaluations=evaluations(plan, evaluate=not matrix.is_sweep),
+        record=lambda folder: make_record(plan, matrix, folder),
+    )
 
 
-def build_data(plan: Plan, out: Path) -> Path:
-    """The folder of a plan's data, built unless it is there; who comes meanwhile, on any machine, waits.
-
-    Raises:
-        ValueError: the build failed; the line names its log.
-    """
-    folder = (out / "data" / plan.data_name).absolute()
-    with _locked(folder.with_suffix(".lock")):
-        keep_settings(folder.with_suffix(".json"), {"recipe": plan.task.recipe, "overrides": list(plan.data)})
-        if not (folder / "manifest.json").is_file():
-            recipe = f"data_pipeline/recipes/{plan.task.recipe}.yaml"
-            command = (sys.executable, "data_pipeline/build.py", "--recipe", recipe, "--out", folder)
-            call(folder.with_suffix(".log"), *command, *plan.data)
-    return folder
+def folder_of(plan: PlannedCell, out: Path) -> Path:
+    return cell_folder(plan.cell.name, out)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def training(plan: Plan) -> list[str]:
+def training(plan: PlannedCell) -> list[str]:
     """What the script that trains is told but for data.path and output_dir."""
     base = str(BASE.relative_to(ROOT))
     return ["--ds_config", "ds_configs/zero1.json", "--config", base, *plan.overrides]
 
 
-def evaluations(plan: Plan, evaluate: bool, data: str = "DATA") -> dict[str, list[str]]:
+def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
     """By name, the script and flags of each evaluation but for checkpoint and output."""
     told = evaluation_settings(plan) if evaluate else {}
-    return {name: evaluation_command(entry, data) for name, entry in told.items()}
+    return {name: evaluation_command(entry) for name, entry in told.items()}
 
 
-def evaluation_command(told: Settings, data: str) -> list[str]:
+def evaluation_command(told: Settings) -> list[str]:
     """The script and flags of one evaluation, as experiments/settings.py describes it."""
     script = {
         "reasoning": ["eval/reasoning.py", "--log_samples"],
         "thoughts": ["eval/thoughts.py", "--log_samples"],
-        "perplexity": ["eval/perplexity.py", "--data", data],
+        "perplexity": ["eval/perplexity.py", "--data", DATA],
         "few_shot": ["eval/run.py"],
     }[told["kind"]]
     renamed = {
@@ -77,59 +61,3 @@ def _flag(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{key}={option}" for key, option in value.items())
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Notes what a cell or its data are told. Raises ValueError where other settings are noted already."""
-    changed = changed_setting(path, settings)
-    if changed is not None:
-        key, *values = changed
-        before, now = _difference(*values)
-        raise ValueError(
-            f"{path.parent} holds what was made with {key} {before}, but {now} is asked for; give "
-            "another --out or move it away"
-        )
-    if not path.is_file():
-        write_json(path, settings)
-
-
-def _difference(before: Any, now: Any) -> tuple[Any, Any]:
-    """The first items in which two lists differ, else the two."""
-    if isinstance(before, list) and isinstance(now, list):
-        for a, b in zip(before, now, strict=False):
-            if a != b:
-                return a, b
-    return before, now
-
-
-def run_cell(plan: Plan, matrix: Matrix, out: Path) -> None:
-    """All of a cell that is not there yet; its record is the last thing written.
-
-    Raises:
-        ValueError: something failed, and `failed.json` says what; the line names its log.
-    """
-    folder = folder_of(plan, out)
-    tests = evaluations(plan, evaluate=not matrix.is_sweep)
-    settings = {"training": training(plan), "data": list(plan.data), "evaluations": tests}
-    keep_settings(folder / SETTINGS, settings)
-    if (folder / RECORD).is_file():
-        return
-    try:
-        data = build_data(plan, out)
-        script = "pretrain/main.py" if plan.method is None else "distill/main.py"
-        train(folder, script, *training(plan), f"data.path={data}")
-        for name, (test, *flags) in evaluations(plan, not matrix.is_sweep, str(data)).items():
-            _evaluate(folder, name, test, flags)
-        write_json(folder / RECORD, make_record(plan, matrix, folder))
-    except (ValueError, OSError) as error:
-        write_json(folder / FAILED, {"cell": plan.cell.name, "problem": str(error)})
-        raise
-    (folder / FAILED).unlink(missing_ok=True)
-
-
-def _evaluate(folder: Path, name: str, script: str, flags: Sequence[str]) -> None:
-    where = folder / "eval" / name
-    if list(where.glob("results_*.json")):
-        return
-    paths = ("--checkpoint", folder.absolute() / "export", "--output_path", where.absolute())
-    call(folder / f"eval {name}.log", sys.executable, script, *paths, *flags)

@@ -1,22 +1,136 @@
-"""What the experiments share: commands with a log, training on one rank, pieces of work, settings."""
+"""What is run for a cell of any matrix: a job builds data, trains, evaluates and writes the cell's record."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from common.files import write_json
+from experiments.record import FAILED, RECORD
+
 ROOT = Path(__file__).parents[1]
-SETTINGS = "settings.json"  # what a folder's runs were told, see changed_setting
+SETTINGS = "settings.json"  # what a cell was told, see keep_settings
+DATA = "DATA"  # among the flags of an evaluation: the folder of the job's data
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training data, which jobs share."""
+
+    name: str  # of the folder below OUT/data
+    recipe: str  # data_pipeline/recipes/NAME.yaml
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is run for one cell of a matrix."""
+
+    name: str  # of the cell, and of its folder below OUT/cells
+    max_steps: int
+    script: str  # that trains
+    training: tuple[str, ...]  # its arguments but for --init, data.path and output_dir
+    data: Data
+    evaluations: dict[str, list[str]]  # name -> script and flags, but for checkpoint and output
+    results: str = "eval/{name}"  # the folder of an evaluation's results, below the cell's
+    teacher: str | None = None  # the job whose export this one starts from
+    record: Callable[[Path], dict[str, Any]] | None = None  # of the cell's folder; None: it has no record
+
+
+def cell_folder(name: str, out: Path) -> Path:
+    """Of a cell."""
+    return out / "cells" / name
+
+
+def run_job(job: Job, out: Path) -> None:
+    """All of a job that is not done yet; who wants the same job meanwhile, on any machine, waits.
+
+    Raises:
+        ValueError: something failed, and `failed.json` says what; the line names its log.
+    """
+    folder = cell_folder(job.name, out)
+    told = {"training": list(job.training), "data": list(job.data.overrides), "evaluations": job.evaluations}
+    keep_settings(folder / SETTINGS, told)
+    with locked(folder / "lock"):
+        if (folder / RECORD).is_file():
+            return
+        try:
+            _train_and_evaluate(job, folder, out)
+        except (ValueError, OSError) as error:
+            write_json(folder / FAILED, {"cell": job.name, "problem": str(error)})
+            raise
+        (folder / FAILED).unlink(missing_ok=True)
+
+
+def _train_and_evaluate(job: Job, folder: Path, out: Path) -> None:
+    """The record is the last thing written."""
+    data = build_data(job.data, out)
+    start = [] if job.teacher is None else ["--init", cell_folder(job.teacher, out).absolute() / "export"]
+    train(folder, job.script, *start, *job.training, f"data.path={data}")
+    for name, (script, *flags) in job.evaluations.items():
+        results = folder / job.results.format(name=name)
+        _evaluate(folder, name, results, script, [str(data) if flag == DATA else flag for flag in flags])
+    if job.record is not None:
+        write_json(folder / RECORD, job.record(folder))
+
+
+def build_data(data: Data, out: Path) -> Path:
+    """The data's folder, built unless it is there; who comes meanwhile, on any machine, waits.
+
+    Raises:
+        ValueError: the build failed; the line names its log.
+    """
+    folder = (out / "data" / data.name).absolute()
+    with locked(folder.with_suffix(".lock")):
+        keep_settings(folder.with_suffix(".json"), {"recipe": data.recipe, "overrides": list(data.overrides)})
+        if not (folder / "manifest.json").is_file():
+            recipe = f"data_pipeline/recipes/{data.recipe}.yaml"
+            command = (sys.executable, "data_pipeline/build.py", "--recipe", recipe, "--out", folder)
+            call(folder.with_suffix(".log"), *command, *data.overrides)
+    return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, on any machine that shares the file system."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def train(run: Path, script: str, *arguments: Any) -> None:
+    """Trains on one rank, unless `run` is DONE; `arguments` are all but output_dir.
+
+    Raises:
+        ValueError: it failed; the line names the log.
+    """
+    if (run / "DONE").is_file():
+        return
+    call(run / "train.log", sys.executable, script, *arguments, f"output_dir={run.absolute()}")
+
+
+def _evaluate(folder: Path, name: str, results: Path, script: str, flags: Sequence[str]) -> None:
+    """Once: a mark is the last thing written."""
+    mark = folder / "eval" / f"{name}.done"
+    if mark.is_file():
+        return
+    paths = ("--checkpoint", folder.absolute() / "export", "--output_path", results.absolute())
+    call(folder / f"eval {name}.log", sys.executable, script, *paths, *flags)
+    mark.touch()
 
 
 def call(log: Path, *command: Any) -> None:
-    """Runs a command of one thread in the repository's root; its output goes to `log`.
+    """Runs a single-threaded command in the repository's root; its output goes to `log`.
 
     Raises:
         ValueError: it failed.
@@ -35,15 +149,28 @@ def call(log: Path, *command: Any) -> None:
         raise ValueError(f"{Path(str(command[1])).name} failed with code {done.returncode}: see {log}")
 
 
-def train(run: Path, script: str, *arguments: Any) -> None:
-    """Trains on one rank, unless `run` is DONE; `arguments` are all but output_dir.
+def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Notes what a cell or its data are told. Raises ValueError if other settings were noted before."""
+    noted = json.loads(path.read_text()) if path.is_file() else settings
+    for key, now in settings.items():
+        before = noted.get(key)
+        if before != now:
+            before, now = _difference(before, now)
+            raise ValueError(
+                f"{path.parent} was made with {key} {before}, but {now} is asked for; give another --out or "
+                "move it away"
+            )
+    if not path.is_file():
+        write_json(path, settings)
 
-    Raises:
-        ValueError: it failed; the line names the log.
-    """
-    if (run / "DONE").is_file():
-        return
-    call(run / "train.log", sys.executable, script, *arguments, f"output_dir={run.absolute()}")
+
+def _difference(before: Any, now: Any) -> tuple[Any, Any]:
+    """The first items in which two lists differ, else the two."""
+    if isinstance(before, list) and isinstance(now, list):
+        for a, b in zip(before, now, strict=False):
+            if a != b:
+                return a, b
+    return before, now
 
 
 def run_all(
@@ -82,9 +209,3 @@ def run_all(
     finally:
         pool.shutdown(cancel_futures=True)  # after an interrupt, what has not begun does not begin
     return {name: problem for name, future in futures.items() if (problem := future.result()) is not None}
-
-
-def changed_setting(path: Path, settings: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first setting that a file, if there is one, notes otherwise: its name, the noted one, the new."""
-    noted = json.loads(path.read_text()) if path.is_file() else settings
-    return next(((k, noted.get(k), now) for k, now in settings.items() if noted.get(k) != now), None)

@@ -1,98 +1,28 @@
-"""A matrix of cells: a YAML of tasks x sizes x groups x seeds x budgets, and what a cell is trained as.
+"""Plans a matrix of groups: what every cell is trained as, and whether pairs are equal.
 
-    learning_rates: experiments/learning_rates.yaml   # or a list of rates: then the matrix is a sweep
-    parts:                                            # their cells together
-      - tasks: [p_hop]
-        groups: [loop, dense_params]
-        seeds: [0, 1, 2]
-        budgets: [{steps: 1500}]                      # or {steps: 1500, training_flops_of: loop}
-        vary: {steps: [1, 2, 4, 8]}                   # instead: a cell for each value, also of `examples`
-        #     or of a key of the training, such as model.recurrence.halting.ponder_weight
-        learning_rates: [0.001, 0.002]                # of a sweep: this part's own
-
-`training`, `evaluation` and `examples` at the top go over those of all tasks. A budget of steps gives all
-groups the same tokens; one of training FLOPs gives them so many steps that they take as many FLOPs as that
-group in its steps.
+experiments/matrix_file.py reads the file and names the cells.
 """
 
 import copy
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import MISSING
 
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
 from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, unequal
+from experiments.matrix_file import Cell, MatrixFile, cells_of
 from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
 from model import ModelConfig
 from pretrain.config import RunConfig, load_run_config
 
 BASE = HERE / "base.yaml"
-RATES = HERE / "learning_rates.yaml"
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long a cell is trained."""
-
-    steps: int = MISSING  # optimizer steps: the cell's own, or those of the group below
-    training_flops_of: str | None = None  # a group, whose training FLOPs in `steps` steps are the budget
-
-    @property
-    def name(self) -> str:
-        whose = "" if self.training_flops_of is None else f"-flops-of-{self.training_flops_of}"
-        return f"{self.steps}{whose}"
-
-
-@dataclass(frozen=True)
-class Part:
-    tasks: list[str] = MISSING
-    groups: list[str] = MISSING
-    seeds: list[int] = MISSING
-    budgets: list[Budget] = MISSING
-    sizes: list[str] = field(default_factory=lambda: ["small"])
-    vary: dict[str, list[Any]] = field(default_factory=dict)
-    learning_rates: list[float] = field(default_factory=list)  # of a sweep: over the file's
-
-
-@dataclass(frozen=True)
-class MatrixFile:
-    parts: list[Part] = MISSING
-    learning_rates: Any = str(RATES)
-    training: list[str] = field(default_factory=list)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    examples: int | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run."""
-
-    task: str
-    size: str
-    budget: Budget
-    group: str
-    seed: int
-    learning_rate: float
-    vary: tuple[str, Any] | None = None  # a key and its value, over those of the task and the group
-    rate_in_name: bool = False  # of a sweep, whose cells differ by it
-
-    @property
-    def name(self) -> str:
-        """Also the cell's folder, below `cells/`."""
-        varied = "" if self.vary is None else f"@{self.vary[0]}={self.vary[1]}"
-        rate = f"@lr={self.learning_rate:g}" if self.rate_in_name else ""
-        return f"{self.task}/{self.size}/{self.budget.name}/{self.group}{varied}{rate}/{self.seed}"
-
-
-@dataclass(frozen=True)
-class Plan:
+class PlannedCell:
     """A cell with everything that its training and evaluation are told but for folders."""
 
     cell: Cell
@@ -114,7 +44,7 @@ class Plan:
 class Matrix:
     path: Path
     file: MatrixFile
-    plans: list[Plan]
+    plans: list[PlannedCell]
 
     @property
     def name(self) -> str:
@@ -124,15 +54,6 @@ class Matrix:
     def is_sweep(self) -> bool:
         return isinstance(self.file.learning_rates, list)
 
-    def chosen(self, pattern: str | None) -> list[Plan]:
-        """The plans whose names match a pattern as of file names. Raises ValueError if there is none."""
-        found = [p for p in self.plans if pattern is None or fnmatch.fnmatchcase(p.cell.name, pattern)]
-        if not found:
-            raise ValueError(
-                f"--cells {pattern}: no cell of {self.path} matches, of {len(self.plans)}; --list names them"
-            )
-        return found
-
 
 def read_matrix(path: Path) -> Matrix:
     """All cells, planned, pairs compared.
@@ -141,68 +62,12 @@ def read_matrix(path: Path) -> Matrix:
         ValueError, FileNotFoundError: one line; an unknown name, a group without a learning rate, a model
             that cannot be, or a pair that is not equal.
     """
-    values = read_yaml(path)
-    file = structured(MatrixFile, values, f"matrix {path}")
+    file = structured(MatrixFile, read_yaml(path), f"matrix {path}")
     tasks, sizes = read_tasks()
-    rates = file.learning_rates if isinstance(file.learning_rates, list) else _read_rates(path, file)
-    cells = dict.fromkeys(cell for part in file.parts for cell in _cells(path, part, tasks, sizes, rates))
     planner = Planner(file, tasks, sizes)
-    plans = [planner.plan(cell) for cell in cells]
+    plans = [planner.plan(cell) for cell in cells_of(path, file, tasks, sizes)]
     _check_pairs(path, plans)
     return Matrix(path, file, plans)
-
-
-def _read_rates(path: Path, file: MatrixFile) -> dict[str, dict[str, float]]:
-    rates = Path(file.learning_rates)
-    try:
-        return read_yaml(rates if rates.is_file() else HERE.parent / rates)
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"matrix {path}: {rates} does not exist; run --matrix experiments/sweep.yaml, which writes it"
-        ) from None
-
-
-def rate_key(task: str, size: str) -> str:
-    """The section of learning_rates.yaml in which every group has its rate."""
-    return f"{task}/{size}"
-
-
-def _cells(
-    path: Path,
-    part: Part,
-    tasks: Mapping[str, Task],
-    sizes: Mapping[str, list[str]],
-    rates: Sequence[float] | Mapping[str, Mapping[str, float]],
-) -> Iterator[Cell]:
-    for kind, names, known in (
-        ("task", part.tasks, tasks),
-        ("size", part.sizes, sizes),
-        ("group", part.groups, GROUPS),
-    ):
-        for name in names:
-            if name not in known:
-                raise DataError(f"matrix {path}: unknown {kind} {name!r}; {nearest(name, list(known))}")
-    if part.learning_rates and isinstance(rates, Mapping):
-        raise DataError(
-            f"matrix {path}: learning_rates {part.learning_rates} of a part are for a sweep; remove them, or "
-            "make the file's own learning_rates a list"
-        )
-    varied: list[tuple[str, Any] | None]
-    varied = [(key, value) for key, values in part.vary.items() for value in values] or [None]
-    axes = product(part.tasks, part.sizes, part.budgets, part.seeds, part.groups, varied)
-    for task, size, budget, seed, group, change in axes:
-        if isinstance(rates, Mapping):
-            key = rate_key(tasks[task].learning_rates_of or task, size)
-            own = rates.get(key, {})
-            if group not in own:
-                raise ValueError(
-                    f"matrix {path}: group {group} has no learning rate for {key}; add it "
-                    "to experiments/sweep.yaml and run that, which writes experiments/learning_rates.yaml"
-                )
-            yield Cell(task, size, budget, group, seed, float(own[group]), change)
-        else:
-            for rate in part.learning_rates or rates:
-                yield Cell(task, size, budget, group, seed, float(rate), change, rate_in_name=True)
 
 
 class Planner:
@@ -226,7 +91,7 @@ class Planner:
             task = replace(task, examples=int(value))
         return task
 
-    def plan(self, cell: Cell) -> Plan:
+    def plan(self, cell: Cell) -> PlannedCell:
         """Raises ValueError for a model that cannot be."""
         task, group = self.task(cell), GROUPS[cell.group]
         config = self.config(cell)
@@ -246,7 +111,7 @@ class Planner:
             f"seed={cell.seed}",
         ]
         data = [*task.data, *([f"sources.0.num_samples={task.examples}"] if task.examples else [])]
-        return Plan(
+        return PlannedCell(
             cell, task, model, group.method, steps, config.tokens_per_step, tuple(overrides), tuple(data)
         )
 
@@ -341,9 +206,9 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _check_pairs(path: Path, plans: Sequence[Plan]) -> None:
+def _check_pairs(path: Path, plans: Sequence[PlannedCell]) -> None:
     """Raises ValueError for the first pair of PAIRS whose sides, both in the matrix, are not equal."""
-    places: dict[tuple[str, str, str, Any], dict[str, Plan]] = {}
+    places: dict[tuple[str, str, str, Any], dict[str, PlannedCell]] = {}
     for plan in plans:
         cell = plan.cell
         places.setdefault((cell.task, cell.size, cell.budget.name, cell.vary), {})[cell.group] = plan

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from eval.looping.measures import unrolled_parameters
-from experiments.matrix import Matrix, Plan
+from experiments.matrix import Matrix, PlannedCell
 from experiments.settings import cell_settings
 from model import ModelConfig, ZeroModel
 from model.counts import training_flops_per_token
@@ -49,7 +49,7 @@ RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or was gi
 LAST = 50  # steps that final_loss is the mean of
 
 
-def make_record(plan: Plan, matrix: Matrix, folder: Path) -> dict[str, Any]:
+def make_record(plan: PlannedCell, matrix: Matrix, folder: Path) -> dict[str, Any]:
     """Reads a cell's folder. Raises ValueError if its metrics hold no validation loss."""
     cell = plan.cell
     record = {
@@ -79,7 +79,7 @@ def _trained(model: ModelConfig) -> int:
     return model.recurrence.num_steps if model.recurrence.placement != "none" else 1
 
 
-def _sizes(plan: Plan, folder: Path) -> dict[str, Any]:
+def _sizes(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     model, length = plan.model, plan.task.sequence_length
     trained = _trained(model)
     looped = model.recurrence.placement != "none"
@@ -95,7 +95,7 @@ def _sizes(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def _training(plan: Plan, folder: Path) -> dict[str, Any]:
+def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
     validation = [record["val_loss"] for record in steps if "val_loss" in record]
@@ -133,7 +133,7 @@ def _at_steps(entry: dict[str, Any]) -> dict[str, float]:
     return {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
 
 
-def _reasoning(plan: Plan, folder: Path) -> dict[str, Any]:
+def _reasoning(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     report = _report(folder, "main")
     name, facts = f"reasoning_{plan.task.evaluation.task}", report["reasoning"]
     results, trained = report["results"], str(facts["trained_steps"])
@@ -186,7 +186,7 @@ def _loop(facts: dict[str, Any], trained: str) -> dict[str, Any]:
     }
 
 
-def _traced(plan: Plan, folder: Path) -> dict[str, Any]:
+def _traced(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     """Answered at the trained depth alone."""
     report, trained = _report(folder, "main"), str(_trained(plan.model))
     results, configs = report["results"], report["configs"]
@@ -212,7 +212,7 @@ def _traced(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def _text(plan: Plan, folder: Path) -> dict[str, Any]:
+def _text(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     report = _report(folder, "main")
     found: dict[str, dict[str, float]] = {"bits_per_byte": {}, "perplexity": {}}
     for key, entry in report["results"].items():
@@ -225,7 +225,7 @@ def _text(plan: Plan, folder: Path) -> dict[str, Any]:
     return {"num_samples": samples, **found, "few_shot": few_shot}
 
 
-def _few_shot(plan: Plan, folder: Path) -> dict[str, Any]:
+def _few_shot(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     report, task = _report(folder, "few-shot"), plan.task.evaluation.few_shot
     by_shots = {str(config["num_fewshot"]): key for key, config in report["configs"].items()}
     (samples,) = {value["effective"] for value in report["n-samples"].values()}

@@ -1,21 +1,28 @@
-"""Runs a matrix of experiments: every cell is an ordinary training run and its evaluation.
+"""Runs a matrix of experiments: every cell is an ordinary training run and its evaluations.
 
-    python experiments/run.py --matrix experiments/quick.yaml [--out DIR] [--jobs N] [--cells PATTERN]
-    python experiments/run.py --matrix experiments/quick.yaml --list
-    python experiments/run.py --matrix experiments/standard.yaml --out DIR --index I
+    python experiments/run.py --matrix quick [--out DIR] [--jobs N] [--cells PATTERN]
+    python experiments/run.py --matrix quick --list
+    python experiments/run.py --matrix standard --out DIR --index I
 
-Cells lie in DIR/cells/TASK/SIZE/BUDGET/GROUP/SEED with a cell.json when they are done (experiments/record.py
-says what is in it), data in DIR/data. Started again, it goes on where it was. A cell that fails is reported
-with its log and costs no other. slurm/experiments.sbatch gives --index to the jobs of an array. A sweep
-(learning_rates is a list) ends by writing experiments/learning_rates.yaml: for each group the rate of the
-lowest validation loss.
+--matrix is a file, or the name of one in experiments/matrices. Cells lie in DIR/cells/NAME, data in DIR/data.
+Started again, the same command resumes; a folder made with other settings is refused. A cell that fails is
+reported with its log and costs only the cells that start from its export. slurm/experiments.sbatch gives
+--index to the jobs of an array. There are two kinds of matrix:
+
+- groups (experiments/matrix_file.py): a finished cell TASK/SIZE/BUDGET/GROUP/SEED has a cell.json
+  (experiments/record.py says what is in it). A sweep (learning_rates is a list) ends by writing
+  experiments/learning_rates.yaml: for each group the rate of the lowest validation loss.
+- methods of latent chain of thought (experiments/latent_cot.py): cells METHOD-SEED, which start from the cell
+  teacher-SEED; --cells and --index run the teachers they need as well. It ends by writing DIR/results.json,
+  table.md and pictures; `python eval/report.py DIR/cells/*-[0-9]` makes a page.
 """
 
 import argparse
+import fnmatch
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,25 +30,29 @@ import yaml
 
 from common.errors import user_errors
 from common.files import write_json
-from experiments.cells import folder_of, run_cell
-from experiments.jobs import run_all
-from experiments.matrix import RATES, Matrix, Plan, rate_key, read_matrix
-from experiments.record import RECORD
+from experiments.cells import folder_of, job_of
+from experiments.jobs import Job, cell_folder, locked, run_all, run_job
+from experiments.latent_cot import LatentCotMatrix, is_latent_cot, read_latent_cot
+from experiments.matrix import Matrix, PlannedCell, read_matrix
+from experiments.matrix_file import RATES, find_matrix, rate_key
+from experiments.record import FAILED, RECORD
+from experiments.reporting.latent_cot import write_results
+from experiments.tasks import read_yaml
 
 HEAD = (
-    "# Peak learning rate of every group on every task and size: of those of experiments/sweep.yaml the one\n"
-    "# with the lowest validation loss. Written by experiments/run.py --matrix experiments/sweep.yaml.\n"
+    "# Peak learning rate of every group on every task and size: of those of a sweep, the one with the lowest\n"
+    "# validation loss. Written by experiments/run.py --matrix sweep (experiments/matrices/sweep.yaml).\n"
 )
 
 
-def choose_rates(plans: Sequence[Plan], out: Path) -> dict[str, dict[str, float]]:
+def choose_rates(plans: Sequence[PlannedCell], out: Path) -> dict[str, dict[str, float]]:
     """The rate of the lowest validation loss, mean over the seeds, of every group with all its cells done."""
     losses: dict[tuple[str, str], dict[float, list[float | None]]] = {}
     for plan in plans:
         cell, path = plan.cell, folder_of(plan, out) / RECORD
         loss = json.loads(path.read_text())["validation_loss"] if path.is_file() else None
-        place = losses.setdefault((rate_key(cell.task, cell.size), cell.group), {})
-        place.setdefault(cell.learning_rate, []).append(loss)
+        by_rate = losses.setdefault((rate_key(cell.task, cell.size), cell.group), {})
+        by_rate.setdefault(cell.learning_rate, []).append(loss)
     chosen: dict[str, dict[str, float]] = {}
     for (task, group), by_rate in losses.items():
         sums = {rate: sum(loss for loss in found if loss is not None) for rate, found in by_rate.items()}
@@ -59,25 +70,73 @@ def write_rates(chosen: dict[str, dict[str, float]], path: Path) -> None:
     path.write_text(HEAD + yaml.safe_dump(there))
 
 
-def run_matrix(matrix: Matrix, plans: Sequence[Plan], out: Path, jobs: int, rates: Path) -> dict[str, str]:
-    """Runs cells, `jobs` at once; what failed, and why."""
-    names = [plan.cell.name for plan in matrix.plans]
-    write_json(out / f"{matrix.name}.matrix.json", {"matrix": matrix.name, "cells": names})
-    failed = run_all({plan.cell.name: partial(run_cell, plan, matrix, out) for plan in plans}, jobs)
-    print(f"{len(plans) - len(failed)} of {len(plans)} cells done, in {out}")
+def read(path: Path) -> Matrix | LatentCotMatrix:
+    """Raises ValueError or FileNotFoundError, one line, for a mistake in the file."""
+    return read_latent_cot(path) if is_latent_cot(read_yaml(path)) else read_matrix(path)
+
+
+def jobs_of(matrix: Matrix | LatentCotMatrix) -> list[Job]:
+    """Of every cell, in the order of their start."""
+    if isinstance(matrix, LatentCotMatrix):
+        return [matrix.job(cell) for cell in matrix.cells]
+    return [job_of(plan, matrix) for plan in matrix.plans]
+
+
+def select(jobs: Sequence[Job], pattern: str | None = None, index: int | None = None) -> list[Job]:
+    """The jobs whose names match a pattern as of file names, or the one numbered `index` among them.
+
+    Raises:
+        ValueError: no name matches, or there is no such number.
+    """
+    found = [job for job in jobs if pattern is None or fnmatch.fnmatchcase(job.name, pattern)]
+    if not found:
+        raise ValueError(f"--cells {pattern}: none of {len(jobs)} cells matches; --list names them")
+    if index is None:
+        return found
+    if not 0 <= index < len(found):
+        raise ValueError(f"--index {index} must be from 0 to {len(found) - 1}, of {len(found)} cells")
+    return [found[index]]
+
+
+def with_teachers(chosen: Sequence[Job], jobs: Sequence[Job]) -> list[Job]:
+    """The chosen jobs and those that they start from, in their order."""
+    wanted = {job.name for job in chosen} | {job.teacher for job in chosen}
+    return [job for job in jobs if job.name in wanted]
+
+
+def run_jobs(jobs: Sequence[Job], out: Path, at_once: int) -> dict[str, str]:
+    """What failed, and why."""
+    after = {job.name: job.teacher for job in jobs if job.teacher is not None}
+    failed = run_all({job.name: partial(run_job, job, out) for job in jobs}, at_once, after)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} cells done, in {out}")
     for name, problem in failed.items():
         print(f"failed: {name}: {problem}")
-    if matrix.is_sweep:
+    return failed
+
+
+def conclude(
+    matrix: Matrix | LatentCotMatrix, out: Path, at_once: int, failed: Mapping[str, str], rates: Path
+) -> None:
+    """What a matrix writes over all its cells.
+
+    Raises:
+        ValueError: no cell of a matrix of latent chain of thought was evaluated.
+    """
+    if isinstance(matrix, LatentCotMatrix):
+        paths = [cell_folder(cell.name, out) / FAILED for cell in matrix.cells]
+        before = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        stored = {entry["cell"]: entry["problem"] for entry in before}  # by other jobs of the array
+        write_results(matrix, out, at_once, {**stored, **failed})
+    elif matrix.is_sweep:
         chosen = choose_rates(matrix.plans, out)
         write_rates(chosen, rates)
         print(f"written: {rates}, {sum(map(len, chosen.values()))} rates")
-    return failed
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run a matrix of experiments.")
     add = parser.add_argument
-    add("--matrix", type=Path, required=True, help="YAML of the matrix, see experiments/")
+    add("--matrix", required=True, help="a YAML file, or the name of one in experiments/matrices, e.g. quick")
     add("--out", type=Path, help="folder of data and cells (default: runs/experiments/NAME)")
     add("--jobs", type=int, default=1, help="cells at once, one thread each (default: 1)")
     add("--cells", metavar="PATTERN", help="only those whose names match, e.g. 'p_hop/*/loop/*'")
@@ -87,31 +146,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def select(arguments: argparse.Namespace, matrix: Matrix) -> list[Plan]:
-    """The plans asked for. Raises ValueError for an impossible number or a pattern of none."""
-    if arguments.jobs < 1:
-        raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
-    plans = matrix.chosen(arguments.cells)
-    if arguments.index is None:
-        return plans
-    if not 0 <= arguments.index < len(plans):
-        raise ValueError(
-            f"--index {arguments.index} must be from 0 to {len(plans) - 1}, of {len(plans)} cells"
-        )
-    return [plans[arguments.index]]
-
-
 def main() -> None:
     arguments = parse()
     with user_errors(ValueError, OSError):
-        matrix = read_matrix(arguments.matrix)
-        plans = select(arguments, matrix)
-        if arguments.list:
-            for number, plan in enumerate(plans):
-                print(f"{number}\t{plan.cell.name}\t{plan.max_steps} steps")
-            return
+        if arguments.jobs < 1:
+            raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
+        matrix = read(find_matrix(arguments.matrix))
         out = arguments.out or Path("runs/experiments") / matrix.name
-        failed = run_matrix(matrix, plans, out, arguments.jobs, arguments.rates)
+        jobs = jobs_of(matrix)
+        chosen = select(jobs, arguments.cells, arguments.index)
+        if arguments.list:
+            for number, job in enumerate(chosen):
+                print(f"{number}\t{job.name}\t{job.max_steps} steps")
+            return
+        names = {"matrix": matrix.name, "cells": [job.name for job in jobs]}
+        with locked(out / "lock"):
+            write_json(out / f"{matrix.name}.matrix.json", names)
+        failed = run_jobs(with_teachers(chosen, jobs), out, arguments.jobs)
+        with locked(out / "lock"):
+            conclude(matrix, out, arguments.jobs, failed, arguments.rates)
     sys.exit(1 if failed else 0)
 
 

@@ -17,13 +17,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from experiments.groups import GROUPS
-from experiments.matrix import BASE, Plan
+from experiments.matrix import BASE, PlannedCell
 
 DS_CONFIG = "zero1"
 Settings = dict[str, Any]
 
 
-def cell_settings(plan: Plan, evaluate: bool) -> Settings:
+def cell_settings(plan: PlannedCell, evaluate: bool) -> Settings:
     """All that a cell is told; a sweep's cells are not evaluated."""
     return {
         "training": {
@@ -53,7 +53,7 @@ def task_options(text: str) -> dict[str, int]:
     return {name: int(value) for name, value in pairs}
 
 
-def evaluation_settings(plan: Plan) -> dict[str, Settings]:
+def evaluation_settings(plan: PlannedCell) -> dict[str, Settings]:
     """By name; `main` is what the record's accuracy or perplexity is of."""
     spec, task = plan.task.evaluation, plan.task
     looped = plan.model.recurrence.placement != "none"

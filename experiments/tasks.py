@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path} holds no KEY: VALUE lines: see experiments/quick.yaml")
+        raise ValueError(f"{path} holds no KEY: VALUE lines: see experiments/matrices/quick.yaml")
     return {str(key): value for key, value in values.items()}
 
 

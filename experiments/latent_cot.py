@@ -1,0 +1,191 @@
+"""A matrix of methods of latent chain of thought: a teacher per seed, then students from its export.
+
+    latent_cot: causal_loop_v2        # the task, of experiments/latent_cot.yaml
+    examples: 130000                  # generated for training; leave it out for the tasks that are files
+    teacher_steps: 1800
+    student_steps: 1200
+    num_questions: 600
+    training: [model.hidden_size=32]  # overrides of all trainings, none by default
+    parts:                            # their cells together; the teachers follow from the seeds
+      - {methods: [cot, kava, lotus], seeds: [0, 1, 2]}
+
+distill/main.py trains every cell: a teacher from scratch with the method cot, which writes the chain of thought
+out, and a student from the export of its seed's teacher. eval/thoughts.py evaluates each, with its controls at
+test time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from common.nearest import nearest
+from data_pipeline.errors import DataError
+from data_pipeline.recipe import structured
+from distill.methods import METHODS
+from experiments.jobs import Data, Job
+from experiments.tasks import HERE, read_yaml
+
+TASKS = HERE / "latent_cot.yaml"
+KIND = "latent_cot"  # the key that tells such a matrix from one of groups
+TEACHER = "teacher"
+ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
+KV_BUFFER = "8"
+
+
+@dataclass(frozen=True)
+class LatentCotTask:
+    """A problem set of eval/thoughts.py, with a recipe for its training data and a config for its runs."""
+
+    about: str = MISSING
+    recipe: str = MISSING  # data_pipeline/recipes/NAME.yaml
+    config: str = MISSING
+    kv_budgets: list[int] = MISSING  # of R-KV's cache, in tokens of an answer
+    task_options: str | None = None  # of generated questions; None: the questions are files
+    methods: dict[str, list[str]] = field(default_factory=dict)  # method -> overrides of `model`
+
+
+@dataclass(frozen=True)
+class LatentCotPart:
+    methods: list[str] = MISSING  # of distill/methods.py
+    seeds: list[int] = MISSING
+
+
+@dataclass(frozen=True)
+class LatentCotFile:
+    latent_cot: str = MISSING
+    teacher_steps: int = MISSING
+    student_steps: int = MISSING
+    num_questions: int = MISSING
+    parts: list[LatentCotPart] = MISSING
+    examples: int | None = None
+    training: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LatentCotCell:
+    """One run."""
+
+    method: str  # of METHODS, or TEACHER
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.seed}"
+
+    @property
+    def teacher(self) -> str | None:
+        """The cell that this one starts from."""
+        return None if self.method == TEACHER else f"{TEACHER}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class LatentCotMatrix:
+    path: Path
+    file: LatentCotFile
+    task: LatentCotTask
+    cells: list[LatentCotCell]  # in the order of their start: teachers, then their students
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def job(self, cell: LatentCotCell) -> Job:
+        """All that is run for a cell. Its results lie together, where eval/report.py looks for them."""
+        file, task = self.file, self.task
+        data = file.latent_cot if file.examples is None else f"{file.latent_cot}-{file.examples}"
+        examples = () if file.examples is None else (f"sources.0.num_samples={file.examples}",)
+        return Job(
+            name=cell.name,
+            max_steps=self.steps(cell),
+            script="distill/main.py",
+            training=tuple(self.training(cell)),
+            data=Data(data, task.recipe, examples),
+            evaluations=self.evaluations(cell.method),
+            results="eval",
+            teacher=cell.teacher,
+        )
+
+    def steps(self, cell: LatentCotCell) -> int:
+        return self.file.teacher_steps if cell.method == TEACHER else self.file.student_steps
+
+    def training(self, cell: LatentCotCell) -> list[str]:
+        """What distill/main.py is told but for --init, data.path and output_dir."""
+        is_teacher, steps = cell.method == TEACHER, self.steps(cell)
+        method = "cot" if is_teacher else cell.method
+        return [
+            *("--ds_config", "ds_configs/zero1.json", "--config", self.task.config),
+            *([] if is_teacher else ["optimizer.lr=1e-3"]),
+            *(f"max_steps={steps}", f"save_every={steps}", f"seed={cell.seed}"),
+            f"model.distillation.method={method}",
+            *(f"model.{override}" for override in self.task.methods.get(method, [])),
+            *self.file.training,
+        ]
+
+    def evaluations(self, method: str) -> dict[str, list[str]]:
+        """By name, eval/thoughts.py and its flags but for checkpoint and output."""
+        count, options = str(self.file.num_questions), self.task.task_options
+        questions = ["--task", self.file.latent_cot, *(["--limit", count] if options is None else [])]
+        if options is not None:
+            questions += ["--task_options", options, "--num_samples", count]
+        tests = _tests(method, ",".join(map(str, self.task.kv_budgets)))
+        return {
+            name: ["eval/thoughts.py", *questions, *flags, "--batch_size", "64"]
+            for name, flags in tests.items()
+        }
+
+
+def _tests(method: str, kv_budgets: str) -> dict[str, list[str]]:
+    """Each method as it is, over its numbers of iterations or cache budgets, and its controls."""
+    own = {"own": ["--mode", "cot"]}
+    if method == TEACHER:
+        return own
+    if method == "cot":
+        return own | {"budget": ["--mode", "cot", "--kv_budget", kv_budgets, "--kv_buffer", KV_BUFFER]}
+    if method == "no_cot":
+        return {"own": ["--mode", "none"]}
+    feedback = METHODS[method].latent_cot["feedback"]
+    own = {"own": ["--num_iterations", ITERATIONS[feedback]] if feedback in ITERATIONS else []}
+    return own | {name: ["--replace", name] for name in ("shuffled", "zeroed")}
+
+
+def is_latent_cot(values: Mapping[str, Any]) -> bool:
+    """Whether a matrix file holds methods of latent chain of thought rather than groups."""
+    return KIND in values
+
+
+def read_latent_cot(path: Path) -> LatentCotMatrix:
+    """All cells, planned.
+
+    Raises:
+        ValueError: one line; an unknown task or method, a number below 1, or no cells.
+    """
+    where = f"matrix {path}"
+    file = structured(LatentCotFile, read_yaml(path), where)
+    tasks = {
+        name: structured(LatentCotTask, values, f"{TASKS.name}, task {name}")
+        for name, values in read_yaml(TASKS).items()
+    }
+    if file.latent_cot not in tasks:
+        raise DataError(f"{where}: unknown task {file.latent_cot!r}; {nearest(file.latent_cot, tasks)}")
+    for key in ("teacher_steps", "student_steps", "num_questions", "examples"):
+        value = getattr(file, key)
+        if value is not None and value < 1:
+            raise DataError(f"{where}: {key} {value} must be at least 1")
+    return LatentCotMatrix(path, file, tasks[file.latent_cot], _cells(where, file.parts))
+
+
+def _cells(where: str, parts: list[LatentCotPart]) -> list[LatentCotCell]:
+    """Each once: the teachers that have students, then the students, part by part and seed by seed."""
+    for method in (method for part in parts for method in part.methods):
+        if method not in METHODS:
+            raise DataError(f"{where}: unknown method {method!r}; {nearest(method, METHODS)}")
+    students = [
+        LatentCotCell(method, seed) for part in parts for seed in part.seeds for method in part.methods
+    ]
+    if not students:
+        raise DataError(f"{where}: parts name no cells: give one or more methods and seeds")
+    teachers = [LatentCotCell(TEACHER, student.seed) for student in students]
+    return list(dict.fromkeys((*teachers, *students)))
