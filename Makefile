@@ -60,7 +60,7 @@ experiments: setup
 # docs/RESULTS.md and the README's figure from the committed records of these matrices.
 PUBLISHED := standard names examples iterations loss_weights
 results: setup
-	python experiments/report.py $(PUBLISHED:%=--runs experiments/results/%) --out docs/RESULTS.md
+	python experiments/report.py $(PUBLISHED:%=--runs experiments/results/%.jsonl) --out docs/RESULTS.md
 
 # Latent chain of thought, every method and control: two hours on two cores. MATRIX holds further flags of
 # experiments/run.py, such as --cells 'kava-*'.

@@ -1,14 +1,16 @@
 """What a cell of a matrix of groups is told: its training, its evaluations, and the job of them."""
 
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from experiments.groups import GROUPS
 from experiments.jobs import DATA, ROOT, Data, Job, cell_folder
 from experiments.matrix import BASE, Matrix, PlannedCell
 from experiments.record import make_record
+from experiments.settings import Settings, evaluation_settings
 
 
-def job_of(plan: PlannedCell, matrix: Matrix, out: Path) -> Job:
+def job_of(plan: PlannedCell, matrix: Matrix) -> Job:
     """All that is run for a cell, its record the last of it."""
     return Job(
         name=plan.cell.name,
@@ -17,7 +19,7 @@ def job_of(plan: PlannedCell, matrix: Matrix, out: Path) -> Job:
         training=tuple(training(plan)),
         data=Data(plan.data_name, plan.task.recipe, plan.data),
         evaluations=evaluations(plan, evaluate=not matrix.is_sweep),
-        record=lambda folder: make_record(plan, matrix, folder, command(plan, matrix, out)),
+        record=lambda folder: make_record(plan, matrix, folder),
     )
 
 
@@ -33,36 +35,29 @@ def training(plan: PlannedCell) -> list[str]:
 
 def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
     """By name, the script and flags of each evaluation but for checkpoint and output."""
-    if not evaluate:
-        return {}
-    spec, task = plan.task.evaluation, plan.task
-    looped = plan.model.recurrence.placement != "none"
-    trained = plan.model.recurrence.num_steps
-    steps = ",".join(map(str, sorted({*spec.steps, trained})))
-    batch = ["--batch_size", str(spec.batch_size)]
-    if task.kind == "text":
-        depths = ["--depth", steps] if looped else []
-        limit = ["--limit", str(spec.limit), *batch]
-        tests = {"main": ["eval/perplexity.py", "--data", DATA, *depths, *limit]}
-        if spec.few_shot is not None:
-            shots = ",".join(map(str, spec.shots))
-            tests["few-shot"] = ["eval/run.py", "--tasks", spec.few_shot, "--num_fewshot", shots, *limit]
-        return tests
-    questions = ["--task", str(spec.task), "--num_samples", str(spec.num_samples), "--log_samples", *batch]
-    own = ["--task_options", spec.task_options]
-    if task.kind == "traced":
-        mode = "cot" if GROUPS[plan.cell.group].method == "cot" else "none"
-        votes = ["--samples", str(spec.votes)] if mode == "cot" and spec.votes else []
-        return {"main": ["eval/thoughts.py", "--mode", mode, *questions, *own, *votes]}
-    tests = {"main": [*own, *(["--steps", steps] if looped else [])]}
-    for name, options in task.gaps.items():
-        at = ["--steps", str(trained)] if looped else []
-        tests[f"gap {name}"] = ["--task_options", options, *at]
-    return {name: ["eval/reasoning.py", *questions, *flags] for name, flags in tests.items()}
+    told = evaluation_settings(plan) if evaluate else {}
+    return {name: evaluation_command(entry) for name, entry in told.items()}
 
 
-def command(plan: PlannedCell, matrix: Matrix, out: Path) -> str:
-    """Runs this cell alone, from the root of the repository."""
-    path = matrix.path.resolve()
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else matrix.path
-    return f"python experiments/run.py --matrix {shown} --out {out} --cells '{plan.cell.name}'"
+def evaluation_command(told: Settings) -> list[str]:
+    """The script and flags of one evaluation, as experiments/settings.py describes it."""
+    script = {
+        "reasoning": ["eval/reasoning.py", "--log_samples"],
+        "thoughts": ["eval/thoughts.py", "--log_samples"],
+        "perplexity": ["eval/perplexity.py", "--data", DATA],
+        "few_shot": ["eval/run.py"],
+    }[told["kind"]]
+    renamed = {
+        "reasoning": {"num_steps": "steps"},
+        "perplexity": {"num_steps": "depth"},
+        "few_shot": {"task": "tasks"},
+    }
+    names = renamed.get(told["kind"], {})
+    flags = [(f"--{names.get(key, key)}", _flag(value)) for key, value in told.items() if key != "kind"]
+    return [*script, *chain.from_iterable(flags)]
+
+
+def _flag(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={option}" for key, option in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

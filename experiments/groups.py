@@ -3,6 +3,9 @@
 A group is a set of overrides of a training run over experiments/base.yaml, whose layers are latent attention
 (MLA) with dense feed-forward layers. Where two groups are to be equal in parameters, the width of a
 feed-forward layer makes up the difference. `unequal` compares what `equal` promises, from sizes alone.
+
+This is the one definition of every group: the matrices read it, and experiments/group_files.py writes
+pretrain/configs/groups/ from it.
 """
 
 import math
@@ -12,8 +15,15 @@ from typing import Any
 
 from model import ModelConfig
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
+from model.dense_twin import LAYERS, WIDTHS, dense_twin, solve_widths
 
 Model = dict[str, Any]  # keys of model.config.ModelConfig
+
+
+def merged(base: Model, changes: Model) -> Model:
+    """The base's keys with the changes over them, sections key by key."""
+    sections = {key: merged(base[key], changes[key]) for key in changes if isinstance(base.get(key), dict)}
+    return {**base, **changes, **sections}
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,22 @@ class Shape:
     layers: int  # k: distinct layers of a loop
     steps: int  # R: loop steps, or the mean if drawn at random
     sequence_length: int  # T
+    prelude: int = 0  # layers before the loop, which run once
+    coda: int = 0  # layers after it, which run once
+    memory_tokens: int = 4  # of the Recurrent Memory Transformer
+
+    @property
+    def all_layers(self) -> int:
+        """Distinct layers."""
+        return self.prelude + self.layers + self.coda
+
+    @property
+    def layer_runs(self) -> int:
+        """Runs of a layer per token."""
+        return self.prelude + self.layers * self.steps + self.coda
 
     def config(self, changes: Model) -> ModelConfig:
-        return ModelConfig.from_dict({**self.base, **changes})
+        return ModelConfig.from_dict(merged(self.base, changes))
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,9 @@ class Group:
 def _fixed(shape: Shape, **changes: Any) -> Model:
     """k layers run R times; each step reads the normed state and the loop's input, so that it can settle."""
     recurrence = {"placement": "block", "num_steps": shape.steps, "injection": "add", "update": "simple"}
-    return {"num_hidden_layers": shape.layers, "recurrence": {**recurrence, **changes}}
+    if shape.layers < shape.all_layers:
+        recurrence["ranges"] = [[shape.prelude, shape.prelude + shape.layers - 1]]
+    return _layers(shape, recurrence={**recurrence, **changes})
 
 
 def _loop(shape: Shape, **changes: Any) -> Model:
@@ -51,16 +76,25 @@ def _random(shape: Shape, **changes: Any) -> Model:
     return _fixed(shape, depth_sampling="poisson", max_steps=2 * shape.steps, **changes)
 
 
+def _gated(shape: Shape, **changes: Any) -> Model:
+    return _fixed(shape, update="gated", **changes)
+
+
 def _universal(shape: Shape, **changes: Any) -> Model:
     return _loop(shape, iteration_embedding=True, **changes)
 
 
 def _layers(shape: Shape, **changes: Any) -> Model:
-    return {"num_hidden_layers": shape.layers, **changes}
+    return {"num_hidden_layers": shape.all_layers, **changes}
 
 
 def _unrolled(shape: Shape) -> Model:
-    return {"num_hidden_layers": shape.layers * shape.steps}
+    return {"num_hidden_layers": shape.layer_runs}
+
+
+def _grouped(shape: Shape) -> Model:
+    heads = shape.config({}).num_attention_heads
+    return _layers(shape, use_mla=False, num_key_value_heads=heads // 2)
 
 
 def _solved(shape: Shape, changes: Model, key: str, active: bool = False) -> Model:
@@ -70,14 +104,21 @@ def _solved(shape: Shape, changes: Model, key: str, active: bool = False) -> Mod
         ValueError: no width from 1 on has so few.
     """
     wanted = num_parameters(shape.config(_fixed(shape)), active)
-    one, two = (num_parameters(shape.config({**changes, key: width}), active) for width in (1, 2))
-    width = 1 + round((wanted - one) / (two - one))
-    if width < 1:
-        raise ValueError(
-            f"model.{key} would be {width} for the {wanted:,} parameters of the loop: with a width "
-            f"of 1 there are {one:,}; choose a larger size"
-        )
-    return {**changes, key: width}
+    solved = solve_widths(
+        shape.config(changes),
+        [key],
+        lambda model: num_parameters(model, active),
+        wanted,
+        multiples=(1,),
+        tolerance=None,
+    )
+    return {**changes, key: getattr(solved, key)}
+
+
+def _twin(shape: Shape, by: str) -> Model:
+    """The dense twin of `gated`: every feed-forward width in proportion, multiples of 8 if near enough."""
+    twin = dense_twin(shape.config(_gated(shape)), by, shape.sequence_length)
+    return {key: getattr(twin, key) for key in (*LAYERS, *WIDTHS)}
 
 
 def _dense_parameters(shape: Shape) -> Model:
@@ -97,7 +138,7 @@ def _dense_narrow(shape: Shape) -> Model:
         found.append((abs(math.log(model["intermediate_size"] / width / proportion)), model))
     if not found:
         raise ValueError(
-            f"no {shape.layers * shape.steps} layers are narrow enough for the parameters of {shape.layers}: "
+            f"no {shape.layer_runs} layers are narrow enough for the parameters of {shape.all_layers}: "
             "choose a larger size or fewer steps"
         )
     return min(found, key=lambda pair: pair[0])[1]
@@ -119,10 +160,16 @@ def _experts(shape: Shape) -> Model:
 
 def _memory(shape: Shape) -> Model:
     length = math.ceil(shape.sequence_length / shape.steps)
-    return _layers(shape, num_memory_tokens=4, segment_length=length)
+    return _layers(shape, num_memory_tokens=shape.memory_tokens, segment_length=length)
+
+
+def _pause(shape: Shape) -> Model:
+    """As many runs of a layer per token as the loop has, to the nearest whole token."""
+    return _layers(shape, num_pause_tokens=round(shape.layer_runs / shape.all_layers) - 1)
 
 
 _PONDER = {"kind": "ponder", "expectation": "loss"}
+_ACT = {"kind": "act", "expectation": "state"}
 _UT = "Universal Transformer (arXiv 1807.03819): C, and every step is told its number"
 
 GROUPS: dict[str, Group] = {
@@ -139,13 +186,11 @@ GROUPS: dict[str, Group] = {
     "fixed": Group("C with a normed state and its input injected at every step (arXiv 2502.05171)", _fixed),
     "random": Group("fixed, but its depths drawn from a log-normal Poisson (arXiv 2502.05171)", _random),
     "ut": Group(_UT, _universal),
-    "ut_act": Group(
-        f"{_UT}; with ACT", lambda s: _universal(s, halting={"kind": "act", "expectation": "state"})
-    ),
+    "ut_act": Group(f"{_UT}; with ACT", lambda s: _universal(s, halting=_ACT)),
     "rmt": Group("Recurrent Memory Transformer (arXiv 2207.06881): R segments, 4 memory tokens", _memory),
     "pause": Group(
         "R - 1 pause tokens after every token (arXiv 2310.02226), so R runs of a layer a token",
-        lambda s: _layers(s, num_pause_tokens=s.steps - 1),
+        _pause,
     ),
     "dense_params": Group("k layers with the parameters of the loop", _dense_parameters),
     "dense_narrow": Group("k R layers, so narrow that they have the parameters of the loop", _dense_narrow),
@@ -159,6 +204,28 @@ GROUPS: dict[str, Group] = {
     "cot": Group("k R layers that write a chain of thought, and its majority vote", _unrolled, "cot"),
     "no_cot": Group("k R layers that answer at once", _unrolled, "no_cot"),
     "loop_no_cot": Group("k layers looped R times that answer at once", _loop, "no_cot"),
+    # In no matrix yet: pretrain/configs/groups/ has them for the nano size.
+    "gqa": Group(
+        "A with half as many key and value heads, grouped-query attention (arXiv 2305.13245)", _grouped
+    ),
+    "gated": Group("fixed, its update gated as in a GRU instead of simple", _gated),
+    "gated_act": Group(
+        "gated with learned halting, ACT (arXiv 1603.08983), trained on the expected loss over the steps",
+        lambda s: _gated(s, halting={"kind": "act", "expectation": "loss"}),
+    ),
+    "gated_dense_params": Group(
+        "k layers with the parameters of gated, all feed-forward widths scaled",
+        lambda s: _twin(s, "parameters"),
+    ),
+    "gated_dense_flops": Group(
+        "gated unrolled, with its inference FLOPs, all feed-forward widths scaled",
+        lambda s: _twin(s, "flops"),
+    ),
+    "ut_normed": Group("ut, but each step reads the normed state", lambda s: _universal(s, state_norm=True)),
+    "ut_normed_act": Group(
+        "ut_act, but each step reads the normed state",
+        lambda s: _universal(s, state_norm=True, halting=_ACT),
+    ),
 }
 
 
@@ -190,6 +257,9 @@ PAIRS = (
     Pair("mla", "rmt", "parameters", 0.01),
     Pair("cot", "no_cot", "inference_flops", 0.0),
     Pair("no_cot", "loop_no_cot", "inference_flops", 0.02),
+    Pair("gated", "gated_act", "parameters", 0.01),
+    Pair("gated", "gated_dense_params", "parameters", 0.01),
+    Pair("gated", "gated_dense_flops", "inference_flops", 0.02),
 )
 
 

@@ -1,11 +1,13 @@
-"""cell.json: what is known of a cell when all of it is done. Keys that do not apply are absent.
+"""The record of a finished cell: its cell.json, and its line in experiments/results/NAME.jsonl.
+
+Keys that do not apply are absent.
 
 matrix, cell, group, task, size, seed   names; `cell` is the folder below OUT/cells
 budget             of a matrix, as text: steps, or whose training FLOPs in how many steps
 variant            {key: value} of a study, over the group's own; absent: the group itself
 examples           training examples generated (0: all that the recipe reads)
 learning_rate      peak
-command            runs this cell alone
+settings           what it was told, see experiments/settings.py
 device             the GPU's name, or cpu
 parameters, active_parameters, unrolled_parameters    the last with a layer for every run of one
 inference_flops_per_token   {steps: forward FLOPs, attention over a whole row}
@@ -39,6 +41,7 @@ import torch
 
 from eval.looping.measures import unrolled_parameters
 from experiments.matrix import Matrix, PlannedCell
+from experiments.settings import cell_settings
 from model import ModelConfig, ZeroModel
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
 
@@ -46,7 +49,7 @@ RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or was gi
 LAST = 50  # steps that final_loss is the mean of
 
 
-def make_record(plan: PlannedCell, matrix: Matrix, folder: Path, command: str) -> dict[str, Any]:
+def make_record(plan: PlannedCell, matrix: Matrix, folder: Path) -> dict[str, Any]:
     """Reads a cell's folder. Raises ValueError if its metrics hold no validation loss."""
     cell = plan.cell
     record = {
@@ -60,7 +63,6 @@ def make_record(plan: PlannedCell, matrix: Matrix, folder: Path, command: str) -
         "variant": None if cell.vary is None else {cell.vary[0]: cell.vary[1]},
         "examples": plan.task.examples,
         "learning_rate": cell.learning_rate,
-        "command": command,
         "device": json.loads((folder / "environment.json").read_text())["device"],
         **_sizes(plan, folder),
         **_training(plan, folder),
@@ -69,6 +71,7 @@ def make_record(plan: PlannedCell, matrix: Matrix, folder: Path, command: str) -
     if (folder / "eval" / "main").is_dir():
         read = {"reasoning": _reasoning, "traced": _traced, "text": _text}[plan.task.kind]
         record |= read(plan, folder)
+    record["settings"] = cell_settings(plan, evaluate=not matrix.is_sweep)
     return {key: value for key, value in record.items() if value is not None}
 
 

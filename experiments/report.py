@@ -2,10 +2,10 @@
 
 python experiments/report.py --runs runs/experiments/quick [--runs MORE] --out docs/RESULTS.md
 
-Reads every cell.json below the folders (experiments/record.py) and the claims of experiments/CLAIMS.md.
-Writes beside OUT a folder of its name in small letters: the pictures and index.html. A README.md in the
-folder above OUT's gets the headline between its lines <!-- results:begin --> and <!-- results:end -->. The
-same records give the same bytes.
+Reads the records of finished cells (experiments/record.py), below a run folder or in a file such as
+experiments/results/standard.jsonl, and the claims of experiments/CLAIMS.md. Writes beside OUT a folder of its
+name in small letters: the pictures and index.html. A README.md in the folder above OUT's gets the headline
+between its lines <!-- results:begin --> and <!-- results:end -->. The same records give the same bytes.
 """
 
 import argparse
@@ -234,7 +234,11 @@ def write(folders: Sequence[Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Turn the records of experiments into the report.")
     parser.add_argument(
-        "--runs", type=Path, action="append", required=True, help="the --out of experiments/run.py"
+        "--runs",
+        type=Path,
+        action="append",
+        required=True,
+        help="the --out of experiments/run.py, or NAME.jsonl",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="what to write")
     arguments = parser.parse_args()

@@ -75,11 +75,11 @@ def read(path: Path) -> Matrix | LatentCotMatrix:
     return read_latent_cot(path) if is_latent_cot(read_yaml(path)) else read_matrix(path)
 
 
-def jobs_of(matrix: Matrix | LatentCotMatrix, out: Path) -> list[Job]:
+def jobs_of(matrix: Matrix | LatentCotMatrix) -> list[Job]:
     """Of every cell, in the order of their start."""
     if isinstance(matrix, LatentCotMatrix):
         return [matrix.job(cell) for cell in matrix.cells]
-    return [job_of(plan, matrix, out) for plan in matrix.plans]
+    return [job_of(plan, matrix) for plan in matrix.plans]
 
 
 def select(jobs: Sequence[Job], pattern: str | None = None, index: int | None = None) -> list[Job]:
@@ -153,7 +153,7 @@ def main() -> None:
             raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
         matrix = read(find_matrix(arguments.matrix))
         out = arguments.out or Path("runs/experiments") / matrix.name
-        jobs = jobs_of(matrix, out)
+        jobs = jobs_of(matrix)
         chosen = select(jobs, arguments.cells, arguments.index)
         if arguments.list:
             for number, job in enumerate(chosen):

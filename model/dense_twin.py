@@ -3,7 +3,7 @@
     python -m model.config match --like CONFIG --by parameters|flops [--sequence_length T] [model.a.b=c ...]
 
 CONFIG is the YAML of a run, a model's own YAML or JSON, or an exported checkpoint. What is printed is a YAML
-for pretrain/main.py's --config; both models' counts stand in its comments.
+for pretrain/main.py's --config; its comments give both models' counts.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,71 @@ LAYERS = ("num_hidden_layers", "first_k_dense_replace")
 SEQUENCE_LENGTH = 1024  # where neither the command nor the config says it; that of `python -m model`
 
 
+def solve_widths(
+    model: ModelConfig,
+    names: Sequence[str],
+    measure: Callable[[ModelConfig], float],
+    wanted: float,
+    multiples: Sequence[int] = (8, 1),
+    tolerance: float | None = TOLERANCE,
+) -> ModelConfig:
+    """The model with the named widths, scaled in proportion, at which `measure` is nearest `wanted`.
+
+    Args:
+        model: what is scaled. `measure` must be linear in each of the widths.
+        names: keys of ModelConfig, each of which changes what is measured.
+        multiples: what the widths are rounded to, tried in this order; the first that comes near enough is
+            taken.
+        tolerance: how near is near enough, as a share of `wanted`; None: half of what 1 more width adds.
+
+    Raises:
+        ValueError: no widths from 1 on come near enough; one line.
+    """
+    gains = {name: measure(_with(model, {name: getattr(model, name) + 1})) - measure(model) for name in names}
+    share = sum(gain * getattr(model, name) for name, gain in gains.items())
+    scale = 1 + (wanted - measure(model)) / share
+    unit, limit = (1.0, min(gains.values()) / 2) if tolerance is None else (wanted, tolerance)
+
+    def miss(candidate: ModelConfig) -> float:
+        return abs(measure(candidate) / unit - wanted / unit)
+
+    def rank(candidate: ModelConfig) -> tuple[float, int]:
+        """Of two that are equally near, the odd width: the committed records were made with it."""
+        return miss(candidate), sum(getattr(candidate, name) % 2 == 0 for name in names)
+
+    for multiple in multiples:
+        nearest = min((model, *_scaled(model, names, scale, multiple)), key=rank)
+        if miss(nearest) <= limit:
+            return nearest
+    widths = ", ".join(f"{name}={getattr(nearest, name)}" for name in names)
+    raise ValueError(
+        f"no whole widths come within {limit * unit / wanted:.2%} of {wanted:,.0f}: the nearest, {widths}, "
+        f"give {measure(nearest):,.0f} ({measure(nearest) / wanted - 1:+.1%}); match a larger model, whose "
+        "widths are finer steps"
+    )
+
+
+def _with(config: ModelConfig, changed: dict[str, Any]) -> ModelConfig:
+    return dataclasses.replace(config, **changed)
+
+
+def _scaled(config: ModelConfig, names: Sequence[str], scale: float, multiple: int) -> Iterator[ModelConfig]:
+    """The widths times `scale`, each rounded down and up to a multiple."""
+    choices = []
+    for name in names:
+        below = int(getattr(config, name) * scale // multiple) * multiple
+        choices.append([max(below, multiple), max(below + multiple, multiple)])
+    for widths in itertools.product(*choices):
+        yield _with(config, dict(zip(names, widths, strict=True)))
+
+
 def dense_twin(config: ModelConfig, by: str, sequence_length: int = SEQUENCE_LENGTH) -> ModelConfig:
     """The nearest model without recurrence, of the same vocabulary, width, attention and experts.
 
     Args:
         config: the model to match, at its own num_steps.
-        by: parameters: distinct ones; as many layers, other feed-forward widths. flops: forward ones a token;
-            the loops are unrolled into layers, then the feed-forward widths take up what is left.
+        by: parameters: distinct ones; as many layers, other feed-forward widths. flops: forward ones per
+            token; the loops are unrolled into layers, then the feed-forward widths take up what is left.
         sequence_length: tokens attended to, for by=flops.
 
     Raises:
@@ -43,26 +101,15 @@ def dense_twin(config: ModelConfig, by: str, sequence_length: int = SEQUENCE_LEN
     def measure(model: ModelConfig) -> float:
         return num_parameters(model) if by == "parameters" else flops_per_token(model, sequence_length)
 
-    def distance(model: ModelConfig) -> float:
-        return abs(measure(model) / measure(config) - 1)
-
     start = dataclasses.replace(config, recurrence=RecurrenceConfig())
     if by == "flops":
         start = _with(start, _unrolled(config))
-    gains = {n: measure(_with(start, {n: getattr(start, n) + 1})) - measure(start) for n in WIDTHS}
-    used = [name for name in WIDTHS if gains[name]]  # a model need not have both kinds of layer
-    share = sum(gains[name] * getattr(start, name) for name in used)
-    scale = 1 + (measure(config) - measure(start)) / share
-    for step in (8, 1):  # multiples of 8 where they do: tensor cores want them
-        nearest = min((start, *_scaled(start, used, scale, step)), key=distance)
-        if distance(nearest) <= TOLERANCE:
-            return nearest
-    widths = ", ".join(f"{name}={getattr(nearest, name)}" for name in used)
-    raise ValueError(
-        f"no dense model comes within {TOLERANCE:.0%} of {measure(config):,.0f} {by}: the nearest, with "
-        f"{widths}, has {measure(nearest):,.0f} ({measure(nearest) / measure(config) - 1:+.1%}); "
-        "match a larger model, whose widths are finer steps"
-    )
+    # A model need not have both kinds of layer.
+    used = [n for n in WIDTHS if measure(_with(start, {n: getattr(start, n) + 1})) != measure(start)]
+    try:
+        return solve_widths(start, used, measure, measure(config))
+    except ValueError as error:
+        raise ValueError(f"no dense model of equal {by}: {error}") from None
 
 
 def _unrolled(config: ModelConfig) -> dict[str, int]:
@@ -73,20 +120,6 @@ def _unrolled(config: ModelConfig) -> dict[str, int]:
     return dict(zip(LAYERS, (sum(runs), sum(runs[:dense]) + beyond), strict=True))
 
 
-def _with(config: ModelConfig, changed: dict[str, Any]) -> ModelConfig:
-    return dataclasses.replace(config, **changed)
-
-
-def _scaled(config: ModelConfig, names: list[str], scale: float, step: int) -> Iterator[ModelConfig]:
-    """The widths times `scale`, each rounded down and up to a multiple of `step`."""
-    choices = []
-    for name in names:
-        below = int(getattr(config, name) * scale // step) * step
-        choices.append([max(below, step), max(below + step, step)])
-    for widths in itertools.product(*choices):
-        yield _with(config, dict(zip(names, widths, strict=True)))
-
-
 def twin_section(given: dict[str, Any], by: str, sequence_length: int) -> tuple[dict[str, Any], str]:
     """The keys of a twin, and a table of both models.
 
@@ -95,12 +128,12 @@ def twin_section(given: dict[str, Any], by: str, sequence_length: int) -> tuple[
         by, sequence_length: see dense_twin.
 
     Raises:
-        ValueError: as dense_twin, or the keys are no model's.
+        ValueError: as dense_twin, or the keys are not a model's.
     """
     try:
         config = ModelConfig.from_dict(given)
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"a key of the model has a value of the wrong type ({error}); mend it") from None
+        raise ValueError(f"a key of the model has a value of the wrong type ({error}); correct it") from None
     twin = dense_twin(config, by, sequence_length)
     changed = [n for n in (*LAYERS, *WIDTHS) if n in given or getattr(twin, n) != getattr(config, n)]
     section = {key: value for key, value in given.items() if key != "recurrence"}
@@ -122,12 +155,11 @@ def _reset(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 def _table(config: ModelConfig, twin: ModelConfig, sequence_length: int) -> str:
     rows = [
-        ("parameters", num_parameters(config), num_parameters(twin)),
-        ("active a token", num_parameters(config, active=True), num_parameters(twin, active=True)),
+        ("parameters", *(num_parameters(model) for model in (config, twin))),
+        ("active per token", *(num_parameters(model, active=True) for model in (config, twin))),
         (
-            f"forward FLOPs a token at {sequence_length:,} tokens",
-            flops_per_token(config, sequence_length),
-            flops_per_token(twin, sequence_length),
+            f"forward FLOPs per token at {sequence_length:,} tokens",
+            *(flops_per_token(model, sequence_length) for model in (config, twin)),
         ),
     ]
     lines = [f"{'':44}{'given':>18}{'dense':>18}{'ratio':>9}"]
@@ -144,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text ({error}); give a YAML or JSON") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); mend it or export it again") from None
+        raise ValueError(f"{path} is not valid JSON ({error}); correct it or export it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; give a config or an export/ folder of a run")
     return values

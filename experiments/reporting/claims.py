@@ -272,10 +272,5 @@ def _outcomes(claim: Claim, pairs: Sequence[tuple[Record, ...]]) -> Floats | Non
 
 def command_of(record: Record) -> str:
     """Runs all seeds of a record's cell, into the default folder."""
-    words = shlex.split(record["command"])
-    if "--out" in words:
-        at = words.index("--out")
-        del words[at : at + 2]
     seeds = record["cell"].rpartition("/")[0] + "/*"
-    words = [seeds if word == record["cell"] else word for word in words]
-    return shlex.join(words)
+    return shlex.join(["python", "experiments/run.py", "--matrix", record["matrix"], "--cells", seeds])

@@ -20,9 +20,10 @@ import pytest
 import yaml
 
 from experiments import report
+from experiments.publish import publish
 from experiments.reporting.claims import CLAIMS, Unit, claim_verdict, command_of, judge, read_claims
 from experiments.reporting.figures import enough_steps
-from experiments.reporting.records import value_of
+from experiments.reporting.records import read_records, value_of
 
 from ..browser import needs_browser, shows
 from ..conftest import ROOT
@@ -280,12 +281,67 @@ def test_enough_steps_are_the_fewest_near_the_best():
     assert enough_steps({"1": 0.3, "4": 0.79, "8": 0.8, "16": 0.805}) == 4
 
 
-def test_a_command_names_no_folder_of_a_machine():
-    record = stored("p_hop")[0]
-    record["command"] = record["command"].replace("runs/synthetic", "/somewhere/else")
-    assert command_of(record) == (
-        "python experiments/run.py --matrix experiments/synthetic.yaml --cells 'p_hop/synthetic/100/loop/*'"
+def test_a_command_names_the_matrix_and_all_seeds_of_a_cell():
+    assert command_of(stored("p_hop")[0]) == (
+        "python experiments/run.py --matrix synthetic --cells 'p_hop/synthetic/100/loop/*'"
     )
+
+
+def test_published_records_give_the_same_report_as_their_run_folder(written, tmp_path):
+    """But for failures, which are not published: their cells are missing."""
+    (path,) = publish(written.parents[2] / "runs", tmp_path)
+    names, records = read_records(path)
+    assert path == tmp_path / "synthetic.jsonl"
+    listed = json.loads((written.parents[2] / "runs/synthetic.matrix.json").read_text())["cells"]
+    assert names == listed
+    assert [record["cell"] for record in records] == listed[:-2]
+    assert records == stored("p_hop")
+    out = project(tmp_path / "project")
+    rest = place(stored("causal_loop_v2", "wikipedia", "studies"), tmp_path / "runs")
+    report.write([rest, path], out)
+    lost = "| `p_hop/synthetic/100/kv/4` |"
+    before, after = (
+        [line for line in text.splitlines() if not line.startswith(lost) and "cells are done" not in line]
+        for text in (written.read_text(), out.read_text())
+    )
+    assert before == after
+    assert f"{lost} not done |" in out.read_text()
+
+
+def test_publishing_adds_to_the_records_replaces_the_same_cell_and_loses_none(tmp_path):
+    first, second = stored("p_hop")[:2]
+    cells = [first["cell"], second["cell"]]
+
+    def ran(name: str, records: Records, cells: list[str]) -> Path:
+        runs = place(records, tmp_path / name)
+        (runs / "synthetic.matrix.json").write_text(json.dumps({"matrix": "synthetic", "cells": cells}))
+        return runs
+
+    out = tmp_path / "results"
+    assert publish(ran("a", [second], cells), out) == {out / "synthetic.jsonl": 1}
+    again = {**second, "final_loss": math.nan}
+    publish(ran("b", [again, first], cells), out)
+    found = read_records(out / "synthetic.jsonl")
+    assert json.dumps(found) == json.dumps((cells, [first, again]))  # as text, since NaN differs from itself
+    before = (out / "synthetic.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=f"records of 1 cells, {second['cell']} first, that the matr"):
+        publish(ran("c", [first], cells[:1]), out)
+    with pytest.raises(ValueError, match="d holds no finished cell; give the --out"):
+        publish(ran("d", [], cells), out)
+    assert (out / "synthetic.jsonl").read_bytes() == before
+
+
+def test_a_damaged_line_of_a_file_of_records_is_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for text, message in (
+        ("", "line 1 is damaged; restore it"),
+        ('{"matrix": "x", "cells": []}\n{"cell"', "line 2 is damaged; restore it"),
+        ('{"matrix": "x", "cells": []}\n{"cell": "a"}', "line 2 has no matrix, group"),
+        ('{"cells": []}', "line 1 has no matrix; restore it"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"x.jsonl, {message}"):
+            report.read_runs([path])
 
 
 def test_learning_rates_that_were_tried_are_no_cells(tmp_path):
@@ -296,7 +352,7 @@ def test_learning_rates_that_were_tried_are_no_cells(tmp_path):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist: give the --out"):
         report.read_runs([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"no cell\.json below"):
         report.read_runs([tmp_path])

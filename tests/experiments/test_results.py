@@ -1,6 +1,5 @@
 """The committed records are of the matrices as they are, and docs/RESULTS.md is what they say."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,17 +8,20 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.files import write_json
 from experiments import report
-from experiments.cells import evaluations, folder_of, training
-from experiments.jobs import SETTINGS
 from experiments.matrix import Matrix, read_matrix
 from experiments.matrix_file import RATES, find_matrix
+from experiments.record import RECORD
+from experiments.reporting.records import read_records
 from experiments.run import choose_rates
+from experiments.settings import cell_settings
+from model.counts import num_parameters
 
 from ..conftest import ROOT
 
 RESULTS = ROOT / "experiments/results"
-MATRICES = sorted(path.name.partition(".")[0] for path in RESULTS.glob("*/*.matrix.json"))
+NAMES = sorted(path.stem for path in RESULTS.glob("*.jsonl"))
 
 
 def matrix_of(name: str) -> Matrix:
@@ -27,7 +29,7 @@ def matrix_of(name: str) -> Matrix:
 
 
 def published() -> list[Path]:
-    """The folders that `make results` reads."""
+    """The files that `make results` reads."""
     command = subprocess.run(
         ["make", "--dry-run", "--assume-old=setup", "results"],
         cwd=ROOT,
@@ -35,29 +37,27 @@ def published() -> list[Path]:
         text=True,
         check=True,
     ).stdout
-    return [ROOT / folder for folder in re.findall(r"--runs (\S+)", command)]
+    return [ROOT / path for path in re.findall(r"--runs (\S+)", command)]
 
 
-@pytest.mark.parametrize("name", MATRICES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_record_is_of_a_cell_of_its_matrix_told_what_it_would_be_told_now(name):
     matrix = matrix_of(name)
-    plans = {folder_of(plan, RESULTS / name): plan for plan in matrix.plans}
-    records = sorted((RESULTS / name).rglob("cell.json"))
-    assert records
-    for path in records:
-        plan = plans[path.parent]
-        assert json.loads((path.parent / SETTINGS).read_text()) == {
-            "training": training(plan),
-            "data": list(plan.data),
-            "evaluations": evaluations(plan, evaluate=not matrix.is_sweep),
-        }
-        record = json.loads(path.read_text())
-        assert (record["cell"], record["optimizer_steps"]) == (plan.cell.name, plan.max_steps)
+    plans = {plan.cell.name: plan for plan in matrix.plans}
+    cells, records = read_records(RESULTS / f"{name}.jsonl")
+    assert set(cells) == set(plans)
+    assert [record["cell"] for record in records] == cells  # all are done, each once
+    for record in records:
+        plan = plans[record["cell"]]
+        assert record["settings"] == cell_settings(plan, evaluate=not matrix.is_sweep)
+        assert (record["matrix"], record["optimizer_steps"]) == (name, plan.max_steps)
+        assert record["parameters"] == num_parameters(plan.model)
 
 
-def test_the_learning_rates_are_those_of_the_committed_sweep():
-    chosen = choose_rates(matrix_of("sweep").plans, RESULTS / "sweep")
-    assert chosen == yaml.safe_load(RATES.read_text())
+def test_the_learning_rates_are_those_of_the_committed_sweep(tmp_path):
+    for record in read_records(RESULTS / "sweep.jsonl")[1]:
+        write_json(tmp_path / "cells" / record["cell"] / RECORD, record)
+    assert choose_rates(matrix_of("sweep").plans, tmp_path) == yaml.safe_load(RATES.read_text())
 
 
 def test_the_published_report_is_that_of_the_committed_records(tmp_path):

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import re
-import shlex
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from experiments.group_files import FILES, file_text
 from model import ModelConfig, ZeroModel
 from model import dense_twin as match_command
 from model.counts import flops_per_token
@@ -65,7 +66,7 @@ def behaviours() -> dict[str, tuple[Tensor, Tensor]]:
 def test_the_groups_of_the_plan_are_there():
     letters = {"a_attention", "b_mla", "c_lru_fixed", "d_lru_adaptive", "dense_parameters", "dense_flops"}
     published = {"universal_transformer", "universal_transformer_act", "recurrent_memory", "pause_tokens"}
-    assert set(GROUPS) == letters | published
+    assert set(GROUPS) == set(FILES) == letters | published
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -147,14 +148,27 @@ def test_layer_runs(name, runs):
 
 
 @pytest.mark.parametrize("by", ["parameters", "flops"])
-def test_dense_twins_are_what_their_command_prints(by, capsys, monkeypatch):
-    text = GROUPS[f"dense_{by}"].read_text()
-    command = re.search(r"^#   python -m model\.config (match .*)$", text, flags=re.M)
-    assert command
+def test_dense_twins_are_what_the_match_command_prints(by, capsys, monkeypatch):
+    like = str(GROUPS["c_lru_fixed"].relative_to(ROOT))
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["model.config", *shlex.split(command[1])])
+    monkeypatch.setattr(sys, "argv", ["model.config", "match", "--like", like, "--by", by])
     match_command.main()
-    assert text.endswith(capsys.readouterr().out)
+    printed, stored = (
+        yaml.safe_load(t) for t in (capsys.readouterr().out, GROUPS[f"dense_{by}"].read_text())
+    )
+    assert ModelConfig.from_dict(printed["model"]) == ModelConfig.from_dict(stored["model"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_is_what_its_group_says(name):
+    assert GROUPS[name].read_text() == file_text(name), "run: python experiments/group_files.py"
+
+
+def test_the_command_writes_every_file(tmp_path):
+    command = [sys.executable, "experiments/group_files.py", "--out", str(tmp_path / "groups")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    written = {path.name: path.read_text() for path in (tmp_path / "groups").iterdir()}
+    assert written == {path.name: path.read_text() for path in GROUPS.values()}
 
 
 def test_dense_twins_match_with_the_demos_vocabulary_too():

@@ -1,0 +1,70 @@
+"""Adds the finished cells of a run folder to the committed records, one file per matrix.
+
+    python experiments/publish.py --runs runs/experiments/quick [--out experiments/results]
+
+RUNS is the --out of experiments/run.py. The first line of OUT/NAME.jsonl names the matrix and all its cells;
+their records follow, one per line and in the same order (experiments/record.py says what is in them). A record
+that is there already is replaced by the run folder's.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from common.errors import user_errors
+from common.files import write_file
+from experiments.record import RECORD
+from experiments.reporting.records import Record, read_cell, read_records
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def publish(runs: Path, out: Path) -> dict[Path, int]:
+    """The files written, and how many records each took from the run folder.
+
+    Raises:
+        ValueError: one line; there is nothing to publish, a record is damaged, or OUT has a record of a cell
+            that the matrix no longer has.
+    """
+    written = {}
+    for listed in sorted(runs.glob("*.matrix.json")):
+        matrix = json.loads(listed.read_text())
+        path = out / f"{matrix['matrix']}.jsonl"
+        stored = read_records(path)[1] if path.is_file() else []
+        done = [runs / "cells" / cell / RECORD for cell in matrix["cells"]]
+        new = [read_cell(place) for place in done if place.is_file()]
+        records = {record["cell"]: record for record in [*stored, *new]}
+        strange = sorted(set(records) - set(matrix["cells"]))
+        if strange:
+            raise ValueError(
+                f"{path} has records of {len(strange)} cells, {strange[0]} first, that the matrix no longer "
+                "has; remove their lines or restore the matrix"
+            )
+        if new:
+            write_records(path, matrix, [records[cell] for cell in matrix["cells"] if cell in records])
+            written[path] = len(new)
+    if not written:
+        raise ValueError(f"--runs {runs} holds no finished cell; give the --out of experiments/run.py")
+    return written
+
+
+def write_records(path: Path, matrix: Record, records: list[Record]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, "".join(json.dumps(line) + "\n" for line in (matrix, *records)).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Add a run folder's finished cells to the records.")
+    parser.add_argument("--runs", type=Path, required=True, help="the --out of experiments/run.py")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of NAME.jsonl (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    with user_errors(ValueError, OSError):
+        for path, count in publish(arguments.runs, arguments.out).items():
+            print(f"written: {path}, {count} records from {arguments.runs}")
+
+
+if __name__ == "__main__":
+    main()
