@@ -154,16 +154,18 @@ def _reset(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(config: ModelConfig, twin: ModelConfig, sequence_length: int) -> str:
-    rows = [
-        ("parameters", *(num_parameters(model) for model in (config, twin))),
-        ("active per token", *(num_parameters(model, active=True) for model in (config, twin))),
-        (
-            f"forward FLOPs per token at {sequence_length:,} tokens",
-            *(flops_per_token(model, sequence_length) for model in (config, twin)),
+    measures: dict[str, Callable[[ModelConfig], float]] = {
+        "parameters": num_parameters,
+        "active per token": lambda model: num_parameters(model, active=True),
+        f"forward FLOPs per token at {sequence_length:,} tokens": lambda model: flops_per_token(
+            model, sequence_length
         ),
-    ]
+    }
     lines = [f"{'':44}{'given':>18}{'dense':>18}{'ratio':>9}"]
-    return "\n".join(lines + [f"{name:44}{a:>18,.0f}{b:>18,.0f}{b / a:>9.4f}" for name, a, b in rows])
+    for name, measure in measures.items():
+        a, b = measure(config), measure(twin)
+        lines.append(f"{name:44}{a:>18,.0f}{b:>18,.0f}{b / a:>9.4f}")
+    return "\n".join(lines)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.errors import user_errors
 from data_pipeline.errors import DataError
+from model.counts import num_parameters
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import CheckpointError
