@@ -157,7 +157,8 @@ def record_demo(side: Side) -> dict[str, Any]:
     data, out = side.build("demo"), side.work / "demo"
 
     def stop() -> None:
-        if len(lines(out / "metrics.jsonl")) >= DEMO_STEPS:
+        path = out / "metrics.jsonl"
+        if path.is_file() and path.read_text().count("\n") >= DEMO_STEPS:
             (out / "STOP").touch()
 
     with socket.socket() as free:
@@ -239,7 +240,7 @@ def record_prompts(side: Side) -> dict[str, Any]:
     def evaluate(name: str) -> dict[str, Any]:
         out = side.work / "eval" / name.replace(" ", "_")
         side.call(EVALUATIONS[name], out, checkpoint=model / "export", tasks=",".join(tasks))
-        return {"samples": samples(out), "scores": scores(out)}
+        return evaluation(out)
 
     return in_parallel(evaluate, list(EVALUATIONS))
 
@@ -258,16 +259,11 @@ SECTIONS: dict[str, Callable[[Side], dict[str, Any]]] = {
 # ---- what commands have written
 
 
-def lines(path: Path) -> list[str]:
-    """Whole ones."""
-    return path.read_text().split("\n")[:-1] if path.is_file() else []
-
-
 def metrics(run: Path, steps: int) -> dict[str, Any]:
     """The first lines of metrics.jsonl, by step."""
-    found = [json.loads(line) for line in lines(run / "metrics.jsonl")[:steps]]
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:steps]]
     if len(found) < steps:
-        raise RecordError(f"{run}/metrics.jsonl has {len(found)} lines of {steps}")
+        raise RecordError(f"{run}/metrics.jsonl has {len(found)} lines, not {steps}")
     return {f"step {record.pop('step')}": compared(record) for record in found}
 
 
@@ -280,45 +276,32 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def samples(folder: Path) -> dict[str, Any]:
-    """Of each samples file its lines, and digests of what was asked and what was answered, in any order."""
-    found = {}
-    for path in sorted(folder.glob("samples_*.jsonl")):
-        documents = [json.loads(line) for line in lines(path)]
+def evaluation(folder: Path) -> dict[str, Any]:
+    """The scores, and of each samples file digests of what was asked and what was answered, in any order."""
+    results, files = list(folder.glob("results_*.json")), sorted(folder.glob("samples_*.jsonl"))
+    if len(results) != 1 or not files:
+        raise RecordError(
+            f"{folder} has {len(results)} results and {len(files)} samples files, not 1 and some"
+        )
+    samples = {}
+    for path in files:
+        documents = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
         asked = [[d["doc_id"], d["prompt"], d["target"]] for d in documents]
         answered = [[d["doc_id"], d.get("resps"), d.get("filtered_resps")] for d in documents]
         name = TIMESTAMP.sub("", path.name).removeprefix("samples_")
-        found[name] = {"lines": len(documents), "prompts": _digest(asked), "answers": _digest(answered)}
-    if not found:
-        raise RecordError(f"{folder} has no samples_*.jsonl")
-    return found
+        samples[name] = {"lines": len(documents), "prompts": _digest(asked), "answers": _digest(answered)}
+    scores = {
+        task: {key.replace("num_steps=", "steps="): value for key, value in compared(found).items()}
+        for task, found in json.loads(results[0].read_text("utf-8"))["results"].items()
+    }
+    return {"samples": samples, "scores": scores}
 
 
 def _digest(values: Sequence[Any]) -> str:
     return hashlib.sha256("\n".join(sorted(map(json.dumps, values))).encode()).hexdigest()
 
 
-def scores(folder: Path) -> dict[str, Any]:
-    """By task the numbers of the results file."""
-    (path,) = folder.glob("results_*.json")
-    results = json.loads(path.read_text())["results"]
-    return {
-        task: {key.replace("num_steps=", "steps="): value for key, value in compared(found).items()}
-        for task, found in results.items()
-    }
-
-
 # ---- the two commands
-
-
-def record(checkout: Path, only: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    with tempfile.TemporaryDirectory(prefix="same_numbers-") as work:
-        side = Side(checkout.resolve(), Path(work), before)
-        for section in only:
-            print(f"recording {section} of {checkout}", flush=True)
-            found[section] = SECTIONS[section](side)
-    return found
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -364,11 +347,16 @@ def main() -> None:
     if "DATA_ROOT" not in os.environ:
         parser.error("DATA_ROOT is not set; set it to the folder of the data sets")
     before = json.loads(arguments.groups_from.read_text()) if arguments.groups_from else {}
-    try:
-        found = record(arguments.checkout, only, before)
-    except RecordError as error:
-        sys.exit(f"error: {error}")
-    arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="same_numbers-") as work:
+        side = Side(arguments.checkout.resolve(), Path(work), before)
+        for name in only:
+            print(f"recording {name} of {side.checkout}", flush=True)
+            try:
+                found[name] = SECTIONS[name](side)
+            except RecordError as error:
+                sys.exit(f"error: {error}")
+            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 RECORD = {"demo": {"training": {"step 1": {"loss": 5.941263645311381, "expert_load": [[0.25, 0.75], []]}}}}
 LINES = [
     {"doc_id": "a", "prompt": "1+1=", "target": "2", "resps": [-1.5, -2.5], "filtered_resps": [0, 0]},
-    {"doc_id": "b", "prompt": "1+2=", "target": "3", "resps": "3"},
+    {"doc_id": "b", "prompt": "1+2=\u2028", "target": "3", "resps": "3"},
 ]
 
 
@@ -71,28 +71,32 @@ def test_a_section_that_one_record_lacks(tmp_path):
     assert compare(tmp_path, {}, RECORD).returncode == 1
 
 
-def write_samples(
+def write_answers(
     folder: Path, lines: list[dict[str, Any]], timestamp: str = "2026-01-01T00-00-00.5"
 ) -> Path:
     folder.mkdir()
-    path = folder / f"samples_arc_easy@depth=2_{timestamp}.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder / f"samples_arc_easy@depth=2_{timestamp}.jsonl").write_text(text)
+    scores = {"arc_easy@depth=2": {"acc,none": 0.5, "acc,num_steps=2": 0.25, "seconds_per_answer": 1.0}}
+    (folder / f"results_{timestamp}.json").write_text(json.dumps({"results": scores}))
     return folder
 
 
 def test_digests_of_samples(module, tmp_path):
-    found = module.samples(write_samples(tmp_path / "one", LINES))
-    assert list(found) == ["arc_easy@depth=2"]
-    assert found["arc_easy@depth=2"]["lines"] == 2
+    found = module.evaluation(write_answers(tmp_path / "one", LINES))
+    assert found["scores"] == {"arc_easy@depth=2": {"acc,none": 0.5, "acc,steps=2": 0.25}}
+    assert list(found["samples"]) == ["arc_easy@depth=2"]
+    same = found["samples"]["arc_easy@depth=2"]
+    assert same["lines"] == 2
     later = "2027-12-31T23-59-59.123456"
-    assert module.samples(write_samples(tmp_path / "two", LINES[::-1], later)) == found
+    assert module.evaluation(write_answers(tmp_path / "two", LINES[::-1], later)) == found
 
     def with_first(**values: Any) -> dict[str, Any]:
-        name = "-".join(values)
         lines = [{**LINES[0], **values}, LINES[1]]
-        return module.samples(write_samples(tmp_path / name, lines))["arc_easy@depth=2"]
+        return module.evaluation(write_answers(tmp_path / "-".join(values), lines))["samples"][
+            "arc_easy@depth=2"
+        ]
 
-    same = found["arc_easy@depth=2"]
     assert with_first(seconds=3.0) == same
     for values, key in (
         ({"prompt": "1+1= "}, "prompts"),
@@ -102,15 +106,15 @@ def test_digests_of_samples(module, tmp_path):
     ):
         assert {k for k, value in with_first(**values).items() if value != same[k]} == {key}
     (tmp_path / "none").mkdir()
-    with pytest.raises(module.RecordError, match="no samples_"):
-        module.samples(tmp_path / "none")
+    with pytest.raises(module.RecordError, match="has 0 results and 0 samples files"):
+        module.evaluation(tmp_path / "none")
 
 
 def test_metrics_without_clocks(module, tmp_path):
     step = {"step": 1, "loss": 0.1, "lr": 1e-5, "seconds": 2.0, "tokens_per_second": 9.0, "mfu": None}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n" + '{"step": 2')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     assert module.metrics(tmp_path, 1) == {"step 1": {"loss": 0.1, "lr": 1e-5}}
-    with pytest.raises(module.RecordError, match="has 1 lines of 2"):
+    with pytest.raises(module.RecordError, match="has 1 lines, not 2"):
         module.metrics(tmp_path, 2)
 
 
