@@ -2,12 +2,12 @@
 
     python data_pipeline/build.py --recipe RECIPE.yaml --out DIR [--workers N] [a.b=c ...]
 
-The same recipe and input files give the same bytes, whatever the workers. Killed and started again, a build
-goes on: units of text and shards are whole or absent, and the manifest is written last.
+The same recipe and input files give the same bytes, whatever the workers. A killed build
+resumes when started again: units of text and shards are whole or absent, and the manifest is written last.
 
-On several machines that share DIR the same command is run in four turns (slurm/build.sbatch does it):
-every task reads its share of the input files, one process plans, every task writes its share of the shards,
-and one process without further options finishes, doing also what a task may have left.
+On several machines that share DIR, run the same command in four turns (slurm/build.sbatch does it): every
+task reads its share of the input files, one process plans, every task writes its share of the shards, and one
+process without further options finishes, including what a task may have left.
 
     build.py ... --task I --of N;  build.py ... --plan_only;  build.py ... --task I --of N;  build.py ...
 """
@@ -74,7 +74,7 @@ class Build:
     recipe: Recipe
     out: Path
     root: Path  # folder of the data sets
-    files: dict[str, list[Path | None]]  # of each source, one a unit; None: a generator's
+    files: dict[str, list[Path | None]]  # of each source, one per unit; None: a generator's
 
     @property
     def work(self) -> Path:
@@ -91,7 +91,7 @@ class Build:
         return Units([self.unit(name, number) for name, number in self.all_units() if name == source])
 
     def record(self, shard: PlannedShard) -> Path:
-        """Where a written shard's row of the manifest waits for the others."""
+        """Holds a written shard's row of the manifest until all shards are written."""
         return self.work / f"{shard.stem}.json"
 
 
@@ -106,7 +106,7 @@ def build(
 ) -> Manifest | None:
     """Build `recipe` from the data folder `root` into `out` and return its manifest.
 
-    A complete build of the same recipe and data in `out` is returned as it is; an interrupted one goes on.
+    A complete build of the same recipe and data in `out` is returned as it is; an interrupted one resumes.
 
     Args:
         workers: processes.
@@ -115,10 +115,10 @@ def build(
         plan_only: read what is unread, plan and return None.
 
     Raises:
-        DataError: `out` holds anything else, missing input, a source without documents, a labelled source
-            that has a character without a piece of its own or a masked prompt.
+        DataError: `out` holds anything else, input is missing, a source has no documents, a labelled source
+            has a character without a piece of its own or a masked prompt.
     """
-    mixture_table(_weights(recipe))  # a weight too small to be drawn is found before hours of work
+    mixture_table(_weights(recipe))  # finds a weight too small to be drawn before hours of work
     files = {
         source["name"]: unit_files(source["kind"], source_options(source), root, cache or root / "cache")
         for source in recipe.sources
@@ -160,7 +160,7 @@ def _finished(build: Build) -> Manifest:
 
 
 def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
-    """Hash of all that decides the bytes of a build; `inputs`: of each source, `_sha256` of its units."""
+    """Hash of everything the bytes of a build depend on; `inputs`: of each source, `_sha256` of its units."""
     steps = {step for source in build.recipe.sources for step in source.get("cleaning", ())}
     held_out = [build.root / file for file in EVALUATION_FILES] if "decontaminate" in steps else []
     identity = {
@@ -175,7 +175,7 @@ def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
 
 
 def _sha256(path: Path | None) -> str | None:
-    """Of a unit's file; None: a generator, which the recipe describes whole."""
+    """Of a unit's file; None for a generator, which the recipe describes completely."""
     if path is None:
         return None
     with path.open("rb") as file:
@@ -185,8 +185,8 @@ def _sha256(path: Path | None) -> str | None:
 def _claim(build: Build, alone: bool) -> None:
     """Makes `out` this build's: empty, or holding a part of it.
 
-    What another recipe left unfinished is deleted, unless tasks share the folder; files that are no build's
-    are never touched.
+    Deletes what another recipe left unfinished, unless tasks share the folder; never touches files that do
+    not belong to a build.
     """
     build.out.mkdir(parents=True, exist_ok=True)
     names = sorted(path.name for path in build.out.iterdir())
@@ -198,7 +198,7 @@ def _claim(build: Build, alone: bool) -> None:
     stats = {str(file): file.stat() for files in build.files.values() for file in files if file}
     inputs = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     identity = json.dumps({"format": FORMAT, "recipe": build.recipe.as_dict(), "inputs": inputs})
-    # A folder, which tasks that start together may all make.
+    # A folder, because several tasks may create it at once.
     claim = build.work / hashlib.sha256(identity.encode()).hexdigest()
     if claim.is_dir():
         return
@@ -219,7 +219,7 @@ def _in_processes(
     what: str,
     unit: str,
 ) -> None:
-    """function(build, job) for every job, here or in processes of their own."""
+    """function(build, job) for every job, in this process or in worker processes."""
     if not jobs:
         return
     with tqdm(total=len(jobs), desc=what, unit=unit, disable=None) as bar:
@@ -228,7 +228,7 @@ def _in_processes(
                 function(build, job)
                 bar.update()
             return
-        # Spawned: a fork would copy this process's threads' locks.
+        # Spawned: a fork would copy the locks of this process's threads.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
             running = [pool.submit(function, build, job) for job in jobs]
@@ -260,7 +260,7 @@ def _plan(build: Build) -> None:
     if any(source.get("cleaning") for source in build.recipe.sources):
         report.write(build.out)
     write_file(build.out / TOKENIZER, tokenizer_model(build.recipe, units, build.work))
-    plan.save(build.work)  # last: it says that tokenizer and orders are there
+    plan.save(build.work)  # last: its presence says that tokenizer and orders are complete
 
 
 def _write(build: Build, planned: PlannedShard) -> None:
@@ -279,11 +279,11 @@ def _write(build: Build, planned: PlannedShard) -> None:
 
 
 def _dtype(plan: BuildPlan, tokenizer: Tokenizer) -> str:
-    return token_dtype(tokenizer.vocab_size + any(plan.labelled.values()))  # one value more: no label
+    return token_dtype(tokenizer.vocab_size + any(plan.labelled.values()))  # one more value: no label
 
 
 def _merge(build: Build) -> Manifest:
-    """The manifest of the written shards; then the folder holds the build and nothing else."""
+    """Writes the manifest of the written shards; afterwards the folder holds the build and nothing else."""
     plan, tokenizer = BuildPlan.load(build.work), Tokenizer(build.out / TOKENIZER)
     records = {shard: json.loads(build.record(shard).read_text()) for shard in plan.shards}
     weights, sources = _weights(build.recipe), {}
@@ -367,7 +367,7 @@ def _task(arguments: argparse.Namespace) -> tuple[int, int] | None:
     if number is None or of is None or not 0 <= number < of:
         raise DataError(f"--task {number} --of {of}: give both, the task from 0 to one below the number")
     if arguments.plan_only:
-        raise DataError("--plan_only is for one process: leave --task and --of out")
+        raise DataError("--plan_only is for one process: drop --task and --of")
     return number, of
 
 

@@ -39,10 +39,10 @@ DATA_SETS = (*(problems for problems in PROBLEM_SETS if problems.files), PROSQA,
 
 
 def download(data_set: DataSet, out: Path, mirror: str | None = None) -> int:
-    """Bring the files of `data_set` into the folder `out`; returns how many were not there before.
+    """Bring the files of `data_set` into the folder `out`; returns how many were missing.
 
-    Raises DataError for a file that cannot be had or has another sha256, before or after the download; a
-    file that is there under one of the names is never overwritten.
+    Raises DataError for a file that cannot be fetched or has another sha256, before or after the download; an
+    existing file of one of the names is never overwritten.
     """
     missing = [file for file in data_set.files if not _is_there(file, out)]
     if not missing:
@@ -83,7 +83,7 @@ def _download(url: str, file: File, out: Path) -> None:
             if found == file.sha256:
                 return
             part.truncate(0)
-            if not resumed:  # else its beginning may have been of another version
+            if not resumed:  # else its beginning may be of another version
                 raise DataError(f"{url} has sha256 {found}, not {file.sha256}: it has changed or is damaged")
 
 
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="data folder (default: DATA_ROOT, else data)",
     )
     parser.add_argument("--mirror", metavar="URL", help="server that holds the files as the data folder does")
-    parser.add_argument("--list", action="store_true", help="say what there is and download nothing")
+    parser.add_argument("--list", action="store_true", help="list the data sets and download nothing")
     arguments = parser.parse_args(argv)
     with user_errors(DataError, OSError):
         for data_set in _select(arguments.names):

@@ -23,7 +23,7 @@ class TokenizerRecipe:
     model_type: str = "unigram"  # unigram | bpe
     train_bytes: int = 10_000_000  # UTF-8 bytes of text to train on, shared among the sources by weight
     thought_pieces: bool = False  # <bot> and <eot>, which traced documents need
-    file: str | None = None  # tokenizer.model of an export, used in place of training one
+    file: str | None = None  # tokenizer.model of an export, used instead of training one
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CleaningRecipe:
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.near_threshold <= 1:  # below, LSH proposes nearly every pair
-            raise DataError(f"cleaning.near_threshold {self.near_threshold} is not in [0.5, 1]: mend it")
+            raise DataError(f"cleaning.near_threshold {self.near_threshold} is not in [0.5, 1]: change it")
         if self.ngram_words < 8:
             raise DataError(f"cleaning.ngram_words {self.ngram_words} is below 8: raise it (13 is usual)")
 
@@ -54,14 +54,14 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The fields, as hashes and the manifest have them."""
         result = asdict(self)
-        if not self.tokenizer.thought_pieces:  # builds from before there was the switch keep their hash
+        if not self.tokenizer.thought_pieces:  # builds older than the switch keep their hash
             del result["tokenizer"]["thought_pieces"]
         if self.tokenizer.file is None:
             del result["tokenizer"]["file"]
         return result
 
 
-# Of a source; the others are options of its kind.
+# Keys of every source; the others are options of its kind.
 OWN_KEYS = ("name", "kind", "weight", "mask_prompt", "cleaning")
 CLEANING_STEPS = ("exact", "near", "quality", "decontaminate")
 
@@ -77,13 +77,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     value.
     """
     if not Path(path).is_file():
-        raise DataError(f"recipe {path} does not exist: mend --recipe")
+        raise DataError(f"recipe {path} does not exist: fix --recipe")
     try:
         config = OmegaConf.load(path)
         for override in overrides:
             key, equals, value = override.partition("=")
             if not equals:
-                raise DataError(f"override {override!r} is not KEY=VALUE: mend it")
+                raise DataError(f"override {override!r} is not KEY=VALUE: write KEY=VALUE")
             OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"recipe {path}: {_one_line(error)}") from error
@@ -118,11 +118,11 @@ def _check(recipe: Recipe, path: Path) -> None:
     if (recipe.tokenizer.file is None) == (recipe.tokenizer.vocab_size is None):
         raise DataError(
             f"recipe {path}: tokenizer has file {recipe.tokenizer.file!r} and vocab_size "
-            f"{recipe.tokenizer.vocab_size}: give one of them, the other null: to use a tokenizer or to "
-            "train one"
+            f"{recipe.tokenizer.vocab_size}: set one of them and the other "
+            "to null: file uses a tokenizer, vocab_size trains one"
         )
     if recipe.tokenizer.file is not None and not Path(recipe.tokenizer.file).is_file():
-        raise DataError(f"recipe {path}: tokenizer.file {recipe.tokenizer.file} does not exist: mend it")
+        raise DataError(f"recipe {path}: tokenizer.file {recipe.tokenizer.file} does not exist: fix the path")
     if recipe.tokenizer.train_bytes < 1:
         raise DataError(f"recipe {path}: tokenizer.train_bytes {recipe.tokenizer.train_bytes} is below 1")
     if not recipe.sources:

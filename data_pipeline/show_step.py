@@ -23,12 +23,12 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
     """The training loader of a run folder, as its config.yaml describes it.
 
-    Raises DataError for a folder without a config.yaml that names data, and for data that was tokenised anew
+    Raises DataError for a folder without a config.yaml that names data, and for data that was tokenised again
     since.
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise DataError(f"{run} has no config.yaml, so no run started there: mend --run")
+        raise DataError(f"{run} has no config.yaml, so no run started there: fix --run")
     try:
         config: dict[str, Any] = yaml.safe_load(path.read_text())
         data = dict(config["data"])
@@ -37,7 +37,7 @@ def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
         batch_and_seed = config["global_batch_size"], config["seed"]
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} is not the config of a run ({reason}): mend --run") from error
+        raise DataError(f"{path} is not the config of a run ({reason}): fix --run") from error
     data.pop("tokenizer", None)  # only compared with the one of the data
     loader = Loader(*path_and_length, *batch_and_seed, rank, world_size, stages=stages, **data)
     saved = run / "tokenizer.model"
@@ -49,7 +49,7 @@ def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
 
 
 def describe(loader: Loader, tokenizer: Tokenizer, batch: Batch) -> Iterator[str]:
-    """The lines that show a batch: one of each row, then one of each of its segments."""
+    """The lines that show a batch: one per row, then one per segment of it."""
     labelled = loader.labelled
     for row, ((source, number), epoch) in enumerate(zip(batch.sample_ids, batch.epochs, strict=True)):
         tokens, targets, length = batch.tokens[row], batch.targets[row], int(batch.lengths[row])
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step < 1:
             raise DataError(f"--step {step} is below 1: the first step is 1, as in metrics.jsonl")
         if not 0 <= rank < world_size:
-            raise DataError(f"--rank {rank} is not in 0..{world_size - 1}: mend it or --world_size")
+            raise DataError(f"--rank {rank} is not in 0..{world_size - 1}: change it or --world_size")
         loader = run_loader(arguments.run, rank, world_size)
         batch = loader.batch(step - 1)
         print(

@@ -12,8 +12,8 @@ from data_pipeline.shards.manifest import Manifest, check_sha256, open_manifest
 
 
 def verify(path: str | Path) -> Manifest:
-    """Compare the sha256 of every shard, index and the tokenizer with the manifest; DataError at the first to
-    differ.
+    """Compare the sha256 of every shard, index and the tokenizer with the manifest; DataError at the first
+    difference.
     """
     manifest = open_manifest(path)  # covers the indices and the tokenizer
     for shard in tqdm(list(manifest.shards()), desc="verify", unit="shard", disable=None):

@@ -1,8 +1,8 @@
-"""The cleaning of a build: what each document tells on its own, and what all of them tell together.
+"""The cleaning of a build: what each document shows on its own, and what only all of them show together.
 
 A source of the recipe names its steps (`cleaning: [exact, near, quality, decontaminate]`). Quality and
-contamination are judged where a file is read. Duplicates are found when all are read, among all the sources
-that name the step; the first stays, in the order of the recipe's sources and of their files.
+contamination are judged as a file is read. Duplicates are found once all files are read, among all the
+sources that name the step; the first stays, in the order of the recipe's sources and of their files.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from data_pipeline.staging.units import Units
 
 
 class Removal(NamedTuple):
-    """Why a document goes."""
+    """Why a document is removed."""
 
     document: int
     step: str
@@ -32,7 +32,7 @@ class Removal(NamedTuple):
 
 @dataclass(frozen=True)
 class Cleaner:
-    """What reading a file asks about each of its documents."""
+    """Judges each document of a file as it is read."""
 
     steps: Sequence[str]
     recipe: CleaningRecipe
@@ -48,7 +48,7 @@ class Cleaner:
         return None
 
     def fingerprints(self, text: str) -> dict[str, np.ndarray]:
-        """By step, what duplicates are found by."""
+        """By step, what identifies a duplicate."""
         functions = {"exact": exact_hash, "near": signature}
         return {step: function(text) for step, function in functions.items() if step in self.steps}
 

@@ -1,8 +1,8 @@
 """Exact and near duplicates. Workers compute a hash and a signature per document; one process decides.
 
-Near duplicates are those of MinHash with banded LSH (Broder 1997; Leskovec et al., Mining of Massive
+Near duplicates are found by MinHash with banded LSH (Broder 1997; Leskovec et al., Mining of Massive
 Datasets, chapter 3): the Jaccard similarity of two documents' word 5-gram sets is estimated by the share of
-equal positions in their signatures. The decisions depend on the documents and their order alone, never on how
+equal positions in their signatures. The decisions depend only on the documents and their order, never on how
 the work was split.
 """
 
@@ -36,12 +36,12 @@ def exact_hash(text: str) -> np.ndarray:
 
 
 def keep_exact(hashes: np.ndarray) -> Duplicates:
-    """The first of the documents with equal `hashes` (n, 2) stays. Peak memory about 60 bytes a document."""
+    """Keeps the first of the documents with equal `hashes` (n, 2). Peak memory: 60 bytes per document."""
     count = len(hashes)
     duplicate_of = np.full(count, -1, np.int64)
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal hashes stay in input order
     ordered = hashes[order]
-    same = np.zeros(count, bool)  # as the one before it in this order
+    same = np.zeros(count, bool)  # whether it equals the one before it in this order
     same[1:] = (ordered[1:] == ordered[:-1]).all(axis=1)
     first = np.maximum.accumulate(np.where(same, 0, np.arange(count)))
     duplicate_of[order[same]] = order[first[same]]
@@ -51,7 +51,7 @@ def keep_exact(hashes: np.ndarray) -> Duplicates:
 def signature(text: str) -> np.ndarray:
     """MinHash of the set of word 5-grams of `text`: (PERMUTATIONS,) uint32.
 
-    Case, punctuation and white space do not count (words.py). A text of 1 to 4 words is one shingle, so that
+    Case, punctuation and white space do not count (ngrams.py). A text of 1 to 4 words is one shingle, so that
     it only meets texts of the same words; a text without any word is one shingle of its characters, so that
     it only meets its copies. In scripts without spaces each character is a word.
     """
@@ -65,7 +65,7 @@ def signature(text: str) -> np.ndarray:
 
 
 def bands(threshold: float, permutations: int = PERMUTATIONS) -> tuple[int, int]:
-    """(number of bands, rows a band) of the LSH: the most rows whose recall at the threshold is 0.99.
+    """(number of bands, rows per band) of the LSH: the most rows whose recall at the threshold is 0.99.
 
     Two documents of similarity s share a band with probability 1 - (1 - s^rows)^bands. More rows give fewer
     pairs to verify. For 0.8 and 128: 21 bands of 6, recall 0.998.
@@ -78,15 +78,16 @@ def bands(threshold: float, permutations: int = PERMUTATIONS) -> tuple[int, int]
 
 
 def keep_near(signatures: np.ndarray, threshold: float = THRESHOLD) -> Duplicates:
-    """Documents that resemble no earlier kept one; `signatures` (n, P) uint32.
+    """Removes documents that resemble an earlier kept one; `signatures` (n, P) uint32.
 
-    In input order, a document goes if it shares a band with a kept document and their estimated Jaccard
-    similarity is at least `threshold`; `duplicate_of` is the first such document. So whatever goes has its
-    near duplicate among what stays, which chains of similar documents under union-find do not ensure.
+    In input order, a document is removed if it shares a band with a kept document and their estimated Jaccard
+    similarity is at least `threshold`; `duplicate_of` is the first such document. So every removed document
+    has a near duplicate among those that stay, which union-find over chains of similar documents does not
+    ensure.
 
     10^6 documents, of which 300,000 nearly repeat another, take 20 CPU-seconds and 0.4 GB on top of the
-    signatures' 0.5 GB. The time grows with the pairs that share a band: at worst with the square of the
-    number of documents of one template that differ enough to stay (20,000 at similarity 0.5: 22 seconds).
+    signatures' 0.5 GB. The time grows with the pairs that share a band: at worst with the square of
+    the number of documents of one template that differ enough to stay (20,000 at similarity 0.5: 22 seconds).
     """
     count = len(signatures)
     duplicate_of = np.full(count, -1, np.int64)
@@ -117,7 +118,7 @@ def keep_near(signatures: np.ndarray, threshold: float = THRESHOLD) -> Duplicate
 def _shared_bands(signatures: np.ndarray, number: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """(documents (m,) ascending, groups (m,)): the documents that share a band's content, and which one.
 
-    Groups are numbered from 0; a document is at most once in a group.
+    Groups are numbered from 0; a document is in a group at most once.
     """
     documents: list[np.ndarray] = []
     groups: list[np.ndarray] = []

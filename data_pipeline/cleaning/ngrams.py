@@ -25,8 +25,8 @@ def normalised_words(text: str) -> list[str]:
 
 
 def word_hashes(words: list[str]) -> np.ndarray:
-    """xxh3_64 of the UTF-8 of each word; no word may hold white space. (len(words),) uint64."""
-    # One call for all, not one a word; no word holds white space. Lone surrogates are hashed as they are.
+    """xxh3_64 of the UTF-8 of each word; no word may contain white space. (len(words),) uint64."""
+    # One encode call for all words, not one per word. Lone surrogates are hashed as they are.
     encoded = " ".join(words).encode("utf-8", "surrogatepass").split()
     return np.fromiter(map(xxhash.xxh3_64_intdigest, encoded), np.uint64, len(words))
 

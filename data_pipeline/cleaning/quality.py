@@ -1,8 +1,8 @@
 """Heuristic quality rules: which texts are prose, and which are menus, logs, key lists or repetitions.
 
 The rules are those of Gopher (Rae et al. 2021, arXiv 2112.11446, section A.1.1 and table A1), one of C4
-(Raffel et al. 2020) and one of FineWeb (Penedo et al. 2024, arXiv 2406.17557, section 3.6). `RULES` is the
-table of them. They are meant for running text; a source of short questions and answers leaves them out.
+(Raffel et al. 2020) and one of FineWeb (Penedo et al. 2024, arXiv 2406.17557, section 3.6). `RULES` is their
+table. They are meant for running text; leave them out for a source of short questions and answers.
 """
 
 import re
@@ -95,8 +95,8 @@ class _Text:
     def repeats(self) -> dict[int, tuple[float, float]]:
         """n -> (share of characters of the n-gram that takes most of them, share in repeated n-grams).
 
-        A word counts as repeated if it stands in an n-gram that occurred before; the first occurrence does
-        not count, and overlaps count once. An n-gram that occurs once in the text takes none.
+        A word counts as repeated if it is in an n-gram that occurred before; the first occurrence does
+        not count, and overlaps count once. An n-gram that occurs once takes none.
         """
         count, hashes = len(self.words), word_hashes(self.words)
         before = np.concatenate([[0], np.cumsum(self.lengths)])  # characters before each word
@@ -122,7 +122,7 @@ class _Text:
 
 
 def _duplicates(parts: list[str]) -> float:
-    """Share of `parts` that stand earlier in it."""
+    """Share of `parts` that equal an earlier part."""
     return 1 - len(set(parts)) / max(1, len(parts))
 
 

@@ -14,7 +14,7 @@ EXAMPLE_CHARACTERS = 200
 
 
 class Removed(NamedTuple):
-    """One document, or some, as the report names them."""
+    """The key under which the report counts removed documents."""
 
     source: str
     step: str  # one of recipe.CLEANING_STEPS
@@ -25,7 +25,7 @@ class CleaningReport:
     """Counts of documents and bytes (UTF-8) per source, step and reason, with examples.
 
     Each unit of work makes its own; `merge` adds them up. The result does not depend on the order or the
-    grouping of the merges: the examples are those whose texts have the smallest hashes.
+    grouping of the merges: the examples are the texts with the smallest hashes.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class CleaningReport:
         self._examples: dict[Removed, list[tuple[int, str, str]]] = {}  # (hash, text, what it matched)
 
     def read(self, source: str, documents: int, size: int) -> None:
-        """Count `documents` of together `size` bytes that went into cleaning."""
+        """Count `documents`, `size` bytes in total, that went into cleaning."""
         self._read[source] = _sum(self._read.get(source), (documents, size))
 
     def remove(self, removed: Removed, documents: int, size: int) -> None:
-        """Count `documents` of together `size` bytes that were removed."""
+        """Count `documents`, `size` bytes in total, that were removed."""
         self._removed[removed] = _sum(self._removed.get(removed), (documents, size))
 
     def example(self, removed: Removed, text: str, matched: str) -> None:
@@ -56,7 +56,7 @@ class CleaningReport:
             self._examples[removed] = sorted(self._examples.get(removed, []) + examples)[:EXAMPLES]
 
     def to_json(self) -> str:
-        """The report in JSON, sorted; `from_json` reads it back whole."""
+        """The report as sorted JSON; `from_json` reads it back completely."""
         sources = {
             source: {"documents": documents, "bytes": size, "removed": []}
             for source, (documents, size) in sorted(self._read.items())
@@ -87,7 +87,7 @@ class CleaningReport:
         return report
 
     def table(self) -> str:
-        """The numbers a line each, with their share of what was read, then the examples."""
+        """The numbers, one per line, with their share of what was read, then the examples."""
         lines = [f"{'source':20} {'step':13} {'reason':34} {'documents':>10} {'':>7} {'bytes':>14} {'':>7}"]
         for source, total in sorted(self._read.items()):
             removals = [(removed, n) for removed, n in sorted(self._removed.items()) if removed[0] == source]

@@ -1,7 +1,7 @@
 """(seed, step) -> the batch of this rank. No state: any step of any layout is one call away.
 
 There are no worker processes: sending a batch from one to the trainer costs more than making it, so the
-trainer calls `Loader.batch` in one thread, a step ahead.
+trainer calls `Loader.batch` in one thread, one step ahead.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from data_pipeline.loading.streaming import ShardCache, open_data
 from data_pipeline.shards.manifest import SPLITS, Manifest, Shard
 from data_pipeline.shards.token_stream import DamagedError, TokenStream
 
-PLANNED_ROWS = 512  # rows of this rank that are planned at once, which costs little more than one
+PLANNED_ROWS = 512  # rows of this rank planned at once: planning one row costs nearly as much
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Batch:
 
 
 class Loader:
-    """Batches of a built data folder: the global batch of a step depends on (manifest, seed, step) and the
-    settings below alone.
+    """Batches of a built data folder: the global batch of a step depends only on (manifest, seed, step) and
+    the settings below.
 
     `rows`, `dropped_tokens`, `padded_tokens`: per source, rows in an epoch, tokens in no row, and
     positions of an epoch without a token; sources that no stage draws from are absent. `labelled`: the
@@ -84,8 +84,8 @@ class Loader:
             shuffle_shards: 0: an epoch is a permutation of all rows; K: of the blocks of K shards, and of the
                 rows of each block, so that few shards are in use at a time.
             max_damaged_rows: distinct rows that this process may leave out because a member they touch is
-                damaged. A row left out is padding, without targets, so that no other row moves. One more is a
-                DataError.
+                damaged. A left-out row is padding without targets, so that no other row moves. One more
+                damaged row is a DataError.
 
         Raises DataError for a folder that fails `open_manifest`, a global batch that does not divide among
         the ranks, a source that does not fill one row and a cache too small for its blocks.
@@ -122,7 +122,7 @@ class Loader:
         self._order = Order(starts, blocks, seed)
         self._plans: _Plans | None = None
         identity: list[object] = [manifest.sha256, sequence_length, seed, packing, split]
-        if stages or shuffle_shards:  # without them as it always was, for the checkpoints there are
+        if stages or shuffle_shards:  # without them unchanged, so that older checkpoints still match
             identity += [[asdict(stage) for stage in stages], stages and global_batch_size, shuffle_shards]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -171,7 +171,7 @@ class Loader:
         return self._shards[name][block * size : (block + 1) * size]
 
     def _check_cache(self) -> None:
-        """Each source has a block in use and the next one on its way; without blocks, all shards in use."""
+        """Each source has one block in use and the next one being fetched; without blocks, all its shards."""
         limit = self._files.cache_bytes if isinstance(self._files, ShardCache) else None
         if limit is None:
             return
@@ -207,7 +207,7 @@ class Loader:
         return Batch(out.tokens, out.targets, out.cu_seqlens, out.lengths, ids, epochs)
 
     def _read(self, step: int, source: int, out: Rows) -> None:
-        """The rows of one source; those with damage are left out as far as that is allowed."""
+        """Reads the rows of one source; leaves damaged ones out, up to max_damaged_rows."""
         plans, packing = self._plan(step), self._packings[self._order.names[source]]
         before, plan = plans.by_source[source]
         first, stop = before[step - plans.first :][:2].tolist()
@@ -250,7 +250,7 @@ class Loader:
         )
 
     def _plan(self, step: int) -> _Plans:
-        """The plans of some steps, `step` among them; kept, since the next step will be, too."""
+        """The plans of several steps including `step`; kept, because the next step is usually among them."""
         steps = max(1, PLANNED_ROWS // self._rank_batch)
         plans = self._plans
         if plans is None or plans.first != step - step % steps:

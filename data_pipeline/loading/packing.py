@@ -17,7 +17,7 @@ from data_pipeline.tokenization.tokenizer import PAD_ID
 
 
 class Layout(NamedTuple):
-    """What n rows are made of: p pieces of documents, by row and column. All (p,) int64."""
+    """The p pieces of documents that make up n rows, by row and column. All (p,) int64."""
 
     row: np.ndarray  # 0..n-1
     column: np.ndarray
@@ -27,13 +27,13 @@ class Layout(NamedTuple):
 
 
 class PackingPlan(NamedTuple):
-    """What reading n rows takes, all of it worked out at once."""
+    """Everything needed to read n rows, worked out at once."""
 
     lengths: np.ndarray  # (n,) int32, tokens before the padding
     cu_seqlens: np.ndarray  # (n, S) int32
     spans: Spans  # to offsets row * (T + 1) + column: the target at a row's edge lies one token past it
     first_spans: np.ndarray  # (n + 1,)
-    ignored: np.ndarray  # (i,) ascending row * T + column without target, the padding's not among them
+    ignored: np.ndarray  # (i,) ascending row * T + column without target, padding excluded
     first_ignored: np.ndarray  # (n + 1,)
 
 
@@ -50,7 +50,7 @@ class Rows:
         self.lengths = np.empty(count, dtype=np.int32)
 
     def clear(self, row: int) -> None:
-        """Padding alone: one segment, nothing to predict."""
+        """Make the row padding only: one segment, nothing to predict."""
         self.tokens[row], self.targets[row], self.lengths[row] = PAD_ID, IGNORE_INDEX, 0
         self.cu_seqlens[row] = self.targets.shape[1]
         self.cu_seqlens[row, 0] = 0
@@ -84,8 +84,8 @@ class Packing(ABC):
     def plan(self, rows: np.ndarray, cu_size: int) -> PackingPlan:
         """How to read `rows` (n,); cu_size above max_segments. Reads no shard.
 
-        No target has a document's last token, nor one before a token of a masked prompt; in a labelled source
-        the labels say so themselves. cu_seqlens are the starts of the segments, 0 first, padded with T.
+        A document's last token has no target, nor has one before a token of a masked prompt; in a labelled
+        source the labels decide. cu_seqlens are the starts of the segments, 0 first, padded with T.
         """
         n, T, stream = len(rows), self._T, self._stream
         row, column, start, length, document = self.layout(rows)
@@ -96,7 +96,7 @@ class Packing(ABC):
         cu = np.full((n, cu_size), T, dtype=np.int32)
         cu[row, np.arange(len(row)) - (final + 1 - counts)[row]] = column
         cu[np.arange(n), counts] = lengths  # the padding, or T again
-        # Pieces that follow each other in the stream as well are read at once.
+        # Pieces that also follow each other in the stream are read at once.
         new = np.flatnonzero((row[1:] != row[:-1]) | (start[1:] != start[:-1] + length[:-1])) + 1
         first, last = np.insert(new, 0, 0), np.append(new, len(row)) - 1
         ends = (start + length)[last]
@@ -187,9 +187,9 @@ class BestFitPacking(Packing):
 
     Each block is packed by best-fit decreasing: the pieces from the longest to the shortest, each into the
     row with the least space that still holds it ("Fewer Truncations Improve Language Modeling", arXiv
-    2404.10830). A row ends with padding where no piece fits. A piece of T tokens has its last target from the
-    piece after it, as at an edge of ConcatPacking. The plan depends on the documents' lengths and T alone and
-    takes 24 bytes a piece.
+    2404.10830). A row ends with padding where no piece fits. A piece of T tokens takes its last target from
+    the next piece, as at a row edge of ConcatPacking. The plan depends only on the documents' lengths and T
+    and takes 24 bytes per piece.
     """
 
     def _pack(self, blocks: np.ndarray) -> None:
@@ -233,7 +233,7 @@ PACKINGS: dict[str, type[Packing]] = {"concat": ConcatPacking, "best_fit": BestF
 
 
 def packing_of(name: str) -> type[Packing]:
-    """Raises DataError, with the nearest name, for one that does not exist."""
+    """The class of that name. Raises DataError, with the nearest name, for an unknown one."""
     if name not in PACKINGS:
         raise DataError(f"unknown data.packing {name!r}; {nearest(name, list(PACKINGS))}")
     return PACKINGS[name]

@@ -22,7 +22,7 @@ FEISTEL_ROUNDS = 6
 
 @dataclass
 class Stage:
-    """The weights of the sources from `tokens` tokens of the run on; a source without one is left out."""
+    """The weights of the sources once the run has seen `tokens` tokens; a source without one is left out."""
 
     tokens: int
     weights: dict[str, float] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def permute(index: int | np.ndarray, size: int | np.ndarray, key: int | np.ndarr
 
 
 def _mix(value: np.ndarray, key: np.ndarray, number: int) -> np.ndarray:
-    """The finaliser of splitmix64 over value + a key of the round: well mixed bits, wrapping at 2**64."""
+    """The finaliser of splitmix64 over value + a key of the round: well-mixed bits, wrapping at 2**64."""
     round_key = key + np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
     value = value * np.uint64(0xD1342543DE82EF95) + round_key
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -73,7 +73,7 @@ def key_of(*parts: object) -> int:
 
 
 def mixture_table(weights: Mapping[str, float], period: int = MIXTURE_PERIOD) -> np.ndarray:
-    """Source numbers (period,) int64: at every prefix each source's count stays below its share + 1.
+    """Source numbers (period,) int64: in every prefix each source's count stays below its share + 1.
 
     The weights are quantised to n / period by largest remainder; each slot goes to the source with the
     largest deficit. Raises DataError for a weight that is too small to get a slot.
@@ -125,15 +125,15 @@ class _Blocks:
 class Order:
     """The infinite sequence of samples of a mixture: `locate` gives any part of it.
 
-    Each epoch of a source is a permutation of its rows. A source with several blocks goes through them in a
-    permuted order and through the rows of each in a permuted order; one block is a permutation of all rows.
+    Each epoch of a source is a permutation of its rows. A source with several blocks permutes the blocks
+    and the rows within each; a single block is a permutation of all rows.
     """
 
     def __init__(
         self, stages: Sequence[tuple[int, Mapping[str, float]]], blocks: Mapping[str, np.ndarray], seed: int
     ) -> None:
         """`stages`: (first global sample, weights by source) of each, the first at 0. `blocks`: the rows in
-        each block of every source, one above 0 at least; their order numbers the sources.
+        each block of every source, at least one above 0; their order numbers the sources.
         """
         assert stages[0][0] == 0, stages
         self.names = tuple(blocks)
@@ -189,7 +189,7 @@ class Order:
         return sources, drawn
 
     def _blocks_of(self, source: int, epoch: int) -> _Blocks:
-        """Of the newest epoch asked for, kept: an epoch's order costs as much as the source has blocks."""
+        """The block order of an epoch; the newest one is kept, because making it takes time per block."""
         kept = self._epochs.get(source)
         if kept is None or kept[0] != epoch:
             kept = self._epochs[source] = (epoch, self._order_blocks(source, epoch))
@@ -206,7 +206,7 @@ class Order:
         return dict(zip(self.names, counts.tolist(), strict=True))
 
     def following_blocks(self, counter: int) -> dict[str, int]:
-        """The block of each source that comes after the one that it stands in at global sample `counter`."""
+        """The block of each source that follows its current one at global sample `counter`."""
         following = {}
         for source, drawn in enumerate(self.drawn(counter).values()):
             epoch, position = divmod(drawn, int(self.rows[source]))
@@ -224,8 +224,9 @@ def stage_starts(
     """(first global sample, weights) of each stage, for `Order`. A stage starts with the first whole global
     batch (`batch_tokens` tokens, `batch_rows` rows) at or after its token.
 
-    Raises DataError, which names the stage, for a first stage not at 0, stages that do not ascend by a global
-    batch at least, a source that is unknown, a weight that is no number from 0 on, or none above 0.
+    Raises DataError, which names the stage, for a first stage not at 0, stages less than a global batch
+    apart, an unknown source, a weight that is not a finite number of 0 or more, and a stage whose weights are
+    all 0.
     """
     starts: list[tuple[int, dict[str, float]]] = []
     for number, stage in enumerate(stages):
@@ -242,8 +243,8 @@ def stage_starts(
             if name not in sources:
                 raise DataError(f"{where}.weights: unknown source {name!r}; {nearest(name, sources)}")
             if not 0 <= weight < math.inf:
-                raise DataError(f"{where}.weights: {name}={weight} must be a number from 0 on")
+                raise DataError(f"{where}.weights: {name}={weight} must be a finite number, 0 or above")
         if not any(stage.weights.values()):
-            raise DataError(f"{where}.weights: no source has a weight above 0: give one a weight")
+            raise DataError(f"{where}.weights: no source has a weight above 0: raise one")
         starts.append((first, {name: float(w) for name, w in stage.weights.items()}))
     return starts

@@ -1,7 +1,7 @@
 """Data folders on object stores: any URL that remote.py reads, with a cache on the local disk.
 
 Manifest, tokenizer and indices are fetched at start, shards when they are needed: whole, compared with the
-manifest's sha256, and renamed into place, so that a file of the cache is a good one. The ranks of a node
+manifest's sha256, and renamed when complete, so that every file in the cache is good. The ranks of a node
 share the cache; a shard that several want is fetched by one of them, while the others wait for its lock.
 """
 
@@ -28,9 +28,9 @@ def open_data(
 ) -> tuple[Manifest, ShardFiles]:
     """The checked manifest of a data folder or URL, and its shards.
 
-    A URL's files come into `cache`/HASH OF THE MANIFEST; beyond `cache_bytes` of shards there (None: no
-    limit) the oldest are deleted. Raises DataError as `open_manifest` does, for a URL that cannot be read or
-    is refused (see remote.is_url) and for one without a cache.
+    A URL's files go to `cache`/HASH OF THE MANIFEST; beyond `cache_bytes` of shards (None: no limit) the
+    oldest are deleted. Raises DataError as `open_manifest` does, for a URL that cannot be read or is refused
+    (see remote.is_url) and for one without a cache.
     """
     if not is_url(str(path)):
         manifest = open_manifest(path)
@@ -54,9 +54,9 @@ def open_data(
 
 
 class ShardCache(ShardFiles):
-    """The shards of a URL, each fetched when it is first asked for or before."""
+    """The shards of a URL, each fetched when first used, or earlier by `prefetch`."""
 
-    fix = "delete it from the cache, it is fetched again"
+    fix = "delete it from the cache to fetch it again"
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int | None) -> None:
         super().__init__(manifest.path, manifest.dtype)
@@ -65,9 +65,9 @@ class ShardCache(ShardFiles):
         self._prefetching: Thread | None = None
 
     def array(self, shard: Shard) -> np.ndarray:
-        """As of ShardFiles. Of the mapped shards those not used for longest are let go beyond `cache_bytes`,
-        for a deleted file keeps its place on the disk while it is mapped. Raises DamagedError also for a
-        shard that does not arrive whole.
+        """As in ShardFiles. Beyond `cache_bytes` the least recently used shards are unmapped, because a
+        deleted file occupies the disk while it is mapped. Also raises DamagedError for a shard that does not
+        arrive whole.
         """
         array = self._arrays.pop(shard.file, None)
         if array is None:
@@ -81,7 +81,7 @@ class ShardCache(ShardFiles):
         return array
 
     def _newest(self, shard: Shard) -> Path:
-        """The shard's file, marked as put to use now."""
+        """The shard's file, marked as used now."""
         while True:
             path = self.fetch(shard.file, shard.bytes, shard.sha256)
             try:
@@ -91,7 +91,7 @@ class ShardCache(ShardFiles):
             return path
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
-        """Fetch in a thread what is not here yet, unless the last such thread is still at it."""
+        """Fetch in a thread what is missing, unless the previous such thread is still running."""
         if self._prefetching is not None and self._prefetching.is_alive():
             return
         missing = [shard for shard in shards if not (self.folder / shard.file).exists()]
@@ -105,11 +105,11 @@ class ShardCache(ShardFiles):
             try:
                 self._delete_oldest(keep=self.fetch(shard.file, shard.bytes, shard.sha256))
             except (DataError, OSError):
-                return  # whoever reads the shard tries again, and reports it
+                return  # the reader of the shard tries again and reports it
 
     def fetch(self, name: str, size: int, sha256: str) -> Path:
-        """The file of that name in the cache, from the URL if it is not there. Raises DamagedError for one
-        that is not what the manifest says, DataError for one that cannot be read.
+        """The file of that name in the cache, from the URL if it is not there. Raises DamagedError if
+        it is not what the manifest says, DataError if it cannot be read.
         """
         path = self.folder / name
         with unfinished(path) as file:
@@ -126,11 +126,11 @@ class ShardCache(ShardFiles):
                 return
         raise DamagedError(
             f"{url} has {file.tell()} bytes and sha256 {found[:16]}..., the manifest says {size} and "
-            f"{sha256[:16]}...: put the built file there again"
+            f"{sha256[:16]}...: upload the built file again"
         )
 
     def _delete_oldest(self, keep: Path) -> None:
-        """Delete shards until the rest fits, those first that were first put to use."""
+        """Delete the least recently used shards until the rest fits."""
         if self.cache_bytes is None:
             return
         found = []

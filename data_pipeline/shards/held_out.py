@@ -1,4 +1,4 @@
-"""The held-out documents of a built data folder as text, for whoever scores them with another tokenizer."""
+"""The held-out documents of a built data folder as text, for scoring with another tokenizer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +17,13 @@ def is_build(path: Path) -> bool:
 def held_out_texts(folder: Path) -> Iterator[str]:
     """The documents of all sources' validation splits, source by source, decoded by the folder's tokenizer.
 
-    Raises DataError for a damaged folder, and for one whose recipe holds no documents out.
+    Raises DataError for a damaged folder and for one without held-out documents.
     """
     manifest = open_manifest(folder)
     tokenizer = Tokenizer(manifest.tokenizer_path)
     held_out = {name: source.splits["validation"] for name, source in manifest.sources.items()}
     if not any(split.documents for split in held_out.values()):
-        raise DataError(f"{folder} holds no documents out: raise its recipe's validation_fraction")
+        raise DataError(f"{folder} has no held-out documents: raise its recipe's validation_fraction")
     for name in held_out:
         stream = TokenStream(manifest, name, "validation")
         starts = stream.document_starts.tolist()

@@ -78,7 +78,7 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write `manifest.json`; to be called last, since a folder with a manifest counts as complete."""
+    """Write `manifest.json`; call it last: a folder with a manifest counts as complete."""
     fields = asdict(manifest)
     del fields["path"], fields["sha256"]
     text = json.dumps({"format": FORMAT, **fields}, indent=1, ensure_ascii=False)
@@ -93,7 +93,7 @@ def open_manifest(path: str | Path) -> Manifest:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise DataError(f"data folder {folder} does not exist: mend the path or {REBUILD}")
+        raise DataError(f"data folder {folder} does not exist: fix the path or {REBUILD}")
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} has no {MANIFEST}, so its build never finished: {REBUILD}")
     manifest = parse_manifest(folder, (folder / MANIFEST).read_bytes())
@@ -122,7 +122,7 @@ def check_sha256(path: Path, sha256: str) -> None:
 
 
 def _check_identity(folder: Path, shard: Shard) -> None:
-    """A shard's members carry its name, which tells two shards of one size apart without reading them."""
+    """A shard's members carry its name, which distinguishes shards of equal size without reading them."""
     offset = int(read_index(folder, shard)[0]["offset"][0])
     with (folder / shard.file).open("rb") as file:
         file.seek(offset - tarfile.BLOCKSIZE)
@@ -138,7 +138,7 @@ def read_index(folder: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parse_manifest(folder: Path, data: bytes) -> Manifest:
-    """The manifest that these bytes are; of the files in `folder` none is looked at. Raises DataError."""
+    """The manifest in these bytes; looks at no file in `folder`. Raises DataError."""
     try:
         fields = json.loads(data)
         version = fields.pop("format")

@@ -16,7 +16,7 @@ class DamagedError(DataError):
 
 
 class ShardFiles:
-    """The shards of a data folder, each mapped when it is first asked for."""
+    """The shards of a data folder, each mapped at first use."""
 
     fix = REBUILD
 
@@ -80,7 +80,7 @@ class TokenStream:
         self._shard_of = np.repeat(np.arange(len(indices)), [len(members) for members, _ in indices])
         first_document = np.concatenate([[0], np.cumsum(self._members["documents"], dtype=np.int64)])
         self._member_starts = self.document_starts[first_document]  # (members + 1,) in tokens
-        # Where a member's first token stands in its shard, less the tokens before it in the stream.
+        # The position of a member's first token in its shard, less the tokens before it in the stream.
         header = 4 * (1 + 2 * self._members["documents"].astype(np.int64))
         in_shard = (self._members["offset"].astype(np.int64) + header) // self._dtype.itemsize
         self._shifts = in_shard - self._member_starts[:-1]
@@ -125,7 +125,7 @@ class TokenStream:
         assert self.labelled or not labels
         self._verify(spans.member)
         begin = spans.begin
-        if labels:  # they stand behind the member's tokens
+        if labels:  # they follow the member's tokens
             begin = begin + self._member_starts[spans.member + 1] - self._member_starts[spans.member]
         columns = (offsets, begin, begin + spans.length, self._shard_of[spans.member])
         array, shards = self._files.array, self.shards
@@ -136,7 +136,7 @@ class TokenStream:
                 out[offset : offset + stop - first][stored == self._no_label] = IGNORE_INDEX
 
     def _verify(self, members: np.ndarray) -> None:
-        """Compares checksums, each once a process: afterwards the page cache is trusted."""
+        """Compares each checksum once per process: afterwards the page cache is trusted."""
         for member in np.unique(members[~self._verified[members]]).tolist():
             entry, number = self._members[member], int(self._shard_of[member])
             begin, end = (

@@ -50,7 +50,7 @@ def write_shard(folder: Path, stem: str, documents: Iterable[EncodedDocument], d
 
 
 class _Stored(NamedTuple):
-    """An EncodedDocument as it lies in a member."""
+    """An EncodedDocument as a member stores it."""
 
     tokens: np.ndarray
     prompt_length: int
@@ -71,7 +71,7 @@ def _stored(document: EncodedDocument, dtype: str) -> _Stored:
 
 
 def _write_shard(folder: Path, stem: str, documents: list[_Stored]) -> Shard:
-    import webdataset  # here, because it imports torch: seconds that readers need not spend
+    import webdataset  # here, because it imports torch, which takes readers seconds
 
     lengths = np.array([(len(d.tokens), d.prompt_length) for d in documents], dtype=DOCUMENT_DTYPE)
     checksums = []

@@ -18,7 +18,7 @@ class Document(NamedTuple):
 
 
 class LabelledDocument(NamedTuple):
-    """One training text with its own targets, in place of the next token."""
+    """One training text with its own targets instead of the next token."""
 
     text: str  # every character is one token
     labels: tuple[tuple[int, str], ...]  # (index of a character in text, the one character to predict there)
@@ -28,7 +28,7 @@ class TracedDocument(NamedTuple):
     """A question, its chain of thought in steps, and the answer's value; encode.py says how it is encoded."""
 
     question: str
-    steps: tuple[str, ...]  # none of them empty
+    steps: tuple[str, ...]  # each non-empty
     answer: str
 
     @property
@@ -43,7 +43,7 @@ AnyDocument = Document | LabelledDocument | TracedDocument
 @dataclass(frozen=True)
 class Problem:
     """One question. `choices` are full continuations as scored (" text"); target == choices[gold] if there
-    are any.
+    are choices.
     """
 
     id: str

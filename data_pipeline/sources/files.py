@@ -1,7 +1,8 @@
 """Files as streams of text, rows and archive members; every error names the file and the line, row or member.
 
-Compression goes by the suffix (.gz, .xz, .bz2, .zst). A compressed file counts as whole only if its last
-stream ends where the file does: the standard readers, zstandard's above all, take some cuts for the end.
+The suffix says how a file is compressed (.gz, .xz, .bz2, .zst). A compressed file counts as whole only if its
+last stream ends where the file does: the standard readers, zstandard's above all, mistake some cuts for the
+end.
 """
 
 import bz2
@@ -76,7 +77,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 class Stream(io.RawIOBase):
-    """A file read forward, decompressed. Raises OSError as `_chunks` does, and for a step back."""
+    """A file read forward, decompressed. Raises OSError as `_chunks` does, and for a seek backwards."""
 
     def __init__(self, path: Path) -> None:
         self._chunks = _chunks(Path(path))
@@ -97,7 +98,7 @@ class Stream(io.RawIOBase):
         return count
 
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes, fewer only at the end of the file; never allocates what is not there."""
+        """`size` bytes, fewer only at the end of the file; never allocates more than the file has."""
         parts = []
         while size:
             if not self._chunk:
@@ -117,7 +118,7 @@ class Stream(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence != io.SEEK_SET or offset < self._position:
-            raise OSError(f"a step back from byte {self._position} to {offset}")
+            raise OSError(f"a seek backwards from byte {self._position} to {offset}")
         while self._position < offset and self.read(min(PLAIN_CHUNK, offset - self._position)):
             pass
         return self._position
@@ -154,8 +155,8 @@ def decode(data: bytes, where: str) -> str:
 def json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, row) of a JSON lines file, compressed or not; blank lines are skipped.
 
-    Raises DataError for what is no JSON object, lacks one of `keys` or holds half of a surrogate pair, which
-    no encoding can write.
+    Raises DataError for a line that is not a JSON object, lacks one of `keys` or holds half of a surrogate
+    pair, which no encoding can write.
     """
     for number, line in enumerate(text_lines(path), start=1):
         if not line.strip():
@@ -177,7 +178,7 @@ def json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
 
 
 def json_value(path: Path) -> Any:
-    """The value of a JSON file. Raises DataError, with the line, for what is no JSON."""
+    """The value of a JSON file. Raises DataError, with the line, if it is not JSON."""
     try:
         return json.loads(decode(require_file(path).read_bytes(), str(path)))
     except json.JSONDecodeError as error:
@@ -189,7 +190,7 @@ def json_value(path: Path) -> Any:
 def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, {key: value}) of a parquet file; only the columns `keys` are read.
 
-    Raises DataError for a missing or cut file, columns that are not there or are no text, and damage as far
+    Raises DataError for a missing or cut file, columns that are missing or not text, and damage as far
     as parquet can tell (its pages may have checksums, and compression often finds the rest).
     """
     import pyarrow
@@ -229,7 +230,7 @@ def text_fields(row: dict[str, Any], keys: Sequence[str], where: str) -> list[st
     """The values of `keys`, each checked to be text."""
     for key in keys:
         if not isinstance(row[key], str):
-            raise DataError(f"{where}: field {key!r} is {type(row[key]).__name__}, not text: mend the file")
+            raise DataError(f"{where}: field {key!r} is {type(row[key]).__name__}, not text: fix the file")
     return [row[key] for key in keys]
 
 
@@ -252,7 +253,7 @@ def tar_members(path: Path, wanted: Callable[[str], Any] = lambda name: True) ->
                 file = archive.extractfile(member)
                 assert file is not None
                 yield member.name, file.read()
-        # tarfile takes a damaged header for the end, and a compressed file's checksum stands behind the last
+        # tarfile mistakes a damaged header for the end, and a compressed file's checksum follows the last
         # member: only zeros may follow, and reading them compares the checksum.
         size = 0
         while not any(stream.last) and stream.last:
@@ -271,4 +272,6 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
     if name.is_absolute() or ".." in name.parts:
         raise DataError(f"{path}: member {member.name!r} leaves its folder: pack it with relative names")
     if not member.isreg() or member.issparse():
-        raise DataError(f"{path}: member {member.name!r} is no regular file: pack it with tar --dereference")
+        raise DataError(
+            f"{path}: member {member.name!r} is not a regular file: pack it with tar --dereference"
+        )

@@ -1,7 +1,8 @@
-"""Readers of the published problem sets, and the one place of their prompts: those of lm-evaluation-harness.
+"""The published problem sets: a reader of each and, below it, the record that everything else derives from.
 
-Every reader streams; archives are read member by member and never extracted, so a member's name cannot reach
-the disk. Errors name the file and the line.
+Prompts and targets are those of lm-evaluation-harness and are defined only here. Every reader streams;
+archives are read member by member and never extracted, so a member's name cannot reach the disk. Errors name
+the file and the line.
 """
 
 import logging
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def read_gsm8k(path: Path) -> Iterator[Problem]:
-    """GSM8K jsonl, `{"question", "answer"}` a line."""
+    """GSM8K jsonl, one `{"question", "answer"}` per line."""
     for name, question, answer in _gsm8k_rows(path):
         yield Problem(f"gsm8k-{name}", f"Question: {question}\nAnswer:", f" {answer}", group="gsm8k")
 
@@ -75,9 +76,9 @@ def read_arc(path: Path) -> Iterator[Problem]:
                 f"{path} line {number}: not an ARC problem ({error!r}): download it again"
             ) from error
         if row["answerKey"] not in labels:
-            raise DataError(f"{path} line {number}: answerKey {row['answerKey']!r} is none of {labels}")
+            raise DataError(f"{path} line {number}: answerKey {row['answerKey']!r} is not one of {labels}")
         if not all(isinstance(x, str) for x in (row["id"], stem_text, *labels, *texts)):
-            raise DataError(f"{path} line {number}: a field of this ARC problem is not text: mend the file")
+            raise DataError(f"{path} line {number}: a field of this ARC problem is not text: fix the file")
         choices = tuple(f" {text}" for text in texts)
         gold = labels.index(row["answerKey"])
         yield Problem(row["id"], f"Question: {stem_text}\nAnswer:", choices[gold], choices, gold, group)
@@ -117,13 +118,13 @@ ARC = ProblemSet(
 
 
 def read_logiqa(path: Path) -> Iterator[Problem]:
-    """LogiQA 1.0 text: 8 lines a problem (blank, letter of the answer, context, question, four options).
+    """LogiQA 1.0 text: 8 lines per problem (blank, letter of the answer, context, question, four options).
 
     Read as the loading script behind lm-evaluation-harness's logiqa reads it, quirks included, so that scores
-    compare: an option is its line without the first two characters, whatever they are ("Mr.A.P wrote" becomes
-    ". A. P wrote"); the answer's letter counts the lines, although some problems print their options as A, C,
-    B, D (19 of Test.txt; 12 of these have the answer B or C, for which the printed letter would mean the
-    other option); and a space follows every full stop ("3.5" becomes "3. 5").
+    are comparable: an option is its line without the first two characters, whatever they are ("Mr.A.P wrote"
+    becomes ". A. P wrote"); the answer's letter counts the lines, although some problems print their options
+    as A, C, B, D (19 of Test.txt; 12 of these have the answer B or C, for which the printed letter would mean
+    the other option); and a space follows every full stop ("3.5" becomes "3. 5").
     """
     lines = [line.rstrip("\n") for line in text_lines(path)]
     while lines and not lines[-1].strip():
@@ -180,7 +181,7 @@ def read_reclor(path: Path) -> Iterator[Problem]:
     for number, row in enumerate(entries, start=1):
         where = f"{path} entry {number}"
         if not isinstance(row, dict) or (missing := [k for k in (*keys, "answers", "label") if k not in row]):
-            lacks = f"has no field {missing[0]!r}" if isinstance(row, dict) else "is no JSON object"
+            lacks = f"has no field {missing[0]!r}" if isinstance(row, dict) else "is not a JSON object"
             raise DataError(f"{where} {lacks}: is this the published val.json or train.json?")
         context, question, name = text_fields(row, keys, where)
         answers, gold = row["answers"], row["label"]
@@ -221,9 +222,8 @@ MATH_SUBJECTS = (
 
 
 def read_math(folder: Path, subject: str) -> Iterator[MathProblem]:
-    """One subject of MATH (Hendrycks et al. 2021): `folder`/`subject`/NUMBER.json, by rising number.
-
-    Prompts are those of lm-evaluation-harness's hendrycks_math.
+    """One subject of MATH (Hendrycks et al. 2021): `folder`/`subject`/NUMBER.json, in ascending
+    order; the prompts of lm-evaluation-harness's hendrycks_math.
     """
     paths = list((folder / subject).glob("*.json"))
     strange = [path for path in paths if not path.stem.isdecimal()]
@@ -267,10 +267,10 @@ MATH = ProblemSet(
 
 
 def boxed_answer(solution: str) -> str | None:
-    """What stands in the last box of a TeX text, None without a whole one.
+    """The content of the last box of a TeX text, None without a whole one.
 
-    As lm-evaluation-harness reads it: where a box is written without braces, `\\boxed 5$`, the last of these
-    goes on to the next dollar sign.
+    As lm-evaluation-harness reads it: where boxes are written without braces, `\\boxed 5$`, the last of them
+    extends to the next dollar sign.
     """
     if "\\boxed " in solution:
         return solution.split("\\boxed ")[-1].split("$")[0]
@@ -290,9 +290,9 @@ def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]
     """bAbI tasks 1 to 20 of `split` ("train" or "test") out of the published tar.gz; `group` is
     "qa1".."qa20".
 
-    Each question is a problem; its passage is every statement of the story before it, one a line. The
-    published en-10k lacks the training file of task 3: the one of `en` (1000 questions) is read instead, and
-    logged.
+    Each question is a problem; its passage is every statement of the story before it, one per line. The
+    published en-10k lacks the training file of task 3: the file of `en` (1000 questions) is read instead,
+    with a warning.
     """
     members: dict[str, bytes] = {}
     wanted = re.compile(rf"(?:^|/)({re.escape(size)}|en)/qa(\d+)_[^/]*_{re.escape(split)}\.txt$").search
@@ -307,7 +307,7 @@ def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]
             log.warning("%s has no %s/qa%d %s file: reading en/qa%d instead", path, size, task, split, task)
         if f"{folder}/{task}" not in members:
             raise DataError(
-                f"{path} has no bAbI task {task} for size {size!r}, split {split!r}: mend one of them"
+                f"{path} has no bAbI task {task} for size {size!r}, split {split!r}: change one of them"
             )
         where = f"{path}:{folder}/qa{task}_{split}"
         yield from _babi_task(decode(members[f"{folder}/{task}"], where), where, f"qa{task}", split)

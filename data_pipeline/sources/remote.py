@@ -38,7 +38,7 @@ def is_url(file: str) -> bool:
     try:
         urlsplit(file)
     except ValueError as error:
-        raise DataError(f"{file!r} is no URL ({error}): mend it") from error
+        raise DataError(f"{file!r} is not a URL ({error}): fix it") from error
     return True
 
 
@@ -53,7 +53,7 @@ def expand(url: str) -> list[str]:
         system, path = _open_system(url)
         found = sorted(system.unstrip_protocol(name) for name in system.glob(path))
     if not found:
-        raise DataError(f"{url} matches no file: mend the pattern")
+        raise DataError(f"{url} matches no file: fix the pattern")
     return found
 
 
@@ -89,7 +89,7 @@ def unfinished(path: Path) -> Iterator[io.FileIO | None]:
         return
     part.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with part.open("a+b", buffering=0) as file:  # no rest that closing would try to write once more
+        with part.open("a+b", buffering=0) as file:  # nothing buffered that closing would try to write again
             fcntl.flock(file, fcntl.LOCK_EX)
             mine = part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat())
             if path.exists():  # another process was faster
@@ -125,13 +125,13 @@ def _is_http(url: str) -> bool:
 
 
 def download_http(url: str, file: io.FileIO) -> None:
-    """Append to `file`, open for appending, what it lacks of `url`; from the start if the server cannot.
+    """Append to `file`, open for appending, what it lacks of `url`; start over if the server cannot resume.
 
-    A connection that breaks is taken up again as long as that brings new bytes. Raises DataError for other
+    A broken connection is resumed as long as that brings new bytes. Raises DataError for other
     protocols, an answer like 404, a server that cannot be reached and a download that stays cut.
     """
     if not _is_http(url):
-        raise DataError(f"{url!r} is no http or https URL: mend it")
+        raise DataError(f"{url!r} is not an http or https URL: fix it")
     headers = {"User-Agent": "zeromodel", "Accept-Encoding": "identity"}
     reached = -1
     with _bar(url, None) as bar:
@@ -139,7 +139,7 @@ def download_http(url: str, file: io.FileIO) -> None:
             size = file.seek(0, os.SEEK_END)
             if size <= reached:
                 got = f"cut after {size} bytes" if size else "cannot be reached"
-                raise DataError(f"{url}: {got} ({reason}): see to the network and run it again")
+                raise DataError(f"{url}: {got} ({reason}): check the network and run it again")
             reached = size
 
 
@@ -172,7 +172,7 @@ def _transfer(url: str, file: io.FileIO, headers: dict[str, str], bar: Any) -> s
                 return ""
             file.truncate(0)
             return _transfer(url, file, headers, bar)
-        raise DataError(f"{url}: {error.code} {error.reason}: mend the URL, or give a mirror") from error
+        raise DataError(f"{url}: {error.code} {error.reason}: fix the URL, or give a mirror") from error
     except URLError as error:
         return str(error.reason)
     except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
@@ -203,14 +203,14 @@ def _open_system(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _backend_errors(url: str) -> Iterator[None]:
-    """Every backend of fsspec has errors of its own; all of them mean that this URL cannot be read."""
+    """Each backend of fsspec has its own errors; all of them mean that this URL cannot be read."""
     try:
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(f"{url} cannot be fetched ({reason}): mend it") from error
+        raise DataError(f"{url} cannot be fetched ({reason}): fix it") from error
 
 
 def _fetch_fsspec(url: str, file: io.FileIO) -> None:

@@ -1,4 +1,4 @@
-"""Readers of text files, plain or in an archive, and of rows with a text: the documents as they are."""
+"""Readers of text files, plain or in an archive, and of rows with text fields; texts are left as they are."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ def read_wiki(path: Path) -> Iterator[str]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Documents of a text file, or of a tar of text files (one document a file), compressed or not.
+    """Documents of a text file, or of a tar of text files (one document per file), compressed or not.
 
     A single file is cut at blank lines into documents of at least MIN_TEXT_DOCUMENT characters (the last may
     be shorter). White space at the ends of a document is dropped, empty documents are skipped.
@@ -56,7 +56,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
-    """One document a line of a JSON lines file, compressed or not.
+    """One document per line of a JSON lines file, compressed or not.
 
     `fields` are the names of one text, or of a prompt and its completion, all of them strings.
     """
@@ -64,7 +64,7 @@ def read_jsonl(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Docume
 
 
 def read_parquet(path: Path, fields: Sequence[str] = ("text",)) -> Iterator[Document]:
-    """One document a row of a parquet file; `fields` as in `read_jsonl`."""
+    """One document per row of a parquet file; `fields` as in `read_jsonl`."""
     return _rows(parquet_rows, path, fields, "row")
 
 

@@ -1,10 +1,10 @@
 """Questions with a chain of thought in steps: readers for training, and for evaluation as question and gold.
 
-A problem without steps has nothing to distil: the readers for training leave it out and say how many there
+A problem without steps has nothing to distil: the readers for training leave it out and log how many there
 were. The readers for evaluation keep it; their prompt is the bare question, as in training.
 
-With `keep_last_step` false the last step of each is left out, as CODI does (arXiv 2502.21074): where it
-states the answer, a teacher's state before the answer would hold a copy of it and not what the steps came to.
+With `keep_last_step` false the last step of each chain is left out, as in CODI (arXiv 2502.21074): where it
+states the answer, the teacher's state before the answer would hold a copy of it, not the result of the steps.
 """
 
 import logging
@@ -62,7 +62,7 @@ def _icot(path: Path) -> Iterator[TracedDocument]:
         work, mark, answer = rest.rpartition("####")
         if not bars or not mark or not _EQUATIONS.fullmatch(work):
             raise DataError(
-                f"{where}: not `question||<<a>> <<b>> #### answer`, it ends {line.strip()[-60:]!r}: mend it"
+                f"{where}: not `question||<<a>> <<b>> #### answer`, it ends {line.strip()[-60:]!r}: fix it"
             )
         yield _document(question, _EQUATION.findall(work), answer, where)
 
@@ -102,7 +102,7 @@ def _prosqa(path: Path) -> Iterator[TracedDocument]:
     for number, row in enumerate(entries, start=1):
         where = f"{path} entry {number}"
         if not isinstance(row, dict) or (missing := [key for key in (*keys, "steps") if key not in row]):
-            lacks = f"has no field {missing[0]!r}" if isinstance(row, dict) else "is no JSON object"
+            lacks = f"has no field {missing[0]!r}" if isinstance(row, dict) else "is not a JSON object"
             raise DataError(f"{where} {lacks}: is this a published ProsQA file?")
         question, answer = text_fields(row, keys, where)
         steps = row["steps"]
@@ -114,9 +114,9 @@ def _prosqa(path: Path) -> Iterator[TracedDocument]:
 def traced_causal_loop_v2(sample: Sample) -> TracedDocument:
     """`program?X`, the statements as the generator works them out (`CmA4:3,4=C4`), and the value of X.
 
-    The variable stands before its new value as it does in the program before its first one, so that a small
-    model finds both in the same way. The generator's `;` and its repeated query are left out: the separator
-    of steps and the question say the same.
+    The variable precedes its new value as it precedes its first one in the program, so that a small model
+    finds both in the same way. The generator's `;` and its repeated query are left out: the separator of
+    steps and the question say the same.
     """
     worked = (step.rpartition("=") for step in sample.trace.removesuffix(";").split(";"))
     steps = tuple(f"{work}={work[0]}{value}" for work, _, value in worked)
@@ -130,7 +130,7 @@ def _document(question: str, steps: Iterable[str], answer: str, where: str) -> T
     """Spaces at the ends are dropped. Raises DataError for an empty part."""
     document = TracedDocument(question.strip(), tuple(step.strip() for step in steps), answer.strip())
     if not document.question or not document.answer or not all(document.steps):
-        raise DataError(f"{where}: an empty question, step or answer: mend the file")
+        raise DataError(f"{where}: an empty question, step or answer: fix the file")
     return document
 
 

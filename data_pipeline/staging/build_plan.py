@@ -1,6 +1,6 @@
-"""What a build will hold: which documents of which units stay, in which split, order and shard.
+"""The plan of a build: which documents of which units stay, in which split, order and shard.
 
-Made by one process once every unit is read; from then on shards can be written by any process of any machine.
+One process makes it once every unit is read; from then on any process of any machine can write shards.
 """
 
 import json
@@ -95,7 +95,7 @@ def order_file(work: Path, source: str, split: str) -> Path:
 
 
 def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
-    """Bounds of runs that each end with the document that fills `limit` bytes."""
+    """Bounds (first, last + 1) of runs that each end with the document that reaches `limit` bytes."""
     ends = np.cumsum(sizes, dtype=np.int64)
     bounds, first = [], 0
     while first < len(sizes):
@@ -107,8 +107,8 @@ def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
 
 
 def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> bytes:
-    """The recipe's tokenizer, or one trained on training documents, each source's share of the bytes by its
-    weight.
+    """The recipe's tokenizer, or one trained on training documents, with each source's share of the bytes set
+    by its weight.
     """
     wanted = recipe.tokenizer
     if wanted.file is not None:

@@ -1,8 +1,8 @@
-"""Input files, read: what lies between the published files and the shards of a build.
+"""Units: input files as read, the stage between the published files and the shards of a build.
 
 A unit is one input file of a source (a generator is one unit without a file). Reading it gives a folder of
 arrays under the build's `work/`, whole or absent; any document is then one access away, which the shuffle
-needs, and units can be read by any process of any machine.
+needs, and any process of any machine can read any unit.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from data_pipeline.sources.documents import (
 # bytes: of the text in UTF-8, of which `prompt` are the prompt's (a traced document's question)
 DOCUMENT_DTYPE = np.dtype([("prompt", "<u8"), ("bytes", "<u8"), ("held_out", "?")])
 LABEL_DTYPE = np.dtype([("document", "<u8"), ("index", "<u4"), ("character", "<u4")])
-# One row a step of a traced document; bytes: of the step in UTF-8
+# One row per step of a traced document; bytes: of the step in UTF-8
 STEP_DTYPE = np.dtype([("document", "<u8"), ("bytes", "<u8")])
 TEXTS, DOCUMENTS, ABOUT = "texts.bin", "documents.npy", "about.json"
-LABELS, STEPS = "labels.npy", "steps.npy"  # where the documents have them
+LABELS, STEPS = "labels.npy", "steps.npy"  # if the documents have them
 
 
 class Judge(Protocol):
-    """What is asked about each document while it is read, see clean.Cleaner."""
+    """What is asked about each document while it is read, see cleaner.Cleaner."""
 
     def judge(self, number: int, text: str) -> Any: ...
     def fingerprints(self, text: str) -> dict[str, np.ndarray]: ...
@@ -49,12 +49,12 @@ def write_unit(
     held_out: float,
     cleaner: Judge,
 ) -> None:
-    """Write documents as a unit; `about` is what `Unit.about` gives back, with the removals under their name.
+    """Write documents as a unit; `Unit.about` returns `about` with the removals added.
 
     Equal texts of one `salt` are held out together, a share `held_out` of all.
 
     Raises:
-        DataError: documents with and without labels.
+        DataError: documents of several kinds.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -110,7 +110,7 @@ def _prompt(document: AnyDocument) -> str:
 
 
 def _table(values: array, dtype: np.dtype) -> np.ndarray:
-    """The rows of a structured array, from their values in a row."""
+    """The structured array with these values, flattened row by row."""
     names = dtype.names or ()
     columns = np.array(values, dtype=np.uint64).reshape(-1, len(names))
     table = np.zeros(len(columns), dtype)

@@ -1,11 +1,11 @@
 """Documents -> tokens.
 
 A traced document is `[bos] Q <bot> C <eot> A [eos]`: question, chain of thought, answer. The question, each
-step, ANSWER_PREFIX and " value" are encoded one by one, so that the tokens of each part are the same whatever
-stands beside it: a question as evaluation asks it, an answer behind latent thoughts instead of the chain.
+step, ANSWER_PREFIX and " value" are encoded separately, so that the tokens of each part are the same whatever
+surrounds it: a question as evaluation asks it, an answer behind latent thoughts instead of the chain.
 The steps are joined by one space, as in the published data (GSM8K-AUG of Deng et al. 2023, which CODI, PCCoT
-and KaVa train on, has one equation after another), and it is a token of its own (see tokenizer.py), which
-tells the steps apart for the methods that leave some out.
+and KaVa train on, has one equation after another). That space is a token of its own (see tokenizer.py), which
+separates the steps for the methods that leave some out.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def encoder(source: dict[str, Any], labelled: bool, tokenizer: Tokenizer) -> Cal
 def _encode(
     document: Document | TracedDocument, source: str, tokenizer: Tokenizer, mask_prompt: bool
 ) -> EncodedDocument:
-    """A masked prompt is encoded by itself, so that the loss begins exactly where the completion does."""
+    """A masked prompt is encoded separately, so that the loss begins exactly where the completion does."""
     if isinstance(document, TracedDocument):
         if mask_prompt:
             raise DataError(
@@ -66,7 +66,7 @@ class CharacterIds(dict[str, int]):
 
 
 def encode_labelled(document: LabelledDocument, ids: CharacterIds) -> EncodedDocument:
-    """One token a character, so that a label stays at its character; bos and eos have no label."""
+    """One token per character, so that a label stays at its character; bos and eos have no label."""
     characters = (ids[character] for character in document.text)
     tokens = [ids.tokenizer.bos_id, *characters, ids.tokenizer.eos_id]
     labels = [IGNORE_INDEX] * len(tokens)

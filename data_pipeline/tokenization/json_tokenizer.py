@@ -1,8 +1,8 @@
 """The tokenizer of a Hugging Face model: a tokenizer.json with a section that names its special tokens, which
 `python -m model.hf import` writes. Needs the optional extra [hf].
 
-Only tokenizers that lose nothing are read, as the byte-level BPE of GPT-2 and Llama 3 is. No text gives a
-special token; of these <step> stands for the space between two steps of a chain of thought.
+Only lossless tokenizers are accepted, such as the byte-level BPE of GPT-2 and Llama 3. No text encodes to a
+special token; the special token <step> is the space between two steps of a chain of thought.
 """
 
 import json
@@ -19,7 +19,7 @@ PROBE = " a  B\tc\n\n1234 <bot><|endoftext|></s> e\u0301 \ufb01 \u6771 \U0001f60
 
 
 class JsonTokenizer:
-    """What data_pipeline.tokenizer.Tokenizer needs of such a file.
+    """What tokenizer.Tokenizer needs of such a file.
 
     Args:
         content: of the file.
@@ -44,7 +44,7 @@ class JsonTokenizer:
             raise DataError(f"{path} is not a tokenizer.json ({error}): import its folder again") from error
         if ids is None:
             raise DataError(
-                f"{path} does not name its special tokens: convert its folder by python -m model.hf import"
+                f"{path} does not name its special tokens: convert its folder with python -m model.hf import"
             )
         self.vocab_size: int = ids["vocab_size"]
         self.pad_id, self.bos_id, self.eos_id, self.bot_id, self.eot_id, self.step_separator_id = (
@@ -60,14 +60,14 @@ class JsonTokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises DataError where the vocabulary lets it spell a special token."""
+        """Token ids of `text`. Raises DataError if it spells a special token."""
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
         if not self._special.isdisjoint(ids):
             raise DataError(f"the text {text[:60]!r} gives a special token: use another tokenizer")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`; special tokens are skipped, but for <step>."""
+        """Text of `ids`; special tokens other than <step> are skipped."""
         parts = groupby(ids, key=lambda token: token == self.step_separator_id)
         return "".join(
             " " * len(list(part)) if step else self._core.decode(list(part), skip_special_tokens=True)

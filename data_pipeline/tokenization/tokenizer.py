@@ -4,9 +4,9 @@ Ids: 0 `<pad>`, 1 `<unk>` (never produced: unknown characters become bytes), 2 `
 document is [bos] + encode(text) + [eos]. No user-defined symbols: text that looks like `</s>` stays text.
 
 A tokenizer with thought pieces has two more control pieces, 4 `<bot>` and 5 `<eot>`, around a chain of
-thought. Between two steps of the chain stands the space as its byte, `<0x20>`: encode() never gives that
-piece, since a space in a text is sentencepiece's mark for it, so that steps are found in the tokens without
-fail, whatever is written in them.
+thought. The space between two steps of the chain is the byte piece `<0x20>`: encode() never gives that
+piece, since sentencepiece writes a space in a text as its own mark, so the tokens always tell the steps
+apart, whatever their text.
 """
 
 import hashlib
@@ -26,12 +26,12 @@ THOUGHT_PIECES = ["<bot>", "<eot>"]
 STEP_SEPARATOR_ID = EOT_ID + 1 + ord(" ")  # the 256 bytes follow the control pieces
 MODEL_TYPES = ("unigram", "bpe")
 NUM_THREADS = 2  # fixed: the model file's bytes depend on it
-SLICE_LENGTH = 1000  # characters; longer "sentences" would be dropped without a word
+SLICE_LENGTH = 1000  # characters; longer "sentences" would be dropped silently
 META_SPACE = "\u2581"  # sentencepiece's own mark for a space: the one character it cannot carry itself
-# No piece goes on from another character to a space, so BPE merges every such run by itself. Most are met
-# again: encoded one by one and kept they are faster. In unigram the best path depends on the neighbours.
+# No piece continues from another character into a space, so BPE merges every such run separately. Most runs
+# recur: encoding each once and keeping the result is faster. In unigram the best path depends on neighbours.
 _RUNS = re.compile(" *[^ ]+| +")
-KEPT_CHARACTERS = 2**22  # of the runs kept; then they are forgotten
+KEPT_CHARACTERS = 2**22  # of the runs kept; beyond it they are dropped
 
 
 def train_tokenizer(
@@ -48,9 +48,7 @@ def train_tokenizer(
     `thought_pieces`) and the characters.
     """
     if model_type not in MODEL_TYPES:
-        raise DataError(
-            f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}: choose one of them"
-        )
+        raise DataError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}: choose one")
     slices = _slices(texts)
     first = next(slices, None)
     if first is None:
@@ -88,7 +86,7 @@ def train_tokenizer(
 
 class Tokenizer:
     """A `tokenizer.model`: one that `train_tokenizer` wrote, or one of a Hugging Face model (see
-    json_tokenizer.py). Raises DataError if the file is missing or neither of them.
+    json_tokenizer.py). Raises DataError if the file is missing or neither.
 
     `bot_id`, `eot_id` and `step_separator_id` are None where it was trained without thought pieces.
     """
@@ -96,7 +94,7 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         if not path.is_file():
-            raise DataError(f"tokenizer {path} does not exist: build the data first or mend the path")
+            raise DataError(f"tokenizer {path} does not exist: build the data first or fix the path")
         content = path.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         core: _SentencePiece | JsonTokenizer

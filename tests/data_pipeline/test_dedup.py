@@ -30,8 +30,8 @@ def articles(data_root) -> list[str]:
 def changed(text: str, share: float, rng: np.random.Generator) -> str:
     """`text` with this share of its words replaced."""
     words = np.array(text.split(), dtype=object)
-    places = rng.choice(len(words), round(share * len(words)), replace=False)
-    words[places] = [f"new{place}" for place in places]
+    indices = rng.choice(len(words), round(share * len(words)), replace=False)
+    words[indices] = [f"new{index}" for index in indices]
     return " ".join(words)
 
 

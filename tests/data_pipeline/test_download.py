@@ -132,7 +132,7 @@ def test_a_part_of_another_version_costs_one_more_download(tmp_path, server):
 @pytest.mark.parametrize(
     ("mode", "name", "message"),
     [
-        ("range", "absent", "absent: 404 Not Found: mend the URL, or give a mirror"),
+        ("range", "absent", "absent: 404 Not Found: fix the URL, or give a mirror"),
         ("error", "x.bin", "x.bin: 503 Service Unavailable"),
         ("wrong", "x.bin", f"not {SHA256}: it has changed or is damaged"),
         ("cutplain", "x.bin", f"x.bin: cut after {CUT} bytes ({len(DATA)} bytes were announced)"),
@@ -150,9 +150,9 @@ def test_no_server_no_http_no_host(tmp_path):
     with serving(tmp_path) as server:
         gone = server.url("range", "x.bin")
     for url, message in {
-        gone: "cannot be reached ([Errno 111] Connection refused): see to the network",
+        gone: "cannot be reached ([Errno 111] Connection refused): check the network",
         "http://host.invalid/x": "cannot be reached",
-        f"file://{SCRIPT}": "is no http or https URL",
+        f"file://{SCRIPT}": "is not an http or https URL",
     }.items():
         assert message in error_of(data_set(url), tmp_path / "out")
 
@@ -219,7 +219,7 @@ def test_the_command_brings_the_published_files_from_a_mirror(tmp_path, data_roo
         missing = run("logiqa", "--out", tmp_path, "--mirror", mirror)
         assert missing.returncode == 2
         assert missing.stderr == (
-            f"error: {mirror}logiqa/Train.txt: 404 Not Found: mend the URL, or give a mirror\n"
+            f"error: {mirror}logiqa/Train.txt: 404 Not Found: fix the URL, or give a mirror\n"
         )
 
 
@@ -330,11 +330,11 @@ def test_a_source_of_urls_and_files(tmp_path, server):
         ("pipe:cat x", "commands and chained protocols are refused"),
         ("zip://a.txt::http://127.0.0.1/x.zip", "commands and chained protocols are refused"),
         ("simplecache::memory://zm/x", "commands and chained protocols are refused"),
-        ("http://[1/x", "is no URL"),
+        ("http://[1/x", "is not a URL"),
         ("memory://zm/absent.txt", "memory://zm/absent.txt cannot be fetched (FileNotFoundError"),
         ("memory://zm/absent-*.txt", "memory://zm/absent-*.txt matches no file"),
         ("nosuch://x/y", "nosuch://x/y cannot be fetched (ValueError: Protocol not known: nosuch"),
-        ("absent-*.txt", "absent-*.txt matches no file: mend the pattern"),
+        ("absent-*.txt", "absent-*.txt matches no file: fix the pattern"),
         ("absent.txt", "absent.txt does not exist"),
     ],
 )

@@ -147,10 +147,10 @@ def test_flipped_bits(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(good)
     documents = list(read(path))
-    places = data.draw(st.lists(st.integers(0, 8 * len(good) - 1), min_size=1, max_size=4, unique=True))
+    indices = data.draw(st.lists(st.integers(0, 8 * len(good) - 1), min_size=1, max_size=4, unique=True))
     bad = bytearray(good)
-    for place in places:
-        bad[place // 8] ^= 1 << place % 8
+    for index in indices:
+        bad[index // 8] ^= 1 << index % 8
     path.write_bytes(bad)
     found = outcome(read, path)
     if name.endswith((".gz", ".zst")):  # those with a checksum: a gzip header has bits without a meaning
@@ -350,7 +350,7 @@ def test_sparse_members_are_refused(tmp_path):
         archive.addfile(info, io.BytesIO(b"text\n"))
     path = tmp_path / "t.tar"
     path.write_bytes(buffer.getvalue())
-    assert "member 'holes' is no regular file" in error_of(lambda: list(tar_members(path)))
+    assert "member 'holes' is not a regular file" in error_of(lambda: list(tar_members(path)))
 
 
 @fuzz
@@ -362,8 +362,8 @@ def test_headers_with_random_bytes(tmp_path, data):
     good = tar_of(member("a"), member("b" * 120), member("c"))
     bad = bytearray(good)
     header = 512 * data.draw(st.sampled_from([0, 2, 4, 6, 8]))
-    for place in data.draw(st.lists(st.integers(0, 511), min_size=1, max_size=12)):
-        bad[header + place] = data.draw(st.integers(0, 255))
+    for index in data.draw(st.lists(st.integers(0, 511), min_size=1, max_size=12)):
+        bad[header + index] = data.draw(st.integers(0, 255))
     total = 256 + sum(bad[header : header + 148]) + sum(bad[header + 156 : header + 512])
     bad[header + 148 : header + 156] = b"%06o\0 " % total
     path = folder / "t.tar"

@@ -88,8 +88,11 @@ def test_a_build_uses_the_file(path, tokenizer, data_root, tmp_path, capsys):
     ("overrides", "message"),
     [
         (["tokenizer.file=nowhere/tokenizer.model", "tokenizer.vocab_size=null"], "nowhere.* does not exist"),
-        (["tokenizer.file=nowhere/tokenizer.model"], "vocab_size 4096: give one of them, the other null"),
-        (["tokenizer.vocab_size=null"], "file None and vocab_size None: give one of them"),
+        (
+            ["tokenizer.file=nowhere/tokenizer.model"],
+            "vocab_size 4096: set one of them and the other to null",
+        ),
+        (["tokenizer.vocab_size=null"], "file None and vocab_size None: set one of them"),
     ],
 )
 def test_recipes_that_cannot_be(overrides, message):

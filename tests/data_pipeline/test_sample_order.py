@@ -59,7 +59,7 @@ def test_permute_mixes_and_depends_on_the_key():
     a, b = permute(np.arange(size), size, 1), permute(np.arange(size), size, 2)
     assert np.mean(a == b) < 0.002
     assert abs(np.corrcoef(np.arange(size), a)[0, 1]) < 0.04
-    # neighbours land anywhere: the mean distance of two random places is a third of the size
+    # neighbours land anywhere: the mean distance of two random positions is a third of the size
     assert np.mean(np.abs(np.diff(a))) == pytest.approx(size / 3, rel=0.05)
 
 
@@ -98,17 +98,17 @@ def order_of(weights: dict[str, float], rows: dict[str, int], seed: int) -> Orde
 def test_locate_against_counting_one_by_one():
     weights, rows = {"a": 0.6, "b": 0.3, "c": 0.1}, {"a": 70, "b": 1, "c": 13}
     order = order_of(weights, rows, seed=3)
-    sources, epochs, places = order.locate(np.arange(10_000))
+    sources, epochs, located = order.locate(np.arange(10_000))
     table = mixture_table(weights)
     drawn = dict.fromkeys(weights, 0)
     for counter in range(10_000):
         name = list(weights)[table[counter % len(table)]]
-        epoch, place = divmod(drawn[name], rows[name])
+        epoch, position = divmod(drawn[name], rows[name])
         assert order.names[sources[counter]] == name
         assert epochs[counter] == epoch
         if counter % 97 == 0:
             assert order.drawn(counter) == drawn
-            assert places[counter] == int(permute(place, rows[name], key_of(3, name, epoch)))
+            assert located[counter] == int(permute(position, rows[name], key_of(3, name, epoch)))
         drawn[name] += 1
 
 

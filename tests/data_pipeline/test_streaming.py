@@ -148,7 +148,7 @@ def test_a_damaged_remote_shard_is_never_used(tmp_path, copy, serve):
     data[-1] ^= 1  # in the tar's own padding, which no member's checksum covers
     (copy / shard.file).write_bytes(data)
     loader = Loader(url_of(serve(copy)), 32, 8, 1, cache=tmp_path / "cache")
-    with pytest.raises(DataError, match=f"{shard.file} has .* says.*put the built file") as error:
+    with pytest.raises(DataError, match=f"{shard.file} has .* says.*upload the built file") as error:
         deque((loader.batch(step) for step in range(100)), maxlen=0)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "cache").rglob(shard.file))

@@ -61,7 +61,7 @@ def thinking(request, tmp_path_factory) -> Tokenizer:
 )
 @example("<bot><eot> <bot> </s>")
 def test_no_text_gives_a_thought_piece(thinking, text):
-    """Nor the byte that stands between two steps; control pieces are left out of decoded text."""
+    """Nor the byte between two steps; control pieces are left out of decoded text."""
     ids = thinking.encode(text)
     assert not {*range(6), thinking.step_separator_id} & set(ids)
     assert thinking.decode(ids) == text

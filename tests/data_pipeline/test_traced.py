@@ -32,7 +32,7 @@ BOS, EOS, BOT, EOT, SEPARATOR = 2, 3, 4, 5, 38
 LOOPS = {"name": "loops", "kind": "causal_loop_v2_traced", "weight": 1.0, "num_samples": 60,
          "depths": [1, 2], "statements": 4, "variables": 3}  # fmt: skip
 TRAINED_ON = ["Every lempus is a yerpus. <<48/2=24>>\nAnswer: 24" * 5, "<bot> and <eot>\n" * 9]
-# Texts that could be taken for what stands between the parts.
+# Texts that could be mistaken for what separates the parts.
 tricky = st.lists(
     st.sampled_from([*" \n<>;|#a1é\u2581", "<bot>", "<eot>", "<0x20>", "\nAnswer: "]), max_size=9
 ).map("".join)
@@ -174,7 +174,7 @@ def test_limits_count_what_is_left(tmp_path, caplog):
         (traced_prosqa, '[{"question": "a?", "answer": "b"}]', "entry 1 has no field 'steps'"),
         (traced_prosqa, '[{"question": "a?", "answer": "b", "steps": [1]}]', "entry 1: steps are not a list"),
         (traced_prosqa, '[{"question": "a?", "answer": "b", "steps": [" "]}]', "entry 1: an empty quest"),
-        (read_prosqa, "[5]", "entry 1 is no JSON object"),
+        (read_prosqa, "[5]", "entry 1 is not a JSON object"),
         (read_prosqa, '[\n"', "line 2: not JSON"),
     ],
 )  # fmt: skip

@@ -221,7 +221,7 @@ def test_reclor_is_asked_as_logiqa(tmp_path, checkpoint, run_script):
     [
         (json.dumps(ENTRY), "holds dict, not a list"),
         (json.dumps([ENTRY, {"context": "c"}]), "entry 2 has no field 'question'"),
-        (json.dumps([3]), "entry 1 is no JSON object"),
+        (json.dumps([3]), "entry 1 is not a JSON object"),
         (json.dumps([{**ENTRY, "label": 4}]), r"entry 1: label 4 is not in 0..3"),
         (json.dumps([{**ENTRY, "label": True}]), "entry 1: label True"),
         (json.dumps([{**ENTRY, "answers": ["a"]}]), "entry 1: answers are not four texts"),
