@@ -3,7 +3,7 @@
     python experiments/publish.py --runs runs/experiments/quick [--out experiments/results]
 
 RUNS is the --out of experiments/run.py. The first line of OUT/NAME.jsonl names the matrix and all its cells;
-their records follow, one per line and in the same order (experiments/record.py says what is in them). A record
+their records follow, one per line, in the same order (experiments/record.py says what is in them). A record
 that is there already is replaced by the run folder's.
 """
 
