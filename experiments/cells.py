@@ -1,4 +1,4 @@
-"""What a cell of a matrix of groups is told: its training, its evaluations, and the job of them."""
+"""The job of a cell in a matrix of groups: the arguments of its training and its evaluations."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from experiments.record import make_record
 
 
 def job_of(plan: PlannedCell, matrix: Matrix, out: Path) -> Job:
-    """All that is run for a cell, its record the last of it."""
+    """All that is run for a cell; the record comes last."""
     return Job(
         name=plan.cell.name,
         max_steps=plan.max_steps,
@@ -26,13 +26,13 @@ def folder_of(plan: PlannedCell, out: Path) -> Path:
 
 
 def training(plan: PlannedCell) -> list[str]:
-    """What the script that trains is told but for data.path and output_dir."""
+    """Arguments of the training script, except data.path and output_dir."""
     base = str(BASE.relative_to(ROOT))
     return ["--ds_config", "ds_configs/zero1.json", "--config", base, *plan.overrides]
 
 
 def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
-    """By name, the script and flags of each evaluation but for checkpoint and output."""
+    """By name: script and flags of each evaluation, except checkpoint and output."""
     if not evaluate:
         return {}
     spec, task = plan.task.evaluation, plan.task
@@ -62,7 +62,7 @@ def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
 
 
 def command(plan: PlannedCell, matrix: Matrix, out: Path) -> str:
-    """Runs this cell alone, from the root of the repository."""
+    """The command that runs this cell alone, from the root of the repository."""
     path = matrix.path.resolve()
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else matrix.path
     return f"python experiments/run.py --matrix {shown} --out {out} --cells '{plan.cell.name}'"
