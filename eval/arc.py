@@ -11,9 +11,10 @@ from pathlib import Path
 
 from data_pipeline.sources.readers import Problem, read_arc
 from eval.scoring.choices import choice_result
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Scorer, add_fewshot
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 SETS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 
@@ -47,5 +48,7 @@ def _prompts(name: str, documents: list[Problem], path: Path, options: Options) 
     return problems
 
 
+TASK = EvaluationTask("arc", load, sets=tuple(SETS))
+
 if __name__ == "__main__":
-    main(load, __doc__)
+    main(TASK, __doc__)

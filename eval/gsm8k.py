@@ -9,10 +9,11 @@ import re
 from typing import Any
 
 from data_pipeline.sources.readers import Problem, read_gsm8k
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of
 from eval.scoring.results import TaskResult, majority
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 NUM_FEWSHOT = 5
 MAX_NEW_TOKENS = 256
@@ -108,5 +109,7 @@ def normalize(answer: str) -> str:
     return answer.lower()
 
 
+TASK = EvaluationTask("gsm8k", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from data_pipeline.sources.readers import Problem, read_gsm8k_cot
 from eval.gsm8k import MAX_NEW_TOKENS, ballot, grade, summarize
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Scorer, with_shots
 from eval.scoring.generation import Generation
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 EXEMPLARS = Path(__file__).with_suffix(".json")
 STOP = ("Q:", "</s>", "<|im_end|>")
@@ -65,5 +66,7 @@ def read_exemplars() -> list[Problem]:
     ]
 
 
+TASK = EvaluationTask("gsm8k_cot", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.sources.readers import MATH_SUBJECTS, MathProblem, Problem, read_math
-from eval.scoring.cli import Evaluation, Options, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of
 from eval.scoring.results import TaskResult, majority
+from eval.scoring.task import Evaluation, EvaluationTask, Options
 
 MAX_NEW_TOKENS = 256  # lm-eval's default, which the task leaves as it is
 STOP = ("Problem:",)
@@ -188,5 +189,7 @@ def _as_fraction(text: str) -> str | None:
     return f"\\frac{{{numerator}}}{{{denominator}}}"
 
 
+TASK = EvaluationTask("math", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

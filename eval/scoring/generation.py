@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_pipeline.sources.readers import Problem
-from eval.scoring.cli import Options
 from eval.scoring.core import Scorer
 from eval.scoring.results import taken
+from eval.scoring.task import Options
 
 # Of the samples that vote: self-consistency's own for language models (Wang et al. 2022, arXiv:2203.11171,
 # section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones fall apart.

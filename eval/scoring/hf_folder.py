@@ -111,8 +111,9 @@ class HFEngine(Engine):
     model: Any
     tokenizer: Any
 
-    def _score(self, job: ScoreJob) -> list[tuple[list[Any], float | None]]:
-        found: list[tuple[list[Any], float | None]] = []
+    def score(self, job: ScoreJob) -> list[tuple[Any, float | None]]:
+        """See ScoreJob."""
+        found: list[tuple[Any, float | None]] = []
         for start in range(0, len(job.rows), job.rows_at_once):
             members = job.rows[start : start + job.rows_at_once]
             rows = [[*job.prefix, *job.contexts[row.context], *row.tokens] for row in members]
@@ -128,7 +129,8 @@ class HFEngine(Engine):
                 found.append((score_value(picked, log_probs.argmax(-1) == targets), None))
         return found
 
-    def _generate(self, job: GenerateJob) -> list[tuple[list[int], float | None]]:
+    def generate(self, job: GenerateJob) -> list[tuple[Any, float | None]]:
+        """See GenerateJob."""
         from transformers import DynamicCache
 
         draws, cache = self._draws(job), DynamicCache()

@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,18 @@ ADAPTIVE = "adaptive"
 Depth = int | str | None  # loop steps, ADAPTIVE, or None: as the model is configured
 # Ended rows leave once so large a share of the batch has ended: the copy of the others costs about a step.
 LEAVING_SHARE = 0.25
+
+
+class Job(Protocol):
+    """A batch that an Engine computes: a NamedTuple of values that JSON can hold, so that they are its key in
+    the journal, and that another process can be sent.
+    """
+
+    def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
+        """Per answer its value, of JSON's types, and its loop steps (None: none to report)."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class ScoreRow(NamedTuple):
@@ -45,6 +57,9 @@ class ScoreJob(NamedTuple):
     rows_at_once: int
     depth: Depth
 
+    def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
+        return engine.score(self)
+
 
 class GenerateJob(NamedTuple):
     """A batch of prompts; the value of each is the list of its new token ids."""
@@ -58,12 +73,12 @@ class GenerateJob(NamedTuple):
     seed: int
     depth: Depth
 
-
-Job = ScoreJob | GenerateJob
+    def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
+        return engine.generate(self)
 
 
 class Answer(NamedTuple):
-    """What is known of one request."""
+    """What is known of one request, or of a whole job that has one answer."""
 
     value: Any
     steps: (
@@ -101,9 +116,9 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, job: Job) -> list[Answer]:
-        """One answer a row. Raises ValueError if the model gives a log-probability that is not finite."""
+        """The job's answers. Raises ValueError if the model gives a log-probability that is not finite."""
         start = self._now()
-        found = self._score(job) if isinstance(job, ScoreJob) else self._generate(job)
+        found = job.run(self)
         seconds = (self._now() - start) / len(found)
         return [Answer(value, steps, seconds) for value, steps in found]
 
@@ -114,11 +129,12 @@ class Engine:
 
     # ---- log-likelihoods
 
-    def _score(self, job: ScoreJob) -> list[tuple[list[Any], float | None]]:
+    def score(self, job: ScoreJob) -> list[tuple[Any, float | None]]:
+        """See ScoreJob."""
         read = None
         if job.prefix or any(job.contexts):
             read = self._read(job.prefix, job.contexts, job.depth)
-        found = []
+        found: list[tuple[Any, float | None]] = []
         for start in range(0, len(job.rows), job.rows_at_once):
             rows = job.rows[start : start + job.rows_at_once]
             room = max(len(row.tokens) for row in rows)
@@ -149,7 +165,8 @@ class Engine:
 
     # ---- generation
 
-    def _generate(self, job: GenerateJob) -> list[tuple[list[int], float | None]]:
+    def generate(self, job: GenerateJob) -> list[tuple[Any, float | None]]:
+        """See GenerateJob."""
         draws = self._draws(job)
         new: list[list[int]] = [[] for _ in job.prompts]
         walked: list[list[float]] = [[] for _ in job.prompts]

@@ -1,4 +1,4 @@
-"""Answers kept while an evaluation runs, so that an interrupted one goes on where it was.
+"""Answers kept while an evaluation runs, so that an interrupted one resumes bit-exactly.
 
 `unfinished_<digest>.jsonl` in the output folder: the first line holds the fingerprint of everything that the
 answers depend on, each further line the answers of one batch. A line is written at once, so that a batch is
@@ -72,7 +72,7 @@ class Journal:
         for line in lines[1:]:
             answers |= {key: Answer(*answer) for key, answer in json.loads(line).items()}
         if answers:
-            print(f"{path}: {len(answers)} answers of an interrupted evaluation are taken over")
+            print(f"{path}: {len(answers)} answers of an interrupted evaluation are reused")
         return cls(path, file, answers)
 
     def get(self, key: str) -> Answer | None:
