@@ -2,7 +2,7 @@
 
 python eval/arc.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-`--data FILE` evaluates that file alone. Exemplars come from the train file beside the test file; leaderboards
+`--data FILE` evaluates that file alone. Exemplars come from the train file in the same folder; leaderboards
 report acc_norm of arc_challenge with 25.
 """
 

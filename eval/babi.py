@@ -82,7 +82,7 @@ def summarize(
     common: dict[str, Any],
     together: dict[str, Any],
 ) -> list[TaskResult]:
-    """The pooled result, with all samples and the count of failed tasks, then one result a task.
+    """The pooled result, with all samples and the count of failed tasks, then one result per task.
 
     `common`: fields of every result; `together`: those that concern all tasks and are reported once.
     """

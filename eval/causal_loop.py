@@ -3,7 +3,7 @@
 python eval/causal_loop.py --checkpoint runs/NAME/export [--num_samples N per level --levels 1,2,3,4]
 
 Needs no data files: the test split is generated, and no program of it (up to the names of its variables) is
-in the training split. Beside every score stand chance (one of ten digits) and two heuristics: the level's
+in the training split. Next to every score are chance (one of ten digits) and two heuristics: the level's
 most common answer (chosen knowing the test answers, so the best of all constants), and the last rule of the
 queried variable applied once to the initial values. `--samples` votes over sampled traces.
 """
@@ -93,7 +93,7 @@ def grade(sample: Sample, traced: str, direct: str) -> dict[str, Any]:
 def summarize(
     graded: list[dict[str, Any]], samples: Sequence[Sample], config: dict[str, Any], counted: dict[str, Any]
 ) -> list[TaskResult]:
-    """The pooled result, with all sample lines, then one result a level; `counted` of results.taken."""
+    """The pooled result, with all sample lines, then one result per level; `counted` of results.taken."""
     levels = sorted({sample.level for sample in samples})
     guesses: dict[str, dict[int, list[float]]] = {"majority": {}, "one_step": {}}
     for level in levels:

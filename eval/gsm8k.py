@@ -2,7 +2,7 @@
 
 python eval/gsm8k.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-Five exemplars before each problem, as in lm-eval, drawn from the train file beside the test file.
+Five exemplars before each problem, as in lm-eval, drawn from the train file in the same folder.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 python eval/gsm8k_cot.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-The same eight worked exemplars stand before every problem: those of Wei et al. 2022 (arXiv:2201.11903,
+The same eight worked exemplars precede every problem: they are from Wei et al. 2022 (arXiv:2201.11903,
 appendix), in gsm8k_cot.json as lm-eval words them. `--num_fewshot K` takes the first K.
 """
 

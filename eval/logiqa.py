@@ -2,8 +2,8 @@
 
 python eval/logiqa.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-Exemplars come from Train.txt beside Test.txt as in lm-eval, or from Eval.txt where there is none; which of
-them is in the results file.
+Exemplars come from Train.txt next to Test.txt as in lm-eval, or from Eval.txt where there is none; the
+results file says which.
 """
 
 from data_pipeline.sources.readers import read_logiqa

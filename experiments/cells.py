@@ -58,7 +58,7 @@ def evaluations(plan: Plan, evaluate: bool, data: str = "DATA") -> dict[str, lis
     steps = ",".join(map(str, sorted({*spec.steps, trained})))
     batch = ["--batch_size", str(spec.batch_size)]
     if task.kind == "text":
-        depths = ["--depth", steps] if looped else []
+        depths = ["--num_steps", steps] if looped else []
         limit = ["--limit", str(spec.limit), *batch]
         tests = {"main": ["eval/perplexity.py", "--data", data, *depths, *limit]}
         if spec.few_shot is not None:
@@ -71,9 +71,9 @@ def evaluations(plan: Plan, evaluate: bool, data: str = "DATA") -> dict[str, lis
         mode = "cot" if GROUPS[plan.cell.group].method == "cot" else "none"
         votes = ["--samples", str(spec.votes)] if mode == "cot" and spec.votes else []
         return {"main": ["eval/thoughts.py", "--mode", mode, *questions, *own, *votes]}
-    tests = {"main": [*own, *(["--steps", steps] if looped else [])]}
+    tests = {"main": [*own, *(["--num_steps", steps] if looped else [])]}
     for name, options in task.gaps.items():
-        at = ["--steps", str(trained)] if looped else []
+        at = ["--num_steps", str(trained)] if looped else []
         tests[f"gap {name}"] = ["--task_options", options, *at]
     return {name: ["eval/reasoning.py", *questions, *flags] for name, flags in tests.items()}
 

@@ -28,7 +28,7 @@ ROUNDS = 5  # timed passes of each of the two models, after one that is not
 
 
 class Row(NamedTuple):
-    """One sample as the model reads it; the last labelled position is that of the answer."""
+    """One sample as the model reads it; the last labelled position is the answer's."""
 
     tokens: list[int]  # bos and one token a character
     positions: list[int]  # of the labels, rising
@@ -260,7 +260,7 @@ def _wait(device: torch.device) -> None:
 
 
 def unrolled_parameters(model: ZeroModel, num_steps: int) -> int:
-    """Parameters of the model if every run of a layer had weights of its own; a loop's own few count once."""
+    """Parameters of the model if every run of a layer had its own weights; the few of the loop itself count once."""
     runs = (model.config.runs_of_layer(i, num_steps) for i in range(model.config.num_hidden_layers))
     layers: Any = model.model.layers
     repeated = sum(
@@ -270,7 +270,7 @@ def unrolled_parameters(model: ZeroModel, num_steps: int) -> int:
 
 
 def pooled(values: Sequence[Sequence[float]]) -> list[float]:
-    """One number a sample, whose mean is the mean over all positions of all samples.
+    """One number per sample, whose mean is the mean over all positions of all samples.
 
     Positions of one sample depend on each other, so that the standard error must come from samples: these are
     the linearised values of a ratio (Cochran, Sampling Techniques, 3rd edition, section 6.3).

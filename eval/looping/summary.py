@@ -204,7 +204,7 @@ def facts(
 
 
 def overthinking_gap(measured: Measured, last: int) -> dict[str, Any] | None:
-    """Best accuracy of all depths less that at depth `last`, of the same answers; None if that is not there.
+    """Best accuracy of all depths minus the accuracy at depth `last`; None without `last`.
 
     The best is chosen on these very samples, so that the gap is never negative.
     """

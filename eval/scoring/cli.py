@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str | None, task: EvaluationTask | None = None) -> Parser:
-    """The flags of a task's script; without a task those of all tasks."""
+    """The flags of a task's script; without a task the flags of all tasks."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     left_out: set[str] = set()
     if task is not None:
@@ -167,7 +167,7 @@ def _name(flag: str) -> str:
 
 
 def main(task: EvaluationTask, description: str | None) -> None:
-    """All of a task's script: parse, evaluate, report. A user's mistake is one line and exit code 2."""
+    """A task's script: parse, evaluate, report. A user's mistake is one line and exit code 2."""
     args = make_parser(description, task).parse_args()
     with user_errors(*USER_ERRORS):
         evaluate([task], args)
@@ -213,8 +213,8 @@ def _own_flags(task: EvaluationTask, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> dict[str, Any]:
-    """Of an evaluation's journal. Tasks and own flags are in it, so that others may use the folder at the
-    same time, as those of a SLURM array do.
+    """Of an evaluation's journal. Tasks and own flags are in it, so that other calls may use the folder at
+    the same time, as the jobs of a SLURM array do.
     """
     names = [[task.name, _own_flags(task, vars(args))] for task in tasks]
     command = [Path(sys.argv[0]).stem, *names]

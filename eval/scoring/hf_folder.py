@@ -1,7 +1,7 @@
 """Any causal language model from a Hugging Face folder, with what a Scorer asks of a model.
 
-transformers is imported where such a folder is loaded and nowhere else: scores of our own exports do not need
-it. Weights are read from safetensors only, and no code of the folder is run.
+transformers is imported only where such a folder is loaded: scores of our own exports do not need it. Weights
+are read from safetensors only, and no code of the folder is run.
 
 Shapes: B rows, T tokens of the longest row, V vocabulary.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eval.scoring.inference import Engine, GenerateJob, ScoreJob, choose, pad, score_value
 from model import RecurrenceConfig
 
-# lm-eval's names for the number of positions, and what it takes where a model has none of them.
+# lm-eval's names for the number of positions, and its default for a model without any of these.
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 DEFAULT_LENGTH = 2048
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")

@@ -21,11 +21,11 @@ TABLE_HEADER = ("task", "n", "shots", "filter", "metric", "value", "stderr", "to
 
 
 class Setting(NamedTuple):
-    """Where on the curves of one call a result lies."""
+    """Which point on the curves of one call a result is."""
 
     depth: int | str | None = None  # loop steps: a number, "adaptive", or None for a model without recurrence
     num_steps: int | None = None  # loop steps at most
-    suffix: str = ""  # of the task's name, which tells the results of one call apart
+    suffix: str = ""  # of the task's name, which distinguishes the results of one call
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def taken(scorer: Scorer) -> dict[str, Any]:
 
 
 def majority(answers: Iterable[Hashable]) -> Score:
-    """What the most common of the right answers reaches, given to every problem. Takes at least one."""
+    """What the most common right answer scores as the answer to every problem. Needs at least one."""
     counts = Counter(answers)
     return Score(max(counts.values()) / counts.total())
 
@@ -204,7 +204,7 @@ def results_table(report: dict[str, Any]) -> str:
 def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows under TABLE_HEADER, one for each task and metric, from what a results file holds.
 
-    What guessing reaches is in the rows of the metrics it is measured in: the first, and those that rise with it.
+    What guessing reaches is in the rows of the metrics it is measured in: the first, and all that rise.
     """
     rows: list[tuple[str, ...]] = []
     for task, metrics in report["results"].items():

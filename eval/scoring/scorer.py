@@ -76,7 +76,7 @@ class Scorer:
         on a GPU if any.
 
         With several processes each loads it, on a GPU of its own where there are as many; `close` ends them.
-        Results are those of one process, but for the rounding that the number of threads may change.
+        Results equal those of one process, up to rounding that the number of threads may change.
         Raises ValueError or OSError, with a one-line message, if a file is missing, cut or does not fit.
         """
         if not checkpoint.is_dir():
@@ -277,13 +277,13 @@ class Scorer:
         return decodes_exactly(config, self.num_steps or config.recurrence.num_steps)
 
     def _shared_prefix(self, rows: Sequence[list[int]]) -> list[int]:
-        """What all rows begin with, but for those that were cut; empty if it is too short to pay."""
+        """What all rows begin with, except those that were cut; empty if it is too short to pay off."""
         whole = [row for row in rows if row[:1] == [self.tokenizer.bos_id]]
         prefix = list(os.path.commonprefix(whole)) if len(whole) > 1 and self._exact() else []
         return prefix if len(prefix) >= MIN_SHARED_TOKENS else []
 
     def _answers(self, batches: Sequence[Batch], parts: Sequence[tuple[Any, ...]], what: str) -> list[Answer]:
-        """One answer a request, from the journal or computed and then kept there; `parts` make its key."""
+        """One answer per request, from the journal or computed and then kept there; `parts` make its key."""
         known: dict[int, Answer] = {}
         keys = [] if self.journal is None else [request_key(*part, self.depth) for part in parts]
         pending = []

@@ -127,7 +127,7 @@ def try_way(scorer: Scorer, data: QuestionSet, way: Way, seed: int) -> None:
 
 
 def _num_latent_tokens(model: ZeroModel, way: Way) -> int:
-    """Of latents and <eot>, which stand between question and answer."""
+    """Of latents and <eot>, between question and answer."""
     if way.mode != "thoughts":
         return 0
     return 1 + (way.num_latents or model.config.latent_cot.num_latents)

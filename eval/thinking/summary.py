@@ -32,13 +32,12 @@ def evaluate_ways(
     for way in wanted:  # all are tried before the first has run for an hour
         try_way(scorer, data, way, options.seed)
     results: list[TaskResult] = []
+    length, seed = options.max_new_tokens, options.seed
     for way in wanted:
-        found = answer_all(scorer, data, way, options.max_new_tokens, options.seed)
+        found = answer_all(scorer, data, way, length, seed)
         whole, *parts = summarize(scorer, task, data, way, found, config)
         if options.samples:
-            whole.values.update(
-                vote(scorer, data, way, options.max_new_tokens, options.seed, options.samples)
-            )
+            whole.values.update(vote(scorer, data, way, length, seed, options.samples))
         results += [whole, *parts]
     return results
 
@@ -46,7 +45,7 @@ def evaluate_ways(
 def summarize(
     scorer: Scorer, task: str, data: QuestionSet, way: Way, answers: Answers, config: dict[str, Any]
 ) -> list[TaskResult]:
-    """The result of all questions, with their sample lines, and one of each problem depth; `config` of each."""
+    """The result of all questions, with their sample lines, and one per problem depth; `config` of each."""
     suffix, config = mark(way, scorer.model.config), {**config, **settings(way, scorer.model.config)}
     config |= {"problem_set": task, "max_new_tokens": answers.max_new_tokens}
     lines = sample_lines(task, data, answers, scorer)
@@ -81,7 +80,11 @@ def summarize(
         result(f"{whole}_problem_depth{d}", [i for i in everything if problem_depths[i] == d], d)
         for d in sorted({d for d in problem_depths if d is not None})
     ]
-    top = {"samples": lines, "num_truncated": answers.num_truncated, "data_files": data.data_files}
+    top: dict[str, Any] = {
+        "samples": lines,
+        "num_truncated": answers.num_truncated,
+        "data_files": data.data_files,
+    }
     return [result(whole, everything, subtasks=[part.task for part in parts], **top), *parts]
 
 

@@ -1,5 +1,6 @@
 """The ways to answer that a command line asks for, and how results name them."""
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ class WayFlags(NamedTuple):
 
 def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) -> list[Way]:
     """All ways to answer that were asked for. Raises ValueError for flags that do not go together."""
-    c = config.latent_cot
-    mode = flags.mode or ("thoughts" if c.num_latents else "cot")
+    has_latents = config.latent_cot.num_latents > 0
+    mode = flags.mode or ("thoughts" if has_latents else "cot")
     given = {**flags._asdict(), "samples": samples}
     of_mode = {
         "thoughts": ("num_latents", "num_iterations", "tolerance", "replace"),
@@ -35,7 +36,7 @@ def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) ->
                     f"--{name} {_text(given[name])} is for --mode {needed}, but the mode is {mode}:"
                     " leave it out or change --mode"
                 )
-    if mode == "thoughts" and not c.num_latents:
+    if mode == "thoughts" and not has_latents:
         raise ValueError("--mode thoughts: the checkpoint has no latent thoughts; choose cot or none")
     if flags.kv_buffer and not flags.kv_budget:
         raise ValueError(f"--kv_buffer {flags.kv_buffer} belongs to --kv_budget: give both or neither")
@@ -44,17 +45,13 @@ def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) ->
             "--replace shuffled takes another question's latents: --batch_size must be 2 or more"
         )
     if mode == "cot":
-        return [
-            Way(mode, kv_budget=n, kv_buffer=flags.kv_buffer or KV_BUFFER) for n in flags.kv_budget or [None]
-        ]
+        budgets: Sequence[int | None] = flags.kv_budget or [None]
+        return [Way(mode, kv_budget=n, kv_buffer=flags.kv_buffer or KV_BUFFER) for n in budgets]
     if mode == "none":
         return [Way(mode)]
-    return [
-        Way(mode, num_latents, num_iterations, flags.tolerance, flags.replace)
-        for num_latents, num_iterations in product(
-            flags.num_latents or [None], flags.num_iterations or [None]
-        )
-    ]
+    latents: Sequence[int | None] = flags.num_latents or [None]
+    iterations: Sequence[int | None] = flags.num_iterations or [None]
+    return [Way(mode, c, t, flags.tolerance, flags.replace) for c, t in product(latents, iterations)]
 
 
 def _text(value: Any) -> str:
@@ -62,7 +59,7 @@ def _text(value: Any) -> str:
 
 
 def mark(way: Way, config: ModelConfig) -> str:
-    """What tells the results of a way from those of the checkpoint's own, behind their names."""
+    """The suffix of a result's name that distinguishes the way from the checkpoint's own."""
     own = "thoughts" if config.latent_cot.num_latents else "cot"
     parts = [] if way.mode == own else [f"mode={way.mode}"]
     defaults = Way(way.mode)

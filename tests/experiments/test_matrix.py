@@ -227,9 +227,9 @@ def test_a_cell_is_told_what_its_name_says(tmp_path):
     told = training(looped)
     assert {"seed=7", "max_steps=10", "optimizer.lr=0.002", "model.recurrence.max_steps=8"} <= set(told)
     tests = evaluations(looped, evaluate=True)
-    assert tests["main"][tests["main"].index("--steps") + 1] == "1,2,4,8,12,16,24"
-    assert tests["gap twice as long"][-3:] == ["length=48", "--steps", "4"]
-    assert "--steps" not in evaluations(dense, evaluate=True)["main"]
+    assert tests["main"][tests["main"].index("--num_steps") + 1] == "1,2,4,8,12,16,24"
+    assert tests["gap twice as long"][-3:] == ["length=48", "--num_steps", "4"]
+    assert "--num_steps" not in evaluations(dense, evaluate=True)["main"]
     line = command(looped, matrix, Path("runs/x"))
     name = "p_hop/small/10/random@lr=0.002/7"
     assert line == f"python experiments/run.py --matrix {matrix.path} --out runs/x --cells '{name}'"
