@@ -260,7 +260,7 @@ def _wait(device: torch.device) -> None:
 
 
 def unrolled_parameters(model: ZeroModel, num_steps: int) -> int:
-    """Parameters of the model if every run of a layer had its own weights; the few of the loop itself count once."""
+    """Parameters of the model if every run of a layer had its own weights; those of the loop count once."""
     runs = (model.config.runs_of_layer(i, num_steps) for i in range(model.config.num_hidden_layers))
     layers: Any = model.model.layers
     repeated = sum(
