@@ -43,9 +43,9 @@ from common.errors import user_errors
 from data_pipeline.sources.problems import read_arc, read_gsm8k, read_logiqa
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from eval.run import TASKS as EVALUATIONS
-from eval.scoring.cli import Evaluation, Options
 from eval.scoring.core import Scorer
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, Options
 from model import ModelConfig, ZeroModel
 from model.hf.deepseek import export_folder
 
@@ -195,7 +195,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _evaluation(arguments: argparse.Namespace, setting: Setting) -> Evaluation:
     limit = arguments.limit or setting.limit
-    return EVALUATIONS[setting.task](Options(arguments.data, limit, setting.num_fewshot))
+    return EVALUATIONS[setting.task].load(Options(arguments.data, limit, setting.num_fewshot))
 
 
 def _pair(

@@ -2,7 +2,7 @@
 
 python eval/arc.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-`--data FILE` evaluates that file alone. Exemplars come from the train file beside the test file; leaderboards
+`--data FILE` evaluates that file alone. Exemplars come from the train file in the same folder; leaderboards
 report acc_norm of arc_challenge with 25.
 """
 
@@ -12,9 +12,10 @@ from pathlib import Path
 from data_pipeline.sources.documents import Problem
 from data_pipeline.sources.problems import read_arc
 from eval.scoring.choices import choice_result
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Scorer, add_fewshot
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 SETS = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}
 
@@ -48,5 +49,7 @@ def _prompts(name: str, documents: list[Problem], path: Path, options: Options) 
     return problems
 
 
+TASK = EvaluationTask("arc", load, sets=tuple(SETS))
+
 if __name__ == "__main__":
-    main(load, __doc__)
+    main(TASK, __doc__)

@@ -15,10 +15,11 @@ from typing import Any
 
 from data_pipeline.sources.documents import Problem
 from data_pipeline.sources.problems import read_babi
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of
 from eval.scoring.results import TaskResult, majority
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 MAX_NEW_TOKENS = 24  # the longest answer has 20 bytes: enough for any tokenizer
 STOP = ("\n", "Passage:")
@@ -82,7 +83,7 @@ def summarize(
     common: dict[str, Any],
     together: dict[str, Any],
 ) -> list[TaskResult]:
-    """The pooled result, with all samples and the count of failed tasks, then one result a task.
+    """The pooled result, with all samples and the count of failed tasks, then one result per task.
 
     `common`: fields of every result; `together`: those that concern all tasks and are reported once.
     """
@@ -125,5 +126,7 @@ def _baselines(problems: Sequence[Problem]) -> dict[str, Score]:
     return {"chance": Score(1 / len(set(targets))), "majority": majority(targets)}
 
 
+TASK = EvaluationTask("babi", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

@@ -3,7 +3,7 @@
 python eval/causal_loop.py --checkpoint runs/NAME/export [--num_samples N per level --levels 1,2,3,4]
 
 Needs no data files: the test split is generated, and no program of it (up to the names of its variables) is
-in the training split. Beside every score stand chance (one of ten digits) and two heuristics: the level's
+in the training split. Next to every score are chance (one of ten digits) and two heuristics: the level's
 most common answer (chosen knowing the test answers, so the best of all constants), and the last rule of the
 queried variable applied once to the initial values. `--samples` votes over sampled traces.
 """
@@ -12,21 +12,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from common.errors import user_errors
 from data_pipeline.tasks.causal_loop import LEVELS, Sample, generate, majority_answer, one_step_answer
-from eval.scoring.cli import (
-    USER_ERRORS,
-    Evaluation,
-    Options,
-    add_generation_flags,
-    add_run_flags,
-    evaluate,
-    make_parser,
-    positive_integer,
-)
+from eval.scoring.cli import main, positive_integer
 from eval.scoring.core import Score, Scorer, mean_score
 from eval.scoring.generation import Ballot, sample_votes, values_of
 from eval.scoring.results import TaskResult, taken
+from eval.scoring.task import Evaluation, EvaluationTask, Options
 
 NUM_SAMPLES = 100  # per level
 FORMS = ("trace", "direct")
@@ -102,7 +93,7 @@ def grade(sample: Sample, traced: str, direct: str) -> dict[str, Any]:
 def summarize(
     graded: list[dict[str, Any]], samples: Sequence[Sample], config: dict[str, Any], counted: dict[str, Any]
 ) -> list[TaskResult]:
-    """The pooled result, with all sample lines, then one result a level; `counted` of results.taken."""
+    """The pooled result, with all sample lines, then one result per level; `counted` of results.taken."""
     levels = sorted({sample.level for sample in samples})
     guesses: dict[str, dict[int, list[float]]] = {"majority": {}, "one_step": {}}
     for level in levels:
@@ -144,21 +135,25 @@ def _levels(text: str) -> list[int]:
     return [int(level) for level in text.split(",")]
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--num_samples", type=positive_integer, metavar="N", help=f"per level (default: {NUM_SAMPLES})")
-    add("--levels", type=_levels, default=list(LEVELS), metavar="1,2,..", help="default: 1,2,3,4")
-    add_run_flags(parser)
-    add_generation_flags(parser)
-    args = parser.parse_args()
-
-    def task(options: Options) -> Evaluation:
-        return load(options, args.num_samples, args.levels)
-
-    with user_errors(*USER_ERRORS):
-        evaluate({"causal_loop": task}, args)
-
+TASK = EvaluationTask(
+    "causal_loop",
+    load,
+    generates=True,
+    flags={
+        "--num_samples": {
+            "type": positive_integer,
+            "metavar": "N",
+            "help": f"per level (default: {NUM_SAMPLES})",
+        },
+        "--levels": {
+            "type": _levels,
+            "default": list(LEVELS),
+            "metavar": "1,2,..",
+            "help": "default: 1,2,3,4",
+        },
+    },
+    without=("data", "limit", "num_fewshot"),
+)
 
 if __name__ == "__main__":
-    main()
+    main(TASK, __doc__)

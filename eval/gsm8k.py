@@ -2,7 +2,7 @@
 
 python eval/gsm8k.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-Five exemplars before each problem, as in lm-eval, drawn from the train file beside the test file.
+Five exemplars before each problem, as in lm-eval, drawn from the train file in the same folder.
 """
 
 import re
@@ -10,10 +10,11 @@ from typing import Any
 
 from data_pipeline.sources.documents import Problem
 from data_pipeline.sources.problems import read_gsm8k
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of
 from eval.scoring.results import TaskResult, majority
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 NUM_FEWSHOT = 5
 MAX_NEW_TOKENS = 256
@@ -109,5 +110,7 @@ def normalize(answer: str) -> str:
     return answer.lower()
 
 
+TASK = EvaluationTask("gsm8k", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

@@ -2,7 +2,7 @@
 
 python eval/gsm8k_cot.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-The same eight worked exemplars stand before every problem: those of Wei et al. 2022 (arXiv:2201.11903,
+The same eight worked exemplars precede every problem: they are from Wei et al. 2022 (arXiv:2201.11903,
 appendix), in gsm8k_cot.json as lm-eval words them. `--num_fewshot K` takes the first K.
 """
 
@@ -14,10 +14,11 @@ from pathlib import Path
 from data_pipeline.sources.documents import Problem
 from data_pipeline.sources.problems import read_gsm8k_cot
 from eval.gsm8k import MAX_NEW_TOKENS, ballot, grade, summarize
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Scorer, with_shots
 from eval.scoring.generation import Generation
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 EXEMPLARS = Path(__file__).with_suffix(".json")
 STOP = ("Q:", "</s>", "<|im_end|>")
@@ -66,5 +67,7 @@ def read_exemplars() -> list[Problem]:
     ]
 
 
+TASK = EvaluationTask("gsm8k_cot", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

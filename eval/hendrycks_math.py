@@ -4,11 +4,11 @@ python eval/hendrycks_math.py --checkpoint runs/NAME/export --data DATA_ROOT [--
 
 Reads the published folders DATA_ROOT/math/test/SUBJECT/NUMBER.json (`--data` may also be the folder math
 itself). They are yours to bring: the set was withdrawn from its publisher after a claim of copyright. Of
-lm-eval's two forms this is the one whose answers need no computer algebra to check: the answer is what stands
+lm-eval's two forms this is the one whose answers need no computer algebra to check: the answer is what is
 between the first and the last `$` of the response, else the whole response, and it is right if both sides are
 the same TeX after `normalize`. Zero-shot unless `--num_fewshot` says otherwise; exemplars come from the
 subject's folder in math/train, and show their answer without the solution. lm-eval draws them in the order of
-its own copy of the data, so that those of the same seed can differ. The majority baseline is the subject's
+its own copy of the data, so that the same seed can give others. The majority baseline is the subject's
 most common answer.
 """
 
@@ -18,10 +18,11 @@ from typing import Any
 
 from data_pipeline.sources.documents import MathProblem, Problem
 from data_pipeline.sources.problems import MATH_SUBJECTS, read_math
-from eval.scoring.cli import Evaluation, Options, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of
 from eval.scoring.results import TaskResult, majority
+from eval.scoring.task import Evaluation, EvaluationTask, Options
 
 MAX_NEW_TOKENS = 256  # lm-eval's default, which the task leaves as it is
 STOP = ("Problem:",)
@@ -65,7 +66,7 @@ def _with_exemplars(
 def summarize(
     samples: list[dict[str, Any]], documents: list[MathProblem], num_fewshot: int, found: dict[str, Any]
 ) -> list[TaskResult]:
-    """The pooled result, with all samples, then one a subject, then one a level."""
+    """The pooled result, with all samples, then one per subject, then one per level."""
     groups: dict[str, list[str]] = {}  # the ids of each
     for document in documents:
         groups.setdefault(f"math_{document.group}", []).append(document.id)
@@ -113,7 +114,7 @@ def ballot(sample: dict[str, Any]) -> Ballot:
 
 
 def extract(response: str) -> str:
-    """What stands between the first and the last dollar sign, or everything if there are not two."""
+    """The text between the first and the last dollar sign, or everything if there are not two."""
     _, *inside, _ = response.split("$") if response.count("$") > 1 else ("", response, "")
     return "$".join(inside)
 
@@ -132,7 +133,7 @@ def _key(answer: str) -> str:
 def normalize(text: str) -> str | None:
     r"""The form in which the MATH authors compare answers, None where their rules fail.
 
-    Without line ends, spaces, `\!`, `\left`, `\right`, degrees, dollar and per cent signs, what follows one
+    Without line ends, spaces, `\!`, `\left`, `\right`, degrees, dollar and percent signs, what follows one
     `\text{ ` (a unit), a short `x =` at the beginning; `\\` as `\`; `\tfrac` and `\dfrac` as `\frac`; braces
     around the operands of `\frac12` and `\sqrt2`; a zero before a leading point; 0.5 and a/b of integers as
     `\frac`.
@@ -177,7 +178,7 @@ def _braced_fractions(text: str) -> str | None:
 
 
 def _as_fraction(text: str) -> str | None:
-    r"""`3/4` as `\frac{3}{4}`; None for one slash between what are no integers."""
+    r"""`3/4` as `\frac{3}{4}`; None for one slash between operands that are not integers."""
     parts = text.split("/")
     if len(parts) != 2:
         return text
@@ -189,5 +190,7 @@ def _as_fraction(text: str) -> str | None:
     return f"\\frac{{{numerator}}}{{{denominator}}}"
 
 
+TASK = EvaluationTask("math", load, generates=True)
+
 if __name__ == "__main__":
-    main(load, __doc__, generates=True)
+    main(TASK, __doc__)

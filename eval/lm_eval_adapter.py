@@ -4,7 +4,7 @@ pip install -e '.[lmeval]'
 python eval/lm_eval_adapter.py --model zeromodel --model_args checkpoint=runs/NAME/export --tasks arc_easy
 
 What follows the script is lm-eval's own command line; it fetches the tasks' data from the Hugging Face hub.
-The tests hold eval/*.py to what lm-eval computes through this file.
+The tests compare eval/*.py with what lm-eval computes through this file.
 """
 
 import sys

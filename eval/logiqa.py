@@ -2,15 +2,16 @@
 
 python eval/logiqa.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
 
-Exemplars come from Train.txt beside Test.txt as in lm-eval, or from Eval.txt where there is none; which of
-them is in the results file.
+Exemplars come from Train.txt next to Test.txt as in lm-eval, or from Eval.txt where there is none; the
+results file says which.
 """
 
 from data_pipeline.sources.problems import read_logiqa
 from eval.scoring.choices import choice_result
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Scorer, add_fewshot
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 
 def load(options: Options) -> Evaluation:
@@ -31,5 +32,7 @@ def load(options: Options) -> Evaluation:
     return evaluation
 
 
+TASK = EvaluationTask("logiqa", load)
+
 if __name__ == "__main__":
-    main(load, __doc__)
+    main(TASK, __doc__)

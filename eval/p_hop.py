@@ -9,9 +9,10 @@ chance, the most common answer, and hops too few.
 
 from eval.looping.measures import encode_rows
 from eval.looping.tasks import TASKS
-from eval.scoring.cli import Evaluation, Options, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, mean_score
 from eval.scoring.results import TaskResult, majority, taken
+from eval.scoring.task import Evaluation, EvaluationTask, Options
 
 NUM_SAMPLES = 500
 
@@ -57,5 +58,7 @@ def load(options: Options) -> Evaluation:
     return evaluation
 
 
+TASK = EvaluationTask("p_hop", load)
+
 if __name__ == "__main__":
-    main(load, __doc__)
+    main(TASK, __doc__)

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from data_pipeline.shards.held_out import held_out_texts, is_build
 from data_pipeline.sources.text import read_jsonl, read_parquet, read_text
-from eval.scoring.cli import Evaluation, Options, find_data, main
+from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer
 from eval.scoring.results import TaskResult, taken
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data
 
 MAX_NATS = 700.0  # of a byte or a word, whose perplexity is left out: it would not be a finite number
 DEFAULT = "text/tinyshakespeare.txt"
@@ -138,5 +139,7 @@ def byte_entropy(texts: Sequence[str]) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
+TASK = EvaluationTask("perplexity", load)
+
 if __name__ == "__main__":
-    main(load, __doc__)
+    main(TASK, __doc__)

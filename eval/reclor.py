@@ -9,9 +9,10 @@ DATA_ROOT/reclor. The answers of its test file are not published.
 
 from data_pipeline.sources.problems import read_reclor
 from eval.scoring.choices import choice_result
-from eval.scoring.cli import Evaluation, Options, find_data, first, main
+from eval.scoring.cli import main
 from eval.scoring.core import Scorer, add_fewshot
 from eval.scoring.results import TaskResult
+from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
 
 def load(options: Options) -> Evaluation:
@@ -33,5 +34,7 @@ def load(options: Options) -> Evaluation:
     return evaluation
 
 
+TASK = EvaluationTask("reclor", load)
+
 if __name__ == "__main__":
-    main(load, __doc__)
+    main(TASK, __doc__)

@@ -47,12 +47,7 @@ def evaluation_command(told: Settings) -> list[str]:
         "perplexity": ["eval/perplexity.py", "--data", DATA],
         "few_shot": ["eval/run.py"],
     }[told["kind"]]
-    renamed = {
-        "reasoning": {"num_steps": "steps"},
-        "perplexity": {"num_steps": "depth"},
-        "few_shot": {"task": "tasks"},
-    }
-    names = renamed.get(told["kind"], {})
+    names = {"task": "tasks"} if told["kind"] == "few_shot" else {}
     flags = [(f"--{names.get(key, key)}", _flag(value)) for key, value in told.items() if key != "kind"]
     return [*script, *chain.from_iterable(flags)]
 

@@ -129,22 +129,21 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _at_steps(entry: dict[str, Any]) -> dict[str, float]:
-    prefix = "acc,steps="
+    prefix = "acc,num_steps="
     return {key.removeprefix(prefix): value for key, value in entry.items() if key.startswith(prefix)}
 
 
 def _reasoning(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     report = _report(folder, "main")
-    name, facts = f"reasoning_{plan.task.evaluation.task}", report["reasoning"]
-    results, trained = report["results"], str(facts["trained_steps"])
+    name = f"reasoning_{plan.task.evaluation.task}"
+    results, facts = report["results"], report["facts"][name]
+    trained, prefix = str(facts["trained_steps"]), f"{name}_problem_depth"
     by_depth = {
-        key.removeprefix(f"{name}_depth"): _at_steps(entry)
-        for key, entry in results.items()
-        if key.startswith(f"{name}_depth")
+        key.removeprefix(prefix): _at_steps(entry) for key, entry in results.items() if key.startswith(prefix)
     }
     gaps = {}
     for gap in plan.task.gaps:
-        gaps[gap] = _report(folder, f"gap {gap}")["results"][name][f"acc,steps={trained}"]
+        gaps[gap] = _report(folder, f"gap {gap}")["results"][name][f"acc,num_steps={trained}"]
     return {
         "num_samples": report["n-samples"][name]["effective"],
         "accuracy": _at_steps(results[name]),
@@ -181,7 +180,7 @@ def _loop(facts: dict[str, Any], trained: str) -> dict[str, Any]:
     return {
         "mean_steps": by_steps[trained]["answer_steps_mean"],
         "mean_steps_share": by_steps[trained]["answer_steps_mean"] / int(trained),
-        "spearman_steps_depth": by_steps[trained]["depth_correlation"],
+        "spearman_steps_depth": by_steps[trained]["problem_depth_correlation"],
         "convergence": convergence,
     }
 
@@ -190,11 +189,11 @@ def _traced(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     """Answered at the trained depth alone."""
     report, trained = _report(folder, "main"), str(_trained(plan.model))
     results, configs = report["results"], report["configs"]
-    (whole,) = [key for key, config in configs.items() if config["serial_depth"] is None]
+    (whole,) = [key for key, config in configs.items() if config["problem_depth"] is None]
     by_depth = {
-        str(config["serial_depth"]): {trained: results[key]["acc,none"]}
+        str(config["problem_depth"]): {trained: results[key]["acc,none"]}
         for key, config in configs.items()
-        if config["serial_depth"] is not None
+        if config["problem_depth"] is not None
     }
     votes = {
         key.removeprefix("acc,maj@"): value

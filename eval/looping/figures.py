@@ -6,7 +6,22 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from eval.reports.figures import COLORS
-from eval.scoring.core import Score
+from eval.scoring.core import Score, mean_score
+from eval.scoring.results import TaskResult
+
+
+def picture(results: Sequence[TaskResult]) -> Figure:
+    """`depth_figure` of the results of eval/reasoning.py: one line per problem depth where there is one."""
+    whole = results[0]
+    lines: dict[str, list[Score]] = {}
+    for result in results:
+        label = result.task.removeprefix(f"{whole.task}_").replace("problem_depth", "problem depth ")
+        if not label.startswith("labels"):
+            lines["all answers" if result is whole else label] = [
+                mean_score(values) for values in result.values.values()
+            ]
+    steps, trained = list(whole.facts["by_steps"]), whole.facts["trained_steps"]
+    return depth_figure(steps, lines, whole.baselines, trained, whole.task)
 
 
 def depth_figure(

@@ -6,7 +6,7 @@ positions of a batch.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.tokenization.encode import CharacterIds, encode_labelled
 from eval.scoring.core import Scorer
-from eval.scoring.inference import with_halting
+from eval.scoring.inference import Engine, pad, with_halting
 from model import ZeroModel
 from model.cache import LatentCache
 from model.loop_trace import loop_figures, loop_sums
@@ -28,7 +28,7 @@ ROUNDS = 5  # timed passes of each of the two models, after one that is not
 
 
 class Row(NamedTuple):
-    """One sample as the model reads it; the last labelled position is that of the answer."""
+    """One sample as the model reads it; the last labelled position is the answer's."""
 
     tokens: list[int]  # bos and one token a character
     positions: list[int]  # of the labels, rising
@@ -41,15 +41,7 @@ class Outcome(NamedTuple):
     predictions: list[list[int]]  # most likely token at each labelled position
     losses: list[list[float]]  # cross-entropy there, nats
     answer_steps: list[float]  # steps run at the answer's position, mean over the loops; empty without loops
-    figures: dict[str, Any]  # latent_terms.loop_figures and `ponder_cost`, over all tokens; {} without loops
-
-
-class _Batch(NamedTuple):
-    samples: list[int]
-    tokens: Tensor  # (B, T)
-    mask: Tensor  # (B, T), False under padding
-    places: tuple[Tensor, Tensor]  # row and column of each labelled position, each (P,)
-    counts: list[int]  # labelled positions of each row
+    figures: dict[str, Any]  # loop_trace.loop_figures and `ponder_cost`, over all tokens; {} without loops
 
 
 def encode_rows(name: str, documents: Sequence[LabelledDocument], scorer: Scorer) -> list[Row]:
@@ -61,8 +53,8 @@ def encode_rows(name: str, documents: Sequence[LabelledDocument], scorer: Scorer
     for document in documents:
         tokens, _, labels = encode_labelled(document, ids)
         assert labels is not None
-        places = [place for place, label in enumerate(labels) if label != IGNORE_INDEX]
-        rows.append(Row(list(tokens[:-1]), places, [labels[place] for place in places]))
+        positions = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+        rows.append(Row(list(tokens[:-1]), positions, [labels[i] for i in positions]))
     longest = max(len(row.tokens) for row in rows)
     if longest > scorer.max_length:
         raise ValueError(
@@ -72,54 +64,93 @@ def encode_rows(name: str, documents: Sequence[LabelledDocument], scorer: Scorer
     return rows
 
 
-def _batches(scorer: Scorer, rows: Sequence[Row], what: str) -> Iterator[_Batch]:
-    for samples in scorer.batches([len(row.tokens) for row in rows], what):
-        tokens, mask = scorer.pad([rows[i].tokens for i in samples], left=False)
-        counts = [len(rows[i].positions) for i in samples]
-        lines = [line for line, count in enumerate(counts) for _ in range(count)]
-        columns = [position for i in samples for position in rows[i].positions]
-        places = (torch.tensor(lines), torch.tensor(columns))
-        yield _Batch(samples, tokens, mask, places, counts)
+class _Batch(NamedTuple):
+    """Rows as tensors."""
+
+    tokens: Tensor  # (B, T)
+    mask: Tensor  # (B, T), False under padding
+    labelled: tuple[Tensor, Tensor]  # row and column of each labelled position, each (P,)
+    counts: list[int]  # labelled positions of each row
 
 
-@torch.inference_mode()
+def _batch(rows: Sequence[Row], device: torch.device) -> _Batch:
+    tokens, mask = pad([row.tokens for row in rows], device)
+    counts = [len(row.positions) for row in rows]
+    lines = [line for line, count in enumerate(counts) for _ in range(count)]
+    columns = [position for row in rows for position in row.positions]
+    return _Batch(tokens, mask, (torch.tensor(lines), torch.tensor(columns)), counts)
+
+
+class MeasureJob(NamedTuple):
+    """A batch of rows at one depth; its value holds what `Outcome` is made of."""
+
+    rows: list[Row]
+    num_steps: int
+
+    def run(self, engine: Engine) -> list[tuple[Any, float | None]]:
+        """Raises ValueError if the model gives anything but finite log-probabilities."""
+        batch = _batch(self.rows, engine.device)
+        out = engine.model(batch.tokens, attention_mask=batch.mask, num_steps=self.num_steps)
+        logits = out.logits[batch.labelled].float()  # (P, V)
+        targets = torch.tensor([t for row in self.rows for t in row.targets], device=logits.device)
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        if not loss.isfinite().all():
+            raise ValueError(
+                f"at {self.num_steps} steps the model gives a cross-entropy of {loss.max().item()}:"
+                " its weights or activations overflow"
+            )
+        value: dict[str, Any] = {
+            "predictions": [chosen.tolist() for chosen in logits.argmax(-1).split(batch.counts)],
+            "losses": [nats.tolist() for nats in loss.split(batch.counts)],
+        }
+        if engine.model.config.recurrence.placement != "none":
+            answers = [row.positions[-1] for row in self.rows]
+            mean_steps = out.num_iterations.double().mean(0)[range(len(answers)), answers]
+            sums = loop_sums(out.num_iterations, out.halt_probs, out.residuals, batch.mask)
+            value |= {
+                "answer_steps": mean_steps.tolist(),
+                "loop_sums": sums.tolist(),  # float64
+                "ponder_cost": float(out.ponder_cost[:, batch.mask].double().mean(0).sum()),
+                "num_tokens": int(batch.mask.sum()),
+            }
+        return [(value, None)]
+
+
 def measure(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> Outcome:
     """Runs all rows at a depth of `num_steps`, at which adaptive halting may stop earlier.
 
     Raises ValueError if the model gives anything but finite log-probabilities.
     """
-    predictions, losses = ([list[Any]() for _ in rows] for _ in range(2))
-    steps = [0.0] * len(rows)
-    sums, cost, num_tokens = torch.zeros(3, num_steps, dtype=torch.float64), 0.0, 0
-    looped = scorer.model.config.recurrence.placement != "none"
-    for batch in _batches(scorer, rows, f"{num_steps} steps"):
-        out = scorer.model(batch.tokens, attention_mask=batch.mask, num_steps=num_steps)
-        logits = out.logits[batch.places].float()  # (P, V)
-        targets = torch.tensor([t for i in batch.samples for t in rows[i].targets], device=logits.device)
-        loss = F.cross_entropy(logits, targets, reduction="none")
-        if not loss.isfinite().all():
-            raise ValueError(
-                f"at {num_steps} steps the model gives a cross-entropy of {loss.max().item()}:"
-                " its weights or activations overflow"
-            )
-        for i, chosen, nats in zip(
-            batch.samples, logits.argmax(-1).split(batch.counts), loss.split(batch.counts), strict=True
-        ):
-            predictions[i], losses[i] = chosen.tolist(), nats.tolist()
-        if not looped:
-            continue
-        answers = [rows[i].positions[-1] for i in batch.samples]
-        mean_steps = out.num_iterations.double().mean(0)[range(len(answers)), answers]
-        for i, value in zip(batch.samples, mean_steps.tolist(), strict=True):
-            steps[i] = value
-        # A pass ends early once every token of the batch has halted.
-        found = loop_sums(out.num_iterations, out.halt_probs, out.residuals, batch.mask).cpu()
-        sums += F.pad(found, (0, num_steps - found.shape[1]))
-        cost += float(out.ponder_cost[:, batch.mask].double().mean(0).sum())
-        num_tokens += int(batch.mask.sum())
-    if not looped:
+    batches = _batches(scorer, rows)
+    jobs = [MeasureJob([rows[i] for i in samples], num_steps) for samples in batches]
+    values = scorer.compute(jobs, f"{num_steps} steps")
+    predictions = _in_order(batches, [value["predictions"] for value in values])
+    losses = _in_order(batches, [value["losses"] for value in values])
+    if scorer.model.config.recurrence.placement == "none":
         return Outcome(predictions, losses, [], {})
+    sums, cost, num_tokens = torch.zeros(3, num_steps, dtype=torch.float64), 0.0, 0
+    for value in values:
+        # A pass ends early once every token of the batch has halted.
+        found = torch.tensor(value["loop_sums"], dtype=torch.float64)
+        sums += F.pad(found, (0, num_steps - found.shape[1]))
+        cost += value["ponder_cost"]
+        num_tokens += value["num_tokens"]
+    steps = _in_order(batches, [value["answer_steps"] for value in values])
     return Outcome(predictions, losses, steps, {**loop_figures(sums), "ponder_cost": cost / num_tokens})
+
+
+def _batches(scorer: Scorer, rows: Sequence[Row]) -> list[list[int]]:
+    return scorer.by_length([len(row.tokens) for row in rows])
+
+
+def _in_order(batches: Sequence[Sequence[int]], values: Sequence[Sequence[Any]]) -> list[Any]:
+    """What each batch has for its samples, in the order of the samples."""
+    found = {
+        i: value
+        for batch, own in zip(batches, values, strict=True)
+        for i, value in zip(batch, own, strict=True)
+    }
+    return [found[i] for i in range(len(found))]
 
 
 class PathIndependence(NamedTuple):
@@ -129,21 +160,36 @@ class PathIndependence(NamedTuple):
     distance: list[list[float]]  # of final hidden states: mean over the pairs of 2 |a - b| / (|a| + |b|)
 
 
-@torch.inference_mode()
-def path_independence(scorer: Scorer, rows: Sequence[Row], num_steps: int, seed: int) -> PathIndependence:
-    """Block loops from their input, as always, and from the noise of `seed` and `seed` + 1."""
-    agrees, distances = ([list[float]() for _ in rows] for _ in range(2))
-    for batch in _batches(scorer, rows, "path independence"):
+class PathJob(NamedTuple):
+    """A batch of rows for `path_independence`."""
+
+    rows: list[Row]
+    num_steps: int
+    seed: int
+
+    def run(self, engine: Engine) -> list[tuple[Any, float | None]]:
+        batch = _batch(self.rows, engine.device)
         chosen, hidden = [], []
-        for start in (None, seed, seed + 1):
-            out = scorer.model(batch.tokens, attention_mask=batch.mask, num_steps=num_steps, noise_seed=start)
-            chosen.append(out.logits[batch.places].argmax(-1))
-            hidden.append(out.hidden[batch.places].float())  # (P, D)
+        for start in (None, self.seed, self.seed + 1):
+            out = engine.model(
+                batch.tokens, attention_mask=batch.mask, num_steps=self.num_steps, noise_seed=start
+            )
+            chosen.append(out.logits[batch.labelled].argmax(-1))
+            hidden.append(out.hidden[batch.labelled].float())  # (P, D)
         same = ((chosen[0] == chosen[1]) & (chosen[0] == chosen[2])).float()
         far = torch.stack([_distance(a, b) for a, b in combinations(hidden, 2)]).mean(0)
-        for i, s, d in zip(batch.samples, same.split(batch.counts), far.split(batch.counts), strict=True):
-            agrees[i], distances[i] = s.tolist(), d.tolist()
-    return PathIndependence(agrees, distances)
+        agrees, distance = ([part.tolist() for part in x.split(batch.counts)] for x in (same, far))
+        return [({"agrees": agrees, "distance": distance}, None)]
+
+
+def path_independence(scorer: Scorer, rows: Sequence[Row], num_steps: int, seed: int) -> PathIndependence:
+    """Block loops from their input, as always, and from the noise of `seed` and `seed` + 1."""
+    batches = _batches(scorer, rows)
+    jobs = [PathJob([rows[i] for i in samples], num_steps, seed) for samples in batches]
+    values = scorer.compute(jobs, "path independence")
+    return PathIndependence(
+        *(_in_order(batches, [value[name] for value in values]) for name in PathIndependence._fields)
+    )
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -156,7 +202,31 @@ def fixed_depth(model: ZeroModel) -> ZeroModel:
     return with_halting(model, kind="fixed", expectation=None, ponder_weight=None, stability_weight=0.0)
 
 
-@torch.inference_mode()
+class TimeJob(NamedTuple):
+    """Rows for `halting_time`."""
+
+    rows: list[list[int]]
+    num_steps: int
+
+    def run(self, engine: Engine) -> list[tuple[Any, float | None]]:
+        tokens, mask = pad(self.rows, engine.device)
+        single = tokens[:1, : len(self.rows[0])]
+
+        def batch(model: ZeroModel) -> None:
+            model(tokens, attention_mask=mask, num_steps=self.num_steps)
+
+        def decode(model: ZeroModel) -> None:
+            cache = LatentCache()
+            for token in single.split(1, dim=1):
+                model(token, num_steps=self.num_steps, cache=cache)
+
+        timed = {
+            "batch": {**_compared(engine, batch), "batch_size": len(tokens)},
+            "decode": {**_compared(engine, decode), "batch_size": 1},
+        }
+        return [(timed, None)]
+
+
 def halting_time(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> dict[str, dict[str, float]]:
     """Median seconds with halting and at the fixed depth `num_steps`, in turns.
 
@@ -164,33 +234,20 @@ def halting_time(scorer: Scorer, rows: Sequence[Row], num_steps: int) -> dict[st
     `decode`: the first row token by token over a cache, where every token ends when it has halted.
     `time_saved` is 1 - seconds_halting / seconds_fixed.
     """
-    tokens, mask = scorer.pad([row.tokens for row in rows[: scorer.batch_size]], left=False)
-    single = tokens[:1, : len(rows[0].tokens)]
-
-    def batch(model: ZeroModel) -> None:
-        model(tokens, attention_mask=mask, num_steps=num_steps)
-
-    def decode(model: ZeroModel) -> None:
-        cache = LatentCache()
-        for token in single.split(1, dim=1):
-            model(token, num_steps=num_steps, cache=cache)
-
-    runs: dict[str, tuple[Callable[[ZeroModel], None], int]] = {
-        "batch": (batch, len(tokens)),
-        "decode": (decode, 1),
-    }
-    return {name: {**_compared(scorer, run), "batch_size": size} for name, (run, size) in runs.items()}
+    job = TimeJob([row.tokens for row in rows[: scorer.batch_size]], num_steps)
+    (timed,) = scorer.compute([job], "time of halting")
+    return dict(timed)
 
 
-def _compared(scorer: Scorer, run: Callable[[ZeroModel], None]) -> dict[str, float]:
-    models = {"seconds_halting": scorer.model, "seconds_fixed": fixed_depth(scorer.model)}
+def _compared(engine: Engine, run: Callable[[ZeroModel], None]) -> dict[str, float]:
+    models = {"seconds_halting": engine.model, "seconds_fixed": fixed_depth(engine.model)}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(1 + ROUNDS):
         for name, model in models.items():
-            _wait(scorer.device)
+            _wait(engine.device)
             start = time.perf_counter()
             run(model)
-            _wait(scorer.device)
+            _wait(engine.device)
             seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     saved = 1 - medians["seconds_halting"] / medians["seconds_fixed"]
@@ -203,7 +260,7 @@ def _wait(device: torch.device) -> None:
 
 
 def unrolled_parameters(model: ZeroModel, num_steps: int) -> int:
-    """Parameters of the model if every run of a layer had weights of its own; a loop's own few count once."""
+    """Parameters of the model if every run of a layer had its own weights; those of the loop count once."""
     runs = (model.config.runs_of_layer(i, num_steps) for i in range(model.config.num_hidden_layers))
     layers: Any = model.model.layers
     repeated = sum(
@@ -213,7 +270,7 @@ def unrolled_parameters(model: ZeroModel, num_steps: int) -> int:
 
 
 def pooled(values: Sequence[Sequence[float]]) -> list[float]:
-    """One number a sample, whose mean is the mean over all positions of all samples.
+    """One number per sample, whose mean is the mean over all positions of all samples.
 
     Positions of one sample depend on each other, so that the standard error must come from samples: these are
     the linearised values of a ratio (Cochran, Sampling Techniques, 3rd edition, section 6.3).
@@ -231,5 +288,5 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[group]

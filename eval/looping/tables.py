@@ -7,19 +7,14 @@ from eval.scoring.core import Score, mean_score
 from eval.scoring.results import TaskResult, format_table
 
 
-def print_report(results: Sequence[TaskResult], facts: dict[str, Any]) -> None:
-    """The tables of accuracies, loops and steps, then what is one line each; `facts` of reasoning.facts."""
-    print(accuracy_table(results))
-    print()
-    print(cost_table(facts))
+def report_text(results: Sequence[TaskResult]) -> str:
+    """The tables of accuracies, loops and steps, then one line each of the first result's other facts."""
+    facts = results[0].facts
+    parts = [accuracy_table(results), cost_table(facts)]
     if facts["placement"] != "none":
-        print()
-        print(loop_table(facts["by_steps"]))
-        print()
-        print(step_table(facts["by_steps"].get(facts["trained_steps"])))
-    print()
-    for line in remarks(facts):
-        print(line)
+        parts.append(loop_table(facts["by_steps"]))
+        parts.append(step_table(facts["by_steps"].get(facts["trained_steps"])))
+    return "\n\n".join([*parts, "\n".join(remarks(facts))])
 
 
 def accuracy_table(results: Sequence[TaskResult]) -> str:
@@ -36,20 +31,16 @@ def accuracy_table(results: Sequence[TaskResult]) -> str:
 
 
 def cost_table(facts: dict[str, Any]) -> str:
-    """One row a depth."""
+    """One row per depth."""
     rows = [
-        (
-            str(n),
-            f"{row['unrolled_parameters']:,}",
-            f"{row['flops_per_token']:.3g}",
-        )
+        (str(n), f"{row['unrolled_parameters']:,}", f"{row['flops_per_token']:.3g}")
         for n, row in facts["by_steps"].items()
     ]
     return format_table(("steps", "unrolled parameters", "FLOPs per token"), rows)
 
 
 def loop_table(by_steps: dict[int, dict[str, Any]]) -> str:
-    """One row a depth."""
+    """One row per depth."""
     rows = [
         (
             str(n),
@@ -57,19 +48,19 @@ def loop_table(by_steps: dict[int, dict[str, Any]]) -> str:
             f"{row['answer_steps_mean']:.2f}",
             f"{row['ponder_cost']:.2f}",
             f"{row['convergence_ratio']:.3g}",
-            "n/a" if row["depth_correlation"] is None else f"{row['depth_correlation']:.3f}",
+            "n/a" if row["problem_depth_correlation"] is None else f"{row['problem_depth_correlation']:.3f}",
         )
         for n, row in by_steps.items()
     ]
     return format_table(
-        ("steps", "mean run", "at answer", "ponder cost", "convergence", "Spearman(run, depth)"), rows
+        ("steps", "mean run", "at answer", "ponder cost", "convergence", "Spearman(run, problem depth)"), rows
     )
 
 
 def step_table(row: dict[str, Any] | None) -> str:
-    """One row a step, at the trained depth; `row` None: it was not tested."""
+    """One row per step, at the trained depth; `row` None: it was not tested."""
     if row is None:
-        return "The trained depth is not among --steps: no figures by step."
+        return "The trained depth is not among --num_steps: no figures by step."
     columns = zip(row["steps_histogram"], row["halting_distribution"], row["residuals"], strict=True)
     rows = [
         (str(n), f"{stopped:.3f}", f"{probability:.3f}", f"{residual:.3g}")

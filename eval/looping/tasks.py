@@ -15,7 +15,9 @@ class Item(NamedTuple):
 
     id: str
     document: LabelledDocument
-    depth: int | None  # steps that the answer needs one after the other; None: the same for all, or not known
+    problem_depth: (
+        int | None
+    )  # steps that the answer needs one after the other; None: the same for all, or not known
 
 
 class TaskData(NamedTuple):

@@ -98,7 +98,7 @@ def read_measured(run: Run) -> dict[str, dict[Way, Measured]]:
                 continue
             config = report["configs"][name]
             try:
-                task, depth = config["problem_set"], config["serial_depth"]
+                task, depth = config["problem_set"], config["problem_depth"]
                 given = {field: config[field] for field in Way._fields}
             except KeyError as error:
                 raise ValueError(

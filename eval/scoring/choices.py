@@ -18,8 +18,8 @@ def choice_result(
 ) -> TaskResult:
     """acc and acc_norm of `problems`, and what guessing reaches.
 
-    Chance is that of these problems; the majority is the share of the most common place of the right answer
-    (its letter) in all `documents` of the file.
+    Chance is that of these problems; the majority is the share of the most common letter of the right answer
+    in all `documents` of the file.
     """
     scores = score_choices(scorer, problems)
     chance = sum(1 / len(problem.choices) for problem in problems) / len(problems)

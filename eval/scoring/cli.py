@@ -1,50 +1,23 @@
-"""The command line that all task scripts share."""
+"""The one command line: shared flags, then evaluate, print and write. A script adds only flags of its own."""
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import user_errors
-from data_pipeline.sources.documents import Problem
 from eval.scoring.core import Scorer
 from eval.scoring.journal import Journal, checkpoint_fingerprint
-from eval.scoring.results import (
-    TABLE_HEADER,
-    Setting,
-    TaskResult,
-    build_report,
-    format_table,
-    table_rows,
-    write_report,
-)
+from eval.scoring.results import Setting, TaskResult, build_report, results_table, write_report
+from eval.scoring.task import Evaluation, EvaluationTask, Options
 from eval.scoring.training_data import decontamination, read_training_data
 
-
-@dataclass(frozen=True)
-class Options:
-    """What a task may be told. `limit` counts problems per data file; None leaves the task's own default."""
-
-    data: Path = Path("data")
-    limit: int | None = None
-    num_fewshot: int | None = None
-    seed: int = 1234
-    max_new_tokens: int | None = None
-    samples: int = 0  # that vote on each generated answer, beside the greedy one
-
-    def shots(self, default: int = 0) -> int:
-        """How many exemplars; `default` is the task's number in lm-eval."""
-        return default if self.num_fewshot is None else self.num_fewshot
-
-
 USER_ERRORS = (ValueError, OSError)
-Evaluation = Callable[[Scorer], list[TaskResult]]
-# A task first reads all its data, so that a user's mistake shows before the first task has run for an hour.
-Task = Callable[[Options], Evaluation]
+GENERATION = ("max_new_tokens", "samples")  # flags of tasks that generate
 
 
 class Parser(argparse.ArgumentParser):
@@ -54,82 +27,99 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def make_parser(description: str | None) -> Parser:
-    """The flags of every task script."""
+# ---- the flags
+
+
+def make_parser(description: str | None, task: EvaluationTask | None = None) -> Parser:
+    """The flags of a task's script; without a task the flags of all tasks."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="exported folder, runs/NAME/export")
-    add(
-        "--batch_size",
-        type=positive_integer,
-        default=16,
-        metavar="B",
-        help="prompts at a time (default: 16)",
-    )
-    add(
-        "--output_path",
-        type=Path,
-        metavar="DIR",
-        help="folder for results_<timestamp>.json (default: none)",
-    )
-    add("--log_samples", action="store_true", help="also write samples_<task>_<timestamp>.jsonl there")
-    add("--seed", type=int, default=1234, help="of everything drawn at random (default: 1234)")
+    left_out: set[str] = set()
+    if task is not None:
+        left_out = {*task.without, *(() if task.generates else GENERATION)}
+    for flag, how in shared_flags().items():
+        if how.get("dest", _name(flag)) not in left_out:
+            parser.add_argument(flag, **how)
+    for flag, own in {} if task is None else task.flags.items():
+        parser.add_argument(flag, **own)
     return parser
 
 
-def add_run_flags(parser: Parser) -> None:
-    """The flags of the scripts that go through a Scorer: at which depths, in how many processes."""
-    parser.add_argument(
-        "--num_processes",
-        type=positive_integer,
-        default=1,
-        metavar="N",
-        help="processes that share the work, each with a copy of the model (default: 1)",
-    )
-    parser.add_argument(
-        "--depth",
-        type=depth_list,
-        metavar="1,4,adaptive",
-        help="loop steps to test, one or several; adaptive: until the model, or its predictions, settle"
-        " (default: as the checkpoint is configured)",
-    )
-
-
-def add_generation_flags(parser: Parser) -> None:
-    """The flags of the tasks answered by generation."""
-    parser.add_argument(
-        "--max_new_tokens",
-        type=positive_integer,
-        metavar="N",
-        help="of a generated answer (default: the task's)",
-    )
-    parser.add_argument(
-        "--samples",
-        type=positive_integer,
-        default=0,
-        metavar="K",
-        help="also sample K answers to each problem and let the majority decide (default: greedy only)",
-    )
-
-
-def add_data_flags(parser: Parser) -> None:
-    """The flags of the tasks that read published data."""
-    add = parser.add_argument
-    add(
-        "--data",
-        type=Path,
-        default=Path(os.environ.get("DATA_ROOT", "data")),
-        metavar="PATH",
-        help="the folder that holds all sets, or this task's file (default: $DATA_ROOT, else data)",
-    )
-    add("--limit", type=positive_integer, metavar="N", help="only the first N problems of each data file")
-    add(
-        "--num_fewshot",
-        type=shots_list,
-        metavar="K",
-        help="solved examples in each prompt, one number or several, 0,1,2,4"
-        " (default: lm-eval's: gsm8k 5, gsm8k_cot 8, others none)",
-    )
+def shared_flags() -> dict[str, dict[str, Any]]:
+    """Every flag that means the same to all tasks, with argparse's keywords."""
+    hidden_alias = {
+        "dest": "num_steps",
+        "type": num_steps_list,
+        "default": argparse.SUPPRESS,
+        "help": argparse.SUPPRESS,
+    }
+    return {
+        "--checkpoint": {
+            "type": Path,
+            "required": True,
+            "metavar": "DIR",
+            "help": "exported folder, runs/NAME/export",
+        },
+        "--data": {
+            "type": Path,
+            "default": Path(os.environ.get("DATA_ROOT", "data")),
+            "metavar": "PATH",
+            "help": "the folder that holds all sets, or this task's file (default: $DATA_ROOT, else data)",
+        },
+        "--limit": {
+            "type": positive_integer,
+            "metavar": "N",
+            "help": "only the first N problems of each data file",
+        },
+        "--num_fewshot": {
+            "type": shots_list,
+            "metavar": "K",
+            "help": "solved examples in each prompt, one number or several: 0,1,2,4"
+            " (default: lm-eval's: gsm8k 5, gsm8k_cot 8, others none)",
+        },
+        "--num_steps": {
+            "type": num_steps_list,
+            "metavar": "1,4,adaptive",
+            "help": "loop steps to test, one number or several; adaptive: until the model, or its"
+            " predictions, settle (default: as the checkpoint is configured)",
+        },
+        "--depth": hidden_alias,
+        "--steps": hidden_alias,
+        "--max_new_tokens": {
+            "type": positive_integer,
+            "metavar": "N",
+            "help": "of a generated answer (default: the task's)",
+        },
+        "--samples": {
+            "type": positive_integer,
+            "default": 0,
+            "metavar": "K",
+            "help": "also sample K answers to each problem and let the majority decide (default: only"
+            " the greedy one)",
+        },
+        "--batch_size": {
+            "type": positive_integer,
+            "default": 16,
+            "metavar": "B",
+            "help": "prompts at a time (default: 16)",
+        },
+        "--num_processes": {
+            "type": positive_integer,
+            "default": 1,
+            "metavar": "N",
+            "help": "processes that share the work, each with a copy of the model (default: 1)",
+        },
+        "--output_path": {
+            "type": Path,
+            "metavar": "DIR",
+            "help": "folder for results_<timestamp>.json; an interrupted call resumes from it (default:"
+            " none)",
+        },
+        "--log_samples": {
+            "action": "store_true",
+            "help": "also write samples_<task>_<timestamp>.jsonl there",
+        },
+        "--seed": {"type": int, "default": 1234, "help": "of everything drawn at random (default: 1234)"},
+    }
 
 
 def positive_integer(text: str) -> int:
@@ -145,7 +135,7 @@ def shots_list(text: str) -> list[int]:
     return [_integer(part, "a number of examples", 0) for part in _parts(text)]
 
 
-def depth_list(text: str) -> list[int | str]:
+def num_steps_list(text: str) -> list[int | str]:
     """An argparse type: different numbers from 1, or `adaptive`."""
     return [
         part if part == "adaptive" else _integer(part, "a number of loop steps or `adaptive`", 1)
@@ -169,40 +159,22 @@ def _integer(text: str, what: str, least: int) -> int:
     return int(text)
 
 
-def first(documents: Sequence[Problem], limit: int | None, path: Path) -> list[Problem]:
-    """The first `limit` documents (None: all). Raises ValueError if the file at `path` held none."""
-    if not documents:
-        raise ValueError(f"{path} holds no problems: get the published file again")
-    return list(documents[:limit])
+def _name(flag: str) -> str:
+    return flag.removeprefix("--")
 
 
-def find_data(data: Path, name: str) -> Path:
-    """`data` itself if it is a file, else the file `name` in that folder. Raises ValueError if missing."""
-    if data.is_file():
-        return data
-    path = data / name
-    if not path.is_file():
-        raise ValueError(f"no data file {path}: --data or DATA_ROOT takes the folder of {name}, or that file")
-    return path
+# ---- a call
 
 
-def main(task: Task, description: str | None, generates: bool = False) -> None:
-    """The whole of a task script: parse, evaluate, report. A user's mistake is one line and exit code 2.
-
-    `generates`: the task is answered by generation.
-    """
-    parser = make_parser(description)
-    add_data_flags(parser)
-    add_run_flags(parser)
-    if generates:
-        add_generation_flags(parser)
+def main(task: EvaluationTask, description: str | None) -> None:
+    """A task's script: parse, evaluate, report. A user's mistake is one line and exit code 2."""
+    args = make_parser(description, task).parse_args()
     with user_errors(*USER_ERRORS):
-        evaluate({"": task}, parser.parse_args())
+        evaluate([task], args)
 
 
-def evaluate(tasks: dict[str, Task], args: argparse.Namespace) -> None:
-    """Reads all data, loads the model once, runs the tasks at all shots and depths, prints the table and
-    writes what was asked for.
+def evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> None:
+    """Reads all data, loads the model once, runs the tasks at all shots and depths, prints and writes.
 
     Raises ValueError or OSError for a user's mistake.
     """
@@ -210,71 +182,93 @@ def evaluate(tasks: dict[str, Task], args: argparse.Namespace) -> None:
         raise ValueError("--log_samples needs --output_path, the folder to write them to")
     given = vars(args)
     shots = given.get("num_fewshot") or [None]
-    names = {field.name for field in fields(Options)} - {"num_fewshot"}
-    options = Options(**{name: value for name, value in given.items() if name in names})
-    evaluations = [task(replace(options, num_fewshot=n)) for task in tasks.values() for n in shots]
+    shared = {field.name for field in fields(Options)} - {"num_fewshot"}
+    options = Options(**{name: value for name, value in given.items() if name in shared})
+    loaded = [
+        (task, task.load(replace(options, num_fewshot=n), **_own_flags(task, given)))
+        for task in tasks
+        for n in shots
+    ]
     training_data = read_training_data(args.checkpoint)
     scorer = Scorer.from_checkpoint(args.checkpoint, args.batch_size, args.num_processes)
     start = time.monotonic()
     try:
         if args.output_path is not None:
-            scorer.journal = Journal.open(args.output_path, fingerprint(list(tasks), args))
-        results = run_at_depths(scorer, evaluations, args.depth, several_shots=len(shots) > 1)
+            scorer.journal = Journal.open(args.output_path, fingerprint(tasks, args))
+        results = run_at_depths(scorer, loaded, options.num_steps, several_shots=len(shots) > 1)
     finally:
         scorer.close()
     config = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+    config["num_steps_tested"] = config.pop("num_steps", None)  # `num_steps` is the checkpoint's own
     config |= {"total_evaluation_time_seconds": time.monotonic() - start}
     config |= {"decontamination": decontamination(training_data), "training_data": training_data}
-    _report(results, build_report(results, scorer, config), args)
+    _report(tasks, results, build_report(results, scorer, config), args)
     if scorer.journal is not None:
         scorer.journal.close(finished=True)  # what it holds is written
 
 
-def fingerprint(tasks: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Of an evaluation's journal. The tasks are in it, so that others may use the folder at the same time, as
-    those of a SLURM array do.
+def _own_flags(task: EvaluationTask, given: dict[str, Any]) -> dict[str, Any]:
+    """The values of the task's own flags, as far as the command line has them: eval/run.py has none."""
+    return {_name(flag): given[_name(flag)] for flag in task.flags if _name(flag) in given}
+
+
+def fingerprint(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> dict[str, Any]:
+    """Of an evaluation's journal. Tasks and own flags are in it, so that other calls may use the folder at
+    the same time, as the jobs of a SLURM array do.
     """
-    command = [Path(sys.argv[0]).stem, *tasks]
+    names = [[task.name, _own_flags(task, vars(args))] for task in tasks]
+    command = [Path(sys.argv[0]).stem, *names]
     return checkpoint_fingerprint(args.checkpoint) | {"batch_size": args.batch_size, "command": command}
 
 
 def run_at_depths(
     scorer: Scorer,
-    evaluations: Sequence[Evaluation],
-    depths: Sequence[int | str] | None,
+    loaded: Sequence[tuple[EvaluationTask, Evaluation]],
+    num_steps: Sequence[int | str] | None,
     several_shots: bool = False,
 ) -> list[TaskResult]:
-    """The results of all evaluations at each depth, by default the model's own, marked with where they lie.
+    """The results of all evaluations at each loop depth, by default the model's own, marked with it.
 
     Raises ValueError for a depth that the model cannot run at.
     """
     recurrence = scorer.model.config.recurrence
     looped = recurrence.placement != "none"
     own: int | str = "adaptive" if recurrence.halting.kind != "fixed" else recurrence.num_steps
-    wanted: Sequence[int | str | None] = depths or [None]
-    for depth in depths or ():
-        scorer.set_depth(depth)  # all are tried before the first evaluation has run for an hour
+    wanted: Sequence[int | str | None] = num_steps or [None]
+    if not all(task.sweeps_num_steps for task, _ in loaded):
+        for depth in num_steps or ():
+            scorer.set_depth(depth)  # all are tried before the first evaluation has run for an hour
     results = []
-    for evaluation in evaluations:
+    for task, evaluation in loaded:
+        if task.sweeps_num_steps:
+            results += evaluation(scorer)
+            continue
         for asked in wanted:
             if asked is not None:
                 scorer.set_depth(asked)
-            num_steps = scorer.num_steps or recurrence.num_steps
+            steps = scorer.num_steps or recurrence.num_steps
             for result in evaluation(scorer):
-                marks = [] if not looped or asked in (None, own) else [f"depth={asked}"]
+                marks = [] if not looped or asked in (None, own) else [f"num_steps={asked}"]
                 if several_shots and result.num_fewshot != result.default_fewshot:
                     marks.append(f"shots={result.num_fewshot}")
                 setting = Setting(
                     (own if asked is None else asked) if looped else None,
-                    num_steps if looped else None,
+                    steps if looped else None,
                     "@" + ",".join(marks) if marks else "",
                 )
                 results.append(replace(result, setting=setting))
     return results
 
 
-def _report(results: Sequence[TaskResult], report: dict[str, Any], args: argparse.Namespace) -> None:
-    print(format_table(TABLE_HEADER, table_rows(report)))
+def _report(
+    tasks: Sequence[EvaluationTask],
+    results: Sequence[TaskResult],
+    report: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """Prints and writes. A task that is alone is shown and drawn its own way."""
+    show, draw = (tasks[0].show, tasks[0].draw) if len(tasks) == 1 else (None, None)
+    print(show(results) if show else results_table(report))
     for result in results:
         if result.num_truncated:
             print(
@@ -283,4 +277,6 @@ def _report(results: Sequence[TaskResult], report: dict[str, Any], args: argpars
             )
     print(f"training data, decontamination: {report['config']['decontamination']}")
     if args.output_path is not None:
-        print(f"written: {write_report(args.output_path, report, results, args.log_samples)}")
+        figure = draw(results) if draw else None
+        for path in write_report(args.output_path, report, results, args.log_samples, figure):
+            print(f"written: {path}")

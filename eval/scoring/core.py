@@ -43,7 +43,7 @@ def with_shots(problem: Problem, shots: Sequence[Problem]) -> Problem:
 
 
 class ChoiceScores(NamedTuple):
-    """What multiple-choice scoring gives: one entry a problem."""
+    """What multiple-choice scoring gives: one entry per problem."""
 
     acc: list[float]
     acc_norm: list[float]
@@ -51,13 +51,13 @@ class ChoiceScores(NamedTuple):
 
 
 def score_choices(scorer: Scorer, problems: Sequence[Problem]) -> ChoiceScores:
-    """Accuracy of the most likely choice, by log-likelihood (acc) and that per character (acc_norm)."""
+    """Accuracy of the most likely choice, by log-likelihood (acc) and per character (acc_norm)."""
     requests = [(problem.prompt, choice) for problem in problems for choice in problem.choices]
     scores = iter(scorer.loglikelihood(requests))
     result = ChoiceScores([], [], [])
     for problem in problems:
         log_probs = [next(scores)[0] for _ in problem.choices]
-        # The space that divides prompt and choice is no part of the choice's text.
+        # The space between prompt and choice does not belong to the choice's text.
         per_character = [
             p / len(choice.removeprefix(" ")) for p, choice in zip(log_probs, problem.choices, strict=True)
         ]

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_pipeline.sources.documents import Problem
-from eval.scoring.cli import Options
 from eval.scoring.core import Scorer
 from eval.scoring.results import taken
+from eval.scoring.task import Options
 
 # Of the samples that vote: self-consistency's own for language models (Wang et al. 2022, arXiv:2203.11171,
-# section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones fall apart.
+# section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones are incoherent.
 TEMPERATURE = 0.7
 
 
@@ -45,7 +45,7 @@ def sample_votes(
 
     Returns:
         What each prompt's sample line gets, {} without samples, and what `configs` gets: how it was sampled,
-        and the seconds that all the votes took for one answer.
+        and the seconds of all votes per answer.
     """
     K, n = options.samples, len(prompts)
     if not K:

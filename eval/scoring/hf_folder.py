@@ -1,7 +1,7 @@
 """Any causal language model from a Hugging Face folder, with what a Scorer asks of a model.
 
-transformers is imported where such a folder is loaded and nowhere else: scores of our own exports do not need
-it. Weights are read from safetensors only, and no code of the folder is run.
+transformers is imported only where such a folder is loaded: scores of our own exports do not need it. Weights
+are read from safetensors only, and no code of the folder is run.
 
 Shapes: B rows, T tokens of the longest row, V vocabulary.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from eval.scoring.inference import Engine, GenerateJob, ScoreJob, choose, pad, score_value
 from model import RecurrenceConfig
 
-# lm-eval's names for the number of positions, and what it takes where a model has none of them.
+# lm-eval's names for the number of positions, and its default for a model without any of these.
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 DEFAULT_LENGTH = 2048
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece")
@@ -115,8 +115,9 @@ class HFEngine(Engine):
     model: Any
     tokenizer: Any
 
-    def _score(self, job: ScoreJob) -> list[tuple[list[Any], float | None]]:
-        found: list[tuple[list[Any], float | None]] = []
+    def score(self, job: ScoreJob) -> list[tuple[Any, float | None]]:
+        """See ScoreJob."""
+        found: list[tuple[Any, float | None]] = []
         for start in range(0, len(job.rows), job.rows_at_once):
             members = job.rows[start : start + job.rows_at_once]
             rows = [[*job.prefix, *job.contexts[row.context], *row.tokens] for row in members]
@@ -132,7 +133,8 @@ class HFEngine(Engine):
                 found.append((score_value(picked, log_probs.argmax(-1) == targets), None))
         return found
 
-    def _generate(self, job: GenerateJob) -> list[tuple[list[int], float | None]]:
+    def generate(self, job: GenerateJob) -> list[tuple[Any, float | None]]:
+        """See GenerateJob."""
         from transformers import DynamicCache
 
         draws, cache = self._draws(job), DynamicCache()

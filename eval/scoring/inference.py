@@ -1,8 +1,8 @@
 """What one batch computes: log-probabilities and answers in token ids, over a cache of shared tokens.
 
 Every request is [prefix | context | its own tokens]. The prefix, common to a whole task, is read once and
-kept from batch to batch; a context, common to some rows, is read once a batch. Cached rows are moved to the
-right end, so that a row's tokens lie side by side, whatever the lengths of its neighbours.
+kept from batch to batch; a context, common to some rows, is read once per batch. Cached rows are moved to the
+right end, so that a row's tokens are contiguous, whatever the lengths of its neighbours.
 
 Shapes: B rows, T tokens of the longest row, S cached tokens, N predicted tokens, V vocabulary, D hidden.
 """
@@ -11,8 +11,8 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,20 @@ from model.interface import ModelOutput
 
 ADAPTIVE = "adaptive"
 Depth = int | str | None  # loop steps, ADAPTIVE, or None: as the model is configured
-# Ended rows leave once so large a share of the batch has ended: the copy of the others costs about a step.
+# Finished rows leave the batch once they are this share of it: copying the others costs about one step.
 LEAVING_SHARE = 0.25
+
+
+class Job(Protocol):
+    """A batch that an Engine computes: a NamedTuple of values that JSON can hold, so that they are its key in
+    the journal, and that another process can be sent.
+    """
+
+    def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
+        """Per answer its value, of JSON's types, and its loop steps (None: none to report)."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class ScoreRow(NamedTuple):
@@ -45,6 +57,9 @@ class ScoreJob(NamedTuple):
     rows_at_once: int
     depth: Depth
 
+    def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
+        return engine.score(self)
+
 
 class GenerateJob(NamedTuple):
     """A batch of prompts; the value of each is the list of its new token ids."""
@@ -58,17 +73,17 @@ class GenerateJob(NamedTuple):
     seed: int
     depth: Depth
 
-
-Job = ScoreJob | GenerateJob
+    def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
+        return engine.generate(self)
 
 
 class Answer(NamedTuple):
-    """What is known of one request."""
+    """What is known of one request, or of a whole job that has one answer."""
 
     value: Any
     steps: (
         float | None
-    )  # loop steps where its tokens are predicted, mean over places and loops; None: no loop
+    )  # loop steps where its tokens are predicted, mean over positions and loops; None: no loop
     seconds: float  # its share of its batch's time
 
 
@@ -83,7 +98,7 @@ class Read(NamedTuple):
     """Contexts that were read in one pass, padded as they came; counts are of tokens."""
 
     cache: LatentCache
-    ends: list[int]  # place after each row's last token
+    ends: list[int]  # position after each row's last token
     lengths: list[int]  # of each row, the prefix included
     logits: Tensor | None  # (B, V) after each row's last token; None: only the prefix was read
     steps: Tensor | None  # (B,) loop steps there
@@ -101,9 +116,9 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, job: Job) -> list[Answer]:
-        """One answer a row. Raises ValueError if the model gives a log-probability that is not finite."""
+        """The job's answers. Raises ValueError if the model gives a log-probability that is not finite."""
         start = self._now()
-        found = self._score(job) if isinstance(job, ScoreJob) else self._generate(job)
+        found = job.run(self)
         seconds = (self._now() - start) / len(found)
         return [Answer(value, steps, seconds) for value, steps in found]
 
@@ -114,11 +129,12 @@ class Engine:
 
     # ---- log-likelihoods
 
-    def _score(self, job: ScoreJob) -> list[tuple[list[Any], float | None]]:
+    def score(self, job: ScoreJob) -> list[tuple[Any, float | None]]:
+        """See ScoreJob."""
         read = None
         if job.prefix or any(job.contexts):
             read = self._read(job.prefix, job.contexts, job.depth)
-        found = []
+        found: list[tuple[Any, float | None]] = []
         for start in range(0, len(job.rows), job.rows_at_once):
             rows = job.rows[start : start + job.rows_at_once]
             room = max(len(row.tokens) for row in rows)
@@ -149,7 +165,8 @@ class Engine:
 
     # ---- generation
 
-    def _generate(self, job: GenerateJob) -> list[tuple[list[int], float | None]]:
+    def generate(self, job: GenerateJob) -> list[tuple[Any, float | None]]:
+        """See GenerateJob."""
         draws = self._draws(job)
         new: list[list[int]] = [[] for _ in job.prompts]
         walked: list[list[float]] = [[] for _ in job.prompts]
@@ -260,7 +277,7 @@ class Engine:
         )
 
     def _selected(self, held: Held, lines: Sequence[int], room: int) -> Held:
-        """The rows that stay; padding that none of them needs goes."""
+        """The rows that stay, without padding that no row needs."""
         width = held.cache.length // self.places
         lengths = [width - held.padding[line] for line in lines]
         return self._gathered(held.cache, lines, [width] * len(lines), lengths, room)
@@ -310,9 +327,9 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False)
     tokens = torch.full((len(rows), width), PAD_ID, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for b, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[b, place] = torch.tensor(row, dtype=torch.int64)
-        mask[b, place] = True
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[b, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[b, columns] = True
     return tokens.to(device), mask.to(device)
 
 
@@ -327,8 +344,8 @@ def score_value(log_probs: Tensor, likeliest: Tensor) -> list[Any]:
 
 
 def with_halting(model: ZeroModel, **changes: Any) -> ZeroModel:
-    """The model with other keys of `recurrence.halting` and the same weights (shared), less those that only
-    its own kind of halting needs. The new kind must need none of its own.
+    """The model with other keys of `recurrence.halting` and the same weights (shared), without those
+    that only the model's kind of halting needs. The new kind must not need weights of its own.
     """
     recurrence = model.config.recurrence
     halting = dataclasses.replace(recurrence.halting, **changes)

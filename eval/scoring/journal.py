@@ -1,8 +1,8 @@
-"""Answers kept while an evaluation runs, so that an interrupted one goes on where it was.
+"""Answers kept while an evaluation runs, so that an interrupted one resumes bit-exactly.
 
 `unfinished_<digest>.jsonl` in the output folder: the first line holds the fingerprint of everything that the
-answers depend on, each further line the answers of one batch. A line is written at once, so that a batch is
-there as a whole or not at all, and the batches of the second run are those of the first.
+answers depend on, each further line the answers of one batch. A line is written in one call, so that a batch
+is there as a whole or not at all, and the second run has the same batches as the first.
 """
 
 import fcntl
@@ -42,7 +42,7 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, fingerprint: Mapping[str, Any]) -> "Journal":
-        """The journal of this fingerprint, made if it is not there; a torn last line is cut off.
+        """The journal of this fingerprint, created if it is missing; a torn last line is cut off.
 
         Others in the folder, of another checkpoint or command, are left alone and named in one printed
         line each. Raises ValueError if another process writes to it.
@@ -72,7 +72,7 @@ class Journal:
         for line in lines[1:]:
             answers |= {key: Answer(*answer) for key, answer in json.loads(line).items()}
         if answers:
-            print(f"{path}: {len(answers)} answers of an interrupted evaluation are taken over")
+            print(f"{path}: {len(answers)} answers of an interrupted evaluation are reused")
         return cls(path, file, answers)
 
     def get(self, key: str) -> Answer | None:
@@ -85,7 +85,7 @@ class Journal:
         self._answers |= answers
 
     def close(self, finished: bool) -> None:
-        """Lets go of the file, which is deleted if its answers are no longer needed."""
+        """Releases the file, and deletes it if its answers are no longer needed."""
         if finished:
             self.path.unlink()
         self._file.close()

@@ -1,4 +1,4 @@
-"""What a task hands back, and how it is written: lm-eval's results file, its samples files, a table."""
+"""What a task hands back, and how it is written: lm-eval's results and samples files, a table, a picture."""
 
 import hashlib
 import json
@@ -9,20 +9,23 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eval.scoring.core import Score, Scorer, mean_score
 from model import ZeroModel
+
+if TYPE_CHECKING:  # most tasks draw nothing
+    from matplotlib.figure import Figure
 
 TABLE_HEADER = ("task", "n", "shots", "filter", "metric", "value", "stderr", "to beat")
 
 
 class Setting(NamedTuple):
-    """Where on the curves of one call a result lies."""
+    """Which point on the curves of one call a result is."""
 
-    depth: int | str | None = None  # a number, "adaptive", or None for a model without recurrence
+    depth: int | str | None = None  # loop steps: a number, "adaptive", or None for a model without recurrence
     num_steps: int | None = None  # loop steps at most
-    suffix: str = ""  # of the task's name, which tells the results of one call apart
+    suffix: str = ""  # of the task's name, which distinguishes the results of one call
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class TaskResult:
     num_documents: int  # in the data, before --limit
     baselines: dict[str, Score]  # what guessing reaches: chance, the majority answer, ...
     samples: list[dict[str, Any]] = field(default_factory=list)
-    # "metric,filter" -> what is no mean over the samples
+    # "metric,filter" -> what is not a mean over the samples
     totals: dict[str, float | Score] = field(default_factory=dict)
     num_fewshot: int = 0
     default_fewshot: int = 0  # lm-eval's own number
@@ -43,6 +46,7 @@ class TaskResult:
     seconds: float | None = None  # in the model, for all answers together; None: not measured apart
     config: dict[str, Any] = field(default_factory=dict)
     data_files: Sequence[Path] = ()
+    facts: dict[str, Any] = field(default_factory=dict)  # what is neither a score nor a setting
     subtasks: Sequence[str] = ()
     version: int = 1
     setting: Setting = Setting()
@@ -67,7 +71,7 @@ def taken(scorer: Scorer) -> dict[str, Any]:
 
 
 def majority(answers: Iterable[Hashable]) -> Score:
-    """What the most common of the right answers reaches, given to every problem. Takes at least one."""
+    """What the most common right answer scores as the answer to every problem. Needs at least one."""
     counts = Counter(answers)
     return Score(max(counts.values()) / counts.total())
 
@@ -75,10 +79,13 @@ def majority(answers: Iterable[Hashable]) -> Score:
 def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str, Any]) -> dict[str, Any]:
     """Everything a results file holds, in the shape of lm-eval's; `config` is what the user asked for.
 
-    A standard error that a single sample cannot have is "N/A", as in lm-eval. Beyond lm-eval, `baselines`
-    has what guessing reaches; each task's entry in `results` has `depth`, `mean_steps` and
-    `seconds_per_answer` (None: not known), and in `configs` `task` (the name without the setting),
-    `num_steps`, `num_samples` voted over (0: none), `num_truncated` and its data's sha256.
+    A standard error that a single sample cannot have is "N/A", as in lm-eval. Beyond lm-eval:
+        baselines       what guessing reaches, by task
+        facts           by task, what is neither a score nor a setting: sizes, loop figures, timings, ...
+        results[task]   also `depth` (loop steps), `mean_steps` and `seconds_per_answer` (None: not known)
+        configs[task]   `task` (the name without the setting), `depth`, `num_steps`, `num_samples` voted over
+                        (0: none), `num_truncated`, its data's sha256, and what the task adds
+        config          `num_steps` of the checkpoint, `num_steps_tested` and the other flags
     """
     return {
         "results": {result.name: _metrics(result) for result in results},
@@ -86,6 +93,7 @@ def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str
             result.name: {name: score._asdict() for name, score in result.baselines.items()}
             for result in results
         },
+        "facts": {result.name: result.facts for result in results if result.facts},
         "group_subtasks": {
             result.name: [name + result.setting.suffix for name in result.subtasks] for result in results
         },
@@ -155,9 +163,15 @@ def _metrics(result: TaskResult) -> dict[str, Any]:
 
 
 def write_report(
-    directory: Path, report: dict[str, Any], results: Sequence[TaskResult], log_samples: bool
-) -> Path:
-    """Writes results_<timestamp>.json, whose path it returns, and samples_<task>_<timestamp>.jsonl."""
+    directory: Path,
+    report: dict[str, Any],
+    results: Sequence[TaskResult],
+    log_samples: bool,
+    figure: "Figure | None" = None,
+) -> list[Path]:
+    """Writes results_<timestamp>.json and samples_<task>_<timestamp>.jsonl, and a figure of the whole task as
+    <task>_<timestamp>.png. Returns the paths of results and picture.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     timestamp = datetime.now().isoformat().replace(":", "-")
     path = directory / f"results_{timestamp}.json"
@@ -171,17 +185,26 @@ def write_report(
             lines = [json.dumps(sample | _hashes(sample), ensure_ascii=False) for sample in result.samples]
             samples_path = directory / f"samples_{result.name}_{timestamp}.jsonl"
             samples_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    if figure is None:
+        return [path]
+    picture = directory / f"{results[0].name}_{timestamp}.png"
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
+    return [path, picture]
 
 
 def _hashes(sample: dict[str, Any]) -> dict[str, str]:
     return {f"{key}_hash": hashlib.sha256(sample[key].encode()).hexdigest() for key in ("prompt", "target")}
 
 
+def results_table(report: dict[str, Any]) -> str:
+    """The table of all that a results file holds."""
+    return format_table(TABLE_HEADER, table_rows(report))
+
+
 def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows under TABLE_HEADER, one for each task and metric, from what a results file holds.
 
-    What guessing reaches stands beside the metrics it is measured in: the first, and those of its direction.
+    What guessing reaches is in the rows of the metrics it is measured in: the first, and all that rise.
     """
     rows: list[tuple[str, ...]] = []
     for task, metrics in report["results"].items():

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.hf_folder import HFEngine, HFModel, is_hf_folder, load_hf_engine
-from eval.scoring.inference import ADAPTIVE, Answer, Depth, Engine, GenerateJob, Job, ScoreJob, ScoreRow, pad
+from eval.scoring.inference import ADAPTIVE, Answer, Depth, Engine, GenerateJob, Job, ScoreJob, ScoreRow
 from eval.scoring.journal import Journal, request_key
 from eval.scoring.workers import Workers, load_engine
 from model import ZeroModel
@@ -76,7 +75,7 @@ class Scorer:
         on a GPU if any.
 
         With several processes each loads it, on a GPU of its own where there are as many; `close` ends them.
-        Results are those of one process, but for the rounding that the number of threads may change.
+        Results equal those of one process, up to rounding that the number of threads may change.
         Raises ValueError or OSError, with a one-line message, if a file is missing, cut or does not fit.
         """
         if not checkpoint.is_dir():
@@ -194,7 +193,7 @@ class Scorer:
             kind, found = (shared, [members]) if shares else (alone, [[i] for i in members])
             kind += found
         for kind in (shared, alone):
-            for batch in self._by_length([max(sum(map(len, requests[i])) for i in group) for group in kind]):
+            for batch in self.by_length([max(sum(map(len, requests[i])) for i in group) for group in kind]):
                 members = [i for number in batch for i in kind[number]]
                 head = prefix if all(_begins(requests[i][0], prefix) for i in members) else []
                 contexts, rows = [[]] if kind is alone else list[list[int]](), []
@@ -255,7 +254,7 @@ class Scorer:
         options = (max_new_tokens, tuple(stop), temperature, seed if temperature else 0)
         keys = [("generate", row, *options, i if temperature else 0) for i, row in enumerate(encoded)]
         prefix, batches = self._shared_prefix([row[:-1] for row in encoded]), []
-        for members in self._by_length([len(row) for row in encoded]):
+        for members in self.by_length([len(row) for row in encoded]):
             head = prefix if all(_begins(encoded[i], prefix) for i in members) else []
             rows = [encoded[i][len(head) :] for i in members]
             batches.append(Batch(members, GenerateJob(head, rows, members, *options, self.depth)))
@@ -264,18 +263,26 @@ class Scorer:
 
     # ---- batches
 
+    def compute(self, jobs: Sequence[Job], what: str) -> list[Any]:
+        """The one value of each job, from the journal or computed and then kept there; `what` is the label of
+        the progress bar.
+        """
+        batches = [Batch([number], job) for number, job in enumerate(jobs)]
+        keys = [(type(job).__name__, *job) for job in jobs]
+        return [answer.value for answer in self._answers(batches, keys, what)]
+
     def _exact(self) -> bool:
         config = self.model.config
         return config.decodes_exactly(self.num_steps or config.recurrence.num_steps)
 
     def _shared_prefix(self, rows: Sequence[list[int]]) -> list[int]:
-        """What all rows begin with, but for those that were cut; empty if it is too short to pay."""
+        """What all rows begin with, except those that were cut; empty if it is too short to pay off."""
         whole = [row for row in rows if row[:1] == [self.tokenizer.bos_id]]
         prefix = list(os.path.commonprefix(whole)) if len(whole) > 1 and self._exact() else []
         return prefix if len(prefix) >= MIN_SHARED_TOKENS else []
 
     def _answers(self, batches: Sequence[Batch], parts: Sequence[tuple[Any, ...]], what: str) -> list[Answer]:
-        """One answer a request, from the journal or computed and then kept there; `parts` make its key."""
+        """One answer per request, from the journal or computed and then kept there; `parts` make its key."""
         known: dict[int, Answer] = {}
         keys = [] if self.journal is None else [request_key(*part, self.depth) for part in parts]
         pending = []
@@ -301,22 +308,10 @@ class Scorer:
             return self.workers.run(jobs)
         return ((number, self.engine.run(job)) for number, job in enumerate(jobs))
 
-    def pad(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        """Rows as one tensor (B, T) int64 on the model's device, with the mask (B, T) of its real tokens."""
-        return pad(rows, self.device, left)
-
-    def batches(self, lengths: list[int], what: str) -> Iterator[list[int]]:
-        """Indices in batches, the longest first, with a progress bar."""
-        with tqdm(total=len(lengths), desc=what, unit="request", leave=False) as progress:
-            for batch in self._by_length(lengths):
-                yield batch
-                progress.update(len(batch))
-
-    def _by_length(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+    def by_length(self, lengths: Sequence[int]) -> list[list[int]]:
         """Indices in batches, the longest first, so that a batch too large for memory fails at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size]
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
 
 def _begins(row: Sequence[int], prefix: Sequence[int]) -> bool:

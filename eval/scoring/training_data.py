@@ -1,6 +1,6 @@
 """What a checkpoint says about the data it was trained on: was that text cleaned of the test problems?
 
-`training_data.json` lies beside config.json; pretrain/export.py writes it from the manifest of the build.
+`training_data.json` is next to config.json; pretrain/export.py writes it from the manifest of the build.
 """
 
 import json

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from data_pipeline.sources.documents import ANSWER_PREFIX
 from data_pipeline.tokenization.encode import encode_question, encode_traced
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from eval.scoring.inference import pad
+from eval.scoring.core import Scorer
+from eval.scoring.inference import Engine, pad
 from eval.thinking.tasks import QuestionSet
 from model import ZeroModel
 from model.cache import LatentCache
@@ -41,7 +41,7 @@ class Way(NamedTuple):
     replace: str | None = None
     kv_budget: int | None = None
     kv_buffer: int = KV_BUFFER
-    temperature: float = 0.0  # of answers that vote, see thoughts_votes.py; 0: the most likely token
+    temperature: float = 0.0  # of answers that vote, see votes.py; 0: the most likely token
 
 
 class Answered(NamedTuple):
@@ -66,58 +66,68 @@ class Answers(NamedTuple):
     max_new_tokens: int
 
 
-def answer_all(
-    model: ZeroModel,
-    tokenizer: Tokenizer,
-    data: QuestionSet,
-    way: Way,
-    batch_size: int,
-    max_new_tokens: int | None,
-    seed: int,
-) -> Answers:
+class ThinkJob(NamedTuple):
+    """A batch for `answer_batch`; its value has a row per prompt, the fields of Answered."""
+
+    prompts: list[list[int]]
+    way: Way
+    max_new_tokens: int
+    seed: int
+    alone: bool = False  # one question, for its seconds
+
+    def run(self, engine: Engine) -> list[tuple[Any, float | None]]:
+        rows = answer_batch(
+            engine.model, engine.tokenizer, self.prompts, self.way, self.max_new_tokens, self.seed
+        )
+        return [([list(row) for row in rows], None)]
+
+
+def answer_all(scorer: Scorer, data: QuestionSet, way: Way, max_new_tokens: int | None, seed: int) -> Answers:
     """Answers in the order of the questions; a question that leaves no room is cut from the left.
 
     Raises ValueError if none could have room, or the model cannot answer in this way.
     """
+    model, tokenizer = scorer.model, scorer.tokenizer
     rows = [encode_question(question.text, tokenizer) for question in data.questions]
     length = max_new_tokens or _longest_answer(tokenizer, data, way.mode)
     if way.mode == "none":
         assert tokenizer.eot_id is not None  # encode_question has seen to it
         rows = [[*row, tokenizer.eot_id] for row in rows]
-    room = model.config.max_position_embeddings - length - _latent_places(model, way)
+    room = model.config.max_position_embeddings - length - _num_latent_tokens(model, way)
     if room < 2:
         raise ValueError(
             f"max_new_tokens is {length}: with the thoughts it leaves no room for a question in the model's"
             f" max_position_embeddings {model.config.max_position_embeddings}; lower --max_new_tokens"
         )
     cut = [row[-room:] for row in rows]
+    members = batches(scorer, [len(row) for row in cut], way.replace == "shuffled")
+    jobs = [ThinkJob([cut[i] for i in batch], way, length, seed) for batch in members]
     found: dict[int, Answered] = {}
-    with tqdm(total=len(cut), desc=way.mode, unit="question", leave=False) as progress:
-        for members in batches([len(row) for row in cut], batch_size, way.replace == "shuffled"):
-            batch = answer_batch(model, tokenizer, [cut[i] for i in members], way, length, seed)
-            found |= dict(zip(members, batch, strict=True))
-            progress.update(len(members))
+    for batch, answered in zip(members, scorer.compute(jobs, way.mode), strict=True):
+        found |= {i: Answered(*row) for i, row in zip(batch, answered, strict=True)}
     alone = {}
     if way.replace != "shuffled" and not way.temperature:  # which takes two questions; votes are not timed
-        for i in _timed(data):
-            (single,) = (
-                [found[i]] if batch_size == 1 else answer_batch(model, tokenizer, [cut[i]], way, length, seed)
-            )
-            alone[i] = single.seconds
+        timed = list(_timed(data))
+        if scorer.batch_size == 1:
+            alone = {i: found[i].seconds for i in timed}
+        else:
+            singles = [ThinkJob([cut[i]], way, length, seed, alone=True) for i in timed]
+            values = scorer.compute(singles, f"{way.mode}, one at a time")
+            alone = {i: Answered(*row).seconds for i, (row,) in zip(timed, values, strict=True)}
     truncated = sum(len(row) > room for row in rows)
     return Answers(way.mode, [found[i] for i in range(len(cut))], alone, truncated, length)
 
 
-def try_way(model: ZeroModel, tokenizer: Tokenizer, data: QuestionSet, way: Way, seed: int) -> None:
+def try_way(scorer: Scorer, data: QuestionSet, way: Way, seed: int) -> None:
     """Answers two questions by one token. Raises ValueError if the model cannot answer in this way."""
-    room = model.config.max_position_embeddings - 1 - _latent_places(model, way)
-    rows = [encode_question(question.text, tokenizer) for question in data.questions[:2]]
+    room = scorer.model.config.max_position_embeddings - 1 - _num_latent_tokens(scorer.model, way)
+    rows = [encode_question(question.text, scorer.tokenizer) for question in data.questions[:2]]
     if room > 1:  # `answer_all` says what else is wrong
-        answer_batch(model, tokenizer, [row[-room:] for row in rows], way, 1, seed)
+        scorer.compute([ThinkJob([row[-room:] for row in rows], way, 1, seed)], "trying")
 
 
-def _latent_places(model: ZeroModel, way: Way) -> int:
-    """Of latents and <eot>, which stand between question and answer."""
+def _num_latent_tokens(model: ZeroModel, way: Way) -> int:
+    """Of latents and <eot>, between question and answer."""
     if way.mode != "thoughts":
         return 0
     return 1 + (way.num_latents or model.config.latent_cot.num_latents)
@@ -143,15 +153,14 @@ def _timed(data: QuestionSet) -> Iterator[int]:
     """The first TIMED questions of each depth."""
     seen: dict[int | None, int] = {}
     for i, question in enumerate(data.questions):
-        seen[question.depth] = count = seen.get(question.depth, 0) + 1
+        seen[question.problem_depth] = count = seen.get(question.problem_depth, 0) + 1
         if count <= TIMED:
             yield i
 
 
-def batches(lengths: Sequence[int], batch_size: int, pairs: bool) -> list[list[int]]:
+def batches(scorer: Scorer, lengths: Sequence[int], pairs: bool) -> list[list[int]]:
     """Indices, the longest first; with `pairs` a last batch of one joins the batch before it."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = scorer.by_length(lengths)
     if pairs and len(found) > 1 and len(found[-1]) == 1:
         found[-2:] = [found[-2] + found[-1]]
     return found

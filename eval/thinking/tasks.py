@@ -11,7 +11,7 @@ from data_pipeline.sources.traced import read_icot, read_prosqa, traced_causal_l
 from data_pipeline.tasks import causal_loop_v2
 from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from eval.scoring.cli import find_data
+from eval.scoring.task import find_data
 
 GENERATED = "causal_loop_v2"
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
@@ -23,7 +23,7 @@ class Question(NamedTuple):
     id: str
     text: str
     answer: str
-    depth: int | None = None  # steps that the answer needs one after the other; None: not known
+    problem_depth: int | None = None  # steps that the answer needs one after the other; None: not known
     reference: TracedDocument | None = None  # with the chain of thought, where it is of a known length
 
 

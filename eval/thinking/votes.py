@@ -1,10 +1,9 @@
 """Test-time scaling: sampled chains of thought, whose answers vote (Wang et al. 2022, arXiv 2203.11171)."""
 
-from data_pipeline.tokenization.tokenizer import Tokenizer
+from eval.scoring.core import Scorer
 from eval.scoring.generation import TEMPERATURE, Ballot, majority_vote
 from eval.thinking.answers import Way, answer_all
 from eval.thinking.tasks import QuestionSet, normalize, read_chain_answer
-from model import ZeroModel
 
 
 def voters(samples: int) -> list[int]:
@@ -13,14 +12,7 @@ def voters(samples: int) -> list[int]:
 
 
 def vote(
-    model: ZeroModel,
-    tokenizer: Tokenizer,
-    data: QuestionSet,
-    way: Way,
-    batch_size: int,
-    max_new_tokens: int | None,
-    seed: int,
-    samples: int,
+    scorer: Scorer, data: QuestionSet, way: Way, max_new_tokens: int | None, seed: int, samples: int
 ) -> dict[str, list[float]]:
     """Answers every question `samples` times with a chain of thought.
 
@@ -30,9 +22,9 @@ def vote(
     ballots: list[list[Ballot]] = [[] for _ in data.questions]
     sampled = way._replace(temperature=TEMPERATURE)
     for sample in range(samples):
-        answers = answer_all(model, tokenizer, data, sampled, batch_size, max_new_tokens, seed + sample)
+        answers = answer_all(scorer, data, sampled, max_new_tokens, seed + sample)
         for question, row, own in zip(data.questions, answers.rows, ballots, strict=True):
-            found = read_chain_answer(tokenizer, row.tokens)
+            found = read_chain_answer(scorer.tokenizer, row.tokens)
             answer = None if found is None else normalize(found)
             own.append(Ballot(answer, float(answer == normalize(question.answer))))
     return {f"acc,maj@{k}": [majority_vote(own[:k]) for own in ballots] for k in voters(samples)}

@@ -73,7 +73,7 @@ def test_kava_from_a_hugging_face_folder(kind, launch, data_root, tmp_path, monk
     arguments = ["--checkpoint", run / "export", "--task", "gsm8k", "--data", data_root, "--limit", 3]
     arguments += ["--max_new_tokens", 5, "--output_path", tmp_path / "scores"]
     monkeypatch.setattr(sys, "argv", ["thoughts.py", *map(str, arguments)])
-    thoughts.main()
+    thoughts.main(thoughts.TASK, thoughts.__doc__)
     (scores,) = (tmp_path / "scores").glob("results_*.json")
     assert "thoughts_gsm8k" in json.loads(scores.read_text())["results"]
 

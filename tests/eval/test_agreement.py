@@ -21,14 +21,14 @@ import torch
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.run import TASKS
-from eval.scoring.cli import Options
 from eval.scoring.core import Scorer
+from eval.scoring.task import Options
 
 from .lm_eval_reference import CHARACTERS, DIGESTS, SETTINGS, asked, digests, evaluate, lm_eval_asks
 
 ROOT = Path(__file__).parents[2]
 live = pytest.mark.skipif(
-    find_spec("lm_eval") is None, reason="lm-eval is not installed: the digests stand in"
+    find_spec("lm_eval") is None, reason="lm-eval is not installed: the digests are compared instead"
 )
 Answer = Callable[[str], str]
 Rows = list[dict[str, Any]]
@@ -58,7 +58,7 @@ class Replay:
 
 def our_samples(scorer: Any, data: Path, task: str, **options: Any) -> Rows:
     """The sample lines of a task as the user gets them."""
-    return TASKS[task](Options(data=data, **options))(scorer)[0].samples
+    return TASKS[task].load(Options(data=data, **options))(scorer)[0].samples
 
 
 def our_asks(data: Path, task: str, num_fewshot: int, **options: Any) -> Rows:

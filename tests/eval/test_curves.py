@@ -9,8 +9,8 @@ import pytest
 
 from data_pipeline.sources.documents import Problem
 from eval import gsm8k, gsm8k_cot
-from eval.scoring.cli import Options
 from eval.scoring.generation import Ballot, majority_vote, sample_votes
+from eval.scoring.task import Options
 from eval.scoring.training_data import decontamination, read_training_data
 from model import RecurrenceConfig, ZeroModel
 
@@ -54,16 +54,16 @@ def test_depths_and_shots_in_one_results_file(checkpoint, data, tmp_path, run_sc
         4,
     )
     run_script(
-        *common, "--depth", "1,2,adaptive", "--num_fewshot", "0,1", "--output_path", tmp_path / "all",
+        *common, "--num_steps", "1,2,adaptive", "--num_fewshot", "0,1", "--output_path", tmp_path / "all",
         "--log_samples",
     )  # fmt: skip
     results, printed = results_of(tmp_path / "all"), capsys.readouterr().out
     names = [f"{task}{suffix}" for task, suffixes in (
-        ("arc_easy", ("@depth=1", "", "@depth=adaptive",
-                      "@depth=1,shots=1", "@shots=1", "@depth=adaptive,shots=1")),
+        ("arc_easy", ("@num_steps=1", "", "@num_steps=adaptive",
+                      "@num_steps=1,shots=1", "@shots=1", "@num_steps=adaptive,shots=1")),
         # gsm8k's own number is 5
-        ("gsm8k", ("@depth=1,shots=0", "@shots=0", "@depth=adaptive,shots=0",
-                   "@depth=1,shots=1", "@shots=1", "@depth=adaptive,shots=1")),
+        ("gsm8k", ("@num_steps=1,shots=0", "@shots=0", "@num_steps=adaptive,shots=0",
+                   "@num_steps=1,shots=1", "@shots=1", "@num_steps=adaptive,shots=1")),
     ) for suffix in suffixes]  # fmt: skip
     assert list(results["results"]) == names
     found = [
@@ -82,15 +82,20 @@ def test_depths_and_shots_in_one_results_file(checkpoint, data, tmp_path, run_sc
         assert entry["mean_steps"] == depth if depth != "adaptive" else 1 <= entry["mean_steps"] <= 2
         assert entry["seconds_per_answer"] > 0
         assert f"| {name} " in printed
-    run_script(*common, "--depth", 1, "--num_fewshot", 1, "--output_path", tmp_path / "one", "--log_samples")
+    run_script(
+        *common, "--num_steps", 1, "--num_fewshot", 1, "--output_path", tmp_path / "one", "--log_samples"
+    )
     alone = results_of(tmp_path / "one")
-    assert list(alone["results"]) == ["arc_easy@depth=1", "gsm8k@depth=1"]  # shots of one call are no suffix
+    assert list(alone["results"]) == [
+        "arc_easy@num_steps=1",
+        "gsm8k@num_steps=1",
+    ]  # one number of shots adds no suffix
     for task in ("arc_easy", "gsm8k"):
-        ours = samples_of(tmp_path / "all", f"{task}@depth=1,shots=1")
-        theirs = samples_of(tmp_path / "one", f"{task}@depth=1")
+        ours = samples_of(tmp_path / "all", f"{task}@num_steps=1,shots=1")
+        theirs = samples_of(tmp_path / "one", f"{task}@num_steps=1")
         assert [line["prompt"] for line in ours] == [line["prompt"] for line in theirs]
         assert [line["resps"] for line in ours] == [line["resps"] for line in theirs]
-    assert samples_of(tmp_path / "all", "arc_easy@depth=1") != samples_of(tmp_path / "all", "arc_easy")
+    assert samples_of(tmp_path / "all", "arc_easy@num_steps=1") != samples_of(tmp_path / "all", "arc_easy")
 
 
 def test_model_without_recurrence_runs_once(tmp_path, checkpoint, data, run_script, capsys):
@@ -100,7 +105,7 @@ def test_model_without_recurrence_runs_once(tmp_path, checkpoint, data, run_scri
     config = tiny_config(json.loads((folder / "config.json").read_text())["vocab_size"])
     ZeroModel(replace(config, recurrence=RecurrenceConfig())).save_pretrained(folder)
     common = ("run.py", "--checkpoint", folder, "--data", data, "--tasks", "arc_easy")
-    run_script(*common, "--depth", 1, "--output_path", tmp_path / "out")
+    run_script(*common, "--num_steps", 1, "--output_path", tmp_path / "out")
     results = results_of(tmp_path / "out")
     assert list(results["results"]) == ["arc_easy"]
     assert results["results"]["arc_easy"]["mean_steps"] is None
@@ -109,26 +114,26 @@ def test_model_without_recurrence_runs_once(tmp_path, checkpoint, data, run_scri
         None,
     )
     with pytest.raises(SystemExit) as exit_:
-        run_script(*common, "--depth", "1,4")
+        run_script(*common, "--num_steps", "1,4")
     assert_error_line(exit_.value, capsys, "depth is 4: a model without recurrence")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--depth", "0"], "argument --depth: is 0, at least 1 is needed"),
-        (["--depth", "1,adaptve"], "argument --depth: has 'adaptve', which is not a number of loop steps or"),
-        (["--depth", "4,4"], "argument --depth: names '4' twice"),
-        (["--depth", ""], "argument --depth: has '', which is not a number of loop steps"),
-        (["--depth", "1.5"], "argument --depth: has '1.5'"),
+        (["--num_steps", "0"], "argument --num_steps: is 0, at least 1 is needed"),
+        (["--num_steps", "1,adaptve"], "argument --num_steps: has 'adaptve', which is not a number of loop"),
+        (["--num_steps", "4,4"], "argument --num_steps: names '4' twice"),
+        (["--num_steps", ""], "argument --num_steps: has '', which is not a number of loop steps"),
+        (["--num_steps", "1.5"], "argument --num_steps: has '1.5'"),
         (["--num_fewshot", "0,-1"], "argument --num_fewshot: is -1, at least 0 is needed"),
         (["--num_fewshot", "0,"], "argument --num_fewshot: has '', which is not a number of examples"),
         (["--num_fewshot", "0,99"], "num_fewshot is 99: it must be 0 to"),
         (["--samples", "0"], "argument --samples: is 0"),
         (["--num_processes", "0"], "argument --num_processes: is 0"),
         (["--tasks", "arc_easy", "--samples", "2"], "--samples 2: no task of arc_easy generates answers"),
-        (["--tasks", "gsmk"], "there is no task 'gsmk': did you mean gsm8k?"),
-        (["--tasks", "perplexty"], "did you mean perplexity?"),
+        (["--tasks", "gsmk"], "there is no task 'gsmk': did you mean 'gsm8k'?"),
+        (["--tasks", "perplexty"], "did you mean 'perplexity'?"),
     ],
 )  # fmt: skip
 def test_bad_lists_are_one_line(checkpoint, data, run_script, capsys, arguments, message):
@@ -238,7 +243,7 @@ def test_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, run_script, 
 
     monkeypatch.setattr("eval.scoring.inference.Engine.run", recomputed)
     run_script(*common, "--output_path", tmp_path / "broken")
-    assert "answers of an interrupted evaluation are taken over" in capsys.readouterr().out
+    assert "answers of an interrupted evaluation are reused" in capsys.readouterr().out
     assert not list((tmp_path / "broken").glob("unfinished_*.jsonl"))
     for task in ("arc_easy", "gsm8k_cot"):
         assert samples_of(tmp_path / "broken", task) == samples_of(tmp_path / "whole", task)
@@ -248,7 +253,7 @@ def test_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, run_script, 
 
 
 def test_majority_baselines(checkpoint, data, tmp_path, run_script):
-    """Of the whole file, also under --limit: ARC's places A, B, A; GSM8K's numbers 0, 1, 2, 2."""
+    """Of the whole file, also under --limit: ARC's letters A, B, A; GSM8K's numbers 0, 1, 2, 2."""
     run_script(
         "run.py", "--checkpoint", checkpoint, "--data", data, "--tasks", "arc_easy,gsm8k", "--limit", 1,
         "--num_fewshot", 0, "--max_new_tokens", 1, "--output_path", tmp_path,

@@ -1,4 +1,4 @@
-"""An evaluation that is killed goes on where it was."""
+"""An evaluation that is killed resumes bit-exactly."""
 
 import json
 import os
@@ -24,8 +24,8 @@ PROMPTS = [f"Where is John {i}?" for i in range(6)]
 SCRIPT = """
 import sys
 from pathlib import Path
-from eval.journal import Journal, checkpoint_fingerprint
-from eval.scorer import Scorer
+from eval.scoring.journal import Journal, checkpoint_fingerprint
+from eval.scoring.scorer import Scorer
 from tests.eval.test_journal import PROMPTS, REQUESTS
 
 checkpoint, folder = map(Path, sys.argv[1:])
@@ -69,11 +69,8 @@ def test_a_killed_evaluation_computes_nothing_twice(checkpoint, tmp_path, monkey
     run = scorer.engine.run
     monkeypatch.setattr(scorer.engine, "run", lambda job: jobs.append(job) or run(job))
     scorer.journal = open_journal(tmp_path, checkpoint)
-    assert (
-        capsys.readouterr().out
-        == f"{path}: {len(done)} answers of an interrupted evaluation are taken over\n"
-    )
-    assert evaluate(scorer) == expected  # to the bit
+    assert capsys.readouterr().out == f"{path}: {len(done)} answers of an interrupted evaluation are reused\n"
+    assert evaluate(scorer) == expected  # bit for bit
     assert scorer.take_seconds() > 0
     written = [key for line in path.read_bytes().split(b"\n")[1:-1] for key in json.loads(line)]
     assert len(set(written)) == len(written) == len(REQUESTS) + 2 * len(PROMPTS)
@@ -110,7 +107,9 @@ def test_commands_share_a_folder_unless_their_tasks_are_the_same(
 ):
     flags = f"--checkpoint {checkpoint} --tasks causal_loop --limit 1 --output_path {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["eval/run.py", *flags.split()])
-    held = Journal.open(tmp_path, fingerprint([other], Namespace(checkpoint=checkpoint, batch_size=16)))
+    held = Journal.open(
+        tmp_path, fingerprint([evaluation.TASKS[other]], Namespace(checkpoint=checkpoint, batch_size=16))
+    )
     if refused:
         with pytest.raises(SystemExit):
             evaluation.main()

@@ -17,7 +17,7 @@ from data_pipeline.sources.problems import MATH_SUBJECTS, boxed_answer, read_mat
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval import hendrycks_math, p_hop, perplexity, reclor
 from eval.hendrycks_math import equivalent, extract, normalize
-from eval.scoring.cli import Options
+from eval.scoring.task import Options
 
 from .test_scripts import assert_error_line, results_of, samples_of
 
@@ -65,7 +65,7 @@ EQUIVALENT = [
     ("\\$3", "3"), ("3/4", "\\frac{3}{4}"), ("1\\\\2", "1\\2"), ("\\tfrac1{72}", "\\frac{1}{72}"), ("", ""),
 ]  # fmt: skip
 DIFFERENT = [
-    ("x/2", "x / 2"),  # a slash between what are no integers: compared as they are
+    ("x/2", "x / 2"),  # a slash between operands that are not integers: compared as they are
     ("0.25", "\\frac{1}{4}"), ("1,000", "1000"), ("2", "2.0"), ("a\\text{ b}\\text{ c}", "a"), ("abc=4", "4"),
     ("\\frac", "\\frac{}{}"), ("03/4", "\\frac{3}{4}"), ("1/2/3", "\\frac{1}{2}/3"),
 ]  # fmt: skip
@@ -80,7 +80,8 @@ def test_equivalent_answers():
 
 def test_normalize_is_lm_evals_on_random_tex():
     utils = pytest.importorskip(
-        "lm_eval.tasks.hendrycks_math.utils", reason="lm-eval is not installed: the tables above stand in"
+        "lm_eval.tasks.hendrycks_math.utils",
+        reason="lm-eval is not installed: the tables above are compared instead",
     )
     pieces = ["\\frac", "\\dfrac", "\\sqrt", "{", "}", "1", "12", "x", "=", "/", ".", " ", "\\text{ ",
               "\\left(", "\\!", "\\\\", "^\\circ", "\\$", "$", "\\%", "0.5", "0", "-", "\n", "_"]  # fmt: skip

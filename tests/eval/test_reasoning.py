@@ -25,6 +25,7 @@ from eval.looping.measures import (
     spearman,
     unrolled_parameters,
 )
+from eval.looping.summary import measure_depths
 from eval.scoring.core import Scorer, mean_score
 from eval.scoring.results import table_rows
 from model import RecurrenceConfig, ZeroModel
@@ -105,7 +106,7 @@ def test_measures_equal_one_sample_at_a_time(exports, name, batch_size):
     scorer, documents = scorer_of(exports, name, batch_size), documents_of_many_lengths()
     rows = encode_rows("mixed", documents, scorer)
     for num_steps in (1, 7) if name != "none" else (1,):
-        measured = reasoning.measure_depths(scorer, rows, [num_steps])
+        measured = measure_depths(scorer, rows, [num_steps])
         outcome, correct = measured.outcomes[num_steps], measured.correct[num_steps]
         alone = [one_by_one(scorer, document, num_steps) for document in documents]
         assert correct == [one["correct"] for one in alone]
@@ -141,7 +142,7 @@ def test_measures_equal_one_sample_at_a_time(exports, name, batch_size):
 
 
 def test_a_character_of_several_tokens_and_a_long_text_are_refused(exports):
-    """ASCII characters always are one token, if need be that of their byte."""
+    """ASCII characters always are one token, if need be their byte's."""
     scorer = scorer_of(exports, "none", 1)
     with pytest.raises(ValueError, match="source 'greek' has the character 'α' in text or labels, .* 2 tok"):
         encode_rows("greek", [LabelledDocument("abα", ((1, "a"),))], scorer)
@@ -159,7 +160,7 @@ def test_accuracies_follow_from_the_predictions(exports):
     right = [Row(row.tokens, row.positions, chosen) for row, chosen in zip(rows, predictions, strict=True)]
     wrong = [Row(row.tokens, row.positions, [t + 1 for t in row.targets]) for row in right]
     for told, value in ((right, 1.0), (wrong, 0.0)):
-        correct = reasoning.measure_depths(scorer, told, [2]).correct[2]
+        correct = measure_depths(scorer, told, [2]).correct[2]
         assert {x for row in correct for x in row} == {value}
 
 
@@ -247,7 +248,7 @@ def test_pooled_mean_is_exact_and_its_error_counts_samples():
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["reasoning.py", *map(str, arguments)])
-    reasoning.main()
+    reasoning.main(reasoning.TASK, reasoning.__doc__)
 
 
 def report_in(directory: Path) -> dict:
@@ -263,7 +264,7 @@ def test_command(exports, name, tmp_path, monkeypatch, capsys):
     )  # fmt: skip
     report, printed = report_in(tmp_path), capsys.readouterr().out
     expected = [1] if name == "none" else [1, 3, 6, 9, 12]
-    found = report["reasoning"]
+    found = report["facts"]["reasoning_p_hop"]
     assert [int(n) for n in found["by_steps"]] == expected
     scorer = scorer_of(exports, name)
     samples = list(p_hop.generate(12, 2, 16, 4, seed=7, split="test"))
@@ -272,13 +273,13 @@ def test_command(exports, name, tmp_path, monkeypatch, capsys):
         ones = [one_by_one(scorer, LabelledDocument(s.text, s.labels), n) for s in samples]
         accuracies[n] = sum(one["correct"][-1] for one in ones) / 12
         scores = report["results"]["reasoning_p_hop"]
-        assert scores[f"acc,steps={n}"] == pytest.approx(accuracies[n])
+        assert scores[f"acc,num_steps={n}"] == pytest.approx(accuracies[n])
         error = math.sqrt(accuracies[n] * (1 - accuracies[n]) / 11)
-        assert scores[f"acc_stderr,steps={n}"] == pytest.approx(error)
+        assert scores[f"acc_stderr,num_steps={n}"] == pytest.approx(error)
         loss = sum(one["losses"][-1] for one in ones) / 12
-        assert scores[f"cross_entropy,steps={n}"] == pytest.approx(loss, abs=1e-4)
+        assert scores[f"cross_entropy,num_steps={n}"] == pytest.approx(loss, abs=1e-4)
         all_labels = [x for one in ones for x in one["correct"]]
-        value = report["results"]["reasoning_p_hop_labels"][f"acc,steps={n}"]
+        value = report["results"]["reasoning_p_hop_labels"][f"acc,num_steps={n}"]
         assert value == pytest.approx(sum(all_labels) / len(all_labels))
     answers = [s.answer for s in samples]
     one_hop = [s.text[max(k for k in range(1, 16) if s.text[k - 1] == s.text[15])] for s in samples]
@@ -319,8 +320,8 @@ def test_depths_that_a_task_knows(exports, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(reasoning.TASKS, "mixed", reasoning_tasks.ReasoningTask({}, mixed))
     run(
-        monkeypatch, "--checkpoint", exports["act"], "--task", "mixed", "--num_samples", 8, "--steps", "7,2",
-        "--output_path", tmp_path,
+        monkeypatch, "--checkpoint", exports["act"], "--task", "mixed", "--num_samples", 8,
+        "--num_steps", "7,2", "--output_path", tmp_path,
     )  # fmt: skip
     report = report_in(tmp_path)
     scorer = scorer_of(exports, "act")
@@ -329,24 +330,26 @@ def test_depths_that_a_task_knows(exports, tmp_path, monkeypatch, capsys):
         samples = list(p_hop.generate(8, hops, 20, 4, seed=1234, split="test"))
         for n in (2, 7):
             ones = [one_by_one(scorer, LabelledDocument(s.text, s.labels), n) for s in samples]
-            accuracy = report["results"][f"reasoning_mixed_depth{hops}"][f"acc,steps={n}"]
+            accuracy = report["results"][f"reasoning_mixed_problem_depth{hops}"][f"acc,num_steps={n}"]
             assert accuracy == pytest.approx(sum(one["correct"][-1] for one in ones) / 8)
             iterations[n] += [one["iterations"][0][-1] for one in ones]
         share = sum(s.answer == "a" for s in samples) / 8
-        assert report["baselines"][f"reasoning_mixed_depth{hops}"]["always a"]["value"] == share
+        assert report["baselines"][f"reasoning_mixed_problem_depth{hops}"]["always a"]["value"] == share
     depths = [1.0] * 8 + [2.0] * 8 + [3.0] * 8
     for n in (2, 7):
-        found = report["reasoning"]["by_steps"][str(n)]["depth_correlation"]
+        found = report["facts"]["reasoning_mixed"]["by_steps"][str(n)]["problem_depth_correlation"]
         assert found == pytest.approx(counted_spearman(iterations[n], depths))
-    assert report["reasoning"]["overthinking_gap"] is None  # 4 times the trained depth was not asked for
-    assert "The trained depth is not among --steps" in capsys.readouterr().out
+    assert (
+        report["facts"]["reasoning_mixed"]["overthinking_gap"] is None
+    )  # 4 times the trained depth was not asked for
+    assert "The trained depth is not among --num_steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
         ("act", ["--task", "sorting"], "argument --task: invalid choice: 'sorting'"),
-        ("act", ["--task_options", "hop=3"], "p_hop has no option 'hop': did you mean hops?"),
+        ("act", ["--task_options", "hop=3"], "p_hop has no option 'hop': did you mean 'hops'?"),
         ("act", ["--task_options", "hops=x"], "hops is 'x', an integer is needed"),
         ("act", ["--task_options", "hops"], "hops is '', an integer is needed"),
         ("act", ["--task_options", "hops=0"], "hops 0 is not in 1.."),
@@ -355,12 +358,13 @@ def test_depths_that_a_task_knows(exports, tmp_path, monkeypatch, capsys):
             ["--task_options", "length=64"],
             "65 tokens, more than the model's max_position_embeddings 64",
         ),
-        ("act", ["--steps", "0"], "argument --steps: is 0, at least 1 is needed"),
-        ("act", ["--steps", "1,,2"], "argument --steps: invalid"),
+        ("act", ["--num_steps", "0"], "argument --num_steps: is 0, at least 1 is needed"),
+        ("act", ["--num_steps", "1,,2"], "argument --num_steps: has '', which is not a number of loop steps"),
+        ("act", ["--num_steps", "1,adaptive"], "only numbers of steps are measured here"),
         ("act", ["--num_samples", "0"], "argument --num_samples: is 0"),
         ("act", ["--log_samples"], "--log_samples needs --output_path"),
         ("act", ["--checkpoint", "nowhere"], "no checkpoint folder nowhere"),
-        ("none", ["--steps", "1,2"], "the checkpoint has no recurrence"),
+        ("none", ["--num_steps", "1,2"], "the checkpoint has no recurrence"),
     ],
 )
 def test_mistakes_are_one_line(exports, monkeypatch, capsys, name, arguments, message):

@@ -71,9 +71,9 @@ def run(checkpoint: Path, tmp_path: Path) -> Path:
     write_metrics(folder, lines)
     files = [
         [
-            entry("arc_easy", 0.31, suffix="@depth=1", depth=1, mean_steps=1.0),
+            entry("arc_easy", 0.31, suffix="@num_steps=1", depth=1, mean_steps=1.0),
             entry("arc_easy", 0.42, mean_steps=2.0),
-            entry("arc_easy", 0.37, suffix="@depth=adaptive", depth="adaptive", mean_steps=1.5),
+            entry("arc_easy", 0.37, suffix="@num_steps=adaptive", depth="adaptive", mean_steps=1.5),
             *babi([0.97] * 15 + [0.5] * 5),
         ],
         [entry("logiqa", 0.20 + k / 100, suffix=f"@shots={k}" if k else "", shots=k) for k in (0, 2, 8)],
@@ -89,7 +89,7 @@ def run(checkpoint: Path, tmp_path: Path) -> Path:
             ]
             for k in (4, 16)
         ),
-        [entry("gsm8k", 0.05, suffix="@depth=8", depth=8, mean_steps=8.0, shots=5)],
+        [entry("gsm8k", 0.05, suffix="@num_steps=8", depth=8, mean_steps=8.0, shots=5)],
         [
             entry(
                 "perplexity",
@@ -240,7 +240,7 @@ def test_the_newest_of_equal_settings_counts(run):
 
 
 def test_depths_asked_for_without_the_own_one_are_told_apart_from_it():
-    report_ = results_file([entry("arc_easy", 0.4, suffix="@depth=4", depth=4), entry("babi", 0.5)])
+    report_ = results_file([entry("arc_easy", 0.4, suffix="@num_steps=4", depth=4), entry("babi", 0.5)])
     results: dict[str, Result] = {result.task: result for result in read_results(report_)}
     assert (results["arc_easy"].is_own_depth, results["arc_easy"].is_plain) == (False, False)
     assert (results["babi"].is_own_depth, results["babi"].is_plain) == (True, True)

@@ -31,7 +31,7 @@ COT = Way("cot")
 
 
 def write_results(run: Path, found: dict[Way, list[float]], number: int = 0) -> None:
-    """A results file as eval/thoughts.py writes them: the whole, then its two serial depths."""
+    """A results file as eval/thoughts.py writes them: the whole, then its two problem depths."""
     tables: dict[str, dict] = {
         table: {}
         for table in ("results", "baselines", "group_subtasks", "configs", "n-shot", "higher_is_better")
@@ -39,7 +39,7 @@ def write_results(run: Path, found: dict[Way, list[float]], number: int = 0) -> 
     samples = {}
     for place, (way, accuracies) in enumerate(found.items()):
         mark = f"@way={number}.{place}"
-        names = [f"thoughts_{TASK}{part}{mark}" for part in ("", "_depth1", "_depth2")]
+        names = [f"thoughts_{TASK}{part}{mark}" for part in ("", "_problem_depth1", "_problem_depth2")]
         for name, depth, accuracy in zip(names, (None, 1, 2), accuracies, strict=True):
             passes = 3.0 + (way.num_iterations or 0)
             metrics = {"acc": accuracy, "forward_passes": passes, "cache_bytes": 1000.0}
@@ -56,7 +56,7 @@ def write_results(run: Path, found: dict[Way, list[float]], number: int = 0) -> 
                 **way._asdict(),
                 "kv_buffer": buffer,
                 "problem_set": TASK,
-                "serial_depth": depth,
+                "problem_depth": depth,
                 "task": name,
             }
             tables["configs"][name] = facts

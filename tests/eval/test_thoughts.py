@@ -7,6 +7,7 @@ import torch
 
 from data_pipeline.sources.traced import traced_gsm8k
 from data_pipeline.tokenization.tokenizer import EOS_ID, EOT_ID, Tokenizer
+from eval.scoring.core import Scorer
 from eval.thinking import answers as thoughts_answers
 from eval.thinking.answers import Answered, Way, answer_all, answer_batch, batches
 from eval.thinking.tasks import (
@@ -73,7 +74,7 @@ def test_written_answers_equal_passes_without_a_cache(exports, name, mode):
     expected = [written_alone(model, prompt, NEW) for prompt in prompts]
     assert len({len(answer) for answer in expected}) > 1  # they do end at different lengths
     for batch_size in (1, 3):
-        answers = answer_all(model, tokenizer, data, Way(mode), batch_size, NEW, seed=0)
+        answers = answer_all(Scorer(model, tokenizer, batch_size), data, Way(mode), NEW, seed=0)
         assert [row.tokens for row in answers.rows] == expected
         for prompt, row in zip(prompts, answers.rows, strict=True):
             assert row.passes == len(row.tokens)  # the question's gives the first token
@@ -119,7 +120,7 @@ def test_thoughts_equal_the_models_own_row_by_row(exports, way, monkeypatch):
         assert found.cache.numel() == held * TOKEN_NUMBERS["thinker"]
     assert len({len(answer.tokens) for answer in expected}) > 1
     for batch_size in (1, 3):
-        rows = answer_all(model, tokenizer, data, way, batch_size, NEW, seed=0).rows
+        rows = answer_all(Scorer(model, tokenizer, batch_size), data, way, NEW, seed=0).rows
         for row, theirs in zip(rows, expected, strict=True):
             same = row._replace(seconds=0.0)
             if way.tolerance and batch_size > 1:  # the batch goes on until its slowest row has settled
@@ -134,10 +135,10 @@ def test_thoughts_equal_the_models_own_row_by_row(exports, way, monkeypatch):
 def test_budgets_equal_the_models_own_row_by_row(exports, name):
     model, tokenizer = load(exports, name)
     data = of_many_lengths()
-    plain = answer_all(model, tokenizer, data, Way("cot"), 3, 30, seed=0).rows
+    plain = answer_all(Scorer(model, tokenizer, 3), data, Way("cot"), 30, seed=0).rows
     changed = False
     for way in (Way("cot", kv_budget=9, kv_buffer=4), Way("cot", kv_budget=30, kv_buffer=4)):
-        rows = answer_all(model, tokenizer, data, way, 3, 30, seed=0).rows
+        rows = answer_all(Scorer(model, tokenizer, 3), data, way, 30, seed=0).rows
         for prompt, row, without in zip(encoded(tokenizer, data), rows, plain, strict=True):
             cache, budget = LatentCache(), {"kv_budget": way.kv_budget, "kv_buffer": way.kv_buffer}
             tokens = torch.tensor([prompt])
@@ -157,11 +158,12 @@ def test_budgets_equal_the_models_own_row_by_row(exports, name):
 def test_shuffled_latents_are_of_another_question_of_the_batch(exports):
     model, tokenizer = load(exports, "thinker")
     data, way = of_many_lengths(), Way("thoughts", replace="shuffled")
-    answers = answer_all(model, tokenizer, data, way, 3, NEW, seed=11)
+    answers = answer_all(Scorer(model, tokenizer, 3), data, way, NEW, seed=11)
     lengths = [len(row) for row in encoded(tokenizer, data)]
-    members = batches(lengths, 3, pairs=True)
+    scorer = Scorer(model, tokenizer, 3)
+    members = batches(scorer, lengths, pairs=True)
     assert [len(batch) for batch in members] == [3, 4]  # none is left alone
-    assert [len(batch) for batch in batches(lengths, 3, pairs=False)] == [3, 3, 1]
+    assert [len(batch) for batch in batches(scorer, lengths, pairs=False)] == [3, 3, 1]
     assert sorted(i for batch in members for i in batch) == list(range(7))
     assert answers.alone == {}
     for batch in members:
@@ -175,7 +177,7 @@ def test_shuffled_latents_are_of_another_question_of_the_batch(exports):
         for i, own in zip(batch, new.tolist(), strict=True):
             assert answers.rows[i].tokens == until_eos(own)
             assert answers.rows[i].passes == 1 + found.passes + len(until_eos(own))
-    own = answer_all(model, tokenizer, data, Way("thoughts"), 3, NEW, seed=11)
+    own = answer_all(Scorer(model, tokenizer, 3), data, Way("thoughts"), NEW, seed=11)
     assert [row.tokens for row in own.rows] != [row.tokens for row in answers.rows]
 
 
@@ -183,14 +185,14 @@ def test_a_long_question_is_cut_from_the_left(exports):
     model, tokenizer = load(exports, "thinker")
     short, long = Question("s", "A1?A", "1"), Question("l", "A1B2" * 40 + "?A", "1")
     data = QuestionSet([short, long], 2, 0.5, {}, [])
-    answers = answer_all(model, tokenizer, data, Way("thoughts"), 2, 20, seed=0)
+    answers = answer_all(Scorer(model, tokenizer, 2), data, Way("thoughts"), 20, seed=0)
     assert answers.num_truncated == 1
     room = 160 - 20 - C - 1
     cut = encoded(tokenizer, data)[1][-room:]
     alone = answer_batch(model, tokenizer, [cut], Way("thoughts"), 20, 0)[0]
     assert answers.rows[1]._replace(seconds=0) == alone._replace(seconds=0)
     with pytest.raises(ValueError, match="max_new_tokens is 156: with the thoughts it leaves no room"):
-        answer_all(model, tokenizer, data, Way("thoughts"), 2, 156, seed=0)
+        answer_all(Scorer(model, tokenizer, 2), data, Way("thoughts"), 156, seed=0)
 
 
 def test_answers_are_compared_without_commas_in_numbers():

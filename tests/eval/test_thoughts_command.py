@@ -26,7 +26,7 @@ FLAGS = ["--task", "causal_loop_v2", "--task_options", "max_depth=4,variables=4,
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["thoughts.py", *map(str, arguments)])
-    thoughts.main()
+    thoughts.main(thoughts.TASK, thoughts.__doc__)
 
 
 def report_in(directory: Path) -> dict:
@@ -96,7 +96,7 @@ def test_command(constant, mode, tmp_path, monkeypatch, capsys):
     assert [line["filtered_resps"] for line in lines] == ["3"] * 22
     assert 0 < sum(line["acc"] for line in lines) < 22
     parts = report["group_subtasks"][name]
-    assert parts == [name.replace("_v2", f"_v2_depth{d}") for d in range(1, 5)]
+    assert parts == [name.replace("_v2", f"_v2_problem_depth{d}") for d in range(1, 5)]
     for task, depths in ((name, range(1, 5)), *((part, [d]) for d, part in enumerate(parts, start=1))):
         members = [i for i, s in enumerate(samples) if s.depth in depths]
         n, found = len(members), report["results"][task]
@@ -118,7 +118,7 @@ def test_command(constant, mode, tmp_path, monkeypatch, capsys):
         assert found["latency_seconds,batch=8"] > 0
         assert found["latency_seconds,batch=1"] > 0
         config = report["configs"][task]
-        assert (config["mode"], config["serial_depth"]) == (mode, None if task == name else depths[0])
+        assert (config["mode"], config["problem_depth"]) == (mode, None if task == name else depths[0])
         of_thoughts = (C, T, "jacobi") if mode == "thoughts" else (None, None, None)
         assert tuple(config[key] for key in ("num_latents", "num_iterations", "feedback")) == of_thoughts
         assert config["replace"] is config["kv_budget"] is config["kv_buffer"] is None

@@ -3,6 +3,7 @@
 import torch
 
 from data_pipeline.tokenization.tokenizer import EOS_ID, EOT_ID, Tokenizer
+from eval.scoring.core import Scorer
 from eval.scoring.generation import TEMPERATURE
 from eval.thinking import votes as thoughts_votes
 from eval.thinking.answers import Answered, Answers, Way, answer_batch
@@ -29,14 +30,14 @@ def test_the_majority_of_the_first_answers_decides(tmp_path, monkeypatch):
         tokens = tokenizer.encode("\nAnswer: " + text) if text else []
         return Answered([*([EOT_ID, *tokens] if text else []), EOS_ID], 1, 0, 0, 0.0)
 
-    def answers(model, own, data, way, batch_size, max_new_tokens, seed) -> Answers:
+    def answers(scorer, data, way, max_new_tokens, seed) -> Answers:
         assert way == Way("cot", temperature=TEMPERATURE)
         seeds.append(seed)
         return Answers("cot", [answered(given[i][seed - 7]) for i in range(3)], {}, 0, 9)
 
     monkeypatch.setattr(thoughts_votes, "answer_all", answers)
     data = QuestionSet([Question(str(i), "?", gold[i]) for i in range(3)], 3, 0.1, {}, [])
-    found = vote(load_pretrained(export), tokenizer, data, Way("cot"), 2, None, 7, 5)
+    found = vote(Scorer(load_pretrained(export), tokenizer, 2), data, Way("cot"), None, 7, 5)
     assert seeds == [7, 8, 9, 10, 11]
     assert found == {
         "acc,maj@1": [0.0, 0.0, 0.0],
