@@ -12,7 +12,9 @@ from functools import partial
 
 from common.errors import user_errors
 from common.nearest import nearest
-from eval import arc, babi, causal_loop, gsm8k, gsm8k_cot, hendrycks_math, logiqa, p_hop, perplexity, reclor
+from eval import arc, babi, causal_loop, gsm8k, gsm8k_cot, hendrycks_math, logiqa, perplexity, reclor
+from eval.looping import answers
+from eval.looping.tasks import TASKS as LABELLED
 from eval.scoring.cli import (
     USER_ERRORS,
     Task,
@@ -31,7 +33,7 @@ TASKS: dict[str, Task] = {
     "arc": arc.load,
     **{name: partial(arc.load, names=[name]) for name in arc.SETS},
     "causal_loop": causal_loop.load,
-    "p_hop": p_hop.load,
+    **{name: partial(answers.load, task=name) for name in LABELLED},
     "perplexity": perplexity.load,
     "math": hendrycks_math.load,
     "reclor": reclor.load,

@@ -220,7 +220,7 @@ def print_table(results: Sequence[TaskResult], batch_size: int) -> None:
 
 def read_questions(args: argparse.Namespace) -> tuple[QuestionSet, dict[str, int]]:
     """The questions, and the sizes of generated ones. Raises ValueError for flags of another kind of task."""
-    generated = args.task == GENERATED
+    generated = args.task in GENERATED
     for flag, fits in (("num_samples", generated), ("task_options", generated), ("limit", not generated)):
         if getattr(args, flag) and not fits:
             raise ValueError(
@@ -231,8 +231,8 @@ def read_questions(args: argparse.Namespace) -> tuple[QuestionSet, dict[str, int
         return published_questions(args.task, args.data, args.limit), {}
     if not args.num_samples:
         raise ValueError(f"--task {args.task} generates its questions: say how many by --num_samples N")
-    options = task_options(GENERATED, args.task_options)
-    return generated_questions(args.num_samples, args.seed, options), options
+    options = task_options(args.task, args.task_options)
+    return generated_questions(args.task, args.num_samples, args.seed, options), options
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -281,9 +281,17 @@ def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="which task")
-    add("--num_samples", type=positive_integer, metavar="N", help=f"questions to generate ({GENERATED})")
-    defaults = ",".join(f"{name}={value}" for name, value in GENERATORS[GENERATED].options.items())
-    add("--task_options", default="", metavar="A=1,B=2", help=f"sizes of {GENERATED} (defaults: {defaults})")
+    add(
+        "--num_samples",
+        type=positive_integer,
+        metavar="N",
+        help=f"questions to generate ({', '.join(GENERATED)})",
+    )
+    defaults = "; ".join(
+        f"{task}: " + ",".join(f"{name}={value}" for name, value in GENERATORS[task].options.items())
+        for task in GENERATED
+    )
+    add("--task_options", default="", metavar="A=1,B=2", help=f"sizes of the task (defaults: {defaults})")
     add(
         "--data",
         type=Path,
