@@ -1,6 +1,6 @@
-"""`python data_pipeline/addition.py`: see data_pipeline/tasks/addition.py."""
+"""`python data_pipeline/addition.py` is `python data_pipeline/generate.py addition`."""
 
-from data_pipeline.tasks.addition import main
+from data_pipeline.generate import run_task
 
 if __name__ == "__main__":
-    main()
+    run_task("addition")

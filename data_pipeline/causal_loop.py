@@ -1,6 +1,6 @@
-"""`python data_pipeline/causal_loop.py`: see data_pipeline/tasks/causal_loop.py."""
+"""`python data_pipeline/causal_loop.py` is `python data_pipeline/generate.py causal_loop`."""
 
-from data_pipeline.tasks.causal_loop import main
+from data_pipeline.generate import run_task
 
 if __name__ == "__main__":
-    main()
+    run_task("causal_loop")

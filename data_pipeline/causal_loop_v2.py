@@ -1,6 +1,6 @@
-"""`python data_pipeline/causal_loop_v2.py`: see data_pipeline/tasks/causal_loop_v2.py."""
+"""`python data_pipeline/causal_loop_v2.py` is `python data_pipeline/generate.py causal_loop_v2`."""
 
-from data_pipeline.tasks.causal_loop_v2 import main
+from data_pipeline.generate import run_task
 
 if __name__ == "__main__":
-    main()
+    run_task("causal_loop_v2")

@@ -1,6 +1,6 @@
-"""`python data_pipeline/p_hop.py`: see data_pipeline/tasks/p_hop.py."""
+"""`python data_pipeline/p_hop.py` is `python data_pipeline/generate.py p_hop`."""
 
-from data_pipeline.tasks.p_hop import main
+from data_pipeline.generate import run_task
 
 if __name__ == "__main__":
-    main()
+    run_task("p_hop")

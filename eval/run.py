@@ -16,6 +16,8 @@ from pathlib import Path
 
 from common.errors import user_errors
 from common.nearest import nearest
+from eval.looping.answers import load as load_answers
+from eval.looping.tasks import TASKS as LABELLED
 from eval.scoring.cli import USER_ERRORS, evaluate, make_parser
 from eval.scoring.task import EvaluationTask
 
@@ -24,8 +26,8 @@ OTHERS = {"__init__", "run", "report", "lm_eval_adapter", "reasoning", "thoughts
 
 
 def find_tasks() -> dict[str, EvaluationTask]:
-    """By name: what the other scripts here export as TASK, and the parts of one that has several."""
-    found = {}
+    """By name: the labelled synthetic tasks, what the other scripts here export as TASK, and its parts."""
+    found = {name: EvaluationTask(name, partial(load_answers, task=name)) for name in LABELLED}
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem in OTHERS:
             continue

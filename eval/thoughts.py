@@ -26,7 +26,10 @@ from eval.thinking.summary import evaluate_ways, table
 from eval.thinking.tasks import GENERATED, TASKS, QuestionSet, generated_questions, published_questions
 from eval.thinking.ways import WayFlags
 
-DEFAULTS = ",".join(f"{name}={value}" for name, value in GENERATORS[GENERATED].options.items())
+DEFAULTS = "; ".join(
+    f"{task}: " + ",".join(f"{name}={value}" for name, value in GENERATORS[task].options.items())
+    for task in GENERATED
+)
 
 
 def load(
@@ -46,7 +49,7 @@ def read_questions(
     options: Options, task: str, num_samples: int | None, task_options: str
 ) -> tuple[QuestionSet, dict[str, int]]:
     """The questions, and the sizes of generated ones. Raises ValueError for flags of another kind of task."""
-    generated = task == GENERATED
+    generated = task in GENERATED
     for flag, value, fits in (
         ("num_samples", num_samples, generated),
         ("task_options", task_options, generated),
@@ -61,8 +64,8 @@ def read_questions(
         return published_questions(task, options.data, options.limit), {}
     if not num_samples:
         raise ValueError(f"--task {task} generates its questions: say how many by --num_samples N")
-    sizes = read_options(GENERATED, task_options)
-    return generated_questions(num_samples, options.seed, sizes), sizes
+    sizes = read_options(task, task_options)
+    return generated_questions(task, num_samples, options.seed, sizes), sizes
 
 
 def counts(text: str) -> list[int]:
@@ -82,12 +85,12 @@ TASK = EvaluationTask(
         "--num_samples": {
             "type": positive_integer,
             "metavar": "N",
-            "help": f"questions to generate ({GENERATED})",
+            "help": f"questions to generate ({', '.join(GENERATED)})",
         },
         "--task_options": {
             "default": "",
             "metavar": "A=1,B=2",
-            "help": f"sizes of {GENERATED} (defaults: {DEFAULTS})",
+            "help": f"sizes of a generated task (defaults: {DEFAULTS})",
         },
         "--mode": {"choices": MODES, "help": "default: thoughts where the checkpoint has latents, else cot"},
         "--num_latents": {"type": counts, "metavar": "C,..", "help": "default: the checkpoint's"},

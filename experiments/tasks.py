@@ -1,4 +1,8 @@
-"""Tasks and sizes of the experiments, as experiments/tasks.yaml has them."""
+"""Tasks and sizes of the experiments.
+
+A synthetic task has its entry in its record (data_pipeline/tasks/); experiments/tasks.yaml adds variants of
+these, tasks on text, and the sizes.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data_pipeline.recipe import structured
+from data_pipeline.tasks.registry import TASKS as SYNTHETIC_TASKS
 
 HERE = Path(__file__).parent
 KINDS = ("reasoning", "traced", "text")  # evaluated by eval/reasoning.py, thoughts.py, perplexity.py
@@ -50,7 +55,7 @@ class Task:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Raises ValueError or FileNotFoundError, one line, for a file that is missing or holds no keys."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: mend the path")
+        raise FileNotFoundError(f"{path} does not exist: correct the path")
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
@@ -60,18 +65,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+def recorded_tasks() -> dict[str, dict[str, Any]]:
+    """The entries of the synthetic tasks, as tasks.yaml would have them."""
+    return {
+        name: {
+            **{"kind": "reasoning", "recipe": name, **record.experiment},
+            "evaluation": {"task": name, **record.experiment["evaluation"]},
+        }
+        for name, record in SYNTHETIC_TASKS.items()
+        if record.experiment is not None
+    }
+
+
 def read_tasks(path: Path = HERE / "tasks.yaml") -> tuple[dict[str, Task], dict[str, list[str]]]:
-    """All tasks, and the overrides of all sizes. Raises ValueError, one line, for a wrong key or value."""
-    values = read_yaml(path)
+    """All tasks, and the overrides of all sizes.
+
+    Raises ValueError, one line, for a wrong key or value and for a task of the file that has a record.
+    """
+    values, recorded = read_yaml(path), recorded_tasks()
+    for name in recorded:
+        if name in values["tasks"]:
+            raise ValueError(
+                f"{path.name}, task {name}: its entry is in data_pipeline/tasks/{name}.py: change it there, "
+                "or choose another name for a variant"
+            )
     tasks = {
-        name: structured(Task, given, f"{path.name}, task {name}") for name, given in values["tasks"].items()
+        name: structured(Task, given, f"{path.name}, task {name}")
+        for name, given in (recorded | values["tasks"]).items()
     }
     for name, task in tasks.items():
         if task.kind not in KINDS:
             raise ValueError(f"{path.name}, task {name}: kind {task.kind!r}; choose from {', '.join(KINDS)}")
         if task.learning_rates_of not in (None, *tasks):
             raise ValueError(
-                f"{path.name}, task {name}: learning_rates_of {task.learning_rates_of!r} is no task; "
+                f"{path.name}, task {name}: learning_rates_of {task.learning_rates_of!r} is not a task; "
                 f"choose from {', '.join(tasks)}"
             )
     return tasks, values["sizes"]

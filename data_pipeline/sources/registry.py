@@ -3,12 +3,15 @@
 A source is a list of units, one for each input file (a synthetic task is one unit without a file), so that
 different processes can read different units: `unit_files`, then `read_unit` for each. `read_documents` is
 all of them in a row, within the limits of the source.
+
+To add a text source, write its reader in readers.py and its record in `TEXT_KINDS`. Synthetic tasks have
+their record in data_pipeline/tasks/.
 """
 
 import glob
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +20,19 @@ from omegaconf import MISSING
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
-from data_pipeline.sources.documents import AnyDocument, Document, LabelledDocument, Problem, TracedDocument
+from data_pipeline.sources.documents import AnyDocument, Document, Problem, TracedDocument
 from data_pipeline.sources.files import require_file
 from data_pipeline.sources.problems import read_arc, read_babi, read_gsm8k, read_logiqa
 from data_pipeline.sources.remote import expand, fetch, is_url
 from data_pipeline.sources.text import read_jsonl, read_parquet, read_text, read_wiki
-from data_pipeline.sources.traced import traced_causal_loop_v2, traced_gsm8k, traced_icot, traced_prosqa
-from data_pipeline.tasks import addition, causal_loop, causal_loop_v2, p_hop
+from data_pipeline.sources.traced import traced_gsm8k, traced_icot, traced_prosqa
+from data_pipeline.tasks.registry import TASKS
+from data_pipeline.tasks.task import NoOptions, SyntheticTask
 
 CACHE = "cache"  # below the data folder: local copies of URLs
 
 
-# ---- options
+# ---- options of text
 
 
 @dataclass(frozen=True)
@@ -75,45 +79,107 @@ class RowOptions(FileOptions):
         return self.prompt, self.completion
 
 
-@dataclass(frozen=True)
-class CausalLoopOptions:
-    num_samples: int = MISSING
-    levels: list[int] = field(default_factory=lambda: list(causal_loop.LEVELS))
-    seed: int = 0
-    trace_fraction: float = 0.75  # share of documents with the worked trace
+# ---- kinds of text: options, files, reader
+
+
+class Kind(NamedTuple):
+    options: type  # dataclass of what a recipe may say
+    files: Callable[[Any], Sequence[str]]  # of the options
+    read: Callable[[Any, Any], Iterator[AnyDocument]]  # (file of the unit, options)
+
+
+def _named_files(options: FileOptions) -> Sequence[str]:
+    return options.files
+
+
+def _fixed(*files: str) -> Callable[[Any], Sequence[str]]:
+    return lambda options: files
+
+
+def _problems(read: Callable[[Path], Iterator[Problem]]) -> Callable[[Path, Any], Iterator[Document]]:
+    return lambda path, options: (Document(p.prompt, p.target) for p in read(path))
+
+
+def _texts(read: Callable[[Path], Iterator[str]]) -> Callable[[Path, Any], Iterator[Document]]:
+    return lambda path, options: (Document("", text) for text in read(path))
+
+
+def _rows(read: Callable[[Path, Sequence[str]], Iterator[Document]]) -> Callable[[Path, Any], Any]:
+    return lambda path, options: read(path, options.fields)
+
+
+def _traced(read: Callable[[Path, bool], Iterator[TracedDocument]]) -> Callable[[Path, Any], Iterator[Any]]:
+    return lambda path, options: read(path, options.keep_last_step)
+
+
+def _read_babi_documents(path: Path, options: BabiOptions) -> Iterator[Document]:
+    return (Document(p.prompt, p.target) for p in read_babi(path, "train", options.size))
+
+
+TEXT_KINDS = {
+    "gsm8k": Kind(FixedOptions, _fixed("gsm8k/train.jsonl"), _problems(read_gsm8k)),
+    "arc": Kind(
+        FixedOptions, _fixed("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl"), _problems(read_arc)
+    ),
+    "babi": Kind(BabiOptions, _fixed("babi/tasks_1-20_v1-2.tar.gz"), _read_babi_documents),
+    "logiqa": Kind(FileOptions, _named_files, _problems(read_logiqa)),
+    "wiki": Kind(FileOptions, _named_files, _texts(read_wiki)),
+    "text": Kind(FileOptions, _named_files, _texts(read_text)),
+    "jsonl": Kind(RowOptions, _named_files, _rows(read_jsonl)),
+    "parquet": Kind(RowOptions, _named_files, _rows(read_parquet)),
+    "gsm8k_equations": Kind(TracedOptions, _fixed("gsm8k/train.jsonl"), _traced(traced_gsm8k)),
+    "icot": Kind(TracedFileOptions, _named_files, _traced(traced_icot)),
+    "prosqa": Kind(TracedFileOptions, _named_files, _traced(traced_prosqa)),
+}
+
+
+# ---- kinds of synthetic tasks: from their records
 
 
 @dataclass(frozen=True)
-class PHopOptions:
+class SampleOptions:
+    """What a recipe says about every synthetic task, besides its sizes."""
+
     num_samples: int = MISSING
-    hops: int = 3
-    length: int = 24  # characters
-    alphabet: int = 4  # letters
     seed: int = 0
     split: str = "train"
 
 
-@dataclass(frozen=True)
-class CausalLoopV2Options:
-    num_samples: int = MISSING
-    depths: list[int] = field(default_factory=lambda: list(range(1, 9)))
-    families: list[str] = field(default_factory=lambda: list(causal_loop_v2.FAMILIES))
-    modulus: int = 7
-    variables: int = 5
-    statements: int = 12
-    names: int = 26
-    constants: int = 0
-    seed: int = 0
-    split: str = "train"
+def _synthetic_kinds(task: SyntheticTask[Any]) -> Iterator[tuple[str, Kind]]:
+    def kind(document: Callable[[Any, Any], AnyDocument], more: type = NoOptions) -> Kind:
+        options = make_dataclass(
+            f"{task.name}_options", [], bases=(SampleOptions, task.options, more), frozen=True
+        )
+
+        def read(_: None, given: Any) -> Iterator[AnyDocument]:
+            for sample in task.samples(given.num_samples, given, given.seed, given.split):
+                yield document(sample, given)
+
+        return Kind(options, _fixed(), read)
+
+    labelled, plain, traced = task.labelled, task.plain, task.traced
+    assert (labelled is None) != (plain is None), f"{task.name} needs labelled or plain documents, not both"
+    if labelled is not None:
+        yield task.name, kind(lambda sample, options: labelled(sample))
+    if plain is not None:
+        yield task.name, kind(plain, task.plain_options)
+    if traced is not None:
+        yield f"{task.name}_traced", kind(lambda sample, options: traced(sample))
 
 
-@dataclass(frozen=True)
-class AdditionOptions:
-    num_samples: int = MISSING
-    operands: int = 8
-    modulus: int = 10
-    seed: int = 0
-    split: str = "train"
+KINDS = {
+    **TEXT_KINDS,
+    **{name: kind for task in TASKS.values() for name, kind in _synthetic_kinds(task)},
+}
+
+
+def _parse(kind: str, options: Mapping[str, Any]) -> tuple[Kind, Any]:
+    if kind not in KINDS:
+        raise DataError(f"unknown source kind {kind!r}; {nearest(kind, list(KINDS))}")
+    parsed: Any = structured(KINDS[kind].options, options, f"options of source kind {kind!r}")
+    if isinstance(parsed, RowOptions):
+        assert parsed.fields  # finds a wrong set of names before any file is read
+    return KINDS[kind], parsed
 
 
 # ---- files
@@ -151,7 +217,7 @@ def _matches(root: Path, file: str) -> list[Path]:
         return [root / file]
     found = sorted(path for name in glob.glob(file, root_dir=root) if (path := root / name).is_file())
     if not found:
-        raise DataError(f"{root / file} matches no file: mend the pattern")
+        raise DataError(f"{root / file} matches no file: fix the pattern")
     return found
 
 
@@ -225,90 +291,3 @@ class _Limits:
         if self._bytes is not None:
             self._bytes -= size
         return (self._documents is None or self._documents >= 0) and (self._bytes is None or self._bytes >= 0)
-
-
-# ---- kinds
-
-
-class _Kind(NamedTuple):
-    options: type
-    files: Callable[[Any], Sequence[str]]  # of the options
-    read: Callable[[Any, Any], Iterator[AnyDocument]]  # (file of the unit, options)
-
-
-def _parse(kind: str, options: Mapping[str, Any]) -> tuple[_Kind, Any]:
-    if kind not in KINDS:
-        raise DataError(f"unknown source kind {kind!r}; {nearest(kind, list(KINDS))}")
-    parsed: Any = structured(KINDS[kind].options, options, f"options of source kind {kind!r}")
-    if isinstance(parsed, RowOptions):
-        assert parsed.fields  # finds a wrong set of names before any file is read
-    return KINDS[kind], parsed
-
-
-def _problems(read: Callable[[Path], Iterator[Problem]]) -> Callable[[Path, Any], Iterator[Document]]:
-    return lambda path, _: (Document(p.prompt, p.target) for p in read(path))
-
-
-def _texts(read: Callable[[Path], Iterator[str]]) -> Callable[[Path, Any], Iterator[Document]]:
-    return lambda path, _: (Document("", text) for text in read(path))
-
-
-def _rows(read: Callable[[Path, Sequence[str]], Iterator[Document]]) -> Callable[[Path, Any], Any]:
-    return lambda path, options: read(path, options.fields)
-
-
-def _read_babi_documents(path: Path, options: BabiOptions) -> Iterator[Document]:
-    return (Document(p.prompt, p.target) for p in read_babi(path, "train", options.size))
-
-
-def _read_causal_loop(_: None, options: CausalLoopOptions) -> Iterator[Document]:
-    for sample in causal_loop.generate(options.num_samples, options.levels, options.seed, "train"):
-        yield Document(*causal_loop.training_document(sample, options.trace_fraction))
-
-
-def _read_p_hop(_: None, o: PHopOptions) -> Iterator[LabelledDocument]:
-    for sample in p_hop.generate(o.num_samples, o.hops, o.length, o.alphabet, o.seed, o.split):
-        yield LabelledDocument(sample.text, sample.labels)
-
-
-def _read_addition(_: None, o: AdditionOptions) -> Iterator[LabelledDocument]:
-    for sample in addition.generate(o.num_samples, o.operands, o.modulus, o.seed, o.split):
-        yield LabelledDocument(sample.text, sample.labels)
-
-
-def _causal_loop_v2_samples(o: CausalLoopV2Options) -> Iterator[causal_loop_v2.Sample]:
-    size = (o.modulus, o.variables, o.statements, o.names, o.constants)
-    return causal_loop_v2.generate(o.num_samples, o.depths, o.families, *size, o.seed, o.split)
-
-
-def _read_causal_loop_v2(_: None, options: CausalLoopV2Options) -> Iterator[LabelledDocument]:
-    return (LabelledDocument(*sample.labelled()) for sample in _causal_loop_v2_samples(options))
-
-
-def _read_causal_loop_v2_traced(_: None, options: CausalLoopV2Options) -> Iterator[TracedDocument]:
-    return map(traced_causal_loop_v2, _causal_loop_v2_samples(options))
-
-
-def _traced(read: Callable[[Path, bool], Iterator[TracedDocument]]) -> Callable[[Path, Any], Iterator[Any]]:
-    return lambda path, options: read(path, options.keep_last_step)
-
-
-_ARC_TRAIN = ("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl")
-KINDS = {
-    "gsm8k": _Kind(FixedOptions, lambda _: ("gsm8k/train.jsonl",), _problems(read_gsm8k)),
-    "arc": _Kind(FixedOptions, lambda _: _ARC_TRAIN, _problems(read_arc)),
-    "babi": _Kind(BabiOptions, lambda _: ("babi/tasks_1-20_v1-2.tar.gz",), _read_babi_documents),
-    "logiqa": _Kind(FileOptions, lambda options: options.files, _problems(read_logiqa)),
-    "wiki": _Kind(FileOptions, lambda options: options.files, _texts(read_wiki)),
-    "text": _Kind(FileOptions, lambda options: options.files, _texts(read_text)),
-    "jsonl": _Kind(RowOptions, lambda options: options.files, _rows(read_jsonl)),
-    "parquet": _Kind(RowOptions, lambda options: options.files, _rows(read_parquet)),
-    "causal_loop": _Kind(CausalLoopOptions, lambda _: (), _read_causal_loop),
-    "p_hop": _Kind(PHopOptions, lambda _: (), _read_p_hop),
-    "causal_loop_v2": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2),
-    "gsm8k_equations": _Kind(TracedOptions, lambda _: ("gsm8k/train.jsonl",), _traced(traced_gsm8k)),
-    "icot": _Kind(TracedFileOptions, lambda options: options.files, _traced(traced_icot)),
-    "prosqa": _Kind(TracedFileOptions, lambda options: options.files, _traced(traced_prosqa)),
-    "causal_loop_v2_traced": _Kind(CausalLoopV2Options, lambda _: (), _read_causal_loop_v2_traced),
-    "addition": _Kind(AdditionOptions, lambda _: (), _read_addition),
-}

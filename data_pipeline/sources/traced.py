@@ -16,7 +16,6 @@ from data_pipeline.errors import DataError
 from data_pipeline.sources.documents import Problem, TracedDocument
 from data_pipeline.sources.files import json_lines, json_value, text_fields, text_lines
 from data_pipeline.sources.published import GITHUB, DataSet, files_of
-from data_pipeline.tasks.causal_loop_v2 import Sample
 
 log = logging.getLogger(__name__)
 
@@ -109,18 +108,6 @@ def _prosqa(path: Path) -> Iterator[TracedDocument]:
         if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
             raise DataError(f"{where}: steps are not a list of texts: download it again")
         yield _document(question, steps, answer, where)
-
-
-def traced_causal_loop_v2(sample: Sample) -> TracedDocument:
-    """`program?X`, the statements as the generator works them out (`CmA4:3,4=C4`), and the value of X.
-
-    The variable precedes its new value as it precedes its first one in the program, so that a small model
-    finds both in the same way. The generator's `;` and its repeated query are left out: the separator of
-    steps and the question say the same.
-    """
-    worked = (step.rpartition("=") for step in sample.trace.removesuffix(";").split(";"))
-    steps = tuple(f"{work}={work[0]}{value}" for work, _, value in worked)
-    return TracedDocument(f"{sample.program}?{sample.question}", steps, str(sample.answer))
 
 
 # ---- of all

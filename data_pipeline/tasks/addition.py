@@ -1,20 +1,26 @@
 """Addition of many one-digit operands, `3+7+1=`, with the running sums as labels (arXiv 2502.17416).
 
 The label at an operand is the sum of the operands so far modulo `modulus`, the label at `=` is the total;
-`+` has none. Operands are uniform over 0..modulus-1, so every running sum is uniform, and no operand but all
-of them together say anything about the total. Texts with the same operands in any order fall into the same
-split: no total of the test split was trained on in another order.
+`+` has none. Operands are uniform over 0..modulus-1, so every running sum is uniform, and whoever misses one
+operand knows nothing about the total. Texts with the same operands in any order fall into the same split: no
+total of the test split was trained on in another order.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.tasks.generator import parser, run
-from data_pipeline.tasks.labelled import Draws, Sample, audit, draw, require
+from data_pipeline.tasks.labelled import Draws, Sample, draw, labelled_document
+from data_pipeline.tasks.task import Evaluation, SyntheticTask, require, size
 
 MAX_OPERANDS = 2048
+
+
+@dataclass(frozen=True)
+class Options:
+    operands: int = size(8, "one-digit numbers of a text")
+    modulus: int = size(10, "operands are below it, and sums are taken modulo it")
 
 
 def generate(
@@ -42,18 +48,26 @@ def generate(
     return draw(f"addition-{operands}-{modulus}", task, num_samples, seed, split)
 
 
-def shortcuts(samples: Sequence[Sample]) -> dict[str, Sequence[str]]:
-    """The answer of who reads the last operand alone."""
+def shortcuts(samples: Sequence[Sample], options: Options) -> dict[str, Sequence[str]]:
+    """What a reader of the last operand alone answers."""
     return {"last operand": [sample.text[-2] for sample in samples]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser("Write addition samples, one JSON object a line.")
-    options.add_argument("--operands", type=int, default=8)
-    options.add_argument("--modulus", type=int, default=10)
-    given: argparse.Namespace = options.parse_args(argv)
-    run(
-        given,
-        lambda: generate(given.num_samples, given.operands, given.modulus, given.seed, given.split),
-        lambda samples: audit(samples, shortcuts),
-    )
+TASK = SyntheticTask(
+    name="addition",
+    about="addition of one-digit operands, with their running sums as labels",
+    options=Options,
+    generate=generate,
+    shortcuts=shortcuts,
+    labelled=labelled_document,
+    evaluation=Evaluation(chance=lambda options: 1 / options.modulus),
+    experiment={
+        "examples": 120000,
+        "vocab_size": 272,  # 4 control pieces + 256 bytes + 10 digits, + and =
+        "sequence_length": 18,
+        "layers": 1,
+        "steps": 4,
+        "evaluation": {"num_samples": 2000, "steps": [1, 2, 4, 8, 12, 16, 24]},
+        "gaps": {"12 operands": "operands=12", "16 operands": "operands=16"},
+    },
+)

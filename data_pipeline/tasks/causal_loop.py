@@ -35,7 +35,7 @@ from itertools import cycle
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.tasks.generator import SPLITS, TEST_SHARE, check_request, parser, run
+from data_pipeline.sources.documents import Document
 from data_pipeline.tasks.programs.causal_loop_batch import (
     HASH_FACTOR,
     candidates,
@@ -47,11 +47,23 @@ from data_pipeline.tasks.programs.causal_loop_batch import (
     traces,
 )
 from data_pipeline.tasks.programs.causal_loop_programs import VARIABLE, Array, Draws, canonical
+from data_pipeline.tasks.splits import SPLITS, TEST_SHARE, check_request
+from data_pipeline.tasks.task import SyntheticTask, size
 
 LEVELS = (1, 2, 3, 4)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WAITING = 512  # most programs that wait for one answer
 MAX_DOCUMENT_LENGTH = {1: 180, 2: 350, 3: 180, 4: 350}  # characters of prompt_trace + completion_trace
+
+
+@dataclass(frozen=True)
+class Options:
+    levels: list[int] = size(LEVELS, "levels dealt round-robin")
+
+
+@dataclass(frozen=True)
+class DocumentOptions:
+    trace_fraction: float = 0.75  # share of documents with the worked trace
 
 
 @dataclass  # not frozen: that would take three times as long to make
@@ -78,7 +90,7 @@ def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "t
     """
     check_request(num_samples, split)
     if not levels or any(level not in LEVELS for level in levels):
-        raise DataError(f"levels {list(levels)} must be a non-empty list of 1, 2, 3, 4: mend --levels")
+        raise DataError(f"levels {list(levels)} must be a non-empty list of 1, 2, 3, 4: choose from them")
     texts = {level: _Level(level, seed, split).texts() for level in set(levels)}
     for i, level in zip(range(num_samples), cycle(levels)):
         yield Sample(f"causal_loop-{split}-{seed}-{i}", level, *next(texts[level]))
@@ -193,7 +205,7 @@ def training_document(sample: Sample, trace_fraction: float) -> tuple[str, str]:
     The hash of the sample's id decides. Raises DataError for a fraction outside 0..1.
     """
     if not 0 <= trace_fraction <= 1:
-        raise DataError(f"trace_fraction {trace_fraction} is not in 0..1: mend the recipe")
+        raise DataError(f"trace_fraction {trace_fraction} is not in 0..1: give a share of the samples")
     bucket = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
     if bucket < trace_fraction * 2**64:
         return sample.prompt_trace, sample.completion_trace
@@ -277,21 +289,7 @@ def _text(program: str, question: str, answer: int, trace: str) -> _Text:
     )
 
 
-# ---- command line
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser("Write causal-loop samples, one JSON line each.", " over all levels", " on each level")
-    options.add_argument("--levels", default="1,2,3,4", help="comma-separated levels, dealt round-robin")
-    given = options.parse_args(argv)
-
-    def samples() -> Iterator[Sample]:
-        levels = given.levels.split(",")
-        if not all(level.strip().isdecimal() for level in levels):
-            raise DataError(f"--levels {given.levels!r} must be numbers 1..4 joined by commas: mend it")
-        return generate(given.num_samples, [int(level) for level in levels], given.seed, given.split)
-
-    run(given, samples, _audit_table)
+# ---- the task
 
 
 def _audit_table(samples: Sequence[Sample]) -> str:
@@ -300,3 +298,15 @@ def _audit_table(samples: Sequence[Sample]) -> str:
         shares = f"{row['majority']:10.3f}{row['one_step']:10.3f}"
         lines.append(f"{level:5d}{row['samples']:9.0f}{shares}{row['longest']:10.0f}")
     return "\n".join(lines)
+
+
+TASK = SyntheticTask(
+    name="causal_loop",
+    about="causal-loop programs of version 1, four levels, with worked traces",
+    options=Options,
+    generate=generate,
+    shortcuts=lambda samples, _: {"one step": [str(one_step_answer(sample)) for sample in samples]},
+    plain=lambda sample, options: Document(*training_document(sample, options.trace_fraction)),
+    plain_options=DocumentOptions,
+    audit=_audit_table,
+)

@@ -45,15 +45,15 @@ The trace copies each statement, fills in the values it reads and gives the resu
 every next character needs at most one look-up or one operation. The query stands once more at its end.
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from data_pipeline.errors import DataError
-from data_pipeline.tasks.generator import check_request, hashed_split, parser, run
-from data_pipeline.tasks.programs.causal_loop_v2_audit import audit
+from data_pipeline.sources.documents import LabelledDocument, TracedDocument
+from data_pipeline.tasks.programs.causal_loop_v2_audit import audit, one_step_answer
 from data_pipeline.tasks.programs.causal_loop_v2_programs import (
     FAMILIES,
     LETTERS,
@@ -62,45 +62,24 @@ from data_pipeline.tasks.programs.causal_loop_v2_programs import (
     Size,
     draw,
 )
+from data_pipeline.tasks.programs.causal_loop_v2_sample import LABEL_MODULUS, Sample
+from data_pipeline.tasks.splits import check_request, hashed_split
+from data_pipeline.tasks.task import Evaluation, SyntheticTask, require, size
 
-MODULI = range(5, 998)
-VARIABLES = range(3, len(LETTERS) + 1)
-LABEL_MODULUS = 10  # the largest whose values are single characters
+MIN_MODULUS, MAX_MODULUS = 5, 997
+MIN_VARIABLES = 3
 ATTEMPTS = 200_000  # programs drawn for one sample; the rarest kind that exists needs some thousands
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One question about one program. A document is a prompt and its completion, joined as they are."""
-
-    id: str
-    family: str
-    depth: int
-    modulus: int
-    program: str  # without the query
-    question: str  # the queried variable, one capital letter
-    answer: int  # 0..modulus-1
-    values: tuple[int, ...]  # the result of each statement
-    trace: str  # the worked steps, without prompt and answer
-    prompt_trace: str
-    completion_trace: str
-    prompt_direct: str
-    completion_direct: str
-
-    def labelled(self) -> tuple[str, tuple[tuple[int, str], ...]]:
-        """`program?X`, every character one token, and (index, the character to predict at it), in order.
-
-        The targets are the result of a statement at its last character and the answer at the last of all.
-        Raises DataError for a modulus above 10, whose values need several characters.
-        """
-        if self.modulus > LABEL_MODULUS:
-            raise DataError(
-                f"labels are single characters, modulus {self.modulus} is above {LABEL_MODULUS}: lower it"
-            )
-        text = f"{self.program}?{self.question}"
-        first = len(self.program) - 4 * len(self.values) + 3
-        labels = [(first + 4 * i, str(value)) for i, value in enumerate(self.values)]
-        return text, (*labels, (len(text) - 1, str(self.answer)))
+class Options:
+    depths: list[int] = size(tuple(range(1, 9)), "serial depths of the answer, dealt round-robin")
+    families: list[str] = size(FAMILIES, "families dealt round-robin to the depths that they have")
+    modulus: int = size(7, "values are below it")
+    variables: int = size(5, "variables of a program")
+    statements: int = size(12, "statements of a program")
+    names: int = size(26, "how many letters name variables")
+    constants: int = size(0, "initial constants are below it; 0: all values")
 
 
 def generate(
@@ -181,19 +160,6 @@ def execute(program: str, modulus: int = 7) -> dict[str, int]:
     return state
 
 
-def training_document(sample: Sample, trace_fraction: float) -> tuple[str, str]:
-    """Prompt and completion with the trace for `trace_fraction` of the samples, without it for the others.
-
-    The hash of the sample's id decides. Raises DataError for a fraction outside 0..1.
-    """
-    if not 0 <= trace_fraction <= 1:
-        raise DataError(f"trace_fraction {trace_fraction} is not in 0..1: mend the recipe")
-    bucket = int.from_bytes(hashlib.sha256(sample.id.encode()).digest()[:8], "big")
-    if bucket < trace_fraction * 2**64:
-        return sample.prompt_trace, sample.completion_trace
-    return sample.prompt_direct, sample.completion_direct
-
-
 # ---- generation
 
 
@@ -264,48 +230,33 @@ def _check(num_samples: int, depths: Sequence[int], families: Sequence[str], siz
     check_request(num_samples, split)
     if not families or any(family not in FAMILIES for family in families):
         raise DataError(
-            f"families {list(families)} must be a non-empty list of {', '.join(FAMILIES)}: mend it"
+            f"families {list(families)} must be a non-empty list of {', '.join(FAMILIES)}: choose from them"
         )
-    if modulus not in MODULI:
-        raise DataError(f"modulus {modulus} is not in {MODULI.start}..{MODULI.stop - 1}: mend it")
-    if variables not in VARIABLES:
-        raise DataError(f"variables {variables} is not in {VARIABLES.start}..{VARIABLES.stop - 1}: mend it")
-    if not variables <= names <= len(LETTERS):
-        raise DataError(
-            f"names {names} is not in {variables}..{len(LETTERS)}, with {variables} variables: mend it"
-        )
-    if not 1 <= constants <= modulus:
-        raise DataError(
-            f"constants {constants} is not in 1..{modulus}, the modulus: mend it, 0 takes all values"
-        )
+    require("modulus", modulus, MIN_MODULUS, MAX_MODULUS)
+    require("variables", variables, MIN_VARIABLES, len(LETTERS))
+    require("names", names, variables, len(LETTERS))
+    require("constants", constants, 1, modulus)
     least = min(MIN_DEPTH[family] for family in families)
     if not depths or any(not least <= depth <= statements for depth in depths):
         raise DataError(
             f"depths {list(depths)} must be a non-empty list of {least}..{statements} with {statements} "
-            f"statements and families {', '.join(families)}: mend them"
+            f"statements and families {', '.join(families)}: choose from them"
         )
 
 
-# ---- command line
+# ---- the task
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser("Write causal-loop samples, one JSON line each.", " over all depths", " at each depth")
-    options.add_argument("--depths", default="1-8", help="FIRST-LAST or comma-separated, dealt round-robin")
-    options.add_argument("--families", default=",".join(FAMILIES), help="comma-separated")
-    options.add_argument("--modulus", type=int, default=7)
-    options.add_argument("--variables", type=int, default=5)
-    options.add_argument("--statements", type=int, default=12)
-    options.add_argument("--names", type=int, default=len(LETTERS), help="how many letters name variables")
-    options.add_argument("--constants", type=int, default=0, help="initial ones are below it; 0: all values")
-    given = options.parse_args(argv)
+def traced_document(sample: Sample) -> TracedDocument:
+    """`program?X`, the statements as the generator works them out (`CmA4:3,4=C4`), and the value of X.
 
-    def samples() -> Iterator[Sample]:
-        size = (given.modulus, given.variables, given.statements, given.names, given.constants)
-        families = given.families.split(",")
-        return generate(given.num_samples, _depths(given.depths), families, *size, given.seed, given.split)
-
-    run(given, samples, _audit_table)
+    The variable precedes its new value as it precedes its first one in the program, so that a small model
+    finds both in the same way. The generator's `;` and its repeated query are left out: the separator of
+    steps and the question say the same.
+    """
+    worked = (step.rpartition("=") for step in sample.trace.removesuffix(";").split(";"))
+    steps = tuple(f"{work}={work[0]}{value}" for work, _, value in worked)
+    return TracedDocument(f"{sample.program}?{sample.question}", steps, str(sample.answer))
 
 
 def _audit_table(samples: Sequence[Sample]) -> str:
@@ -317,9 +268,62 @@ def _audit_table(samples: Sequence[Sample]) -> str:
     return "\n".join(lines)
 
 
-def _depths(text: str) -> list[int]:
-    if match := re.fullmatch(r"([0-9]+)-([0-9]+)", text):
-        return list(range(int(match[1]), int(match[2]) + 1))
-    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
-        raise DataError(f"--depths {text!r} must be FIRST-LAST or numbers joined by commas: mend it")
-    return [int(depth) for depth in text.split(",")]
+@dataclass(frozen=True)
+class EvaluationOptions:
+    min_depth: int = 1
+    max_depth: int = 8
+    modulus: int = 7
+    variables: int = 5
+    statements: int = 12
+    names: int = 26
+    constants: int = 0  # below which initial ones are; 0: the modulus
+
+
+def _evaluation_arguments(options: EvaluationOptions) -> dict[str, Any]:
+    sizes = dict(vars(options))
+    depths = range(sizes.pop("min_depth"), sizes.pop("max_depth") + 1)
+    # Families that all depths from 2 on have: an accuracy by depth must not be one by family.
+    return {"depths": depths, "families": ("chain", "convergence"), **sizes}
+
+
+TASK = SyntheticTask(
+    name="causal_loop_v2",
+    about="causal-loop programs of version 2: straight-line programs of an exact serial depth",
+    options=Options,
+    generate=generate,
+    shortcuts=lambda samples, _: {"one step": [str(one_step_answer(sample)) for sample in samples]},
+    labelled=lambda sample: LabelledDocument(*sample.labelled()),
+    traced=traced_document,
+    audit=_audit_table,
+    evaluation=Evaluation(
+        chance=lambda options: 1 / options.modulus,
+        depth=lambda sample: sample.depth,
+        options=EvaluationOptions,
+        arguments=_evaluation_arguments,
+    ),
+    experiment={  # 12 statements, trained on serial depth 1-4, tested to 8
+        "data": [
+            "sources.0.depths=[1,2,3,4]",
+            "sources.0.families=[chain,convergence]",
+            "sources.0.names=5",
+            "tokenizer.vocab_size=278",  # 4 control pieces + 256 bytes + 5 + 7 + 5 + ?, none merged
+        ],
+        "examples": 110000,
+        "vocab_size": 278,
+        "sequence_length": 62,
+        "training": ["model.embedding_mixing=4"],
+        "layers": 1,
+        "steps": 6,
+        "trained_depth": 4,
+        "evaluation": {
+            "num_samples": 4000,
+            "task_options": "max_depth=8,names=5",
+            "steps": [1, 3, 6, 12, 18, 24],
+        },
+        "gaps": {
+            "3 variables": "max_depth=4,names=5,variables=3",
+            "8 statements": "max_depth=4,names=5,statements=8",
+            "16 statements": "max_depth=4,names=5,statements=16",
+        },
+    },
+)

@@ -1,18 +1,18 @@
-"""What p_hop.py and addition.py share: drawing labelled samples in blocks, and the audit of guesses.
+"""What tasks with labels share: samples whose characters are tokens, drawn in blocks.
 
-A sample is a text of one token a character with a label, the one character to predict there, at every
-position where the task defines one. The label is not the next character: no answer stands in the text.
+A sample is a text of one token per character with a label, the one character to predict there, at every
+position where the task defines one. The label is not the next character: the text does not contain answers.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.tasks.generator import check_request, hashed_split
+from data_pipeline.sources.documents import LabelledDocument
+from data_pipeline.tasks.splits import check_request, hashed_split
 
 BLOCK = 1024  # samples drawn from one random stream
 MAX_ROUNDS = 1000  # of BLOCK draws for a block
@@ -33,11 +33,14 @@ class Draws(NamedTuple):
     canonical: np.ndarray  # (n, K), equal for samples that must fall into the same split
 
 
-Task = Callable[[np.random.Generator, int], Draws]  # (random numbers, n) -> n samples
-Shortcuts = Callable[[Sequence[Sample]], dict[str, Sequence[str]]]  # way to guess -> its answers
+Draw = Callable[[np.random.Generator, int], Draws]  # (random numbers, n) -> n samples
 
 
-def draw(name: str, task: Task, num_samples: int, seed: int, split: str) -> Iterator[Sample]:
+def labelled_document(sample: Sample) -> LabelledDocument:
+    return LabelledDocument(sample.text, sample.labels)
+
+
+def draw(name: str, task: Draw, num_samples: int, seed: int, split: str) -> Iterator[Sample]:
     """Yield `num_samples` samples of `task` whose last character has a label and that belong to `split`.
 
     Sample i depends on (name, seed, split, i) only; `name` holds the task and its sizes. Raises DataError for
@@ -52,7 +55,7 @@ def draw(name: str, task: Task, num_samples: int, seed: int, split: str) -> Iter
             yield Sample(f"{name}-{split}-{seed}-{i}", text, labels, label[-1])
 
 
-def _block(key: str, name: str, task: Task, split: str) -> list[tuple[str, str]]:
+def _block(key: str, name: str, task: Draw, split: str) -> list[tuple[str, str]]:
     """BLOCK pairs of a text and its labels, as long as the text, NUL where there is none."""
     random = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest(), "big"))
     rows: list[tuple[str, str]] = []
@@ -67,26 +70,3 @@ def _block(key: str, name: str, task: Task, split: str) -> list[tuple[str, str]]
         f"{name}: only {len(rows)} of {MAX_ROUNDS * BLOCK} draws have a label at the end and are in split "
         f"{split}, {BLOCK} are needed: choose larger sizes or fewer hops"
     )
-
-
-def require(name: str, value: int, low: int, high: int) -> None:
-    """Raises DataError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise DataError(f"{name} {value} is not in {low}..{high}: mend it")
-
-
-def audit(samples: Sequence[Sample], shortcuts: Shortcuts) -> str:
-    """A table: the share of each answer, of the most common one, and the accuracy of each shortcut.
-
-    Raises DataError for no samples.
-    """
-    if not samples:
-        raise DataError("no samples to audit: give --num_samples 1 or more")
-    counts = Counter(sample.answer for sample in samples)
-    rows = [(f"answer {answer}", counts[answer]) for answer in sorted(counts)]
-    rows.append(("majority", max(counts.values())))
-    for name, guesses in shortcuts(samples).items():
-        hits = sum(sample.answer == guess for sample, guess in zip(samples, guesses, strict=True))
-        rows.append((name, hits))
-    lines = [f"{name:16}{count / len(samples):8.3f}" for name, count in rows]
-    return "\n".join([f"{'samples':16}{len(samples):8d}", *lines])

@@ -15,15 +15,22 @@ letter it began with, so that one hop and three often agree: with 4 letters 1 ho
 hops 26 %. Measure against `--audit`, not against 1 / alphabet.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.tasks.generator import parser, run
-from data_pipeline.tasks.labelled import Draws, Sample, audit, draw, require
+from data_pipeline.tasks.labelled import Draws, Sample, draw, labelled_document
+from data_pipeline.tasks.task import Evaluation, SyntheticTask, require, size
 
 MAX_LENGTH = 4096  # characters
+
+
+@dataclass(frozen=True)
+class Options:
+    hops: int = size(3, "p")
+    length: int = size(24, "characters of a text")
+    alphabet: int = size(4, "number of letters")
 
 
 def generate(
@@ -78,21 +85,26 @@ def _renamed(letters: np.ndarray) -> np.ndarray:
 
 
 def shortcuts(samples: Sequence[Sample], hops: int) -> dict[str, Sequence[str]]:
-    """What too few hops answer: one less and just one."""
+    """What too few hops answer: one fewer, and just one."""
     texts = np.array([list(sample.text.encode()) for sample in samples], dtype=np.uint8)
     return {f"{few}-hop": list(map(chr, hop_labels(texts, few)[:, -1])) for few in {hops - 1, 1} - {hops}}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parser("Write p-hop samples, one JSON object a line.")
-    options.add_argument("--hops", type=int, default=3)
-    options.add_argument("--length", type=int, default=24, help="characters of a text")
-    options.add_argument("--alphabet", type=int, default=4, help="number of letters")
-    given: argparse.Namespace = options.parse_args(argv)
-    run(
-        given,
-        lambda: generate(
-            given.num_samples, given.hops, given.length, given.alphabet, given.seed, given.split
-        ),
-        lambda samples: audit(samples, lambda read: shortcuts(read, given.hops)),
-    )
+TASK = SyntheticTask(
+    name="p_hop",
+    about="p-hop induction: the letter that p hops backwards end on",
+    options=Options,
+    generate=generate,
+    shortcuts=lambda samples, options: shortcuts(samples, options.hops),
+    labelled=labelled_document,
+    evaluation=Evaluation(chance=lambda options: 1 / options.alphabet),
+    experiment={
+        "examples": 120000,
+        "vocab_size": 264,  # 4 control pieces + 256 bytes + 4 letters
+        "sequence_length": 26,
+        "layers": 1,
+        "steps": 4,
+        "evaluation": {"num_samples": 2000, "steps": [1, 2, 4, 8, 12, 16, 24]},
+        "gaps": {"half as long again": "length=36", "twice as long": "length=48"},
+    },
+)

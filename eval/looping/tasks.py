@@ -1,13 +1,14 @@
 """The synthetic tasks with labels: their test samples, and what shortcuts answer to them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 from common.nearest import nearest
 from data_pipeline.sources.documents import LabelledDocument
-from data_pipeline.tasks import addition, causal_loop_v2, p_hop
-from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer
+from data_pipeline.tasks.registry import TASKS as SYNTHETIC_TASKS
+from data_pipeline.tasks.task import SyntheticTask
 
 
 class Item(NamedTuple):
@@ -24,7 +25,7 @@ class TaskData(NamedTuple):
     """What a task hands over."""
 
     items: list[Item]
-    guesses: dict[str, Sequence[str]]  # way to guess -> its answer to each item
+    guesses: Mapping[str, Sequence[str]]  # way to guess -> its answer to each item
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,27 @@ class ReasoningTask:
     generate: Callable[..., TaskData]  # (num_samples, seed, **options), test split
 
 
-def _p_hop(num_samples: int, seed: int, **options: int) -> TaskData:
-    samples = list(p_hop.generate(num_samples, **options, seed=seed, split="test"))
-    items = [Item(s.id, LabelledDocument(s.text, s.labels), None) for s in samples]
-    return TaskData(items, p_hop.shortcuts(samples, options["hops"]))
-
-
-def _addition(num_samples: int, seed: int, **options: int) -> TaskData:
-    samples = list(addition.generate(num_samples, **options, seed=seed, split="test"))
-    items = [Item(s.id, LabelledDocument(s.text, s.labels), None) for s in samples]
-    return TaskData(items, addition.shortcuts(samples))
-
-
-def _causal_loop_v2(num_samples: int, seed: int, min_depth: int, max_depth: int, **options: int) -> TaskData:
-    # Those that all depths from 2 on have: an accuracy by depth must not be one by family.
-    depths, families = range(min_depth, max_depth + 1), ("chain", "convergence")
-    samples = list(causal_loop_v2.generate(num_samples, depths, families, **options, seed=seed, split="test"))
-    items = [Item(s.id, LabelledDocument(*s.labelled()), s.depth) for s in samples]
-    return TaskData(items, {"one step": [str(one_step_answer(s)) for s in samples]})
+def _generate(task: SyntheticTask[Any], num_samples: int, seed: int, **sizes: int) -> TaskData:
+    assert task.labelled is not None
+    assert task.evaluation is not None
+    options = task.test_options(**sizes)
+    samples = task.test_samples(num_samples, seed, options)
+    items = [Item(s.id, task.labelled(s), task.evaluation.depth(s)) for s in samples]
+    return TaskData(items, task.shortcuts(samples, options))
 
 
 TASKS = {
-    "p_hop": ReasoningTask({"hops": 3, "length": 24, "alphabet": 4}, _p_hop),
-    "addition": ReasoningTask({"operands": 8, "modulus": 10}, _addition),
-    "causal_loop_v2": ReasoningTask(
-        {
-            **{"min_depth": 1, "max_depth": 8, "modulus": 7, "variables": 5, "statements": 12, "names": 26},
-            "constants": 0,  # below which initial ones are; 0: the modulus
-        },
-        _causal_loop_v2,
-    ),
+    name: ReasoningTask(asdict(task.test_options()), partial(_generate, task))
+    for name, task in SYNTHETIC_TASKS.items()
+    if task.labelled and task.evaluation
 }
+
+
+def chance(task: str, options: Mapping[str, int]) -> float:
+    """The accuracy of a uniform guess at these sizes."""
+    record = SYNTHETIC_TASKS[task]
+    assert record.evaluation is not None
+    return record.evaluation.chance(record.test_options(**options))
 
 
 def task_options(task: str, text: str) -> dict[str, int]:

@@ -1,19 +1,19 @@
 """Questions for models that think before they answer, and what guessing reaches on them."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.sources.documents import ANSWER_PREFIX, Problem, TracedDocument
 from data_pipeline.sources.problems import read_gsm8k
-from data_pipeline.sources.traced import read_icot, read_prosqa, traced_causal_loop_v2
-from data_pipeline.tasks import causal_loop_v2
-from data_pipeline.tasks.programs.causal_loop_v2_audit import one_step_answer
+from data_pipeline.sources.traced import read_icot, read_prosqa
+from data_pipeline.tasks.registry import TASKS as SYNTHETIC_TASKS
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.task import find_data
 
-GENERATED = "causal_loop_v2"
+# Synthetic tasks with a chain of thought, whose questions are generated.
+GENERATED = tuple(name for name, task in SYNTHETIC_TASKS.items() if task.traced and task.evaluation)
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
 
 
@@ -33,7 +33,7 @@ class QuestionSet(NamedTuple):
     questions: list[Question]
     num_documents: int  # in the data, before --limit
     chance: float
-    guesses: dict[str, list[str]]  # way to guess -> its answer to each question
+    guesses: Mapping[str, Sequence[str]]  # way to guess -> its answer to each question
     data_files: list[Path]
 
 
@@ -53,23 +53,26 @@ def normalize(answer: str) -> str:
     return _COMMA_IN_NUMBER.sub("", answer.strip())
 
 
-def generated_questions(num_samples: int, seed: int, options: dict[str, int]) -> QuestionSet:
-    """Causal loops of the test split; `options` of reasoning_tasks. Raises DataError for impossible ones."""
-    size = dict(options)
-    depths = range(size.pop("min_depth"), size.pop("max_depth") + 1)
-    # Those that all depths from 2 on have: an accuracy by depth must not be one by family.
-    families = ("chain", "convergence")
-    samples = list(causal_loop_v2.generate(num_samples, depths, families, **size, seed=seed, split="test"))
-    traced = [traced_causal_loop_v2(sample) for sample in samples]
-    questions = [
-        Question(s.id, d.question, d.answer, s.depth, d) for s, d in zip(samples, traced, strict=True)
-    ]
-    guesses = {"one step": [str(one_step_answer(sample)) for sample in samples]}
-    return QuestionSet(questions, len(questions), 1 / options["modulus"], guesses, [])
+def generated_questions(task: str, num_samples: int, seed: int, sizes: Mapping[str, int]) -> QuestionSet:
+    """Questions of the test split of a task of GENERATED; `sizes` as eval.looping.tasks.task_options gives
+    them. Raises DataError for impossible ones.
+    """
+    record = SYNTHETIC_TASKS[task]
+    assert record.traced is not None
+    assert record.evaluation is not None
+    options = record.test_options(**sizes)
+    samples = record.test_samples(num_samples, seed, options)
+    questions = []
+    for sample in samples:
+        document = record.traced(sample)
+        depth = record.evaluation.depth(sample)
+        questions.append(Question(sample.id, document.question, document.answer, depth, document))
+    chance, guesses = record.evaluation.chance(options), record.shortcuts(samples, options)
+    return QuestionSet(questions, len(questions), chance, guesses, [])
 
 
 def _gsm8k(path: Path) -> Iterable[Problem]:
-    """The bare question, and the number after `####`, as data_pipeline.traced_sources has them."""
+    """The bare question, and the number after `####`, as data_pipeline.sources.traced has them."""
     for problem in read_gsm8k(path):
         question = problem.prompt.removeprefix("Question: ").removesuffix("\nAnswer:").strip()
         yield Problem(problem.id, question, problem.target.rpartition("####")[2])
@@ -86,7 +89,7 @@ _PUBLISHED = {
     "icot": _Published("gsm8k_icot/test.txt", read_icot, 0.0),
     "prosqa": _Published("prosqa/prosqa_test.json", read_prosqa, 0.5),  # it asks which of two
 }
-TASKS = (GENERATED, *_PUBLISHED)
+TASKS = (*GENERATED, *_PUBLISHED)
 
 
 def published_questions(task: str, data: Path, limit: int | None) -> QuestionSet:

@@ -5,7 +5,8 @@ from itertools import combinations_with_replacement
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.tasks.addition import generate, main
+from data_pipeline.generate import main
+from data_pipeline.tasks.addition import generate
 from data_pipeline.tasks.labelled import BLOCK
 
 
@@ -86,7 +87,8 @@ def test_wrong_arguments_are_one_line(arguments, message):
 
 def test_command_line_writes_samples_and_audits(tmp_path, capsys):
     out = tmp_path / "sums.jsonl"
-    main(["--num_samples=2000", "--operands=4", "--modulus=6", "--seed=2", f"--out={out}", "--audit"])
+    sizes = ["--operands=4", "--modulus=6"]
+    main(["addition", "--num_samples=2000", *sizes, "--seed=2", f"--out={out}", "--audit"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     samples = list(generate(2000, 4, 6, 2))
     assert [(row["text"], row["answer"]) for row in rows] == [(s.text, s.answer) for s in samples]

@@ -12,7 +12,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.tasks import causal_loop
 from data_pipeline.tasks.causal_loop import Sample, audit, execute, generate, one_step_answer, split_of
 
-SCRIPT = Path(causal_loop.__file__)
+SCRIPT = Path(__file__).parents[2] / "data_pipeline" / "causal_loop.py"
 OPERATORS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 

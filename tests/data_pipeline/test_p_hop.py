@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.tasks import p_hop
+from data_pipeline.generate import main
 from data_pipeline.tasks.labelled import BLOCK
-from data_pipeline.tasks.p_hop import generate, hop_labels, main
+from data_pipeline.tasks.p_hop import generate, hop_labels
 
 SIZES = [(1, 6, 3), (2, 9, 4), (3, 24, 4), (5, 40, 2), (16, 64, 4), (3, 30, 26)]
 
@@ -131,7 +131,7 @@ def test_wrong_arguments_are_one_line(arguments, message):
 
 def test_command_line_writes_samples_and_audits(tmp_path, capsys):
     out = tmp_path / "hops.jsonl"
-    main(["--num_samples=3000", "--hops=2", "--split=test", "--seed=4", f"--out={out}", "--audit"])
+    main(["p_hop", "--num_samples=3000", "--hops=2", "--split=test", "--seed=4", f"--out={out}", "--audit"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     samples = list(generate(3000, 2, 24, 4, 4, "test"))
     assert [row["text"] for row in rows] == [s.text for s in samples]
@@ -148,7 +148,7 @@ def test_command_line_writes_samples_and_audits(tmp_path, capsys):
 
 
 def test_mistakes_on_the_command_line_end_with_one_line(tmp_path):
-    script = str(Path(p_hop.__file__))
+    script = str(Path(__file__).parents[2] / "data_pipeline" / "p_hop.py")
     for options, message in (
         (["--num_samples", "3"], "nothing to do"),
         (["--num_samples", "0", "--audit"], "no samples"),

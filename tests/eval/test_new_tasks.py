@@ -15,8 +15,9 @@ import torch
 
 from data_pipeline.sources.problems import MATH_SUBJECTS, boxed_answer, read_math, read_reclor
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from eval import hendrycks_math, p_hop, perplexity, reclor
+from eval import hendrycks_math, perplexity, reclor
 from eval.hendrycks_math import equivalent, extract, normalize
+from eval.looping.answers import load as load_labelled
 from eval.scoring.task import Options
 
 from .test_scripts import assert_error_line, results_of, samples_of
@@ -362,7 +363,7 @@ def test_overflowing_perplexity_is_left_out():
 def test_p_hop_scores_the_likeliest_token(make_scorer):
     """Against the logits of each text's last position."""
     scorer = make_scorer()
-    (result,) = p_hop.load(Options(limit=40))(scorer)
+    (result,) = load_labelled(Options(limit=40), "p_hop")(scorer)
     expected, losses = [], []
     for sample in result.samples:
         ids = [scorer.tokenizer.bos_id, *(scorer.tokenizer.encode(c)[0] for c in sample["prompt"])]
@@ -378,4 +379,4 @@ def test_p_hop_scores_the_likeliest_token(make_scorer):
     assert result.baselines["majority"].value == max(answers.values()) / 40
     assert set(result.baselines) == {"chance", "majority", "2-hop", "1-hop"}
     with pytest.raises(ValueError, match="p_hop has no exemplars"):
-        p_hop.load(Options(num_fewshot=1))
+        load_labelled(Options(num_fewshot=1), "p_hop")

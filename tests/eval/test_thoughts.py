@@ -45,7 +45,7 @@ def load(exports: dict[str, Path], name: str) -> tuple[ZeroModel, Tokenizer]:
 
 
 def of_many_lengths() -> QuestionSet:
-    data = generated_questions(7, 3, SIZE)
+    data = generated_questions("causal_loop_v2", 7, 3, SIZE)
     cut = [q._replace(text=q.text[7 * i % 20 :]) for i, q in enumerate(data.questions)]
     return data._replace(questions=cut)
 

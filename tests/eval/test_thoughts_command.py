@@ -70,7 +70,7 @@ def constant(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = write_tokenizer(folder)
     config = {**SMALL, **KINDS["thinker"], "vocab_size": tokenizer.vocab_size, "initializer_range": 0.05}
     model = ZeroModel(ModelConfig.from_dict(config), seed=1)
-    data = generated_questions(16, 1, SIZE)
+    data = generated_questions("causal_loop_v2", 16, 1, SIZE)
     taught(model.train(), tokenizer, [question.reference for question in data.questions])
     model.save_pretrained(folder)
     return folder

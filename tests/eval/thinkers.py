@@ -28,7 +28,7 @@ KINDS = {
 def write_tokenizer(folder: Path) -> Tokenizer:
     """One token a character."""
     folder.mkdir()
-    data = generated_questions(20, 0, SIZE)
+    data = generated_questions("causal_loop_v2", 20, 0, SIZE)
     texts = [question.reference.text for question in data.questions]
     (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, 308, "bpe", thought_pieces=True))
     return Tokenizer(folder / "tokenizer.model")

@@ -126,7 +126,7 @@ def test_a_task_may_take_the_learning_rates_of_another(tmp_path):
     tasks["tasks"]["causal_loop_v2_held_out"]["learning_rates_of"] = "causal_lop"
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tasks))
     with pytest.raises(
-        ValueError, match="learning_rates_of 'causal_lop' is no task; choose from .*causal_loop_v2,"
+        ValueError, match="learning_rates_of 'causal_lop' is not a task; choose from .*causal_loop_v2,"
     ):
         read_tasks(tmp_path / "tasks.yaml")
 

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import correlation
-from typing import TYPE_CHECKING
 
 from data_pipeline.tasks.programs.causal_loop_v2_programs import (
     Statement,
@@ -16,19 +15,17 @@ from data_pipeline.tasks.programs.causal_loop_v2_programs import (
     live_statements,
     parse,
 )
-
-if TYPE_CHECKING:
-    from data_pipeline.tasks.causal_loop_v2 import Sample
+from data_pipeline.tasks.programs.causal_loop_v2_sample import Sample
 
 
-def one_step_answer(sample: "Sample") -> int:
+def one_step_answer(sample: Sample) -> int:
     """A shortcut that should fail: the statement that computes the answer, applied to initial constants."""
     initial, body = parse(sample.program)
     last = body[live_statements(body, sample.question)[-1]]
     return apply_statement(last, {name: (v,) for name, v in initial.items()}, sample.modulus)[0]
 
 
-def late_half_answer(sample: "Sample") -> int:
+def late_half_answer(sample: Sample) -> int:
     """The best guess of a solver that knows only the deeper half of the computation.
 
     Every result of depth ceil(depth / 2) or less is replaced by random values, 64 times over; the most common
@@ -47,7 +44,7 @@ def late_half_answer(sample: "Sample") -> int:
     return max(sorted(counts), key=counts.__getitem__)
 
 
-def audit(samples: Iterable["Sample"]) -> dict[int, dict[str, float]]:
+def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
     """Per depth the shares of samples that shortcuts answer, and what the text gives away.
 
     samples       their number
@@ -67,7 +64,7 @@ def audit(samples: Iterable["Sample"]) -> dict[int, dict[str, float]]:
     return {depth: _audit_row(members) for depth, members in sorted(by_depth.items())}
 
 
-def _audit_row(members: Sequence["Sample"]) -> dict[str, float]:
+def _audit_row(members: Sequence[Sample]) -> dict[str, float]:
     count = len(members)
     parsed = [parse(s.program) for s in members]
     finals = [live_statements(body, s.question)[-1] for s, (_, body) in zip(members, parsed, strict=True)]
@@ -94,7 +91,7 @@ def _audit_row(members: Sequence["Sample"]) -> dict[str, float]:
     }
 
 
-def _plain_dead(sample: "Sample", body: Sequence[Statement]) -> bool:
+def _plain_dead(sample: Sample, body: Sequence[Statement]) -> bool:
     """Whether there is dead code and none of its results is read by anything."""
     dead = set(range(len(body))) - set(live_statements(body, sample.question))
     writer: dict[str, int] = {}
