@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_run(start, tmp_path):
     assert start(f"resume={folder}").resume_from == folder
     later = folder.with_name("step-6")
     later.mkdir()
-    with pytest.raises(ValueError, match=r"holds checkpoints of later steps \(6\) than .*step-4, from which"):
+    with pytest.raises(ValueError, match=r"holds checkpoints of later steps \(6\) than .*step-4, which"):
         start(f"resume={folder}")
     later.rmdir()
     (folder / checkpoint.MANIFEST).write_text("{")

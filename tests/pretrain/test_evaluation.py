@@ -151,7 +151,7 @@ def test_a_killed_trainer_leaves_no_process_and_its_successor_requests_again(six
     successor.resume(4)
     successor.finish(lambda: None)
     assert [r["step"] for r in records] == [4]
-    message = "exit code 2: error: there is no task 'causal_lop': did you mean causal_loop?"
+    message = "exit code 2: error: there is no task 'causal_lop': did you mean 'causal_loop'?"
     assert records[0]["eval_failed"].startswith(message)
 
 
