@@ -1,4 +1,4 @@
-"""A dense twin: a model without recurrence that has as many parameters, or takes as many FLOPs, as another.
+"""A solver of widths, and dense twins: models without recurrence that match another in parameters or FLOPs.
 
     python -m model.config match --like CONFIG --by parameters|flops [--sequence_length T] [model.a.b=c ...]
 
@@ -22,7 +22,7 @@ from model.counts import flops_per_token, num_parameters
 TOLERANCE = 0.01
 WIDTHS = ("intermediate_size", "moe_intermediate_size")
 LAYERS = ("num_hidden_layers", "first_k_dense_replace")
-SEQUENCE_LENGTH = 1024  # where neither the command nor the config says it; that of `python -m model`
+SEQUENCE_LENGTH = 1024  # unless the command or the config says it; `python -m model` takes the same
 
 
 def solve_widths(
@@ -154,14 +154,14 @@ def _reset(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(config: ModelConfig, twin: ModelConfig, sequence_length: int) -> str:
-    rows = [
-        ("parameters", *(num_parameters(model) for model in (config, twin))),
-        ("active per token", *(num_parameters(model, active=True) for model in (config, twin))),
-        (
-            f"forward FLOPs per token at {sequence_length:,} tokens",
-            *(flops_per_token(model, sequence_length) for model in (config, twin)),
+    measures: dict[str, Callable[[ModelConfig], float]] = {
+        "parameters": num_parameters,
+        "active per token": lambda model: num_parameters(model, active=True),
+        f"forward FLOPs per token at {sequence_length:,} tokens": lambda model: flops_per_token(
+            model, sequence_length
         ),
-    ]
+    }
+    rows = [(name, measure(config), measure(twin)) for name, measure in measures.items()]
     lines = [f"{'':44}{'given':>18}{'dense':>18}{'ratio':>9}"]
     return "\n".join(lines + [f"{name:44}{a:>18,.0f}{b:>18,.0f}{b / a:>9.4f}" for name, a, b in rows])
 
