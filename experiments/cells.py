@@ -1,4 +1,4 @@
-"""What a cell of a matrix of groups is told: its training, its evaluations, and the job of them."""
+"""The job of a cell in a matrix of groups: the arguments of its training and its evaluations."""
 
 from itertools import chain
 from pathlib import Path
@@ -11,7 +11,7 @@ from experiments.settings import Settings, evaluation_settings
 
 
 def job_of(plan: PlannedCell, matrix: Matrix) -> Job:
-    """All that is run for a cell, its record the last of it."""
+    """All that is run for a cell; the record comes last."""
     return Job(
         name=plan.cell.name,
         max_steps=plan.max_steps,
@@ -28,13 +28,13 @@ def folder_of(plan: PlannedCell, out: Path) -> Path:
 
 
 def training(plan: PlannedCell) -> list[str]:
-    """What the script that trains is told but for data.path and output_dir."""
+    """Arguments of the training script, except data.path and output_dir."""
     base = str(BASE.relative_to(ROOT))
     return ["--ds_config", "ds_configs/zero1.json", "--config", base, *plan.overrides]
 
 
 def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
-    """By name, the script and flags of each evaluation but for checkpoint and output."""
+    """By name: script and flags of each evaluation, except checkpoint and output."""
     told = evaluation_settings(plan) if evaluate else {}
     return {name: evaluation_command(entry) for name, entry in told.items()}
 

@@ -18,15 +18,15 @@ from common.files import write_json
 from experiments.record import FAILED, RECORD
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = "settings.json"  # what a cell was told, see keep_settings
-DATA = "DATA"  # among the flags of an evaluation: the folder of the job's data
+SETTINGS = "settings.json"  # of a cell's folder: the arguments it was run with
+DATA = "DATA"  # stands for the data folder among the flags of an evaluation
 
 
 @dataclass(frozen=True)
 class Data:
-    """Training data, which jobs share."""
+    """Training data; jobs may share it."""
 
-    name: str  # of the folder below OUT/data
+    name: str  # its folder below OUT/data
     recipe: str  # data_pipeline/recipes/NAME.yaml
     overrides: tuple[str, ...]
 
@@ -35,31 +35,34 @@ class Data:
 class Job:
     """All that is run for one cell of a matrix."""
 
-    name: str  # of the cell, and of its folder below OUT/cells
+    name: str  # the cell's, and its folder below OUT/cells
     max_steps: int
-    script: str  # that trains
-    training: tuple[str, ...]  # its arguments but for --init, data.path and output_dir
+    script: str  # the training script
+    training: tuple[str, ...]  # its arguments, except --init, data.path and output_dir
     data: Data
-    evaluations: dict[str, list[str]]  # name -> script and flags, but for checkpoint and output
-    results: str = "eval/{name}"  # the folder of an evaluation's results, below the cell's
+    evaluations: dict[str, list[str]]  # name -> script and flags, except checkpoint and output
+    results: str = "eval/{name}"  # folder of an evaluation's results, below the cell's
     teacher: str | None = None  # the job whose export this one starts from
-    record: Callable[[Path], dict[str, Any]] | None = None  # of the cell's folder; None: it has no record
+    record: Callable[[Path], dict[str, Any]] | None = None  # from the cell's folder; None: no record
 
 
 def cell_folder(name: str, out: Path) -> Path:
-    """Of a cell."""
     return out / "cells" / name
 
 
 def run_job(job: Job, out: Path) -> None:
-    """All of a job that is not done yet; who wants the same job meanwhile, on any machine, waits.
+    """Runs what is not done yet. Another process that runs the same job, on any machine, waits.
 
     Raises:
-        ValueError: something failed, and `failed.json` says what; the line names its log.
+        ValueError: a step failed; the line names its log and is kept in `failed.json`.
     """
     folder = cell_folder(job.name, out)
-    told = {"training": list(job.training), "data": list(job.data.overrides), "evaluations": job.evaluations}
-    keep_settings(folder / SETTINGS, told)
+    settings = {
+        "training": list(job.training),
+        "data": list(job.data.overrides),
+        "evaluations": job.evaluations,
+    }
+    keep_settings(folder / SETTINGS, settings)
     with locked(folder / "lock"):
         if (folder / RECORD).is_file():
             return
@@ -72,7 +75,7 @@ def run_job(job: Job, out: Path) -> None:
 
 
 def _train_and_evaluate(job: Job, folder: Path, out: Path) -> None:
-    """The record is the last thing written."""
+    """Writes the record last."""
     data = build_data(job.data, out)
     start = [] if job.teacher is None else ["--init", cell_folder(job.teacher, out).absolute() / "export"]
     train(folder, job.script, *start, *job.training, f"data.path={data}")
@@ -84,7 +87,7 @@ def _train_and_evaluate(job: Job, folder: Path, out: Path) -> None:
 
 
 def build_data(data: Data, out: Path) -> Path:
-    """The data's folder, built unless it is there; who comes meanwhile, on any machine, waits.
+    """The data's folder, built if missing. Another process that needs it, on any machine, waits.
 
     Raises:
         ValueError: the build failed; the line names its log.
@@ -120,7 +123,7 @@ def train(run: Path, script: str, *arguments: Any) -> None:
 
 
 def _evaluate(folder: Path, name: str, results: Path, script: str, flags: Sequence[str]) -> None:
-    """Once: a mark is the last thing written."""
+    """Once: the mark of a finished evaluation is written last."""
     mark = folder / "eval" / f"{name}.done"
     if mark.is_file():
         return
@@ -150,10 +153,10 @@ def call(log: Path, *command: Any) -> None:
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Notes what a cell or its data are told. Raises ValueError if other settings were noted before."""
-    noted = json.loads(path.read_text()) if path.is_file() else settings
+    """Stores the settings of a cell or of its data. Raises ValueError if other ones are stored."""
+    stored = json.loads(path.read_text()) if path.is_file() else settings
     for key, now in settings.items():
-        before = noted.get(key)
+        before = stored.get(key)
         if before != now:
             before, now = _difference(before, now)
             raise ValueError(
@@ -165,7 +168,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _difference(before: Any, now: Any) -> tuple[Any, Any]:
-    """The first items in which two lists differ, else the two."""
+    """The first pair of items in which two lists differ; otherwise the values themselves."""
     if isinstance(before, list) and isinstance(now, list):
         for a, b in zip(before, now, strict=False):
             if a != b:
@@ -176,13 +179,13 @@ def _difference(before: Any, now: Any) -> tuple[Any, Any]:
 def run_all(
     work: Mapping[str, Callable[[], None]], jobs: int, after: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Does pieces of work, started in their order, `jobs` at once, with a progress bar.
+    """Runs pieces of work in their order, `jobs` at once, with a progress bar.
 
     Args:
-        after: a piece -> an earlier one, whose result it needs.
+        after: piece -> the earlier piece whose result it needs.
 
     Returns:
-        The pieces that failed, by a ValueError or OSError, and why. Only what needs them is left out.
+        The pieces that failed with a ValueError or OSError, and why. Only pieces that need them are skipped.
     """
     after, futures = after or {}, dict[str, Future[str | None]]()
 
@@ -207,5 +210,5 @@ def run_all(
                 bar.write(f"{names[future]}: {problem or 'done'}")
                 bar.update()
     finally:
-        pool.shutdown(cancel_futures=True)  # after an interrupt, what has not begun does not begin
+        pool.shutdown(cancel_futures=True)  # after an interrupt, nothing more is started
     return {name: problem for name, future in futures.items() if (problem := future.result()) is not None}

@@ -1,17 +1,17 @@
 """A matrix of methods of latent chain of thought: a teacher per seed, then students from its export.
 
     latent_cot: causal_loop_v2        # the task, of experiments/latent_cot.yaml
-    examples: 130000                  # generated for training; leave it out for the tasks that are files
+    examples: 130000                  # generated for training; omit for tasks read from files
     teacher_steps: 1800
     student_steps: 1200
     num_questions: 600
-    training: [model.hidden_size=32]  # overrides of all trainings, none by default
-    parts:                            # their cells together; the teachers follow from the seeds
+    training: [model.hidden_size=32]  # overrides of every training (default: none)
+    parts:                            # the union of their cells; the seeds determine the teachers
       - {methods: [cot, kava, lotus], seeds: [0, 1, 2]}
 
-distill/main.py trains every cell: a teacher from scratch with the method cot, which writes the chain of thought
-out, and a student from the export of its seed's teacher. eval/thoughts.py evaluates each, with its controls at
-test time.
+distill/main.py trains every cell: a teacher from scratch, with the method cot, which writes its chain of
+thought out; a student from the export of its seed's teacher. eval/thoughts.py evaluates each, with its
+controls at test time.
 """
 
 from collections.abc import Mapping
@@ -86,14 +86,14 @@ class LatentCotMatrix:
     path: Path
     file: LatentCotFile
     task: LatentCotTask
-    cells: list[LatentCotCell]  # in the order of their start: teachers, then their students
+    cells: list[LatentCotCell]  # in starting order: teachers, then their students
 
     @property
     def name(self) -> str:
         return self.path.stem
 
     def job(self, cell: LatentCotCell) -> Job:
-        """All that is run for a cell. Its results lie together, where eval/report.py looks for them."""
+        """All that is run for a cell. Results share one folder, where eval/report.py looks for them."""
         file, task = self.file, self.task
         data = file.latent_cot if file.examples is None else f"{file.latent_cot}-{file.examples}"
         examples = () if file.examples is None else (f"sources.0.num_samples={file.examples}",)
@@ -112,7 +112,7 @@ class LatentCotMatrix:
         return self.file.teacher_steps if cell.method == TEACHER else self.file.student_steps
 
     def training(self, cell: LatentCotCell) -> list[str]:
-        """What distill/main.py is told but for --init, data.path and output_dir."""
+        """Arguments of distill/main.py, except --init, data.path and output_dir."""
         is_teacher, steps = cell.method == TEACHER, self.steps(cell)
         method = "cot" if is_teacher else cell.method
         return [
@@ -125,7 +125,7 @@ class LatentCotMatrix:
         ]
 
     def evaluations(self, method: str) -> dict[str, list[str]]:
-        """By name, eval/thoughts.py and its flags but for checkpoint and output."""
+        """By name: eval/thoughts.py and its flags, except checkpoint and output."""
         count, options = str(self.file.num_questions), self.task.task_options
         questions = ["--task", self.file.latent_cot, *(["--limit", count] if options is None else [])]
         if options is not None:
@@ -138,7 +138,7 @@ class LatentCotMatrix:
 
 
 def _tests(method: str, kv_budgets: str) -> dict[str, list[str]]:
-    """Each method as it is, over its numbers of iterations or cache budgets, and its controls."""
+    """By name: flags of the method as trained, of other iteration counts or cache budgets, of controls."""
     own = {"own": ["--mode", "cot"]}
     if method == TEACHER:
         return own
@@ -152,15 +152,15 @@ def _tests(method: str, kv_budgets: str) -> dict[str, list[str]]:
 
 
 def is_latent_cot(values: Mapping[str, Any]) -> bool:
-    """Whether a matrix file holds methods of latent chain of thought rather than groups."""
+    """Whether a matrix file compares methods of latent chain of thought rather than groups."""
     return KIND in values
 
 
 def read_latent_cot(path: Path) -> LatentCotMatrix:
-    """All cells, planned.
+    """Plans all cells.
 
     Raises:
-        ValueError: one line; an unknown task or method, a number below 1, or no cells.
+        ValueError: one line; an unknown task or method, a number below 1, or an empty matrix.
     """
     where = f"matrix {path}"
     file = structured(LatentCotFile, read_yaml(path), where)

@@ -23,7 +23,7 @@ BASE = HERE / "base.yaml"
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """A cell with everything that its training and evaluation are told but for folders."""
+    """A cell and all that decides its training and evaluation, except folders."""
 
     cell: Cell
     task: Task
@@ -36,7 +36,7 @@ class PlannedCell:
 
     @property
     def data_name(self) -> str:
-        """Of the folder of its data, which cells share."""
+        """Name of its data folder; cells with the same data share it."""
         return f"{self.cell.task}-{self.task.examples}" if self.task.examples else self.cell.task
 
 
@@ -56,11 +56,11 @@ class Matrix:
 
 
 def read_matrix(path: Path) -> Matrix:
-    """All cells, planned, pairs compared.
+    """Plans all cells and compares pairs.
 
     Raises:
-        ValueError, FileNotFoundError: one line; an unknown name, a group without a learning rate, a model
-            that cannot be, or a pair that is not equal.
+        ValueError, FileNotFoundError: one line; an unknown name, a group without a learning rate, an
+            impossible model, or a pair that is not equal.
     """
     file = structured(MatrixFile, read_yaml(path), f"matrix {path}")
     tasks, sizes = read_tasks()
@@ -71,7 +71,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 class Planner:
-    """Makes plans; what they share is computed once."""
+    """Plans cells; computes once what they share."""
 
     def __init__(self, file: MatrixFile, tasks: Mapping[str, Task], sizes: Mapping[str, list[str]]) -> None:
         self.file, self.sizes = file, sizes
@@ -80,7 +80,7 @@ class Planner:
         self.configs: dict[tuple[str, str], RunConfig] = {}
 
     def task(self, cell: Cell) -> Task:
-        """The cell's task, with what the matrix and the cell change of it."""
+        """The cell's task, with the changes of the matrix and of the cell."""
         task = self.tasks[cell.task]
         if self.file.examples is not None and task.examples:
             task = replace(task, examples=self.file.examples)
@@ -92,7 +92,7 @@ class Planner:
         return task
 
     def plan(self, cell: Cell) -> PlannedCell:
-        """Raises ValueError for a model that cannot be."""
+        """Raises ValueError for an impossible model."""
         task, group = self.task(cell), GROUPS[cell.group]
         config = self.config(cell)
         changes, model = self.model(cell)
@@ -106,7 +106,7 @@ class Planner:
             f"optimizer.min_lr={cell.learning_rate / 10:g}",
             f"optimizer.warmup_steps={min(config.optimizer.warmup_steps, max(1, steps // 10))}",
             *(f"{name}={steps}" for name in ("max_steps", "eval_every")),
-            f"save_every={max(1, steps // 4)}",  # what a kill costs
+            f"save_every={max(1, steps // 4)}",  # at most this much is lost to a kill
             "keep_last=1",
             f"seed={cell.seed}",
         ]
@@ -116,7 +116,7 @@ class Planner:
         )
 
     def base_overrides(self, cell: Cell) -> list[str]:
-        """Over base.yaml, the same for all groups; later ones win: task, size, matrix."""
+        """Overrides of base.yaml for all groups; later ones win: task, size, matrix."""
         task = self.tasks[cell.task]
         return [
             f"data.sequence_length={task.sequence_length}",
@@ -127,7 +127,7 @@ class Planner:
         ]
 
     def config(self, cell: Cell) -> RunConfig:
-        """What all groups of a task and size share."""
+        """The run config that all groups of a task and size share."""
         key = cell.task, cell.size
         if key not in self.configs:
             self.configs[key] = load_run_config(
@@ -136,7 +136,7 @@ class Planner:
         return self.configs[key]
 
     def model(self, cell: Cell) -> tuple[Model, ModelConfig]:
-        """What the group changes, and the whole."""
+        """The keys that the group changes, and the whole config."""
         key = cell.task, cell.size, cell.group, cell.vary
         if key not in self.models:
             config, task = self.config(cell), self.task(cell)
@@ -150,7 +150,7 @@ class Planner:
         return self.models[key]
 
     def max_steps(self, cell: Cell) -> int:
-        """Optimizer steps of the cell's budget, at least one. Raises DataError for an unknown group in it."""
+        """Optimizer steps of the cell's budget, at least 1. Raises DataError for an unknown group in it."""
         like = cell.budget.training_flops_of
         if like is None:
             return cell.budget.steps
@@ -174,7 +174,7 @@ def _varied(cell: Cell) -> list[str]:
 
 
 def _with_varied(model: Model, cell: Cell) -> Model:
-    """A copy of the model's keys with what the cell varies of them."""
+    """A copy of the model's keys with the cell's variation applied."""
     key, value = cell.vary or ("", None)
     if not key.startswith("model."):
         return model
@@ -207,12 +207,12 @@ def _text(value: Any) -> str:
 
 
 def _check_pairs(path: Path, plans: Sequence[PlannedCell]) -> None:
-    """Raises ValueError for the first pair of PAIRS whose sides, both in the matrix, are not equal."""
-    places: dict[tuple[str, str, str, Any], dict[str, PlannedCell]] = {}
+    """Raises ValueError for the first of PAIRS whose two sides are in the matrix but are not equal."""
+    compared: dict[tuple[str, str, str, Any], dict[str, PlannedCell]] = {}
     for plan in plans:
         cell = plan.cell
-        places.setdefault((cell.task, cell.size, cell.budget.name, cell.vary), {})[cell.group] = plan
-    for (task, size, budget, _), groups in places.items():
+        compared.setdefault((cell.task, cell.size, cell.budget.name, cell.vary), {})[cell.group] = plan
+    for (task, size, budget, _), groups in compared.items():
         for pair in PAIRS:
             sides = [groups[name] for name in (pair.a, pair.b) if name in groups]
             if len(sides) < 2 or (pair.equal == "training_flops") != ("flops-of" in budget):

@@ -1,7 +1,7 @@
-"""The YAML of a matrix of groups: where it is, what it may say, and the cells it names.
+"""The YAML of a matrix of groups: how it is found, its keys, and the cells it names.
 
-    learning_rates: experiments/learning_rates.yaml   # or a list of rates: then the matrix is a sweep
-    parts:                                            # their cells together
+    learning_rates: experiments/learning_rates.yaml   # or a list of rates, which makes it a sweep
+    parts:                                            # the matrix is the union of their cells
       - tasks: [p_hop]
         groups: [loop, dense_params]
         seeds: [0, 1, 2]
@@ -67,7 +67,7 @@ class MatrixFile:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run."""
+    """One run, not yet planned."""
 
     task: str
     size: str
@@ -80,17 +80,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Also the cell's folder, below `cells/`."""
+        """Also the cell's folder below `cells/`."""
         varied = "" if self.vary is None else f"@{self.vary[0]}={self.vary[1]}"
         rate = f"@lr={self.learning_rate:g}" if self.rate_in_name else ""
         return f"{self.task}/{self.size}/{self.budget.name}/{self.group}{varied}{rate}/{self.seed}"
 
 
 def find_matrix(given: str) -> Path:
-    """The file that `--matrix` names: a path, or the bare name of a file of experiments/matrices.
+    """The file for `--matrix`: an existing path, or the bare name of a file in experiments/matrices.
 
     Raises:
-        FileNotFoundError: there is neither; the line names the nearest matrix.
+        FileNotFoundError: it is neither; the line names the nearest matrix.
     """
     path, named = Path(given), MATRICES / f"{given}.yaml"
     if path.is_file():
@@ -99,14 +99,14 @@ def find_matrix(given: str) -> Path:
         return named
     known = [file.stem for file in MATRICES.glob("*.yaml")]
     raise FileNotFoundError(
-        f"--matrix {given}: not a file, nor a matrix of experiments/matrices; {nearest(path.stem, known)}"
+        f"--matrix {given} is neither a file nor a name in experiments/matrices; {nearest(path.stem, known)}"
     )
 
 
 def cells_of(
     path: Path, file: MatrixFile, tasks: Mapping[str, Task], sizes: Mapping[str, list[str]]
 ) -> list[Cell]:
-    """All cells, part by part, each once.
+    """All cells, part by part, without repeats.
 
     Raises:
         ValueError, FileNotFoundError: an unknown name, or a group without a learning rate.

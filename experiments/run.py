@@ -10,7 +10,8 @@ reported with its log and costs only the cells that start from its export. slurm
 --index to the jobs of an array. There are two kinds of matrix:
 
 - groups (experiments/matrix_file.py): a finished cell TASK/SIZE/BUDGET/GROUP/SEED has a cell.json
-  (experiments/record.py says what is in it). A sweep (learning_rates is a list) ends by writing
+  (experiments/record.py says what is in it), and experiments/publish.py adds those of DIR to the committed
+  records. A sweep (learning_rates is a list) ends by writing
   experiments/learning_rates.yaml: for each group the rate of the lowest validation loss.
 - methods of latent chain of thought (experiments/latent_cot.py): cells METHOD-SEED, which start from the cell
   teacher-SEED; --cells and --index run the teachers they need as well. It ends by writing DIR/results.json,
@@ -40,13 +41,13 @@ from experiments.reporting.latent_cot import write_results
 from experiments.tasks import read_yaml
 
 HEAD = (
-    "# Peak learning rate of every group on every task and size: of those of a sweep, the one with the lowest\n"
-    "# validation loss. Written by experiments/run.py --matrix sweep (experiments/matrices/sweep.yaml).\n"
+    "# Peak learning rate of every group on every task and size: the one with the lowest validation loss in\n"
+    "# experiments/matrices/sweep.yaml. Written by experiments/run.py --matrix sweep.\n"
 )
 
 
 def choose_rates(plans: Sequence[PlannedCell], out: Path) -> dict[str, dict[str, float]]:
-    """The rate of the lowest validation loss, mean over the seeds, of every group with all its cells done."""
+    """Of every group whose cells are all done, the rate of the lowest validation loss (mean over seeds)."""
     losses: dict[tuple[str, str], dict[float, list[float | None]]] = {}
     for plan in plans:
         cell, path = plan.cell, folder_of(plan, out) / RECORD
@@ -63,7 +64,7 @@ def choose_rates(plans: Sequence[PlannedCell], out: Path) -> dict[str, dict[str,
 
 
 def write_rates(chosen: dict[str, dict[str, float]], path: Path) -> None:
-    """Adds to what is there."""
+    """Merges the chosen rates into the file."""
     there = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
     for task, rates in chosen.items():
         there[task] = {**there.get(task, {}), **rates}
@@ -76,14 +77,14 @@ def read(path: Path) -> Matrix | LatentCotMatrix:
 
 
 def jobs_of(matrix: Matrix | LatentCotMatrix) -> list[Job]:
-    """Of every cell, in the order of their start."""
+    """One per cell, in starting order."""
     if isinstance(matrix, LatentCotMatrix):
         return [matrix.job(cell) for cell in matrix.cells]
     return [job_of(plan, matrix) for plan in matrix.plans]
 
 
 def select(jobs: Sequence[Job], pattern: str | None = None, index: int | None = None) -> list[Job]:
-    """The jobs whose names match a pattern as of file names, or the one numbered `index` among them.
+    """The jobs whose names match a glob pattern, or the one numbered `index` among them.
 
     Raises:
         ValueError: no name matches, or there is no such number.
@@ -99,13 +100,13 @@ def select(jobs: Sequence[Job], pattern: str | None = None, index: int | None = 
 
 
 def with_teachers(chosen: Sequence[Job], jobs: Sequence[Job]) -> list[Job]:
-    """The chosen jobs and those that they start from, in their order."""
+    """The chosen jobs and the jobs they start from, in starting order."""
     wanted = {job.name for job in chosen} | {job.teacher for job in chosen}
     return [job for job in jobs if job.name in wanted]
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, at_once: int) -> dict[str, str]:
-    """What failed, and why."""
+    """Runs jobs, `at_once` in parallel; returns the failed ones and why."""
     after = {job.name: job.teacher for job in jobs if job.teacher is not None}
     failed = run_all({job.name: partial(run_job, job, out) for job in jobs}, at_once, after)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} cells done, in {out}")
@@ -117,7 +118,7 @@ def run_jobs(jobs: Sequence[Job], out: Path, at_once: int) -> dict[str, str]:
 def conclude(
     matrix: Matrix | LatentCotMatrix, out: Path, at_once: int, failed: Mapping[str, str], rates: Path
 ) -> None:
-    """What a matrix writes over all its cells.
+    """Writes what summarises all cells of the matrix.
 
     Raises:
         ValueError: no cell of a matrix of latent chain of thought was evaluated.
@@ -125,7 +126,7 @@ def conclude(
     if isinstance(matrix, LatentCotMatrix):
         paths = [cell_folder(cell.name, out) / FAILED for cell in matrix.cells]
         before = [json.loads(path.read_text()) for path in paths if path.is_file()]
-        stored = {entry["cell"]: entry["problem"] for entry in before}  # by other jobs of the array
+        stored = {entry["cell"]: entry["problem"] for entry in before}  # by other jobs of a SLURM array
         write_results(matrix, out, at_once, {**stored, **failed})
     elif matrix.is_sweep:
         chosen = choose_rates(matrix.plans, out)
@@ -139,10 +140,15 @@ def parse() -> argparse.Namespace:
     add("--matrix", required=True, help="a YAML file, or the name of one in experiments/matrices, e.g. quick")
     add("--out", type=Path, help="folder of data and cells (default: runs/experiments/NAME)")
     add("--jobs", type=int, default=1, help="cells at once, one thread each (default: 1)")
-    add("--cells", metavar="PATTERN", help="only those whose names match, e.g. 'p_hop/*/loop/*'")
-    add("--list", action="store_true", help="name the cells with their numbers, and stop")
+    add("--cells", metavar="PATTERN", help="only cells whose names match, e.g. 'p_hop/*/loop/*'")
+    add("--list", action="store_true", help="list the cells with their numbers, and stop")
     add("--index", type=int, metavar="I", help="only cell number I, from 0, of those that --list names")
-    add("--rates", type=Path, default=RATES, help="what a sweep writes (default: learning_rates.yaml here)")
+    add(
+        "--rates",
+        type=Path,
+        default=RATES,
+        help="file that a sweep writes (default: experiments/learning_rates.yaml)",
+    )
     return parser.parse_args()
 
 

@@ -244,7 +244,7 @@ def test_a_matrix_is_named_by_a_path_or_by_its_name(tmp_path):
     assert find_matrix(str(path)) == path
     assert find_matrix("quick") == MATRICES / "quick.yaml"
     for given in ("experiments/quick.yaml", "experiments/studies/quick.yaml", "quikc"):  # two old places
-        with pytest.raises(FileNotFoundError, match="experiments/matrices; did you mean 'quick'"):
+        with pytest.raises(FileNotFoundError, match="name in experiments/matrices; did you mean 'quick'"):
             find_matrix(given)
     with pytest.raises(FileNotFoundError, match=r"known: examples, full, .*standard"):
         find_matrix("xyz")
