@@ -12,7 +12,7 @@ from typing import Any
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
-from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, unequal
+from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, merged, unequal
 from experiments.matrix_file import Cell, MatrixFile, cells_of
 from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
 from model import ModelConfig
@@ -143,7 +143,7 @@ class Planner:
             shape = Shape(config.model, task.layers, task.steps, task.sequence_length)
             try:
                 changes = GROUPS[cell.group].build(shape)
-                whole = ModelConfig.from_dict(_with_varied({**config.model, **changes}, cell))
+                whole = ModelConfig.from_dict(_with_varied(merged(config.model, changes), cell))
             except ValueError as error:
                 raise ValueError(f"cell {cell.name}: {error}") from None
             self.models[key] = changes, whole

@@ -29,20 +29,20 @@ def publish(runs: Path, out: Path) -> dict[Path, int]:
     written = {}
     for listed in sorted(runs.glob("*.matrix.json")):
         matrix = json.loads(listed.read_text())
-        path = out / f"{matrix['matrix']}.jsonl"
-        stored = read_records(path)[1] if path.is_file() else []
-        done = [runs / "cells" / cell / RECORD for cell in matrix["cells"]]
-        new = [read_cell(place) for place in done if place.is_file()]
+        target = out / f"{matrix['matrix']}.jsonl"
+        stored = read_records(target)[1] if target.is_file() else []
+        paths = [runs / "cells" / cell / RECORD for cell in matrix["cells"]]
+        new = [read_cell(path) for path in paths if path.is_file()]
         records = {record["cell"]: record for record in [*stored, *new]}
         strange = sorted(set(records) - set(matrix["cells"]))
         if strange:
             raise ValueError(
-                f"{path} has records of {len(strange)} cells, {strange[0]} first, that the matrix no longer "
-                "has; remove their lines or restore the matrix"
+                f"{target} has {len(strange)} records of cells that the matrix no longer has, the first "
+                f"{strange[0]}; remove their lines or restore the matrix"
             )
         if new:
-            write_records(path, matrix, [records[cell] for cell in matrix["cells"] if cell in records])
-            written[path] = len(new)
+            write_records(target, matrix, [records[cell] for cell in matrix["cells"] if cell in records])
+            written[target] = len(new)
     if not written:
         raise ValueError(f"--runs {runs} holds no finished cell; give the --out of experiments/run.py")
     return written

@@ -1,4 +1,4 @@
-"""A dense twin: a model without recurrence that has as many parameters, or takes as many FLOPs, as another.
+"""A solver of widths, and dense twins: models without recurrence that match another in parameters or FLOPs.
 
     python -m model.config match --like CONFIG --by parameters|flops [--sequence_length T] [model.a.b=c ...]
 
@@ -22,7 +22,7 @@ from model.counts import flops_per_token, num_parameters
 TOLERANCE = 0.01
 WIDTHS = ("intermediate_size", "moe_intermediate_size")
 LAYERS = ("num_hidden_layers", "first_k_dense_replace")
-SEQUENCE_LENGTH = 1024  # where neither the command nor the config says it; that of `python -m model`
+SEQUENCE_LENGTH = 1024  # unless the command or the config says it; `python -m model` takes the same
 
 
 def solve_widths(

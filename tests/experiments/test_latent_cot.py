@@ -62,7 +62,7 @@ def test_the_whole_has_every_method_and_three_seeds_of_those_that_a_claim_needs(
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_student_of_a_shipped_matrix_has_its_teacher_before_it(path):
-    jobs = jobs_of(read(path), Path("out"))
+    jobs = jobs_of(read(path))
     for number, job in enumerate(jobs):
         assert job.teacher is None or job.teacher in [earlier.name for earlier in jobs[:number]]
     assert len({job.name for job in jobs}) == len(jobs) > 5
@@ -111,7 +111,7 @@ def test_what_the_matrix_sets_overrides_what_the_task_and_the_method_set(tmp_pat
 
 
 def test_the_choice_of_a_student_brings_its_teacher():
-    jobs = jobs_of(read(SHIPPED[0]), Path("out"))
+    jobs = jobs_of(read(SHIPPED[0]))
     assert [job.name for job in with_teachers(select(jobs, "kava-[12]"), jobs)] == [
         "teacher-1",
         "teacher-2",

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
 from model.config.execution import ExecutionConfig
-from model.dense_twin import dense_twin, main
+from model.counts import num_parameters
+from model.dense_twin import dense_twin, main, solve_widths
 
 from .conftest import SMALL
 
@@ -180,6 +181,41 @@ def test_a_twin_that_no_whole_width_reaches():
     )
     with pytest.raises(ValueError, match=message.replace("+", r"\+")) as caught:
         dense_twin(config, "parameters")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wanted", [20_000, 23_456, 31_000])
+def test_the_exact_width_is_the_nearest_of_all(wanted):
+    config = ModelConfig.from_dict({**SIZES, "use_moe": False})
+    goal = built_parameters(config) - 40_000 + wanted
+    found = solve_widths(config, ["intermediate_size"], num_parameters, goal, multiples=(1,), tolerance=None)
+
+    def miss(width: int) -> int:
+        return abs(num_parameters(dataclasses.replace(config, intermediate_size=width)) - goal)
+
+    assert miss(found.intermediate_size) == min(map(miss, range(1, 400)))
+
+
+def test_of_two_widths_equally_near_the_odd_one_is_taken():
+    config = ModelConfig.from_dict({**SIZES, "use_moe": False})
+    sizes = {
+        width: num_parameters(dataclasses.replace(config, intermediate_size=width)) for width in (90, 91, 92)
+    }
+    for even in (90, 92):
+        goal = (sizes[91] + sizes[even]) / 2
+        found = solve_widths(config, ["intermediate_size"], num_parameters, goal, (1,), tolerance=None)
+        assert found.intermediate_size == 91
+
+
+def test_an_exact_width_below_1_is_refused():
+    config = ModelConfig.from_dict({**SIZES, "use_moe": False})
+    one = num_parameters(dataclasses.replace(config, intermediate_size=1))
+    step = num_parameters(dataclasses.replace(config, intermediate_size=2)) - one
+    solve_widths(config, ["intermediate_size"], num_parameters, one - step // 2, (1,), tolerance=None)
+    with pytest.raises(
+        ValueError, match="no whole widths come within .* intermediate_size=1, give"
+    ) as caught:
+        solve_widths(config, ["intermediate_size"], num_parameters, one - step // 2 - 1, (1,), tolerance=None)
     assert "\n" not in str(caught.value)
 
 
