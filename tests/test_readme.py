@@ -17,6 +17,7 @@ PAGES = [
     "README.md",
     *(f"docs/{name}.md" for name in ("TRAINING", "EVALUATION", "MODEL", "EXPERIMENTS", "LATENT_THOUGHT")),
 ]
+LINKED = ("PLAN", "LOG", "ARCHITECTURE", "NOT_HERE", "RESULTS")  # further pages with links, but no commands
 # What shortens a command: (part of the command, what is added to it). Every command whose full length takes
 # longer than seconds has a line here; `make test-slow` runs the demo and the real run at full length.
 TINY_MODEL = "model.hidden_size=32 model.intermediate_size=64 model.moe_intermediate_size=32"
@@ -107,7 +108,7 @@ def test_every_shortening_belongs_to_a_command():
 
 
 def test_every_link_leads_to_a_file():
-    for page in [*PAGES, "docs/PLAN.md", "docs/LOG.md"]:
+    for page in [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{n}.md" for n in LINKED)]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
 
