@@ -40,17 +40,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_size(command: argparse.ArgumentParser, option: "Field[Any]") -> None:
-    meaning = option.metadata["help"]
-    if option.type is int:
-        default: Any = option.default
-        command.add_argument(
-            f"--{option.name}", type=int, default=default, help=f"{meaning} (default: {default})"
-        )
-        return
-    assert callable(option.default_factory)
-    default = ",".join(map(str, option.default_factory()))
-    form = "FIRST-LAST or comma-separated" if option.type == list[int] else "comma-separated"
-    command.add_argument(f"--{option.name}", default=default, help=f"{meaning}; {form} (default: {default})")
+    """An integer is parsed by argparse, a list by `parse_options`."""
+    default, form = option.default, ""
+    if option.type is not int:
+        assert callable(option.default_factory)
+        default = ",".join(map(str, option.default_factory()))
+        form = "; FIRST-LAST or comma-separated" if option.type == list[int] else "; comma-separated"
+    command.add_argument(
+        f"--{option.name}",
+        type=int if option.type is int else str,
+        default=default,
+        help=f"{option.metadata['help']}{form} (default: {default})",
+    )
 
 
 def parse_options(task: SyntheticTask[Any], arguments: argparse.Namespace) -> Any:

@@ -3,7 +3,7 @@
 python eval/causal_loop.py --checkpoint runs/NAME/export [--num_samples N per level --levels 1,2,3,4]
 
 Needs no data files: the test split is generated, and no program of it (up to the names of its variables) is
-in the training split. Next to every score are chance (one of ten digits) and two heuristics: the level's
+in the training split. Every score comes with chance (one of ten digits) and two heuristics: the level's
 most common answer (chosen knowing the test answers, so the best of all constants), and the last rule of the
 queried variable applied once to the initial values. `--samples` votes over sampled traces.
 """
@@ -29,7 +29,7 @@ SPARE_TOKENS = 8  # beyond the longest reference, for a model that writes the sa
 def load(options: Options, num_samples: int | None = None, levels: Sequence[int] = LEVELS) -> Evaluation:
     """Generates the test samples: `num_samples` per level, else `options.limit`, else NUM_SAMPLES.
 
-    Raises ValueError for exemplars, which this task has none of, and for an unknown level.
+    Raises ValueError for exemplars, which this task does not have, and for an unknown level.
     """
     if options.num_fewshot:
         raise ValueError(f"causal_loop has no exemplars: num_fewshot is {options.num_fewshot}, it must be 0")

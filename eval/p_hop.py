@@ -2,8 +2,8 @@
 
 python eval/p_hop.py --checkpoint runs/NAME/export [--limit N --depth 1,2,4,8]
 
-Needs no data files: the test split is generated, 3 hops over 24 characters of 4 letters. Scored is the
-answer, the label of the last position: whether it is the most likely of all tokens. What guessing reaches:
+Needs no data files: the test split is generated, 3 hops over 24 characters of 4 letters. It
+scores the answer, the label of the last position: whether it is the most likely of all tokens. Baselines:
 chance, the most common answer, and too few hops. `eval/run.py --tasks p_hop` is the same.
 """
 

@@ -1,8 +1,8 @@
 """Training text by source kind: the options of each, its files, and the documents in them.
 
-A source is a list of units, one for each input file (a synthetic task is one unit without a file), so that
-different processes can read different units: `unit_files`, then `read_unit` for each. `read_documents` is
-all of them in a row, within the limits of the source.
+A source is a list of units, one per input file (a synthetic task is one unit without a file), so that
+different processes can read different units: `unit_files`, then `read_unit` for each. `read_documents` reads
+all of them in order, within the limits of the source.
 
 To add a text source, write its reader in readers.py and its record in `TEXT_KINDS`. Synthetic tasks have
 their record in data_pipeline/tasks/.
@@ -138,7 +138,7 @@ TEXT_KINDS = {
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What a recipe says about every synthetic task, besides its sizes."""
+    """What a recipe may set for every synthetic task, in addition to its sizes."""
 
     num_samples: int = MISSING
     seed: int = 0

@@ -1,9 +1,9 @@
 """Addition of many one-digit operands, `3+7+1=`, with the running sums as labels (arXiv 2502.17416).
 
-The label at an operand is the sum of the operands so far modulo `modulus`, the label at `=` is the total;
-`+` has none. Operands are uniform over 0..modulus-1, so every running sum is uniform, and whoever misses one
-operand knows nothing about the total. Texts with the same operands in any order fall into the same split: no
-total of the test split was trained on in another order.
+The label at an operand is the sum of the operands so far modulo `modulus`, the label at `=` is the total; `+`
+has none. Operands are uniform over 0..modulus-1, so every running sum is uniform, and without one operand
+nothing is known about the total. Texts with the same operands in any order fall into the same split: no total
+of the test split was trained on in another order.
 """
 
 from collections.abc import Iterator, Sequence

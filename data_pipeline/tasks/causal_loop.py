@@ -10,17 +10,17 @@ modulo 10 on a variable and a second operand (a digit or a variable):
 
 `loop{...}` repeats its body until a whole pass leaves every variable as it was. No program reads a variable
 before it has a value. The trace copies each statement, fills in the values and gives the result
-(`B=A+2=3+2=5`), so every next character needs at most one look-up or one one-digit operation. In a loop a
-result ends with `!` if it changed its variable and with `;` if not, `|` starts the next pass and `}` follows
-a pass without any `!`. The query stands once more at its end, or the answer would need two look-ups.
+(`B=A+2=3+2=5`), so predicting the next character takes at most one look-up or one one-digit operation. In a
+loop a result ends with `!` if it changed its variable and with `;` if not, `|` starts the next pass and `}`
+follows a pass without any `!`. The trace ends with the query again, or the answer would need two look-ups.
 
 Against guessing: answers are uniform over 0..9 (the digit is drawn first), operations that do nothing or
 erase their operand (`+0`, `-0`, `*1`, `*0`, `X-X`) are not used in generation, the query of levels 1 and 3
 lies at least two operations deep, and in levels 2 and 4 the queried variable ends with another value than
 it has after the first pass.
 
-A hash of the program with its variables renamed in order of appearance decides about the split, so train and
-test are disjoint. Programs are drawn, run and written by the thousand in numpy
+A hash of the program with its variables renamed in order of appearance decides the split, so train and test
+are disjoint. Programs are drawn, run and written by the thousand in numpy
 (`causal_loop_batch.py`); raw random bits and integers are all that is used, so a seed gives the same bytes on
 every machine.
 """
@@ -68,7 +68,7 @@ class DocumentOptions:
 
 @dataclass  # not frozen: that would take three times as long to make
 class Sample:
-    """One question about one program. A document is a prompt and its completion, joined as they are."""
+    """One question about one program. A document is prompt + completion, joined without a separator."""
 
     id: str
     level: int
@@ -99,7 +99,7 @@ def generate(num_samples: int, levels: Sequence[int], seed: int, split: str = "t
 def split_of(program: str) -> str:
     """ "train" or "test": a fixed share of the hash of the program, its variables renamed in order.
 
-    The hash is that of `causal_loop_batch.hashes`: the characters are the digits of a number in base
+    It is the hash of `causal_loop_batch.hashes`: the characters are the digits of a number in base
     HASH_FACTOR modulo 2^64, whose bits the finalizer of MurmurHash3 mixes.
     """
     names: dict[str, str] = {}
@@ -118,7 +118,7 @@ def in_test(hashed: Array) -> Array:
 def execute(program: str) -> dict[str, int]:
     """Run program text (with or without a final `?X`) and return the final value of every variable.
 
-    Reads nothing but the text, so it checks the generator. Raises DataError for text that is not a program,
+    Reads only the text, so it checks the generator. Raises DataError for text that is not a program,
     for a variable that is read before it has a value and for a loop that does not converge within 1000
     passes.
     """

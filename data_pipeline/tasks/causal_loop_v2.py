@@ -13,36 +13,36 @@ question is the final value of one variable. Values are 0..p-1 (p is the modulus
     d  |x - y|      m  max(x, y)      r  x - y if y <= x, else y
     n  p - 1 - y    e  y if y is odd, else (y + 1) mod p
 
-Nothing separates statements: the form says where one ends. With p <= 10 each statement has 4 characters and
-all programs of one size are equally long, whatever their depth. `n` and `e` do not read their first operand.
-The operations do not commute, most of them show something of the result when one operand is known, and they
-do not collapse into a short formula as affine maps do: for a fixed x, `r` turns around the values 0..x, and
-such reversals make up every permutation of the values.
+Statements have no separator: their form shows where one ends. With p <= 10 each statement has 4 characters
+and all programs of one size are equally long, whatever their depth. `n` and `e` do not read their first
+operand. The operations do not commute, most of them reveal part of the result when one operand is known, and
+they do not collapse into a short formula as affine maps do: for a fixed x, `r` reverses the values 0..x, and
+such reversals generate every permutation of the values.
 
 **Depth.** A constant has depth 0, a result is one deeper than the deepest operand that its operation reads.
 The queried value has exactly the wanted depth. So that no identity shortens the path, each result of the
 longest chain is looked at while the chain's first constant, its origin, runs through all values (16 random
-ones if p > 16): it must take at least 3 different values, and not the same ones as an earlier result that
-takes fewer operations. This rules out `max(x, x)`, `|x - x|`, `p-1-(p-1-y)`, `max(x, 0)`, constants that
-always win, and loops that come back to an earlier state; `effective_depth` repeats the check from the text
-alone. Nor may two operations of the chain in a row be the same function of their input as one operation with
-a number: no `max(max(x, 3), 4)`, no `|p-1-x - 2|`. What stays possible: that they agree with one operation on
-those values that happen to arise.
+ones if p > 16): it must take at least 3 different values, and they must differ from those of every earlier
+result that takes fewer operations. This rules out `max(x, x)`, `|x - x|`, `p-1-(p-1-y)`, `max(x, 0)`,
+constants that always win, and loops that come back to an earlier state; `effective_depth` repeats the check
+from the text alone. Nor may two consecutive operations of the chain equal one operation with a number as a
+function of their input: no `max(max(x, 3), 4)`, no `|p-1-x - 2|`. They may still agree with one operation on
+the values that happen to arise.
 
 **Families**, all unrolled:
 
     chain        no live statement reads two computed results
     convergence  one does: chains that join, or a value that is used again
-    loop         a block of statements stands 2 or more times in a row; depth 4 and more
+    loop         a block of statements is repeated 2 or more times; depth 4 and more
     nested       so does a block that itself holds a repeated block; depth 6 and more
 
 Dead statements are drawn by the same rules as live ones. Names are drawn from the whole alphabet, or from the
-first letters only, and initial constants from all values, or from the least only, to see what other names and
-other constants do to a model.
+first letters only, and initial constants from all values or from the smallest only, to test a model on names
+and constants it has not seen.
 For p <= 10 answers are uniform (the answer is drawn first). `--audit` measures what guessing yields.
 
 The trace copies each statement, fills in the values it reads and gives the result (`CmA4:3,4=4;`), so that
-every next character needs at most one look-up or one operation. The query stands once more at its end.
+predicting the next character takes at most one look-up or one operation. The trace ends with the query.
 """
 
 import random
@@ -120,8 +120,8 @@ def split_of(program: str) -> str:
 def execute(program: str, modulus: int = 7) -> dict[str, int]:
     """Run program text (with or without a final `?X`) and return the final value of every variable.
 
-    Shares nothing with the generator, so it checks it. Raises DataError for text that is not a program, for
-    a number of `modulus` or more and for a variable that has no value.
+    Shares no code with the generator, so it checks the generator. Raises DataError for text that is not a
+    program, for a number of `modulus` or more and for a variable that has no value.
     """
     text = re.sub(r"\?[A-Z]$", "", program)
     state: dict[str, int] = {}

@@ -19,9 +19,9 @@ TC0 = NC1 (Barrington 1989; Merrill et al., arXiv 2404.08819). The depth of a sa
 statements that update the queried variable; it is uniform over `min_depth`..`max_depth`. The other statements
 are dead code, and no variable is updated more than `max_depth` times, so that no label is deeper than that.
 
-**Guessing.** Start values are uniform, hence so is every value after any number of statements, and whoever
-misses one statement of the chain knows nothing. What remains: at depth 1 one step is all there is, and order
-matters little where statements commute. `--audit` shows both by depth.
+**Guessing.** Start values are uniform, hence so is every later value, and without one statement of the chain
+nothing is known about the answer. Two shortcuts remain: at depth 1 one step is the whole chain, and in short
+chains statements often commute. `--audit` shows both by depth.
 
 Programs that are equal up to the names of their variables fall into the same split.
 """

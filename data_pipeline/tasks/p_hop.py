@@ -11,7 +11,7 @@ depth that grows with log p, and a loop supplies it. Texts that are equal up to 
 into the same split, and only texts with a label at the last position are used.
 
 Where x[i-1] = x[i] every hop stays at i, so any number of hops gives x[i]. Elsewhere a hop never ends on the
-letter it began with, so that one hop and three often agree: with 4 letters 1 hop answers 64 % of p = 3, and 2
+letter it began with, so one hop and three often agree: with 4 letters 1 hop answers 64 % of p = 3, and 2
 hops 26 %. Measure against `--audit`, not against 1 / alphabet.
 """
 

@@ -18,7 +18,7 @@ solvable, which makes them easier controls.
 **Guessing.** The start is uniform, hence so are all labels. The sign of the product, a sum modulo 2, is the
 part of S5 that a shallow network computes; A5, the even permutations, is not: it has no smaller quotient. The
 sign says next to nothing about a single point, as even and odd permutations alike move it anywhere. `--audit`
-measures this and three other shortcuts. On short words `any order` gains most: many have few ways to differ.
+measures this and three other shortcuts, of which `any order` gains most, on short words.
 
 Texts that are equal up to the names of letters and points fall into the same split.
 """

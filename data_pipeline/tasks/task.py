@@ -69,7 +69,7 @@ class SyntheticTask(Generic[S]):
     ]  # (samples, options) -> guesses by name
     labelled: Callable[[S], LabelledDocument] | None = None  # of source kind NAME, or
     plain: Callable[[S, Any], Document] | None = None  # of source kind NAME; the second: `plain_options`
-    plain_options: type = NoOptions  # dataclass of what recipes say besides the sizes
+    plain_options: type = NoOptions  # dataclass of what a recipe may set in addition to the sizes
     traced: Callable[[S], TracedDocument] | None = None  # of source kind NAME_traced
     audit: Callable[[Sequence[S]], str] | None = None  # the table of --audit; None: `audit_table`
     evaluation: Evaluation[S] | None = None  # None: the task has a script of its own in eval/

@@ -1,4 +1,4 @@
-"""The answers to a synthetic task with labels, as eval/run.py scores them beside other tasks."""
+"""Scores the answers to a synthetic task with labels, for eval/run.py."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ NUM_SAMPLES = 500
 def load(options: Options, task: str) -> Evaluation:
     """Generates `options.limit` samples of `task`, else NUM_SAMPLES, at its default sizes.
 
-    Scored is the answer, the label of the last position: whether it is the most likely of all tokens. A task
-    whose problems differ in depth has a result per depth besides. Raises ValueError for exemplars.
+    Scores the answer, the label of the last position: whether it is the most likely of all tokens. A task
+    whose problems differ in depth also has one result per depth. Raises ValueError for exemplars.
     """
     if options.num_fewshot:
         raise ValueError(f"{task} has no exemplars: num_fewshot is {options.num_fewshot}, it must be 0")

@@ -16,9 +16,7 @@ class Item(NamedTuple):
 
     id: str
     document: LabelledDocument
-    problem_depth: (
-        int | None
-    )  # steps that the answer needs one after the other; None: the same for all, or not known
+    problem_depth: int | None  # serial steps to the answer; None: the same for all, or not known
 
 
 class TaskData(NamedTuple):

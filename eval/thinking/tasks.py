@@ -1,4 +1,4 @@
-"""Questions for models that think before they answer, and what guessing reaches on them."""
+"""Questions for models that think before they answer, and what guessing achieves on them."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ class Question(NamedTuple):
     id: str
     text: str
     answer: str
-    problem_depth: int | None = None  # steps that the answer needs one after the other; None: not known
+    problem_depth: int | None = None  # serial steps to the answer; None: not known
     reference: TracedDocument | None = None  # with the chain of thought, where it is of a known length
 
 
@@ -38,12 +38,12 @@ class QuestionSet(NamedTuple):
 
 
 def read_answer(text: str) -> str | None:
-    """The value in what stands behind <eot>; None if that does not start with ANSWER_PREFIX."""
+    """The value in the text after <eot>; None if that does not start with ANSWER_PREFIX."""
     return text.removeprefix(ANSWER_PREFIX).strip() if text.startswith(ANSWER_PREFIX) else None
 
 
 def read_chain_answer(tokenizer: Tokenizer, tokens: list[int]) -> str | None:
-    """The value that stands behind the first <eot> of what was written with a chain of thought."""
+    """The value after the first <eot> of an answer with a chain of thought."""
     eot = tokenizer.eot_id
     return read_answer(tokenizer.decode(tokens[tokens.index(eot) + 1 :])) if eot in tokens else None
 

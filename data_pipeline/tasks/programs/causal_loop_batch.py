@@ -1,7 +1,7 @@
 """Runs causal-loop programs in batches, keeps the useful ones and writes their texts.
 
-Most of the random loops never come to rest. `settle` therefore runs thousands of programs in step and drops
-the useless ones early; only what is left is run once more, with its trace, by `traces`.
+Most random loops never converge. `settle` therefore runs thousands of programs in lockstep and drops the
+useless ones early; `traces` runs only the rest again, with their traces.
 """
 
 import numpy as np
@@ -27,13 +27,13 @@ from data_pipeline.tasks.programs.causal_loop_programs import (
     put_initial_values,
 )
 
-# Most loops come to rest at zeros: one program in nine is asked for a variable that is 0, the others for one
-# that is not, and there the rare answers are preferred.
+# Most loops converge to zeros: one program in nine is asked for a variable that is 0, the others for one that
+# is not, where rare answers are preferred.
 WEIGHTS = np.array([0, 2, 2, 16, 2, 2, 1, 16, 2, 8], np.uint8)
 MAX_PASSES = 6  # passes of one loop run that may change the state; one more confirms
 INNER_PASSES = 4  # the same for an inner loop; fewer than two in a hundred would take longer
-STARTS = {2: 3, 4: 16}  # initial values that a loop gets, once it has come to rest from some
-CHUNK = 8192  # programs that run in step: a longer array would be new memory each time
+STARTS = {2: 3, 4: 16}  # initial values that a loop gets once it has converged from some
+CHUNK = 8192  # programs in lockstep: numpy would allocate a longer array anew each time
 UNSET = 10  # value of a variable before its first assignment: no result equals it
 HASH_FACTOR = 0x9E3779B97F4A7C15
 CHARACTERS = np.frombuffer(b"0123456789ABCDEFGH\0", np.uint8)  # of each symbol
@@ -91,7 +91,7 @@ def _initial_values(draws: Draws, count: int) -> Array:
 
 
 def settle(programs: Programs, values: Array) -> tuple[Array, Array, Array]:
-    """Run the loops of programs in step from the initial `values` (variables, N).
+    """Run the loops of programs in lockstep from the initial `values` (variables, N).
 
     Returns the columns of the programs whose loops all come to rest in time, but not after one pass, and the
     values of their variables after the first pass and at the end, each (variables, kept). A loop at rest
@@ -135,7 +135,7 @@ class Machine:
         self.left = {k: programs.left[k] * np.intp(count) + columns for k in slots}
         self.right = {k: programs.right[k] * np.intp(count) + columns for k in slots}
         self.operator = {k: programs.operator[k] * np.int16(121) for k in slots}
-        self.restless = np.zeros(count, bool)  # an inner loop did not come to rest
+        self.restless = np.zeros(count, bool)  # an inner loop did not converge
 
     def variables(self) -> Array:
         """A copy of the values of the loop's variables, (variables, N)."""
@@ -157,7 +157,7 @@ class Machine:
 
 
 def places(answers: Array) -> Array:
-    """For each answer (N,), how many equal ones stand before it."""
+    """For each answer (N,), how many equal ones precede it."""
     order = np.argsort(answers, kind="stable")
     ordered = answers[order]
     place = np.empty(answers.size, np.intp)
@@ -233,7 +233,7 @@ def mixed(values: Array) -> Array:
 
 
 def traces(programs: Programs) -> list[str]:
-    """The worked trace of each program, whose loops must all come to rest; at most 65536 programs."""
+    """The worked trace of each program, whose loops must all converge; at most 65536 programs."""
     tracer = _Tracer(programs)
     columns = np.arange(programs.count)
     tracer.run(LAYOUTS[programs.level], columns, False)
@@ -242,7 +242,7 @@ def traces(programs: Programs) -> list[str]:
 
 
 class _Tracer:
-    """Runs a batch, each loop until it is at rest, and logs each step; all texts are made of the log at once.
+    """Runs a batch, each loop until it converges, and logs each step; all texts are made from the log.
 
     A step has a fragment of twelve characters, `B=A+2=3+2=5;`. Statements and marks have a template each, the
     log says which template it is and which four bytes are added to it.

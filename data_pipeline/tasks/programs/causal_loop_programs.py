@@ -1,7 +1,7 @@
 """Random causal-loop programs, thousands at once; `causal_loop_batch.py` runs them.
 
 A batch holds one program per column. A program is a fixed list of slots, each with one statement
-`target = left operator right` or empty (its target is NOTHING); the layout says which slots stand in a loop:
+`target = left operator right` or empty (its target is NOTHING); the layout says which slots are in a loop:
 `(0, 1, (2, 3))` is the text `0;1;loop{2;3}`. Operands are symbols: 0..9 are the digits themselves and
 VARIABLE + k is the k-th variable, so that one look-up in the state gives the value of either.
 """
@@ -35,7 +35,7 @@ LOOP_VARIABLES = 4  # at most, and as many slots before a loop for their initial
 
 
 class Draws:
-    """Even draws for a whole batch. Only raw bits are used: numpy keeps those the same over its versions."""
+    """Even draws for a whole batch. Only raw bits are used: numpy keeps those the same across versions."""
 
     def __init__(self, key: str) -> None:
         entropy = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
@@ -84,7 +84,7 @@ class Programs:
 
 
 def _by_digit(draws: Draws, count: int) -> tuple[Array, Array]:
-    """Operators with a digit each that neither leaves its operand alone nor erases it."""
+    """Operators, each with a digit that neither leaves its operand unchanged nor erases it."""
     operator = draws.below(3, count)
     times = (operator == TIMES).astype(np.uint8)
     return operator, draws.below(9 - times, count) + 1 + times
@@ -170,7 +170,7 @@ def draw_loops(draws: Draws, count: int) -> Programs:
 def draw_nested(draws: Draws, count: int) -> Programs:
     """Level 4: a cycle through 3 or 4 variables of which the first two are updated by an inner loop.
 
-    The other updates stand before or after the inner loop. The slots of the initial values are still empty.
+    The other updates come before or after the inner loop. The slots of the initial values are still empty.
     """
     programs = Programs.empty(4, count)
     variables = NEST_LENGTHS[draws.below(NEST_LENGTHS.size, count)]
@@ -184,7 +184,7 @@ def draw_nested(draws: Draws, count: int) -> Programs:
         (left_0, rule_0), (left_1, rule_1) = rules[:2]
         rule = (np.where(first, rule_0[0], rule_1[0]), np.where(first, rule_0[1], rule_1[1]))
         programs.update(slot, target, np.where(first, left_0, left_1), rule)
-    before = draws.below(variables - 1, count)  # of the outer loop's own updates, the rest stand after
+    before = draws.below(variables - 1, count)  # of the outer loop's own updates; the rest come after
     for k in (0, 1):
         target = np.where(k < variables - 2, VARIABLE + 2 + k, NOTHING)
         left, rule = rules[2 + k]
@@ -211,7 +211,7 @@ def put_initial_values(programs: Programs, values: Array) -> None:
 
 
 def canonical(programs: Programs) -> Programs:
-    """The programs with their variables named in order of appearance: equal ones differed in names alone.
+    """The programs with their variables named in order of appearance: equal ones differed only in names.
 
     A variable first appears where it is assigned.
     """

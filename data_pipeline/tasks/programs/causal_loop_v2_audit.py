@@ -19,7 +19,7 @@ from data_pipeline.tasks.programs.causal_loop_v2_sample import Sample
 
 
 def one_step_answer(sample: Sample) -> int:
-    """A shortcut that should fail: the statement that computes the answer, applied to initial constants."""
+    """A shortcut that should fail: the statement that computes the answer, on initial constants."""
     initial, body = parse(sample.program)
     last = body[live_statements(body, sample.question)[-1]]
     return apply_statement(last, {name: (v,) for name, v in initial.items()}, sample.modulus)[0]
@@ -29,8 +29,8 @@ def late_half_answer(sample: Sample) -> int:
     """The best guess of a solver that knows only the deeper half of the computation.
 
     Every result of depth ceil(depth / 2) or less is replaced by random values, 64 times over; the most common
-    answer (the smallest of equals) is the guess. In an even task it is right once in p times; it is right
-    more often as far as operations forget where they came from.
+    answer (the smallest of ties) is the guess. If every operation were a bijection it would be right once in
+    p times; it is right more often to the extent that operations forget their input.
     """
     rng = random.Random(sample.id)
     initial, body = parse(sample.program)
@@ -92,7 +92,7 @@ def _audit_row(members: Sequence[Sample]) -> dict[str, float]:
 
 
 def _plain_dead(sample: Sample, body: Sequence[Statement]) -> bool:
-    """Whether there is dead code and none of its results is read by anything."""
+    """Whether there is dead code and nothing reads its results."""
     dead = set(range(len(body))) - set(live_statements(body, sample.question))
     writer: dict[str, int] = {}
     read: set[int] = set()

@@ -86,9 +86,9 @@ def effective_depth(
     """The depth of the final value of `question` that is left when every shortcut below is taken for free.
 
     For one origin at a time: a result that is the same for all values of the origin counts as a constant
-    (`max(x, x)` of p - 1, `|x - x|`, anything that erases its operand), a result whose vector an earlier
-    result has counts as that one (`|x - 0|`, `max(x, x)`, p-1-(p-1-y), a loop that came back to where it
-    was). The depth for the best origin is returned; it is never above that of `depths_of`.
+    (`max(x, x)` of p - 1, `|x - x|`, anything that erases its operand), and a result whose vector equals that
+    of an earlier result counts as that result (`|x - 0|`, `max(x, x)`, p-1-(p-1-y), a loop that returns to an
+    earlier state). Returns the depth for the best origin, which never exceeds the one of `depths_of`.
     """
     return max(_depth_from(origin, initial, body, question, modulus) for origin in initial)
 
@@ -151,7 +151,7 @@ class Size(NamedTuple):
     modulus: int
     variables: int
     statements: int
-    names: int  # the variables are called after the first so many letters
+    names: int  # variables are named by the first so many letters
     constants: int  # initial constants are below it
 
 
@@ -159,8 +159,8 @@ class Draft:
     """A program being drawn from left to right around one chain of live results.
 
     The carrier is the variable that holds the newest result of the chain (at first the origin, an initial
-    constant). Only chain statements may overwrite it, so the chain stays live whatever stands between. All
-    other statements are free: they read and write anything else and live or die by chance.
+    constant). Only chain statements may overwrite it, so the chain stays live whatever comes between. All
+    other statements are free: they read and write anything else and are live or dead by chance.
     """
 
     def __init__(self, rng: random.Random, family: str, size: Size) -> None:
@@ -175,11 +175,11 @@ class Draft:
         self.vectors: dict[str, Vector] = {n: (v,) * len(values) for n, v in self.initial.items()}
         self.vectors[self.origin] = self.origin_values
         self.depths = dict.fromkeys(self.names, 0)
-        self.known = {self.origin_values: 0}  # the depth at which a vector is to be had, as in _depth_from
+        self.known = {self.origin_values: 0}  # the least depth of each vector, as in _depth_from
         self.body: list[Statement] = []
         self.on_chain: list[bool] = []
         self.results: list[Vector] = []
-        self.unread: dict[str, None] = {}  # variables with a free result nobody has read yet, oldest first
+        self.unread: dict[str, None] = {}  # variables with a free result not read yet, oldest first
         self.depth = 0  # of the carrier
         self.last_step: Vector | None = None  # the newest chain result for each of `_inputs` as the carrier
         self.final_depth = 0
@@ -225,7 +225,7 @@ class Draft:
         return False
 
     def _lengthens(self, s: Statement, vector: Vector) -> bool:
-        """Whether the result lies exactly one operation deeper, was not to be had earlier and varies.
+        """Whether the result is exactly one operation deeper, not available earlier, and varies.
 
         Nor may it be one operation on the value before the carrier's.
         """
@@ -253,12 +253,12 @@ class Draft:
         return apply_statement(s, vectors, self.modulus)
 
     def carrier_is_deep(self) -> bool:
-        """Whether no free result has come to equal the carrier's with fewer operations."""
+        """Whether no free result equals the carrier's with fewer operations."""
         return self.known[self.vectors[self.carrier]] == self.depth
 
     def _free(self) -> None:
         target = self._other_than(self.carrier)
-        # Live results are always read. Were free ones read by chance alone, that would tell them apart.
+        # Live results are always read. If free ones were read only by chance, that would give them away.
         wanted = list(self.unread) if self.rng.random() < 0.75 else None
         s = self._statement(target, self._pick(wanted or self.names), False)
         assert s is not None
@@ -315,7 +315,7 @@ class Draft:
 def draw(rng: random.Random, family: str, depth: int, size: Size, answer: int | None) -> Draft | None:
     """One try at a program whose carrier has exactly this depth at the end; None if it failed.
 
-    The carrier's final value is `answer` for at least one value of the origin (None: never mind).
+    The carrier's final value is `answer` for at least one value of the origin (None: any value).
     """
     draft = Draft(rng, family, size)
     draft.final_depth, draft.answer = depth, answer
@@ -329,7 +329,7 @@ def draw(rng: random.Random, family: str, depth: int, size: Size, answer: int | 
 
 
 def _parts(rng: random.Random, draft: Draft, family: str, depth: int, statements: int) -> Iterator[bool]:
-    """Draw a program with a repeated block, part by part; every part says whether it worked.
+    """Draw a program with a repeated block, part by part, and yield for each whether it worked.
 
     Inner blocks have `inner_steps` chain statements, outer blocks `outer_steps` more around the inner loop.
     """
@@ -345,7 +345,7 @@ def _parts(rng: random.Random, draft: Draft, family: str, depth: int, statements
     yield draft.segment(before, before_steps)
     outer, carrier = len(draft.body), draft.carrier
     head, head_steps = _cut(rng, outer_steps + outer_free, outer_steps)
-    # A block must leave the chain in the variable where it found it.
+    # A block must leave the chain in the variable in which it found it.
     yield draft.segment(head, head_steps, carrier if head_steps == outer_steps else None)
     inner = len(draft.body)
     yield draft.segment(inner_steps + inner_free, inner_steps, draft.carrier)
@@ -371,7 +371,7 @@ def _loop_plans(depth: int) -> list[tuple[int, int, int, int]]:
 def _nested_plans(depth: int) -> list[tuple[int, int, int, int]]:
     """All (steps of the inner block, its times, other steps of the outer block, its times) that fit.
 
-    One step alone hardly ever gains anything at its third repetition: its block stands twice.
+    A single step hardly ever gains anything at its third repetition, so its block is repeated only twice.
     """
     return [
         (s, t, outer, times)

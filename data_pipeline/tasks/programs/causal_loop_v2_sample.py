@@ -9,7 +9,7 @@ LABEL_MODULUS = 10  # the largest whose values are single characters
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one program. A document is a prompt and its completion, joined as they are."""
+    """One question about one program. A document is prompt + completion, joined without a separator."""
 
     id: str
     family: str
@@ -28,8 +28,8 @@ class Sample:
     def labelled(self) -> tuple[str, tuple[tuple[int, str], ...]]:
         """`program?X`, every character one token, and (index, the character to predict at it), in order.
 
-        The targets are the result of a statement at its last character and the answer at the last of all.
-        Raises DataError for a modulus above 10, whose values need several characters.
+        The targets are the result of each statement at its last character and the answer at the last
+        character. Raises DataError for a modulus above 10, whose values need several characters.
         """
         if self.modulus > LABEL_MODULUS:
             raise DataError(
