@@ -48,7 +48,7 @@ class _Figures:
     stop: Tensor  # (1,) ranks that ask to stop
     counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
     terms: Tensor  # (terms,) sums over all ranks
-    loops: Tensor  # (3, depth), see latent_terms.loop_sums
+    loops: Tensor  # (3, depth), see loop_trace.loop_sums
     loads: Tensor | None  # (MoE layers, E) tokens
     grad_norm: Tensor  # scalar
     zscores: Tensor  # (2,) of loss and grad_norm
@@ -271,7 +271,7 @@ class Trainer:
         return {**dict(zip(own, totals.unbind(), strict=True)), "rows": rows}
 
     def _loss_counts(self, batch: Batch) -> dict[str, int]:
-        """This rank's, see distillation.loss_counts."""
+        """This rank's, see latent_cot.targets.loss_counts."""
         parts = (batch.tokens, batch.targets, batch.cu_seqlens)
         return loss_counts(self.model_config, self.step, *(torch.from_numpy(part) for part in parts))
 
@@ -327,7 +327,7 @@ class Trainer:
 
 @torch.no_grad()
 def _loop_sums(output: ModelOutput, like: Tensor) -> Tensor:
-    """See latent_terms.loop_sums; zeros for a model without recurrence."""
+    """See loop_trace.loop_sums; zeros for a model without recurrence."""
     if output.num_iterations is None or output.halt_probs is None or output.residuals is None:
         return torch.zeros_like(like)
     return loop_sums(output.num_iterations, output.halt_probs, output.residuals)

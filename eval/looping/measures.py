@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     predictions: list[list[int]]  # most likely token at each labelled position
     losses: list[list[float]]  # cross-entropy there, nats
     answer_steps: list[float]  # steps run at the answer's position, mean over the loops; empty without loops
-    figures: dict[str, Any]  # latent_terms.loop_figures and `ponder_cost`, over all tokens; {} without loops
+    figures: dict[str, Any]  # loop_trace.loop_figures and `ponder_cost`, over all tokens; {} without loops
 
 
 class _Batch(NamedTuple):
