@@ -39,9 +39,8 @@ class TransformerOutput(NamedTuple):
 
     hidden: Tensor  # (B, T, D), normed
     aux: Tensor  # (2,), AUX_TERMS summed over the layers, averaged over loop steps
-    readouts: list[
-        tuple[Tensor, Tensor]
-    ]  # for an expected loss: hidden (B, T, D) and p_n (B, T) of each step
+    # For an expected loss: hidden (B, T, D) and p_n (B, T) of each step
+    readouts: list[tuple[Tensor, Tensor]]
     traces: list[LoopTrace]  # of every loop
 
 
