@@ -28,10 +28,8 @@ class AttentionContext:
     positions: Tensor | None = None  # (B or 1, T) int64, where they are learned
     backend: str = "sdpa"  # see execution.attention_backend
     mask: Tensor | None = None  # (B or 1, 1, T, S) booleans, True: may attend; None: plain causal
-    blockwise_mask: BlockwiseMask | None = (
-        None  # the mask as blockwise attention reads it; None: plain causal
-    )
-    flex_mask: Any = None  # for flex_attention
+    blockwise_mask: BlockwiseMask | None = None  # the mask in blockwise attention's form
+    flex_mask: Any = None  # the mask in flex_attention's form
     boundaries: Tensor | None = None  # (n,) int32, starts of the documents in the B*T tokens of all rows
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document per row, without padding
     token_mask: Tensor | None = None  # (B, T) booleans, False: padding; None: every token is real
@@ -185,7 +183,7 @@ def _positions(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def segments(real: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """(B, S) numbers; a query sees the keys of the same number up to its own position.
 
-    Documents count from 0. Every padded token has its own negative number, so only it sees itself: a query
+    Documents count from 0. Every padded token has its own negative number and sees only itself: a query
     without any key would turn into NaN.
 
     Args:

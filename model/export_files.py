@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.files import write_file
 from model.config.model import ModelConfig
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
@@ -17,11 +18,10 @@ TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
 def save_weights(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Writes the two files, each under a temporary name that is then renamed."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights, text = directory / WEIGHTS_NAME, json.dumps(config.to_dict(), indent=2) + "\n"
+    weights = directory / WEIGHTS_NAME
     save_file({name: t.detach().cpu().contiguous() for name, t in state.items()}, f"{weights}.tmp")
     os.replace(f"{weights}.tmp", weights)
-    (directory / f"{CONFIG_NAME}.tmp").write_text(text)
-    os.replace(directory / f"{CONFIG_NAME}.tmp", directory / CONFIG_NAME)
+    write_file(directory / CONFIG_NAME, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
 
 
 def load_config(directory: str | Path) -> ModelConfig:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.config.recurrence import HaltingConfig
 from model.context import AttentionContext
-from model.layers import Linear, wide
+from model.layers import Linear, at_least_fp32
 
 # An untrained unit halts with probability 0.12 per step, so that learning starts from many steps.
 HALTING_BIAS = -2.0
@@ -61,7 +61,7 @@ class Halting:
         self.running: Tensor | None = None  # (B, T) tokens that execute the next step; None: all
         self.probabilities: list[Tensor] = []  # p_n, each (B, T)
         self.executed: list[Tensor] = []  # booleans, each (B, T)
-        self._left = torch.ones(())
+        self._remaining = torch.ones(())
         self._signals: dict[str, Tensor] = {}
         self._prediction: Tensor | None = None
 
@@ -75,18 +75,18 @@ class Halting:
         running = (
             torch.ones(shape, dtype=torch.bool, device=after.device) if self.running is None else self.running
         )
-        left = self._left.to(after.device).expand(shape) if step == 0 else self._left
+        left = self._remaining.to(after.device).expand(shape) if step == 0 else self._remaining
         self.executed.append(running)
         if step == self.num_steps - 1:
             if self.config.learned and torch.is_grad_enabled() and self.context.cache is None:
                 # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
                 left = left + 0.0 * self._chance(step, before, after, running)
             self.probabilities.append(left)
-            self._left = torch.zeros_like(left)
+            self._remaining = torch.zeros_like(left)
             return
         if not self.active:
             self.probabilities.append(torch.zeros(shape, device=after.device))
-            self._left = left
+            self._remaining = left
             return
         chance = self._chance(step, before, after, running)
         if step + 1 < self.config.min_steps:
@@ -95,7 +95,7 @@ class Halting:
         halts = running & (1 - left * (1 - chance) >= limit)
         spent = torch.where(halts, left, left * chance)  # 0 for tokens that halted before: nothing is left
         self.probabilities.append(spent)
-        self._left = left - spent
+        self._remaining = left - spent
         self.running = running & ~halts
 
     def _chance(self, step: int, before: Tensor, after: Tensor, running: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ class Halting:
             assert self.unit is not None
             chance = torch.zeros((), device=after.device)
             if share > 0:
-                chance = chance + share * wide(self.unit.token(after)[..., 0]).sigmoid()
+                chance = chance + share * at_least_fp32(self.unit.token(after)[..., 0]).sigmoid()
             if share < 1:
-                mean = self._document_mean(step, wide(self.unit.sequence(after)[..., 0]), running)
+                mean = self._document_mean(step, at_least_fp32(self.unit.sequence(after)[..., 0]), running)
                 chance = chance + (1 - share) * mean.sigmoid()
             return chance
         signal = self._change(before, after)
@@ -122,11 +122,11 @@ class Halting:
     def _change(self, before: Tensor, after: Tensor) -> Tensor:
         """(B, T): cosine of successive states, or KL(prediction after || prediction before) in nats."""
         if self.config.measure == "cosine":
-            return F.cosine_similarity(wide(before), wide(after), dim=-1)
+            return F.cosine_similarity(at_least_fp32(before), at_least_fp32(after), dim=-1)
         assert self.predict is not None
         if self._prediction is None:
-            self._prediction = wide(self.predict(before)).log_softmax(-1)
-        prediction = wide(self.predict(after)).log_softmax(-1)
+            self._prediction = at_least_fp32(self.predict(before)).log_softmax(-1)
+        prediction = at_least_fp32(self.predict(after)).log_softmax(-1)
         change = (prediction.exp() * (prediction - self._prediction)).sum(-1)
         self._prediction = prediction
         return change

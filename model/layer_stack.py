@@ -39,9 +39,8 @@ class TransformerOutput(NamedTuple):
 
     hidden: Tensor  # (B, T, D), normed
     aux: Tensor  # (2,), AUX_TERMS summed over the layers, averaged over loop steps
-    readouts: list[
-        tuple[Tensor, Tensor]
-    ]  # for an expected loss: hidden (B, T, D) and p_n (B, T) of each step
+    # For an expected loss: hidden (B, T, D) and p_n (B, T) of each step
+    readouts: list[tuple[Tensor, Tensor]]
     traces: list[LoopTrace]  # of every loop
 
 
@@ -89,7 +88,7 @@ class Transformer(nn.Module):
             predict: states (B, T, D), not yet normed -> logits, for exits by divergence.
             noise_seed: start the loops from normal noise instead of their input.
         """
-        aux, traces, done = no_aux(x), [], 0
+        aux, traces, done = zero_aux(x), [], 0
         states, probabilities = [x], None
         for number, (first, last) in enumerate(self.ranges):
             out = self._run_counted(range(done, first), x, context)
@@ -158,10 +157,10 @@ class Transformer(nn.Module):
         out = run_layer(mtp, self.execution, hidden, self.embed_tokens(tokens), context)
         if self.training and out.load is not None:
             mtp.count(out.load)
-        return out.hidden, no_aux(hidden) if out.aux is None else out.aux
+        return out.hidden, zero_aux(hidden) if out.aux is None else out.aux
 
     def _run(self, layers: range, x: Tensor, context: AttentionContext) -> _LayersOutput:
-        result = _LayersOutput(x, no_aux(x), {}, {}, [], [])
+        result = _LayersOutput(x, zero_aux(x), {}, {}, [], [])
         for i in layers:
             out = run_layer(self.layers[i], self.execution, result.hidden, context)
             result = result._replace(
@@ -197,7 +196,7 @@ def _collect(context: AttentionContext, states: list[Tensor]) -> None:
         context.states.extend(states)
 
 
-def no_aux(x: Tensor) -> Tensor:
+def zero_aux(x: Tensor) -> Tensor:
     """(2,) auxiliary losses, all 0."""
     return torch.zeros(len(AUX_TERMS), device=x.device)
 

@@ -29,7 +29,7 @@ def upcasts(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _cpu_multiplies_bf16()
 
 
-def wide(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or unchanged if it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -189,7 +189,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turns the pairs (2i, 2i+1) of x (B, T, R) or (B, T, H, R), as DeepSeek does; computed in fp32."""
     if x.dim() == 4:
         rotation = rotation.unsqueeze(2)
-    pairs = wide(x)
+    pairs = at_least_fp32(x)
     if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
         pairs = pairs.contiguous()  # a complex view must start at an even offset
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config.recurrence import HaltingConfig
-from model.layers import wide
+from model.layers import at_least_fp32
 
 LATENT_TERMS = ("ponder", "stability", "sparsity", "information")
 TEMPERATURE = 0.1  # of the contrastive bound on information
@@ -30,7 +30,7 @@ class LoopTrace(NamedTuple):
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
     """|after - before| / |before| of states (B, T, W) -> (B, T) fp32."""
-    before, after = wide(before), wide(after)
+    before, after = at_least_fp32(before), at_least_fp32(after)
     return (after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)
 
 
@@ -52,7 +52,7 @@ def loop_trace(
         segment: (B, S), see context.segments; only the last T positions count.
         token_mask: (B, T), False under padding; None: no padding.
     """
-    p, ran = wide(torch.stack(probabilities, -1)), torch.stack(executed, -1)
+    p, ran = at_least_fp32(torch.stack(probabilities, -1)), torch.stack(executed, -1)
     real = torch.ones_like(ran[..., 0]) if token_mask is None else token_mask
     steps = ran.sum(-1)
     numbers = torch.arange(1, p.shape[-1] + 1, device=p.device)
@@ -105,7 +105,7 @@ def hoyer_square(x: Tensor) -> Tensor:
 
     0: a single non-zero number, 1: all equal.
     """
-    x = wide(x)
+    x = at_least_fp32(x)
     ratio = x.abs().sum(-1).square() / x.square().sum(-1).clamp(min=1e-12)
     return (ratio - 1) / max(x.shape[-1] - 1, 1)
 
@@ -122,7 +122,7 @@ def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor
     same = same | torch.eye(T, dtype=torch.bool, device=real.device)
     tokens, total = same.sum(-1).log(), torch.zeros((), device=real.device)
     for before, after in zip(states, states[1:], strict=False):
-        unit_before, unit_after = (F.normalize(wide(s), dim=-1) for s in (before, after))
+        unit_before, unit_after = (F.normalize(at_least_fp32(s), dim=-1) for s in (before, after))
         likeness = (unit_after @ unit_before.transpose(1, 2) / TEMPERATURE).masked_fill(~same, float("-inf"))
         loss = likeness.logsumexp(-1) - likeness.diagonal(dim1=1, dim2=2)
         total = total + loss - tokens

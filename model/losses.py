@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config.model import ModelConfig
-from model.layers import linear, wide
+from model.layers import at_least_fp32, linear
 
 IGNORE_INDEX = -100  # a position without a target
 
@@ -121,7 +121,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             rows, target = hidden[part], targets[part]
-            logits = wide(linear(rows, weight))
+            logits = at_least_fp32(linear(rows, weight))
             normaliser = logits.logsumexp(-1, keepdim=True)
             loss[part] = (normaliser - logits.gather(-1, target[:, None]))[:, 0]
             if need_hidden or need_weight:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from model.backends.experts import expert_products
 from model.config.execution import ExecutionConfig, expert_backend
 from model.config.model import ModelConfig
-from model.layers import GatedFeedForward, SwiGLU, few_rows, linear, maybe_compiled, product_dtype, wide
+from model.layers import (
+    GatedFeedForward,
+    SwiGLU,
+    at_least_fp32,
+    few_rows,
+    linear,
+    maybe_compiled,
+    product_dtype,
+)
 
 
 class Routing(NamedTuple):
@@ -46,7 +54,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routing:
         """x (N, D) -> the chosen experts and their weights (eq. 12-16)."""
         c = self.config
-        logits = linear(wide(x), wide(self.weight))
+        logits = linear(at_least_fp32(x), at_least_fp32(self.weight))
         scores = logits.sigmoid()
         biased = scores.detach() + self.e_score_correction_bias.float()
         if c.n_group > 1:

@@ -102,8 +102,8 @@ class LatentReasoningUnit(nn.Module):
         """
         r, N = self.config, context.num_steps
         active = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
-        lens = None if predict is None else lambda state: predict(self.output_norm(state))
-        halting = Halting(r.halting, self.halting, active, context, self.name, N, lens)
+        readout = None if predict is None else lambda state: predict(self.output_norm(state))
+        halting = Halting(r.halting, self.halting, active, context, self.name, N, readout)
         state = initial if first_state is None else first_state
         states, extras, kept = [state], list[Any](), dict[int, tuple[Tensor, ...]]()
         for step in range(N):

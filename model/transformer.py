@@ -19,7 +19,7 @@ from model.generate import generate
 from model.initialization import initialize
 from model.interface import ModelOutput
 from model.latent_cot.modules import LatentThoughts
-from model.layer_stack import Transformer, TransformerOutput, no_aux
+from model.layer_stack import Transformer, TransformerOutput, zero_aux
 from model.lm_head import LMHead
 from model.loop_trace import LATENT_TERMS
 from model.losses import IGNORE_INDEX, plain_loss_terms, total_loss
@@ -206,7 +206,7 @@ class ZeroModel(nn.Module):
         hidden, state = memory(tokens, segment, self.model.embed_tokens, run, state, all_segments)
         if cache is not None:
             cache.memory = state
-        return TransformerOutput(hidden, no_aux(hidden), [], [])
+        return TransformerOutput(hidden, zero_aux(hidden), [], [])
 
     def _cross_entropy(self, out: TransformerOutput, targets: Tensor) -> Tensor:
         """Summed over the targets; in training with an expected loss, sum_n p_n CE_n."""
@@ -235,7 +235,7 @@ class ZeroModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy of multi-token prediction, the modules' mean, and auxiliary losses (2,)."""
         modules = self.config.num_nextn_predict_layers
-        loss, total = hidden.new_zeros((), dtype=torch.float32), no_aux(hidden)
+        loss, total = hidden.new_zeros((), dtype=torch.float32), zero_aux(hidden)
         segment = torch.zeros_like(tokens) if context.segment is None else context.segment
         for module in range(modules):
             further, further_targets = shifted(tokens, targets, segment, module + 1)

@@ -20,9 +20,8 @@ class HaltingConfig:
     # cosine of at least this (0.95), or at a divergence of at most this many nats (5e-4).
     threshold: float | None = None
     min_steps: int = 1  # no token halts earlier
-    expectation: str | None = (
-        None  # loss: sum p_n CE_n (default of block) | state: sum p_n s_n (of the others)
-    )
+    # loss: sum p_n CE_n (default for block) | state: sum p_n s_n (default for the others)
+    expectation: str | None = None
     ponder_weight: float | None = None  # default: act 0.001, ponder 0.01, entropy 0.1
     ponder_prior: float = 0.2  # kind=ponder: parameter of the geometric prior, about 1 / expected steps
     stability_weight: float = 0.0  # change of the state after it should have halted

@@ -26,7 +26,7 @@ from model.hf.files import (
     read_json,
     read_weights,
     rope_parameters,
-    save,
+    save_tensors,
     take,
     write_json,
 )
@@ -267,8 +267,8 @@ def export_folder(checkpoint: Path, out: Path) -> None:
     first_mtp = model.config.num_hidden_layers
     beyond = {name for name in tensors if _layer_number(name) >= first_mtp}
     if beyond:
-        save(out / MTP_NAME, {name: tensors[name] for name in beyond})
-    save(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
+        save_tensors(out / MTP_NAME, {name: tensors[name] for name in beyond})
+    save_tensors(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
 
 
 def import_folder(hf: Path, out: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.files import write_file
 from model.export_files import WEIGHTS_NAME
 
 MTP_NAME = "mtp.safetensors"
@@ -93,7 +94,7 @@ def _weight_files(hf: Path) -> list[Path]:
     return [hf / name for name in sorted(names)]
 
 
-def save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     # Copies: safetensors refuses tensors that share memory, as the rows of stacked experts do.
     save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
@@ -101,9 +102,7 @@ def save(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

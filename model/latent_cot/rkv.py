@@ -26,7 +26,7 @@ from torch import Tensor
 from model.cache import LatentCache, Slot
 from model.config.model import ModelConfig
 from model.interface import LanguageModel
-from model.layers import rotate, rotations, wide
+from model.layers import at_least_fp32, rotate, rotations
 
 OBSERVATION_WINDOW = 8  # last tokens: their queries judge the others, and they always stay
 POOL = 7  # neighbouring candidates, all of which get the largest attention among them
@@ -48,8 +48,8 @@ def importance(
         scale: factor on query-key products.
         pool: width of the max-pool over candidates, odd; 1: none.
     """
-    grouped = wide(query).unflatten(2, (keys.shape[2], -1))
-    logits = scale * torch.einsum("btgnk,bsgk->bgnts", grouped, wide(keys)).amax(2)
+    grouped = at_least_fp32(query).unflatten(2, (keys.shape[2], -1))
+    logits = scale * torch.einsum("btgnk,bsgk->bgnts", grouped, at_least_fp32(keys)).amax(2)
     weights = _softmax(logits, mask[:, None, None]) * query_mask[:, None, :, None]
     mean = weights.sum(2) / query_mask.sum(1).clamp(min=1)[:, None, None]
     return F.max_pool1d(mean, pool, stride=1, padding=pool // 2)
@@ -64,7 +64,7 @@ def redundancy(keys: Tensor, mask: Tensor) -> Tensor:
         keys: (B, S, G, K).
         mask: (B, S) booleans, False for padding, which is neither compared nor counted.
     """
-    unit = F.normalize(wide(keys), dim=-1).transpose(1, 2)
+    unit = F.normalize(at_least_fp32(keys), dim=-1).transpose(1, 2)
     index = torch.arange(keys.shape[1], device=keys.device)
     compared = mask[:, None, :, None] & mask[:, None, None, :] & (index != index[:, None])
     cosine = (unit @ unit.mT).masked_fill(~compared, 0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.config.distillation import DistillationConfig
 from model.config.model import ModelConfig
-from model.layers import wide
+from model.layers import at_least_fp32
 from model.losses import IGNORE_INDEX
 
 
@@ -127,7 +127,7 @@ def loss_counts(
 def distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     """Element by element: l1 | smooth_l1 (its corner at 1) | mse."""
     functions = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}
-    return functions[kind](wide(student), wide(teacher), reduction="none")
+    return functions[kind](at_least_fp32(student), at_least_fp32(teacher), reduction="none")
 
 
 def spread(teacher: Tensor, real: Tensor, kind: str) -> Tensor:
@@ -137,7 +137,7 @@ def spread(teacher: Tensor, real: Tensor, kind: str) -> Tensor:
     the batch; with one document per batch the two agree. As in CODI, a squared distance is divided by the
     variance.
     """
-    values = wide(teacher).flatten(2)
+    values = at_least_fp32(teacher).flatten(2)
     weights = real[..., None].expand_as(values)
     count = weights.flatten(1).sum(1)
     mean = (values * weights).sum((1, 2)) / count.clamp(min=1)
