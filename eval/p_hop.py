@@ -1,6 +1,6 @@
 """p-hop induction: the letter that p hops backwards end on. eval/reasoning.py measures more.
 
-python eval/p_hop.py --checkpoint runs/NAME/export [--limit N --depth 1,2,4,8]
+python eval/p_hop.py --checkpoint runs/NAME/export [--limit N --num_steps 1,2,4,8]
 
 Needs no data files: the test split is generated, 3 hops over 24 characters of 4 letters. It
 scores the answer, the label of the last position: whether it is the most likely of all tokens. Baselines:

@@ -23,10 +23,10 @@ def load(options: Options, task: str) -> Evaluation:
     sizes = TASKS[task].options
     data = TASKS[task].generate(options.limit or NUM_SAMPLES, options.seed, **sizes)
     answers = [item.document.labels[-1][1] for item in data.items]
-    depths = sorted({item.problem_depth for item in data.items if item.problem_depth is not None})
+    problem_depths = [item.problem_depth for item in data.items]
     members = {
-        f"{task}_problem_depth{d}": [i for i, item in enumerate(data.items) if item.problem_depth == d]
-        for d in depths
+        d: [i for i, depth in enumerate(problem_depths) if depth == d]
+        for d in sorted({d for d in problem_depths if d is not None})
     }
     config = {**sizes, "seed": options.seed, "split": "test"}
 
@@ -46,6 +46,7 @@ def load(options: Options, task: str) -> Evaluation:
             {
                 "doc_id": item.id,
                 "group": task,
+                "problem_depth": item.problem_depth,
                 "prompt": item.document.text,
                 "target": answer,
                 "resps": log_prob,
@@ -54,19 +55,19 @@ def load(options: Options, task: str) -> Evaluation:
             for item, answer, (log_prob, greedy) in zip(data.items, answers, scores, strict=True)
         ]
 
-        def result(name: str, chosen: Sequence[int], **fields: Any) -> TaskResult:
+        def result(chosen: Sequence[int], problem_depth: int | None = None, **fields: Any) -> TaskResult:
             return TaskResult(
-                task=name,
+                task=task if problem_depth is None else f"{task}_problem_depth{problem_depth}",
                 values={"acc,none": [float(scores[i][1]) for i in chosen]},
                 totals={"cross_entropy,none": mean_score([-scores[i][0] for i in chosen])},
                 num_documents=len(chosen),
                 baselines=baselines(chosen),
-                config=config,
+                config={**config, "problem_depth": problem_depth},
                 **fields,
             )
 
-        counted = taken(scorer)
-        whole = result(task, range(len(rows)), samples=samples, subtasks=list(members), **counted)
-        return [whole, *(result(name, chosen) for name, chosen in members.items())]
+        counted, parts = taken(scorer), [result(chosen, d) for d, chosen in members.items()]
+        names = [part.task for part in parts]
+        return [result(range(len(rows)), samples=samples, subtasks=names, **counted), *parts]
 
     return evaluation

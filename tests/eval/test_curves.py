@@ -9,6 +9,7 @@ import pytest
 
 from data_pipeline.sources.documents import Problem
 from eval import gsm8k, gsm8k_cot
+from eval.scoring.cli import make_parser
 from eval.scoring.generation import Ballot, majority_vote, sample_votes
 from eval.scoring.task import Options
 from eval.scoring.training_data import decontamination, read_training_data
@@ -140,6 +141,14 @@ def test_bad_lists_are_one_line(checkpoint, data, run_script, capsys, arguments,
     with pytest.raises(SystemExit) as exit_:
         run_script("run.py", "--checkpoint", checkpoint, "--data", data, "--tasks", "gsm8k", *arguments)
     assert_error_line(exit_.value, capsys, message)
+
+
+def test_num_steps_has_two_aliases():
+    parser = make_parser(None)
+    for flag in ("--num_steps", "--depth", "--steps"):
+        args = parser.parse_args(["--checkpoint", "export", flag, "1,adaptive"])
+        assert args.num_steps == [1, "adaptive"]
+    assert "--depth" not in parser.format_help()
 
 
 # ---- majority vote

@@ -1,4 +1,4 @@
-"""eval/reasoning.py and eval/thoughts.py, killed and started again: nothing is lost, nothing differs."""
+"""eval/reasoning.py and eval/thoughts.py killed and started again, and in two processes: nothing differs."""
 
 import json
 import os
@@ -55,9 +55,12 @@ def written(folder: Path) -> tuple[dict, list[str]]:
     return report, samples.read_text().splitlines()
 
 
-@pytest.mark.parametrize(
+each_script = pytest.mark.parametrize(
     ("script", "export"), [(script, script) for script in COMMANDS], indirect=["export"], ids=list(COMMANDS)
 )
+
+
+@each_script
 def test_a_killed_evaluation_resumes_bit_exactly(script, export, tmp_path, monkeypatch, run_script, capsys):
     jobs = []
     run = Engine.run
@@ -87,3 +90,18 @@ def test_a_killed_evaluation_resumes_bit_exactly(script, export, tmp_path, monke
     assert len(jobs) == num_jobs - num_done
     assert written(folder) == written(tmp_path / "whole")
     assert not list(folder.glob("unfinished_*"))
+
+
+@each_script
+def test_two_processes_give_the_results_of_one(script, export, tmp_path, run_script):
+    flags = [*COMMANDS[script].split(), "--log_samples", "--num_samples", 6]
+    found = []
+    for num_processes in (1, 2):
+        out = tmp_path / str(num_processes)
+        run_script(
+            script, "--checkpoint", export, *flags, "--num_processes", num_processes, "--output_path", out
+        )
+        report, samples = written(out)
+        assert report["config"].pop("num_processes") == num_processes
+        found.append((report, samples))
+    assert found[0] == found[1]
