@@ -57,12 +57,12 @@ def test_run_scores_the_answers(name, spelling, tmp_path, run_script):
     baselines = results["baselines"][name]
     assert baselines["chance"]["value"] == chance(name, LABELLED[name].options)
     assert set(baselines) == {"chance", "majority", *data.guesses}
-    depths = {item.depth for item in data.items} - {None}
-    parts = {f"{name}_depth{depth}" for depth in depths}
+    depths = {item.problem_depth for item in data.items} - {None}
+    parts = {f"{name}_problem_depth{depth}" for depth in depths}
     assert set(results["results"]) == {name, *parts}
     for depth in depths:
-        chosen = [i for i, item in enumerate(data.items) if item.depth == depth]
-        score = results["results"][f"{name}_depth{depth}"]["acc,none"]
+        chosen = [i for i, item in enumerate(data.items) if item.problem_depth == depth]
+        score = results["results"][f"{name}_problem_depth{depth}"]["acc,none"]
         assert score == pytest.approx(sum(right[i] for i in chosen) / len(chosen))
     assert (len(depths) > 1) == (name in ("causal_loop_v2", "modular_exponent"))
 
@@ -70,14 +70,16 @@ def test_run_scores_the_answers(name, spelling, tmp_path, run_script):
 @pytest.mark.parametrize("name", LABELLED)
 def test_reasoning_measures_every_depth(name, spelling, tmp_path, run_script):
     run_script(
-        "reasoning.py", "--checkpoint", spelling, "--task", name, "--num_samples", 24, "--steps", "1,2",
+        "reasoning.py", "--checkpoint", spelling, "--task", name, "--num_samples", 24, "--num_steps", "1,2",
         "--output_path", tmp_path,
     )  # fmt: skip
     results = results_of(tmp_path)["results"]
     task = f"reasoning_{name}"
     assert {"acc,steps=1", "acc,steps=2"} <= set(results[task])
-    depths = {item.depth for item in LABELLED[name].generate(24, 0, **LABELLED[name].options).items} - {None}
-    assert set(results) == {task, f"{task}_labels", *(f"{task}_depth{depth}" for depth in depths)}
+    depths = {
+        item.problem_depth for item in LABELLED[name].generate(24, 0, **LABELLED[name].options).items
+    } - {None}
+    assert set(results) == {task, f"{task}_labels", *(f"{task}_problem_depth{depth}" for depth in depths)}
 
 
 @pytest.mark.parametrize("name", GENERATED)
