@@ -1,4 +1,4 @@
-"""Methods of latent chain of thought: which cells, in which order, what is kept, what a failure costs."""
+"""A matrix of methods of latent chain of thought: its cells, their order, resuming, failures, results."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def names(cells: list[LatentCotCell]) -> list[str]:
 # ---- planning
 
 
-def test_the_whole_has_every_method_and_three_seeds_of_those_that_a_claim_needs():
+def test_the_full_matrix_has_every_method_and_three_seeds_of_the_repeated_ones():
     cells = read_latent_cot(SHIPPED[0]).cells
     assert {cell.method for cell in cells} == {*METHODS, "teacher"}
     assert names(cells)[:3] == ["teacher-0", "teacher-1", "teacher-2"]
@@ -238,7 +238,7 @@ def files(out: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_smallest_matrix_end_to_end(tmp_path, capfd):
-    """Two methods from one teacher; one of them fails at first; what is there is kept; a page over it."""
+    """Two methods from one teacher; one fails at first; finished cells are kept; a page over all."""
     out = tmp_path / "matrix"
     blocked = out / "cells/pccot-3/config.yaml"
     blocked.mkdir(parents=True)  # in the way of the run's own
@@ -249,7 +249,7 @@ def test_the_smallest_matrix_end_to_end(tmp_path, capfd):
     report = json.loads((out / "results.json").read_text())
     assert report["failed"] == {"pccot-3": problem}
     assert set(report["arms"]) == {"teacher"}
-    code, said = matrix(capfd, out, "--index", "1")  # as a job of an array, which keeps what others note
+    code, said = matrix(capfd, out, "--index", "1")  # as a job of an array: failures of other jobs are kept
     assert code == 0, said
     report = json.loads((out / "results.json").read_text())
     assert report["failed"] == {"pccot-3": problem}
