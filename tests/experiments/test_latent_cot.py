@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import METHODS
-from experiments.jobs import call, run_all, train
+from experiments.jobs import Data, Job, call, run_all, run_job, train
 from experiments.latent_cot import LatentCotCell, read_latent_cot
 from experiments.matrix_file import MATRICES
 from experiments.reporting.latent_cot import write_results
@@ -176,6 +177,23 @@ def test_two_pieces_run_at_once_and_none_before_what_it_needs():
     work = {name: (lambda name=name: piece(name)) for name in ("a", "b", "c")}
     assert run_all(work, 2, after={"c": "b"}) == {}
     assert order.index("c") > order.index("b")
+
+
+def test_two_processes_that_want_the_same_cell_train_it_once(tmp_path):
+    """As two students of one teacher in a SLURM array; a lock is per open file, so two threads show it."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "out = pathlib.Path(sys.argv[-1].removeprefix('output_dir='))\n"
+        "(out / 'trained').open('a').write('once')\n"
+        "time.sleep(0.5)\n"
+        "(out / 'DONE').touch()\n"
+    )
+    (tmp_path / "data/d").mkdir(parents=True)
+    (tmp_path / "data/d/manifest.json").touch()
+    job = Job("teacher-0", 1, str(script), (), Data("d", "none", ()), {})
+    assert run_all({name: partial(run_job, job, tmp_path) for name in ("a", "b")}, 2) == {}
+    assert (tmp_path / "cells/teacher-0/trained").read_text() == "once"
 
 
 def test_a_command_that_fails_names_its_log_and_a_finished_run_is_not_trained(tmp_path):
