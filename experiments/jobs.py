@@ -62,8 +62,8 @@ def run_job(job: Job, out: Path) -> None:
         "data": list(job.data.overrides),
         "evaluations": job.evaluations,
     }
-    keep_settings(folder / SETTINGS, settings)
     with locked(folder / "lock"):
+        keep_settings(folder / SETTINGS, settings)
         if (folder / RECORD).is_file():
             return
         try:

@@ -10,9 +10,9 @@ reported with its log and costs only the cells that start from its export. slurm
 --index to the jobs of an array. There are two kinds of matrix:
 
 - groups (experiments/matrix_file.py): a finished cell TASK/SIZE/BUDGET/GROUP/SEED has a cell.json
-  (experiments/record.py says what is in it), and experiments/publish.py adds those of DIR to the committed
-  records. A sweep (learning_rates is a list) ends by writing
-  experiments/learning_rates.yaml: for each group the rate of the lowest validation loss.
+  (experiments/record.py lists its keys); experiments/publish.py adds those of DIR to the committed records.
+  A sweep (learning_rates is a list) ends by writing experiments/learning_rates.yaml: for each group the rate
+  of the lowest validation loss.
 - methods of latent chain of thought (experiments/latent_cot.py): cells METHOD-SEED, which start from the cell
   teacher-SEED; --cells and --index run the teachers they need as well. It ends by writing DIR/results.json,
   table.md and pictures; `python eval/report.py DIR/cells/*-[0-9]` makes a page.

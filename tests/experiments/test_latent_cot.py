@@ -1,10 +1,11 @@
-"""Methods of latent chain of thought: which cells, in which order, what is kept, what a failure costs."""
+"""A matrix of methods of latent chain of thought: its cells, their order, resuming, failures, results."""
 
 import json
 import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import METHODS
-from experiments.jobs import call, run_all, train
+from experiments.jobs import Data, Job, call, run_all, run_job, train
 from experiments.latent_cot import LatentCotCell, read_latent_cot
 from experiments.matrix_file import MATRICES
 from experiments.reporting.latent_cot import write_results
@@ -49,7 +50,7 @@ def names(cells: list[LatentCotCell]) -> list[str]:
 # ---- planning
 
 
-def test_the_whole_has_every_method_and_three_seeds_of_those_that_a_claim_needs():
+def test_the_full_matrix_has_every_method_and_three_seeds_of_the_repeated_ones():
     cells = read_latent_cot(SHIPPED[0]).cells
     assert {cell.method for cell in cells} == {*METHODS, "teacher"}
     assert names(cells)[:3] == ["teacher-0", "teacher-1", "teacher-2"]
@@ -178,6 +179,23 @@ def test_two_pieces_run_at_once_and_none_before_what_it_needs():
     assert order.index("c") > order.index("b")
 
 
+def test_two_processes_that_want_the_same_cell_train_it_once(tmp_path):
+    """As two students of one teacher in a SLURM array; a lock is per open file, so two threads show it."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "out = pathlib.Path(sys.argv[-1].removeprefix('output_dir='))\n"
+        "(out / 'trained').open('a').write('once')\n"
+        "time.sleep(0.5)\n"
+        "(out / 'DONE').touch()\n"
+    )
+    (tmp_path / "data/d").mkdir(parents=True)
+    (tmp_path / "data/d/manifest.json").touch()
+    job = Job("teacher-0", 1, str(script), (), Data("d", "none", ()), {})
+    assert run_all({name: partial(run_job, job, tmp_path) for name in ("a", "b")}, 2) == {}
+    assert (tmp_path / "cells/teacher-0/trained").read_text() == "once"
+
+
 def test_a_command_that_fails_names_its_log_and_a_finished_run_is_not_trained(tmp_path):
     with pytest.raises(ValueError, match=r"data_pipeline failed with code \d+: see .*a\.log"):
         call(tmp_path / "a.log", sys.executable, "data_pipeline")
@@ -238,7 +256,7 @@ def files(out: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_smallest_matrix_end_to_end(tmp_path, capfd):
-    """Two methods from one teacher; one of them fails at first; what is there is kept; a page over it."""
+    """Two methods from one teacher; one fails at first; finished cells are kept; a page over all."""
     out = tmp_path / "matrix"
     blocked = out / "cells/pccot-3/config.yaml"
     blocked.mkdir(parents=True)  # in the way of the run's own
@@ -249,7 +267,7 @@ def test_the_smallest_matrix_end_to_end(tmp_path, capfd):
     report = json.loads((out / "results.json").read_text())
     assert report["failed"] == {"pccot-3": problem}
     assert set(report["arms"]) == {"teacher"}
-    code, said = matrix(capfd, out, "--index", "1")  # as a job of an array, which keeps what others note
+    code, said = matrix(capfd, out, "--index", "1")  # as a job of an array: failures of other jobs are kept
     assert code == 0, said
     report = json.loads((out / "results.json").read_text())
     assert report["failed"] == {"pccot-3": problem}

@@ -1,4 +1,4 @@
-"""Cells that really run: the same losses twice, by number as by name, after a kill and after a failure."""
+"""Cells that really run: the same losses twice, by number or by name, after a kill or a failure."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_a_cell_has_its_record(done):
     ]
 
 
-def test_by_number_a_killed_cell_goes_on_and_has_the_same_losses(done, tmp_path):
+def test_by_number_a_killed_cell_resumes_and_has_the_same_losses(done, tmp_path):
     """Killed after its first checkpoint, with all that it started."""
     process = start("tiny", tmp_path, "--index", "0")
     deadline = time.monotonic() + 120
