@@ -1,4 +1,4 @@
-"""What a matrix of latent chain of thought writes: results.json, table.md and pictures."""
+"""The results of a matrix of latent chain of thought: results.json, table.md and pictures."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from experiments.latent_cot import LatentCotMatrix
 
 
 def write_results(matrix: LatentCotMatrix, out: Path, jobs: int, failed: Mapping[str, str]) -> None:
-    """Of every cell that was evaluated, failed ones included.
+    """Write the results of every cell that was evaluated, and name those that failed.
 
     Args:
         jobs: how many cells ran at once.
@@ -42,7 +42,7 @@ def write_results(matrix: LatentCotMatrix, out: Path, jobs: int, failed: Mapping
     text = (
         f"{matrix.task.about}; "
         f"teachers {file.teacher_steps:,} steps, then every method {file.student_steps:,}. "
-        "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds: "
+        "± one standard error: for one seed over its questions, for several over the seeds. Milliseconds: "
         f"one thread, with up to {jobs - 1} other cells running.\n"
     )
     for table in tables(file.latent_cot, arms):
@@ -56,6 +56,6 @@ def write_results(matrix: LatentCotMatrix, out: Path, jobs: int, failed: Mapping
 
 
 def arm_record(arm: Arm) -> dict[str, Any]:
-    """One method as JSON: by way of answering, its seeds."""
+    """One method as JSON: its seeds by way of answering."""
     ways = [{**way._asdict(), "runs": [asdict(one) for one in found]} for way, found in arm.ways.items()]
     return {"trained": arm.trained, "own": arm.own._asdict(), "ways": ways}

@@ -134,7 +134,7 @@ def test_the_page_about_several_runs(run, other, tmp_path, run_script, capsys):
     run_script("report.py", run, other, tmp_path / "bench.json", tmp_path / "data", "--out", out)
     printed = capsys.readouterr().out
     for name in ("bench.json", "data"):
-        assert f"left out: {tmp_path / name} is no run folder and no results file" in printed
+        assert f"left out: {tmp_path / name} is neither a run folder nor a results file" in printed
     page = Page(out.read_text(encoding="utf-8"))
     config = load_config(run / "export")
     model = load_pretrained(run / "export")
@@ -144,7 +144,7 @@ def test_the_page_about_several_runs(run, other, tmp_path, run_script, capsys):
         "looped", *(f"{size:,}" for size in sizes), "4", "4,000", "1.2500", "1.2500",
         "13-grams of the test sets removed",
     ]  # fmt: skip
-    assert table_row(page, "dense")[1:9] == ["–"] * 7 + ["not known"]
+    assert table_row(page, "dense")[1:9] == ["–"] * 7 + ["unknown"]
     cells = table_row(page, "arc_easy", "acc")
     assert cells[2:8] == ["0", "100/50", "0.420 ± 0.050", "0.330 ± 0.067", "0.250", "0.260"]
     assert table_row(page, "perplexity", "bits_per_byte")[4:9] == [
@@ -215,7 +215,7 @@ def test_curves_hold_the_points_of_the_results(run, drawn):
 
 
 def test_votes_and_depth_are_compared_at_equal_flops(run, drawn):
-    report_scores.votes_beside_depth([read(run)])
+    report_scores.votes_against_steps([read(run)])
     (panels,) = drawn
     assert list(panels) == ["gsm8k, 5-shot"]
     votes = points(panels, "gsm8k, 5-shot", "looped, majority vote")
@@ -291,9 +291,9 @@ def test_a_real_evaluation_of_several_tasks_is_drawn(checkpoint, data_root, tmp_
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("results.json", "{}", "is no run folder and no results file"),
-        ("results.txt", "", "is no run folder and no results file"),
-        ("results.json", '{"results": {"a": {}}}', "lacks what eval/run.py writes"),
+        ("results.json", "{}", "is neither a run folder nor a results file"),
+        ("results.txt", "", "is neither a run folder nor a results file"),
+        ("results.json", '{"results": {"a": {}}}', "lacks a field that eval/run.py writes"),
         ("results.json", "[", "is not JSON"),
     ],
 )
