@@ -1,4 +1,4 @@
-"""The report about several runs: what results files say is what tables and pictures show."""
+"""The report about several runs: tables and figures show what the results files say."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def run(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A lone results file of an older version, which knows of no depths."""
+    """A results file without a run folder, of an older version that has no depths."""
     folder = tmp_path / "runs" / "dense" / "eval"
     folder.mkdir(parents=True)
     old = results_file([entry("arc_easy", 0.33, n=50, depth=None)])
@@ -189,7 +189,7 @@ def points(panels: report_scores.Panels, task: str, label: str) -> list[tuple[fl
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What the sections give to curves_figure."""
+    """The panels that the sections give to curves_figure."""
     panels: list = []
     original = report_scores.curves_figure
 
@@ -239,21 +239,21 @@ def test_the_newest_of_equal_settings_counts(run):
     assert accuracy() == [0.5]
 
 
-def test_depths_asked_for_without_the_own_one_are_told_apart_from_it():
+def test_requested_depths_are_told_apart_from_the_default_depth():
     report_ = results_file([entry("arc_easy", 0.4, suffix="@depth=4", depth=4), entry("babi", 0.5)])
     results: dict[str, Result] = {result.task: result for result in read_results(report_)}
     assert (results["arc_easy"].is_own_depth, results["arc_easy"].is_plain) == (False, False)
     assert (results["babi"].is_own_depth, results["babi"].is_plain) == (True, True)
 
 
-def test_a_babi_task_with_five_percent_of_errors_is_not_failed():
+def test_a_babi_task_with_five_percent_of_errors_does_not_count_as_failed():
     results = read_results(results_file(babi([0.95] * 19 + [0.94])))
     one = Run("one", None, [], {}, results, None)
     (table,) = babi_section([one], []).blocks
     assert [row[2] for row in table.rows] == ["1"]
 
 
-def test_equal_names_are_numbered_and_an_old_model_is_no_obstacle(run, tmp_path):
+def test_equal_names_are_numbered_and_the_page_reports_an_unreadable_model(run, tmp_path):
     shutil.rmtree(run / "eval")
     twin = tmp_path / "elsewhere" / "looped"
     shutil.copytree(run, twin)
@@ -297,7 +297,7 @@ def test_a_real_evaluation_of_several_tasks_is_drawn(checkpoint, data_root, tmp_
         ("results.json", "[", "is not JSON"),
     ],
 )
-def test_what_is_no_results_file_is_one_line(tmp_path, run_script, capsys, name, content, message):
+def test_a_file_that_is_not_a_results_file_is_one_line(tmp_path, run_script, capsys, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as exit_:
         run_script("report.py", tmp_path / name, "--out", tmp_path / "page.html")
