@@ -1,4 +1,4 @@
-"""How every command of the project shows a user's mistake."""
+"""How every command of the project reports a user's mistake."""
 
 import os
 import sys
@@ -8,10 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def user_errors(*kinds: type[Exception], from_every_rank: bool = False) -> Iterator[None]:
-    """Turns these errors into `error: LINE` on stderr and exit code 2.
+    """Turn these errors into `error: LINE` on stderr and exit code 2.
 
-    Only rank 0 prints, unless one rank alone may have the error, as with a damaged shard.
-    ZEROMODEL_TRACEBACK=1 shows the traceback instead, for whoever debugs the project itself.
+    ZEROMODEL_TRACEBACK=1 shows the traceback instead, for debugging the project itself.
+
+    Args:
+        kinds: the exceptions that are a user's mistakes.
+        from_every_rank: every rank prints, for errors that one rank alone may have, such as a damaged shard;
+            otherwise only rank 0 does.
     """
     try:
         yield

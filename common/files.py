@@ -18,7 +18,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk: a rename is durable only then."""
+    """Force the names in a folder to disk; only then is a rename durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -27,6 +27,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all; makes the folder."""
+    """Write JSON that is whole or absent; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(values, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""The known name nearest to a misspelt one, for error lines."""
+"""The known name nearest to a misspelt one, for error messages."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Reports as sections of text, tables and pictures, written as Markdown or as one self-contained HTML page.
 
-All text is Markdown, that of titles and table cells inline; HTML in it is shown, never run. `plain` quotes
-text that is not ours, such as file names and messages.
+All text is Markdown; titles and table cells are inline Markdown. HTML in it is shown as text, never
+interpreted. `plain` escapes foreign text, such as file names and error messages.
 """
 
 import base64
@@ -20,13 +20,15 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|&~])")
 
 @dataclass(frozen=True)
 class Table:
+    """Cells are inline Markdown."""
+
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG: a file, which Markdown links, or its bytes, for pages alone."""
+    """A PNG: a file, which Markdown links to, or its bytes, for HTML pages only."""
 
     image: Path | bytes
     description: str
@@ -34,7 +36,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines as they are. `kind` is the language, or `right` and `wrong` for answers; `title` folds them."""
+    """Preformatted text; a page folds it under its `title` if it has one.
+
+    `kind`: the language, or `right` or `wrong` for an answer.
+    """
 
     text: str
     kind: str = ""
@@ -43,7 +48,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Note:
-    """A remark on what stands above; `missing` marks one about what is not there."""
+    """A remark on the block above; `missing` marks a remark about absent data."""
 
     text: str
     missing: bool = False
@@ -54,7 +59,7 @@ Block = str | Table | Picture | Code | Note  # str: paragraphs or a list
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, its blocks and its sections; one without any of them is left out."""
+    """A heading, its blocks and its subsections; an empty section is left out."""
 
     title: str
     blocks: list[Block] = field(default_factory=list)
@@ -71,7 +76,7 @@ def plain(text: str) -> str:
 
 
 def to_markdown(title: str, opening: str, sections: Sequence[Section], folder: Path) -> str:
-    """A Markdown file that will lie in `folder`, from where it links its pictures."""
+    """The text of a Markdown file in `folder`; its links to pictures are relative to that folder."""
     lines = [f"# {title}", "", opening, ""]
     for section in sections:
         lines += _markdown(section, 2, folder)
@@ -105,7 +110,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def to_page(title: str, opening: str, sections: Sequence[Section]) -> str:
-    """One HTML page with its pictures inside."""
+    """One HTML page with its pictures embedded."""
     return _PAGE.render(title=title, opening=opening, sections=[s for s in sections if not s.empty])
 
 
@@ -114,12 +119,12 @@ def _paragraphs(text: str) -> Markup:
 
 
 def _inline(text: str) -> Markup:
-    """A score, `0.3 ± 0.1`, is not broken."""
+    """A score such as `0.3 ± 0.1` does not break across lines."""
     return Markup(_MARKDOWN.renderInline(text).replace(" ± ", "&nbsp;±&nbsp;"))
 
 
 def _text_of(text: str) -> str:
-    """What a reader sees of inline Markdown, for a window's title."""
+    """Inline Markdown without its markup, for the window's title."""
     return Markup(_MARKDOWN.renderInline(text)).striptags()
 
 

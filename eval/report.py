@@ -1,11 +1,11 @@
-"""One self-contained HTML page about a run, or about several beside each other.
+"""One self-contained HTML page about one run, or a comparison of several.
 
 python eval/report.py runs/NAME [MORE ...] [--out report.html]
 
-A run is its output_dir, of which config.yaml, metrics.jsonl, export/config.json and eval/ are read, or one
-results file of eval/. One run: budget, loss, expert load, scores, sample traces; what is not there is named
-on the page. Several: one table, and pictures of what they share. Published scores, each with its source, are
-in published.json.
+A run is an output_dir, of which config.yaml, metrics.jsonl, export/config.json and eval/ are read, or one
+results file of eval/. One run: budget, loss, expert load, scores, sample traces; the page names what is
+missing. Several runs: one table, and figures that compare them. Published scores, each with its source, are
+in eval/reports/published.json.
 """
 
 import re
@@ -27,7 +27,7 @@ from eval.reports.scores import (
     during_training,
     score_table,
     show,
-    votes_beside_depth,
+    votes_against_steps,
 )
 from eval.reports.thoughts import thoughts_section
 from eval.scoring.cli import USER_ERRORS, Parser
@@ -49,11 +49,11 @@ RUN_HEADER = (
     "validation loss",
     "decontaminated",
 )
-TRACES = 3  # right ones and wrong ones shown, this many of each
+TRACES = 3  # right and wrong samples shown, at most this many of each
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """The page as text. Raises ValueError if a file of a run is damaged."""
+    """The HTML of the page. Raises ValueError if a file of a run is damaged."""
     if len(runs) == 1 and runs[0].folder is not None:
         return to_page(plain(runs[0].name), "ZeroModel run report", one_run(runs[0], runs[0].folder))
     losses = {run.name: run.steps for run in runs if run.steps}
@@ -81,21 +81,21 @@ def one_run(run: Run, folder: Path) -> list[Section]:
 
 
 def score_sections(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[Section]:
-    """What one run and several share; `drawn`: tasks whose parts have a picture already."""
+    """Sections for one run or several; `drawn`: tasks whose parts already have a figure."""
     return [
         Section("Accuracy by task", by_task(runs)),
         by_difficulty("Accuracy by difficulty", runs, drawn),
         Section("Accuracy by depth", by_depth(runs)),
         Section("Accuracy by examples in the prompt", by_shots(runs)),
-        Section("Majority vote beside depth", votes_beside_depth(runs)),
+        Section("Majority vote against loop steps", votes_against_steps(runs)),
         Section("Scores during training", during_training(runs)),
         thoughts_section("Latent chain of thought", runs),
-        against_published("Beside published models", runs),
+        against_published("Comparison with published models", runs),
     ]
 
 
 def run_row(run: Run) -> tuple[str, ...]:
-    """The row under RUN_HEADER; a dash for what is not known."""
+    """The row under RUN_HEADER; a dash where a value is unknown."""
 
     def last(key: str, form: str) -> str:
         values = series(run.steps, key)[1]
@@ -112,12 +112,12 @@ def run_row(run: Run) -> tuple[str, ...]:
         last("tokens", ",d"),
         last("loss", ".4f"),
         last("val_loss", ".4f"),
-        next((str(text) for text in reversed(said) if text), "not known"),
+        next((str(text) for text in reversed(said) if text), "unknown"),
     )
 
 
 def run_section(run: Run, folder: Path) -> list[Block]:
-    """Sizes from the exported config, budget from the resolved config, what was reached from the metrics."""
+    """Sizes from the exported config, budget from the resolved config, progress from the metrics."""
     rows: list[tuple[str, str]] = []
     notes: list[Block] = []
     config_path, metrics, config = folder / "config.yaml", run.steps, run.model
@@ -133,12 +133,12 @@ def run_section(run: Run, folder: Path) -> list[Block]:
     if config_path.is_file():
         text = config_path.read_text(encoding="utf-8")
         for key in BUDGET_KEYS:
-            # The resolved config is OmegaConf's own output: one "key: value" a line.
+            # The resolved config is OmegaConf's own output: one "key: value" per line.
             found = re.search(rf"^\s*{key}:\s*(\S+)", text, re.MULTILINE)
             rows += [(key, plain(found.group(1)))] if found else []
         notes.append(Code(text, "yaml", title="Resolved config"))
     else:
-        notes.append(Note("Configuration: config.yaml is not there.", missing=True))
+        notes.append(Note("Configuration: config.yaml is missing.", missing=True))
     if metrics:
         rows.append(("steps done", str(metrics[-1]["step"])))
         for key, label, form in (
@@ -156,7 +156,7 @@ def run_section(run: Run, folder: Path) -> list[Block]:
 
 def loss_section(metrics: list[dict[str, Any]]) -> list[Block]:
     if not metrics:
-        return [Note("metrics.jsonl is not there, or empty.", missing=True)]
+        return [Note("metrics.jsonl is missing or empty.", missing=True)]
     blocks: list[Block] = [picture(loss_figure(metrics), "loss against steps")]
     if not series(metrics, "val_loss")[0]:
         blocks.append(Note("No validation loss was logged.", missing=True))
@@ -168,12 +168,12 @@ def expert_section(metrics: list[dict[str, Any]]) -> list[Block]:
         return [Note("No expert load in metrics.jsonl (a dense model, or no metrics).", missing=True)]
     return [
         picture(expert_load_figure(metrics), "expert load over time"),
-        Note("Share of the tokens that each expert got; dark blue is an idle expert."),
+        Note("Share of the tokens routed to each expert; dark blue marks an idle expert."),
     ]
 
 
 def level_scores(report: dict[str, Any]) -> dict[str, dict[str, Score]]:
-    """For each level in a results file: the scores of the model and of the heuristics."""
+    """By level of a results file: the scores of the model and of the heuristics."""
     levels = {}
     for task, metrics in report["results"].items():
         match = LEVEL.fullmatch(task)
@@ -195,7 +195,6 @@ def newest_causal_loop(reports: dict[Path, dict[str, Any]]) -> Path | None:
 
 def level_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     """The rows under LEVEL_HEADER."""
-
     return [
         (
             level,
@@ -209,7 +208,7 @@ def level_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 def accuracy_section(reports: dict[Path, dict[str, Any]]) -> list[Block]:
     path = newest_causal_loop(reports)
     if path is None:
-        said = "No causal-loop results in eval/ (eval/causal_loop.py writes them: --output_path)."
+        said = "No causal-loop results in eval/: eval/causal_loop.py --output_path RUN/eval writes them."
         return [Note(plain(said), missing=True)]
     levels = level_scores(reports[path])
     bars = {
@@ -224,10 +223,10 @@ def accuracy_section(reports: dict[Path, dict[str, Any]]) -> list[Block]:
 
 
 def traces_section(title: str, run: Path) -> Section:
-    """A few programs of the newest sample file with the model's own trace, right and wrong ones."""
+    """A few right and wrong programs of the newest samples file, each with the model's own trace."""
     paths = sorted((run / "eval").glob("samples_causal_loop_*.jsonl"))
     if not paths:
-        said = "No samples_causal_loop_*.jsonl in eval/ (evaluate with --log_samples)."
+        said = "No samples_causal_loop_*.jsonl in eval/: eval/causal_loop.py --log_samples writes them."
         return Section(title, [Note(plain(said), missing=True)])
     samples = read_json_lines(paths[-1])
     parts = []

@@ -1,11 +1,12 @@
-"""From records of cells to docs/RESULTS.md, its pictures, one HTML page, and the README's figure.
+"""Turns the records of cells into docs/RESULTS.md, its pictures, one HTML page and the README's headline.
 
 python experiments/report.py --runs runs/experiments/quick [--runs MORE] --out docs/RESULTS.md
 
-Reads the records of finished cells (experiments/record.py), below a run folder or in a file such as
-experiments/results/standard.jsonl, and the claims of experiments/CLAIMS.md. Writes beside OUT a folder of its
-name in small letters: the pictures and index.html. A README.md in the folder above OUT's gets the headline
-between its lines <!-- results:begin --> and <!-- results:end -->. The same records give the same bytes.
+Reads the records of finished cells (experiments/record.py), from a run folder or a file such as
+experiments/results/standard.jsonl, and the claims of experiments/CLAIMS.md. Next to OUT it writes a folder
+with OUT's name in lower case, which holds the pictures and index.html. If the folder above OUT's has a
+README.md, its text between the lines <!-- results:begin --> and <!-- results:end --> becomes the headline.
+The same records give the same bytes.
 """
 
 import argparse
@@ -58,15 +59,15 @@ Panels = Mapping[Setting, Mapping[str, Sequence[Record]]]
 
 @dataclass(frozen=True)
 class Report:
-    """What is written, and the headline of the README."""
+    """The sections to write, and the README's headline."""
 
     sections: list[Section]
-    answer: str
-    headline: Path | None  # its picture
+    answer: str  # the headline claim in one sentence
+    headline: Path | None  # picture of the headline
 
 
 def build(runs: Runs, pictures: Path) -> Report:
-    """All sections; draws the pictures into a folder."""
+    """The report of these runs; draws its pictures into the folder `pictures`."""
     claims = read_claims()
     units = judge(claims, runs.records)
     settings = settings_of(runs.records)
@@ -99,7 +100,7 @@ def build(runs: Runs, pictures: Path) -> Report:
 
 
 def headline_panels(settings: Panels) -> dict[Setting, dict[str, Sequence[Record]]]:
-    """Of each task one setting with the headline's pair: of the most seeds, then the longest training."""
+    """One setting per task that has the headline's pair: the most seeds, then the most training FLOPs."""
     best: dict[str, tuple[int, float, Setting]] = {}
     for setting, groups in settings.items():
         pair = [groups.get(name, ()) for name in ("loop", "dense_params")]
@@ -126,13 +127,14 @@ def answer_text(units: Sequence[Unit], shown: set[Setting], verdict: str) -> str
         for unit in own
     )
     return (
-        f"{QUESTION} At equal parameters, the accuracy of a loop minus that of as many dense layers, "
-        f"intervals corrected for all comparisons: {effects}; over all tasks of the claim: **{verdict}**."
+        f"{QUESTION} At equal parameters, the accuracy of a loop minus the accuracy of the same number of "
+        f"dense layers, with intervals corrected for all comparisons: {effects}; over all tasks of the "
+        f"claim: **{verdict}**."
     )
 
 
 def _pictures_section(settings: Panels, folder: Path) -> Section:
-    """The pictures whose data are there."""
+    """The pictures that have data."""
     scored = _with(settings, "accuracy")
     deep = _with(settings, "by_depth")
     main = {s: {g: r for g, r in groups.items() if g in MAIN} or groups for s, groups in deep.items()}
@@ -151,7 +153,7 @@ def _pictures_section(settings: Panels, folder: Path) -> Section:
         whole = {setting: groups for setting, groups in panels.items() if groups}
         if whole:
             parts.append(Section(title, [Picture(save(draw(whole), folder / f"{name}.png"), title)]))
-    said = "Whiskers are bootstrap intervals of 95 % over the seeds, not corrected."
+    said = "Whiskers are 95 % bootstrap intervals over the seeds, not corrected."
     return Section("Pictures", [said] if parts else [], parts)
 
 
@@ -168,12 +170,15 @@ def _studies_section(runs: Runs, folder: Path) -> Section:
     weights = sorted(keys - {ITERATIONS, EXAMPLES})
     parts = [
         study_section(
-            "Loss weights", "Weights of the terms of the loss, one varied at a time.", runs.studies, weights
+            "Loss weights", "Weights of the loss terms, one varied at a time.", runs.studies, weights
         ),
+        study_section("Iteration count", "R loop steps, or R layers.", runs.studies, [ITERATIONS]),
         study_section(
-            "Iteration count", "Steps R of the loop, and as many layers.", runs.studies, [ITERATIONS]
+            "Sample efficiency",
+            "More or fewer training examples, the same number of training steps.",
+            runs.studies,
+            [EXAMPLES],
         ),
-        study_section("Sample efficiency", "Training examples, the same steps.", runs.studies, [EXAMPLES]),
     ]
     everything = runs.records
     parts += [few_shot_section(everything), convergence_section(everything), gaps_section(everything)]
@@ -192,25 +197,23 @@ def _studies_section(runs: Runs, folder: Path) -> Section:
 
 def _left_out_section(runs: Runs) -> Section:
     total = len(runs.records) + len(runs.studies)
-    said = f"{total} cells are done, {len(runs.failed)} failed, {len(runs.missing)} are not done."
+    said = f"{total} cells are done, {len(runs.failed)} failed, {len(runs.missing)} have not run."
     if runs.sweep:
-        said += f" {runs.sweep} more only chose learning rates and are not compared."
+        said += f" {runs.sweep} more served only to choose learning rates and are not compared."
     rows = [(f"`{name}`", problem) for name, problem in runs.failed.items()]
-    rows += [(f"`{name}`", "not done") for name in runs.missing]
+    rows += [(f"`{name}`", "not run") for name in runs.missing]
     return Section(
         "Failed and missing cells", [said, *([Table(("cell", "what happened"), rows)] if rows else [])]
     )
 
 
 def update_readme(readme: Path, report: Report) -> None:
-    """Raises ValueError if the README lacks the two lines, in their order."""
+    """Put the headline between the README's two marker lines. Raises ValueError if it lacks them."""
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(
-            f"{readme} lacks the lines {BEGIN} and {END}, between which the headline goes: add them"
-        )
+        raise ValueError(f"{readme} lacks the lines {BEGIN} and {END} around the headline: add them")
     lines = [BEGIN, textwrap.fill(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False)]
     if report.headline is not None:
         link = Path(os.path.relpath(report.headline, readme.parent)).as_posix()
@@ -219,7 +222,7 @@ def update_readme(readme: Path, report: Report) -> None:
 
 
 def write(folders: Sequence[Path], out: Path) -> None:
-    """Raises ValueError or OSError, one line, for a user's mistake."""
+    """Write the report of these run folders and files. Raises ValueError or OSError for a user's mistake."""
     runs = read_runs(folders)
     pictures = out.parent / out.stem.lower()
     pictures.mkdir(parents=True, exist_ok=True)
@@ -232,15 +235,15 @@ def write(folders: Sequence[Path], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Turn the records of experiments into the report.")
+    parser = argparse.ArgumentParser(description="Turn the records of experiments into a report.")
     parser.add_argument(
         "--runs",
         type=Path,
         action="append",
         required=True,
-        help="the --out of experiments/run.py, or NAME.jsonl",
+        help="the --out of experiments/run.py, or a file of records, NAME.jsonl; may be repeated",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="what to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="the report to write")
     arguments = parser.parse_args()
     with user_errors(ValueError, OSError):
         write(arguments.runs, arguments.out)

@@ -1,4 +1,4 @@
-"""The pictures of the report that compare runs."""
+"""Figures that compare runs."""
 
 import math
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from matplotlib.ticker import EngFormatter
 from eval.reports.figures import series
 from eval.scoring.core import Score
 
-# Okabe and Ito's colours, told apart by colour-blind readers too (jfly.uni-koeln.de/color).
+# Okabe and Ito's colours, which colour-blind readers can tell apart (jfly.uni-koeln.de/color).
 RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#f0e442", "#000000")
 PUBLISHED_COLOR = "#cbd5e0"
 GUESS_STYLES: dict[str, Literal["--", ":"]] = {"chance": "--", "majority": ":"}
 GUESS_COLOR = "#4a5568"
-COLUMNS = 2  # of panels beside each other
+COLUMNS = 2  # panels per row
 NAME_LENGTH = 34  # longer names are cut in legends
 
 
 class Point(NamedTuple):
-    """A point of a curve; a starred one is of adaptive depth and lies on no line."""
+    """A point of a curve; a starred one has adaptive depth and is not joined by the line."""
 
     x: float
     score: Score
@@ -29,12 +29,12 @@ class Point(NamedTuple):
 
 
 class Curve(NamedTuple):
-    run: int  # number of the run, which has the colour
+    run: int  # index of the run, which sets the colour
     points: list[Point]
     dashed: bool = False
 
 
-Curves = dict[str, Curve]  # by what the legend says
+Curves = dict[str, Curve]  # by label in the legend
 Guesses = dict[str, Score]  # "chance", "majority"
 
 
@@ -49,10 +49,12 @@ def shortened(name: str) -> str:
 def bars_figure(
     groups: Sequence[str], bars: dict[str, list[Score | None]], guesses: Sequence[Guesses]
 ) -> Figure:
-    """Accuracies with standard errors: a group a task, a bar a run, a line a group for what guessing reaches.
+    """Accuracies with standard errors: one group per task, one bar per run, lines for what guessing reaches.
 
     Args:
-        bars: one score a group, None where the run has none.
+        groups: names of the tasks.
+        bars: by label, one score per group, None where the run has none.
+        guesses: one entry per group.
     """
     width = min(16.0, max(8.0, 1.6 + len(groups) * (0.8 + 0.12 * len(bars))))
     figure = Figure(figsize=(width, 3.8), layout="constrained")
@@ -70,12 +72,12 @@ def bars_figure(
             label=label,
         )
     for kind, style in GUESS_STYLES.items():
-        places = [(g, guess[kind].value) for g, guess in enumerate(guesses) if kind in guess]
-        if places:
+        levels = [(g, guess[kind].value) for g, guess in enumerate(guesses) if kind in guess]
+        if levels:
             axis.hlines(
-                [value for _, value in places],
-                [g - 0.45 for g, _ in places],
-                [g + 0.45 for g, _ in places],
+                [value for _, value in levels],
+                [g - 0.45 for g, _ in levels],
+                [g + 0.45 for g, _ in levels],
                 colors=GUESS_COLOR,
                 linestyles=style,
                 label=kind,
@@ -95,11 +97,12 @@ def bars_figure(
 def curves_figure(
     panels: dict[str, tuple[Curves, Guesses]], xlabel: str, log: bool = False, whole: bool = True
 ) -> Figure:
-    """One panel a task: accuracy with standard errors against `xlabel`, a line a run.
+    """One panel per task: accuracy with standard errors against `xlabel`, one line per run.
 
     Args:
-        log: doublings are equally far apart.
-        whole: the places are whole numbers, each of which is named.
+        panels: by task, the curves and what guessing reaches.
+        log: a logarithmic axis of base 2.
+        whole: x values are whole numbers; up to 10 of them get a label each.
     """
     rows = math.ceil(len(panels) / COLUMNS)
     columns = min(COLUMNS, len(panels))
@@ -114,9 +117,9 @@ def curves_figure(
                 axis.axhline(guesses[kind].value, color=GUESS_COLOR, linestyle=style, linewidth=1, label=kind)
         if log:
             axis.set_xscale("log", base=2)
-        places = sorted({point.x for curve in curves.values() for point in curve.points if not point.starred})
-        if whole and len(places) <= 10:
-            axis.set_xticks(places, [f"{x:.3g}" for x in places])
+        ticks = sorted({point.x for curve in curves.values() for point in curve.points if not point.starred})
+        if whole and len(ticks) <= 10:
+            axis.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
             axis.minorticks_off()
         axis.set(title=task, xlabel=xlabel)
         _accuracy_axis(axis, [*_scores(curves), *guesses.values()])
@@ -155,10 +158,11 @@ def _draw(axis: Axes, curve: Curve, label: str) -> None:
 def published_figure(
     panels: dict[str, list[tuple[str, Score, int | None]]], chance: dict[str, float]
 ) -> Figure:
-    """One panel a task: a bar a model, the best above; published ones in grey, ours in their runs' colours.
+    """One panel per task, one bar per model, the best on top; published ones are grey.
 
     Args:
-        panels: by task (name, score, number of the run or None for a published one).
+        panels: by task, (name, score, index of the run or None for a published model).
+        chance: by task, the accuracy of random guessing; 0 draws no line.
     """
     heights = [0.32 * len(bars) + 0.9 for bars in panels.values()]
     figure = Figure(figsize=(8, sum(heights)), layout="constrained")
@@ -172,10 +176,8 @@ def published_figure(
             capsize=2,
             color=[PUBLISHED_COLOR if run is None else color_of(run) for _, _, run in ordered],
         )
-        for place, (_, score, _) in enumerate(ordered):
-            axis.text(
-                score.value + (score.stderr or 0) + 0.008, place, f"{score.value:.3f}", va="center", size=8
-            )
+        for y, (_, score, _) in enumerate(ordered):
+            axis.text(score.value + (score.stderr or 0) + 0.008, y, f"{score.value:.3f}", va="center", size=8)
         axis.set_yticks(range(len(ordered)), [name for name, _, _ in ordered])
         if chance.get(task):
             axis.axvline(chance[task], color=GUESS_COLOR, linestyle="--", linewidth=1, label="chance")
@@ -187,7 +189,7 @@ def published_figure(
 
 
 def losses_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Training loss (thin) and validation loss (dots) of each run's lines against tokens."""
+    """Training loss (thin) and validation loss (dots) against tokens, from the metrics.jsonl of each run."""
     figure = Figure(figsize=(8, 3.8))
     axis = figure.subplots()
     for i, (name, lines) in enumerate(runs.items()):
@@ -210,16 +212,16 @@ def losses_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def _accuracy_axis(axis: Axes, scores: Sequence[Score]) -> None:
-    """From 0 to 1, or less where all is low: a small model's scores differ by little."""
+    """From 0 to 1, or less where all scores are low, since a small model's scores differ little."""
     top = max((score.value + (score.stderr or 0) for score in scores), default=1.0)
     axis.set(ylabel="accuracy ± standard error", ylim=(0, 1.05 if top > 0.6 else max(0.1, 1.3 * top)))
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def _legend(figure: Figure, found: dict[str, Any]) -> None:
-    """One legend above all panels, what guessing reaches last; `found`: handles by their labels."""
+    """One legend above all panels, guesses last; `found`: handles by label."""
     names = sorted(found, key=lambda name: name in GUESS_STYLES)
-    # A line of the legend has room for about 13 letters an inch, each entry's picture takes 6.
+    # The legend fits about 13 letters per inch; each entry's marker takes the room of 6.
     longest = max((len(name) + 6 for name in names), default=1)
     ncols = max(1, min(len(names), int(13 * figure.get_figwidth() / longest)))
     handles = [found[name] for name in names]

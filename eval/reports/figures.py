@@ -1,4 +1,4 @@
-"""The pictures of the report about one run."""
+"""Figures about one run."""
 
 import io
 from collections.abc import Sequence
@@ -14,17 +14,18 @@ from eval.scoring.core import Score
 matplotlib.use("Agg")
 
 COLORS = ("#2b6cb0", "#dd6b20", "#a0aec0", "#718096")
-MAX_COLUMNS = 200  # of a heat map; more steps than this are averaged
+MAX_COLUMNS = 200  # of a heat map; more steps than this are averaged into bins
 
 
 def picture(figure: Figure, description: str) -> Picture:
+    """The figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     return Picture(buffer.getvalue(), description)
 
 
 def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines where the field is there."""
+    """Steps and values of the lines that have the field."""
     lines = [line for line in metrics if line.get(name) is not None]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
@@ -49,9 +50,12 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
 
 
 def expert_load_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
-    """Per MoE layer, each expert's share of the tokens over time; and the busiest expert against the mean.
+    """Per MoE layer, each expert's share of the tokens over time, and the busiest expert against the mean.
 
-    `expert_load` of a line is [layer][expert], fractions. A share of 1 / experts is perfect balance.
+    `expert_load` of a line is [layer][expert], fractions; a share of 1 / experts is perfect balance.
+
+    Raises:
+        ValueError: expert_load has another shape.
     """
     steps, loads = series(metrics, "expert_load")
     shares = np.asarray(loads, dtype=np.float64)  # (S steps, L layers, E experts)
@@ -85,7 +89,7 @@ def expert_load_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
 
 
 def accuracy_figure(groups: Sequence[str], bars: dict[str, list[Score]]) -> Figure:
-    """Grouped bars of accuracies with their standard errors: one group a level, one bar a method."""
+    """Grouped bars of accuracies with their standard errors: one group per level, one bar per method."""
     figure = Figure(figsize=(8, 3.6))
     axis = figure.subplots()
     width = 0.8 / len(bars)

@@ -1,4 +1,4 @@
-"""What the report reads: run folders and results files, as runs with their results."""
+"""Reads run folders and results files into runs with their results."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from eval.looping.measures import unrolled_parameters
 from eval.scoring.core import Score
 from model import ModelConfig, ZeroModel
 
-# The metric by which a task is drawn: the first of these that it has, else its first where higher is better.
+# The metric plotted for a task: the first of these that it has, else its first metric where higher is better.
 MAIN_METRICS = (
     "acc_norm,none",
     "acc,none",
@@ -21,27 +21,27 @@ MAIN_METRICS = (
     "exact_match,none",
     "exact_match,trace",
 )
-THOUGHTS = "thoughts_"  # names of the results of eval/thoughts.py, whose settings have a section of their own
+THOUGHTS = "thoughts_"  # prefix of the results of eval/thoughts.py, which have their own section
 PARTS_OF_A_RUN = ("metrics.jsonl", "config.yaml", "export", "eval")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One task at one depth and number of shots, out of a results file."""
+    """One task at one depth and number of shots, from a results file."""
 
     task: str  # plain name
     group: str | None  # the task it is a part of
-    metrics: dict[str, Score]  # "metric,filter" -> score, the first one first
-    rising: tuple[str, ...]  # the metrics of which more is better
-    main: str | None  # the one to draw; None: it has no accuracy
-    baselines: dict[str, Score]  # what guessing reaches in it
+    metrics: dict[str, Score]  # by "metric,filter", in the file's order
+    rising: tuple[str, ...]  # the metrics where higher is better
+    main: str | None  # the metric to plot; None: the task has no accuracy
+    baselines: dict[str, Score]  # what guessing reaches
     num_documents: int
     num_fewshot: int
     depth: int | str | None  # loop steps, "adaptive", or None without recurrence
-    is_own_depth: bool  # that the model has if nobody asks for another
-    is_plain: bool  # its own depth, and the shots that the task has or the whole call had
-    mean_steps: float | None  # loop steps of an answer
-    num_samples: int  # that voted; 0: none
+    is_own_depth: bool  # the depth is the model's default
+    is_plain: bool  # default depth, and the task's own shots or the command's
+    mean_steps: float | None  # loop steps per answer
+    num_samples: int  # answers that vote; 0: no vote
 
     @property
     def accuracy(self) -> Score | None:
@@ -49,12 +49,12 @@ class Result:
 
     @property
     def steps(self) -> float | None:
-        """Loop steps of an answer: measured, else asked for."""
+        """Loop steps per answer: measured, else requested."""
         return self.depth if self.mean_steps is None and isinstance(self.depth, int) else self.mean_steps
 
     @property
     def vote(self) -> Score | None:
-        """Accuracy of the majority of its samples."""
+        """Accuracy of the majority vote; None without one."""
         return self.metrics.get(f"exact_match,maj@{self.num_samples}")
 
 
@@ -66,25 +66,25 @@ class Run:
     folder: Path | None
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
     reports: dict[Path, dict[str, Any]]  # results files, oldest first
-    results: list[Result]  # of all of them; of equal settings the newest
+    results: list[Result]  # of all reports; the newest where settings are equal
     model: ModelConfig | None
-    model_problem: str | None = None  # why there is none
+    model_problem: str | None = None  # why `model` is None
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are of optimizer steps."""
+        """The lines of metrics.jsonl that record optimizer steps."""
         return [line for line in self.metrics if "eval" not in line and "eval_failed" not in line]
 
     def top_results(self) -> list[Result]:
-        """Of whole tasks, at the model's own depth."""
+        """Results of whole tasks at the model's default depth."""
         return [r for r in self.results if r.group is None and r.is_own_depth]
 
     def plain_results(self) -> list[Result]:
-        """Of whole tasks, at the model's own depth and the tasks' own shots; of several votes the newest."""
+        """Results of whole tasks at their default depth and shots; of several votes the newest."""
         return list({(r.task, r.num_fewshot): r for r in self.top_results() if r.is_plain}.values())
 
     def unrolled_parameters(self) -> int | None:
-        """Parameters if every loop step had weights of its own."""
+        """Parameters if every loop step had its own weights; None if the model is unknown."""
         if self.model is None:
             return None
         with torch.device("meta"):
@@ -99,14 +99,16 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs, left_out = [], []
     for path in paths:
         if not path.exists():
-            raise ValueError(f"no run folder or results file {path}: give the output_dir of a training run")
+            raise ValueError(
+                f"{path} does not exist: give the output_dir of a training run or a results file"
+            )
         run = _read_folder(path, alone=len(paths) == 1) if path.is_dir() else _read_file(path)
         if run is None:
-            left_out.append(f"left out: {path} is no run folder and no results file")
+            left_out.append(f"left out: {path} is neither a run folder nor a results file")
         else:
             runs.append(run)
     if not runs:
-        raise ValueError(f"{left_out[0].removeprefix('left out: ')}: give the output_dir of a training run")
+        raise ValueError(f"{left_out[0].removeprefix('left out: ')}: give a training run's output_dir")
     return _with_different_names(runs), left_out
 
 
@@ -131,11 +133,11 @@ def _read_file(path: Path) -> Run | None:
 
 def _read_model(path: Path) -> tuple[ModelConfig | None, str | None]:
     if not path.is_file():
-        return None, "export/config.json is not there (the run has not exported yet)."
+        return None, "export/config.json is missing (the run has not exported yet)."
     values = read_json(path)
     try:
         return ModelConfig.from_dict(values), None
-    except ValueError as error:  # of an older version: its scores are worth showing all the same
+    except ValueError as error:  # of an older version; its scores are still worth showing
         return None, f"export/config.json cannot be read: {error}"
 
 
@@ -150,7 +152,7 @@ def _with_different_names(runs: list[Run]) -> list[Run]:
 
 
 def newest_results(reports: Iterable[dict[str, Any]]) -> list[Result]:
-    """All but those of thoughts, in the order of their first appearance; of equal settings the last one."""
+    """All results except eval/thoughts.py's, by first appearance; the last one where settings are equal."""
     found: dict[tuple[Any, ...], Result] = {}
     for report in reports:
         for result in read_results(report):
@@ -170,7 +172,7 @@ def read_results(report: dict[str, Any]) -> list[Result]:
         return [_read_result(report, name, parents.get(name)) for name in report["results"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"a results file lacks what eval/run.py writes ({error!r}): evaluate again"
+            f"a results file lacks a field that eval/run.py writes ({error!r}): evaluate again"
         ) from None
 
 
@@ -215,12 +217,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): delete it or write it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, an object is needed")
+        raise ValueError(
+            f"{path} holds a JSON {type(value).__name__}, not an object: delete it or write it again"
+        )
     return value
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object a line; none if there is no file. Raises ValueError, naming file and line, for a bad one."""
+    """One object per line; [] without a file. Raises ValueError, naming file and line, for a bad line."""
     if not path.is_file():
         return []
     lines = []
@@ -228,5 +232,5 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}): mend or remove the line") from None
+            raise ValueError(f"{path} line {number} is not JSON ({error}): fix or remove the line") from None
     return lines

@@ -1,4 +1,4 @@
-"""The report's sections about scores: tables and pictures over one run or several."""
+"""The report's sections about scores: tables and figures for one run or several."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,7 @@ def show(score: Score | None, form: str = ".3f") -> str:
 
 
 def score_table(runs: Sequence[Run]) -> list[Block]:
-    """Every metric of the whole tasks at the models' own depth, a column a run, and what guessing reaches."""
+    """Every metric of the whole tasks at the default depth, one column per run, and what guessing reaches."""
     rows: dict[tuple[str, int, str], dict[str, Result]] = {}
     for run in runs:
         for result in run.top_results():
@@ -50,7 +50,7 @@ def score_table(runs: Sequence[Run]) -> list[Block]:
         rows.items(), key=lambda row: (tasks.index(row[0][0]), row[0][1])
     ):
         one = next(iter(found.values()))
-        # As in the table of eval/run.py: beside the first metric, and those that grow as it does.
+        # As in the table of eval/run.py: guesses for the first metric and where higher is better.
         guesses = dict(one.baselines) if key == next(iter(one.metrics)) or key in one.rising else {}
         chance, majority = (show(guesses.pop(kind, None)) for kind in ("chance", "majority"))
         lines.append(
@@ -68,17 +68,17 @@ def score_table(runs: Sequence[Run]) -> list[Block]:
     names = [plain(run.name) for run in runs]
     return [
         Table(("task", "metric", "shots", "n", *names, "chance", "majority", "other guesses"), lines),
-        Note("± one standard error. Guessing: at random, and always the answer that is right most often."),
+        Note("± one standard error. chance: guessing at random; majority: always the most common answer."),
     ]
 
 
 def by_task(runs: Sequence[Run]) -> list[Block]:
-    """Bars of the whole tasks, at each model's own depth; empty for fewer than two tasks."""
+    """Bars of the whole tasks at each model's default depth; empty for fewer than two tasks."""
     return _bars([_accuracies(run.plain_results()) for run in runs], runs, "accuracy by task", at_least=2)
 
 
 def by_difficulty(title: str, runs: Sequence[Run], left_out: Sequence[str] = ()) -> Section:
-    """Bars of the parts of each task that has some: bAbI's tasks, levels, subjects."""
+    """Bars for each task that has parts: bAbI's tasks, levels, subjects."""
     groups = dict.fromkeys(r.group for run in runs for r in run.results if r.group not in (None, *left_out))
     sections = []
     for group in groups:
@@ -96,7 +96,7 @@ def by_difficulty(title: str, runs: Sequence[Run], left_out: Sequence[str] = ())
 
 
 def _accuracies(results: Iterable[Result]) -> dict[str, Result]:
-    """Those that have an accuracy, by what the picture calls them; shots are named where they differ."""
+    """Results with an accuracy, by their label in the figure, which names the shots where they differ."""
     chosen = [result for result in results if result.accuracy is not None]
     several = {
         r.task
@@ -123,7 +123,7 @@ def _bars(
 
 
 def by_depth(runs: Sequence[Run]) -> list[Block]:
-    """Test-time scaling: accuracy against the loop steps that an answer took; a table with the same."""
+    """Test-time scaling: accuracy against the loop steps of an answer, as a figure and a table."""
     panels: Panels = {}
     rows = []
     for number, run in enumerate(runs):
@@ -140,13 +140,13 @@ def by_depth(runs: Sequence[Run]) -> list[Block]:
         return []
     order = [plain(panel) for panel in panels]
     rows.sort(key=lambda row: order.index(row[0]))
-    figure = curves_figure(panels, "loop steps of an answer", log=True)
+    figure = curves_figure(panels, "loop steps per answer", log=True)
     header = ("task", "run", "depth", "mean steps", "accuracy")
     return [picture(figure, "accuracy against loop steps"), Table(header, rows)]
 
 
 def by_shots(runs: Sequence[Run]) -> list[Block]:
-    """The few-shot curve, at the models' own depth."""
+    """The few-shot curve at the models' default depth."""
     panels: Panels = {}
     for number, run in enumerate(runs):
         families: dict[str, dict[int, Result]] = {}
@@ -162,10 +162,11 @@ def by_shots(runs: Sequence[Run]) -> list[Block]:
     return [picture(figure, "accuracy against examples in the prompt")]
 
 
-def votes_beside_depth(runs: Sequence[Run]) -> list[Block]:
-    """Two ways to spend compute at test time, at equal cost: more samples that vote, or more loop steps.
+def votes_against_steps(runs: Sequence[Run]) -> list[Block]:
+    """Two ways to spend compute at test time, against their cost: more samples that vote, or more loop steps.
 
-    A cost of 1 is one answer at the model's own depth; FLOPs of a token, attention over the whole context.
+    A cost of 1 is one answer at the model's default depth, in FLOPs per token with attention over the whole
+    context.
     """
     panels: Panels = {}
     for number, run in enumerate(runs):
@@ -186,13 +187,13 @@ def votes_beside_depth(runs: Sequence[Run]) -> list[Block]:
                 _add(panels, panel, (number, run), deeper, {}, "loop steps")
     if not panels:
         return []
-    figure = curves_figure(panels, "FLOPs of an answer, in those of the model as it is", log=True)
-    said = "A vote costs as many answers as it has samples, a depth what its loop steps add to every token."
+    figure = curves_figure(panels, "FLOPs, in answers at the default depth", log=True)
+    said = "A vote costs one answer per sample; a loop step costs what it adds to every token."
     return [picture(figure, "majority vote and loop steps at equal cost"), Note(said)]
 
 
 def _cost(model: ModelConfig, result: Result) -> float:
-    """FLOPs of a token at the result's steps over those at the model's own depth."""
+    """FLOPs per token at the result's steps, relative to the model's default depth."""
     length, own = model.max_position_embeddings, model.recurrence.num_steps
     one, two = (flops_per_token(model, length, n) for n in (1, 2))
     steps = own if result.steps is None else result.steps
@@ -222,7 +223,7 @@ def during_training(runs: Sequence[Run]) -> list[Block]:
 
 
 def against_published(title: str, runs: Sequence[Run]) -> Section:
-    """Our scores beside those of small models, each with its source."""
+    """Our scores and published scores of small models, each with its source."""
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     own: dict[str, list[tuple[str, Score, int | None]]] = {}
     chance: dict[str, float] = {}
@@ -256,7 +257,7 @@ def against_published(title: str, runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     if panels:
         rows.sort(key=lambda row: list(panels).index(row[0]))
-        blocks.append(picture(published_figure(panels, chance), "published small models beside ours"))
+        blocks.append(picture(published_figure(panels, chance), "published small models and ours"))
         shown = [tuple(plain(cell) for cell in row) for row in rows]
         blocks.append(Table(("task", "model", "metric", "shots", "percent", "source"), shown))
     babi = babi_section(runs, published["babi"])
@@ -298,7 +299,7 @@ def _label(name: str, metric: str | None, shots: int | None) -> str:
 
 def source_of(entry: dict[str, Any]) -> str:
     source: str = entry["source"]
-    return source if entry["checked"] else f"{source} (not re-read)"
+    return source if entry["checked"] else f"{source} (not checked)"
 
 
 def _panel(result: Result) -> str:
@@ -306,7 +307,7 @@ def _panel(result: Result) -> str:
 
 
 def _several(results: Sequence[Result], varied: Callable[[Result], Any]) -> list[tuple[str, list[Result]]]:
-    """The whole tasks with results at two or more values of `varied`, shots and votes being equal."""
+    """Whole tasks with results at two or more values of `varied`, at equal shots and votes."""
     families: dict[tuple[str, int], dict[Any, Result]] = {}
     for result in results:
         if result.group is None and result.accuracy is not None:

@@ -1,6 +1,6 @@
-"""The report's part about latent chain of thought: what eval/thoughts.py measured, over runs and their seeds.
+"""The report's section about latent chain of thought: what eval/thoughts.py measured, by run and seed.
 
-Runs whose names differ in a number at the end alone, as kava-0 and kava-1 do, are seeds of one method.
+Runs whose names differ only in a final number, such as kava-0 and kava-1, are seeds of one method.
 """
 
 import json
@@ -32,19 +32,19 @@ class Measured:
 
     score: Score
     num_questions: int
-    costs: dict[str, float]  # mean of each "metric,none" that is no accuracy, and latencies
+    costs: dict[str, float]  # mean of each "metric,none" that is not an accuracy, and latencies
     by_depth: dict[int, Score]  # serial depth of the question
     guesses: Guesses
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A method: its runs, one a seed, of one task."""
+    """A method on one task: its runs, one per seed."""
 
     name: str
     trained: str  # steps and tokens of each run
-    own: Way  # how its runs answer by themselves
-    ways: dict[Way, list[Measured]]  # one entry a seed
+    own: Way  # how its runs answer by default
+    ways: dict[Way, list[Measured]]  # one entry per seed
 
     @property
     def seeds(self) -> int:
@@ -55,11 +55,11 @@ class Arm:
         return self.name + (f" ({self.seeds} seeds)" if self.seeds > 1 else "")
 
     def control(self, replace: str) -> list[Measured]:
-        """With latents that are not the question's own; [] if that was not measured."""
+        """The same runs with their latents replaced; [] if that was not measured."""
         return self.ways.get(self.own._replace(replace=replace), [])
 
     def swept(self, *names: str) -> dict[Way, list[Measured]]:
-        """Its own way, and those that differ in these fields alone, rising."""
+        """Its default way and those that differ only in these fields, in rising order."""
 
         def rest(way: Way) -> dict[str, Any]:
             return {name: value for name, value in way._asdict().items() if name not in names}
@@ -126,7 +126,7 @@ def _arm(name: str, members: Sequence[tuple[Run, dict[Way, Measured]]]) -> Arm:
     run = members[0][0]
     own = next((way for way in ways if _is_own(way, run.model)), next(iter(ways)))
     steps = run.steps
-    trained = f"{steps[-1]['step']:,} steps, {steps[-1]['tokens']:,} tokens" if steps else "not known"
+    trained = f"{steps[-1]['step']:,} steps, {steps[-1]['tokens']:,} tokens" if steps else "unknown"
     return Arm(name, trained, own, ways)
 
 
@@ -174,7 +174,7 @@ def tables(task: str, arms: Sequence[Arm]) -> list[TitledTable]:
 
 
 def methods_table(arms: Sequence[Arm]) -> TitledTable:
-    """Each method as it is, beside its controls at test time, and what an answer costs."""
+    """Each method, its controls at test time, and what an answer costs."""
     quality = ("accuracy", "shuffled", "zeroed")
     costs = ("forward passes", "cache bytes", "ms alone", "ms in a batch")
     rows = []
@@ -217,7 +217,7 @@ def _at_depth(arm: Arm, depth: int) -> Score | None:
 
 
 def sweep_table(arms: Sequence[Arm]) -> TitledTable:
-    """Every other way that was measured, but for the controls."""
+    """Every way that was measured, except the controls."""
     rows = []
     for arm in arms:
         for way, seeds in arm.ways.items():
@@ -238,12 +238,12 @@ def sweep_table(arms: Sequence[Arm]) -> TitledTable:
 
 
 def published_table(task: str) -> TitledTable:
-    """What the literature reports of GSM8K; without rows for other tasks."""
+    """Published GSM8K scores; no rows for other tasks."""
     rows: list[tuple[str, ...]] = []
     if task in ("gsm8k", "icot"):
         published = json.loads(PUBLISHED.read_text(encoding="utf-8"))["latent_chain_of_thought"]
         rows = [(row["model"], row["method"], f"{row['value']:g}", source_of(row)) for row in published]
-    title = "Published: GSM8K, pretrained models taught on the 385 thousand problems of GSM8K-AUG"
+    title = "Published: GSM8K, pretrained models fine-tuned on the 385 thousand problems of GSM8K-AUG"
     return TitledTable(title, ("model", "method", "accuracy, %", "source"), rows)
 
 
@@ -251,13 +251,13 @@ def published_table(task: str) -> TitledTable:
 
 
 def figures(task: str, arms: Sequence[Arm]) -> dict[str, Figure]:
-    """By name: accuracy by serial depth, by forward passes, and by what was varied at test time."""
+    """By name: accuracy by serial depth, by forward passes, and by each setting varied at test time."""
     guesses = arms[0].ways[arms[0].own][0].guesses
     n = f"{task}, n = {arms[0].ways[arms[0].own][0].num_questions}"
     found: dict[str, Figure] = {}
     for name, points, xlabel in (
         ("depth", _depth_points, "serial depth of the question"),
-        ("passes", _cost_point, "forward passes of an answer"),
+        ("passes", _cost_point, "forward passes per answer"),
         ("iterations", partial(_varied_points, varied="num_iterations"), "iterations at test time"),
         ("latents", partial(_varied_points, varied="num_latents"), "latents at test time"),
     ):
@@ -272,7 +272,7 @@ def figures(task: str, arms: Sequence[Arm]) -> dict[str, Figure]:
 
 
 def _curves(arms: Sequence[Arm], points: Callable[[Arm], list[Point]]) -> Curves:
-    """A line an arm; dashed where the colours begin again."""
+    """One line per arm; dashed where the colours repeat."""
     found = ((number, arm, points(arm)) for number, arm in enumerate(arms))
     return {
         arm.label: Curve(number, where, dashed=number >= len(RUN_COLORS))
@@ -287,14 +287,14 @@ def _depth_points(arm: Arm) -> list[Point]:
 
 
 def _cost_point(arm: Arm) -> list[Point]:
-    """Of its own way."""
+    """One point: the default way of answering."""
     seeds = arm.ways[arm.own]
     passes, score = cost(seeds, "forward_passes,none"), accuracy(seeds)
     return [] if passes is None or score is None else [Point(passes, score)]
 
 
 def _varied_points(arm: Arm, varied: str) -> list[Point]:
-    """Over the ways that differ in a field; empty if there is but one."""
+    """Over the ways that differ only in this field; empty if there is only one."""
     ways = arm.swept(varied)
     found = ((getattr(way, varied), accuracy(seeds)) for way, seeds in ways.items() if len(ways) > 1)
     return [Point(x, score) for x, score in found if score is not None]
@@ -345,8 +345,9 @@ def thoughts_section(title: str, runs: Sequence[Run]) -> Section:
         parts.append(Section(plain(task), pictures, shown))
     if parts:
         said = (
-            "± one standard error: of one seed over its questions, of several over the seeds. Shuffled: with "
-            "another question's latents; zeroed: with none. Who thinks in latents must lose by both."
+            "± one standard error: for one seed over its questions, for several over the seeds. Shuffled: "
+            "with another question's latents; zeroed: with latents of 0. A method that thinks in latents "
+            "must lose accuracy with both."
         )
         parts[-1].parts.append(Section("Reading these tables", [Note(said)]))
     return Section(title, parts=parts)

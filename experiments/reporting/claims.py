@@ -1,4 +1,4 @@
-"""The claims of CLAIMS.md against the records: units, their equality, their tests, their verdicts."""
+"""Tests the claims of CLAIMS.md on the records: units, equality checks, tests, verdicts."""
 
 import math
 import re
@@ -29,7 +29,7 @@ from experiments.reporting.statistics import (
 )
 
 CLAIMS = Path(__file__).parents[1] / "CLAIMS.md"
-# Between what a metric lies; a difference between minus and plus the distance.
+# The range of a metric; a difference of two lies within plus and minus its width.
 LIMITS = {
     "accuracy": (0, 1),
     "ood_accuracy": (0, 1),
@@ -40,6 +40,8 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Side:
+    """A group at a number of steps: `trained`, `2R` or a number."""
+
     group: str
     steps: str
 
@@ -49,7 +51,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """A heading of CLAIMS.md with its block."""
+    """A heading of CLAIMS.md with its YAML block."""
 
     title: str
     text: str
@@ -73,10 +75,10 @@ class Unit:
 
     claim: Claim
     setting: Setting
-    seeds: tuple[int, ...]  # that were compared
+    seeds: tuple[int, ...]  # the seeds compared
     commands: tuple[str, ...]
-    sides: tuple[float, ...]  # mean of a, and of b
-    found: Estimate | None  # None: undecided, and no test
+    sides: tuple[float, ...]  # means of a and b
+    found: Estimate | None  # None: not tested, so undecided
     remark: str  # why it was not tested, or what was left out
     level: float = ALPHA
     adjusted: float = 1.0
@@ -93,7 +95,7 @@ class Unit:
 
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
-    """Raises ValueError, one line, for a block that is no claim."""
+    """All claims, in their order. Raises ValueError for a block that is not a valid claim."""
     parts = re.split(r"^## ", path.read_text(), flags=re.M)[1:]
     return [_claim(path, part) for part in parts if "```yaml" in part]
 
@@ -119,7 +121,7 @@ def _claim(path: Path, part: str) -> Claim:
     lacking = {"id", "metric", "tasks", "a", "direction", "threshold"} - set(values)
     if unknown or lacking:
         raise ValueError(
-            f"{where}: {', '.join(sorted(unknown | lacking))} unknown or missing; see the others"
+            f"{where}: unknown or missing keys {', '.join(sorted(unknown | lacking))}; see the other claims"
         )
     if values["direction"] not in ("higher", "not_lower", "within"):
         raise ValueError(f"{where}: direction {values['direction']!r}; choose higher, not_lower or within")
@@ -150,13 +152,13 @@ def _claim(path: Path, part: str) -> Claim:
 
 
 def not_claimed(path: Path = CLAIMS) -> str:
-    """The section on what is left out, as Markdown."""
+    """The section on what is not claimed, as Markdown."""
     found = re.search(r"^## Not claimed\n(.*?)(?=^## |\Z)", path.read_text(), flags=re.S | re.M)
     return found[1].strip() if found else ""
 
 
 def judge(claims: Sequence[Claim], records: Sequence[Record]) -> list[Unit]:
-    """Every claim in every setting of its tasks that has cells of it, all tests corrected together."""
+    """Every claim in every setting that has its task and groups, all tests corrected together."""
     settings = settings_of(records)
     units = [
         _unit(claim, setting, groups)
@@ -176,7 +178,7 @@ def _corrected(unit: Unit, level: float, adjusted: float) -> Unit:
 
 
 def claim_verdict(claim: Claim, units: Sequence[Unit]) -> Verdict:
-    """Of all its units: the same verdict in each, and no task without one, else undecided."""
+    """The verdict that all its units share, if every task of the claim has one; else undecided."""
     own = [unit for unit in units if unit.claim.id == claim.id]
     verdicts = {unit.verdict for unit in own}
     if {unit.setting.task for unit in own} != set(claim.tasks) or len(verdicts) != 1:
@@ -216,7 +218,7 @@ def _problem(
             if value is None:
                 return f"{claim.metric} of {side}, seed {seed}, has no value"
             if not math.isfinite(value):
-                return f"{claim.metric} of {side}, seed {seed}, is {value}: the rest alone would flatter"
+                return f"{claim.metric} of {side}, seed {seed}, is {value}: without it the mean would flatter"
         apart = _apart(claim, pair)
         if apart:
             return f"not compared, seed {seed}: {apart}"
@@ -227,7 +229,7 @@ def _problem(
 
 
 def _apart(claim: Claim, pair: tuple[Record, ...]) -> str | None:
-    """What makes a pair no fair comparison."""
+    """Why a pair cannot be compared; None if it can."""
     if claim.b is None or claim.equal is None:
         return None
     a, b = pair
@@ -244,7 +246,7 @@ def _size(record: Record, what: str) -> float:
 
 
 def _unpaired(claim: Claim, by_seed: Sequence[dict[int, Record]]) -> str:
-    """Seeds of one side alone."""
+    """The seeds that only one side has; empty if there are none."""
     if claim.b is None:
         return ""
     a, b = (set(side) for side in by_seed)
@@ -255,7 +257,7 @@ def _unpaired(claim: Claim, by_seed: Sequence[dict[int, Record]]) -> str:
 
 
 def _outcomes(claim: Claim, pairs: Sequence[tuple[Record, ...]]) -> Floats | None:
-    """(seeds, samples): what a sample adds to the effect; None where that is not stored."""
+    """(seeds, samples): what each test sample adds to the effect; None where that is not stored."""
     rows = []
     for pair in pairs:
         stored = [
@@ -271,6 +273,6 @@ def _outcomes(claim: Claim, pairs: Sequence[tuple[Record, ...]]) -> Floats | Non
 
 
 def command_of(record: Record) -> str:
-    """Runs all seeds of a record's cell, into the default folder."""
+    """The command that runs all seeds of a record's cell, into the default folder."""
     seeds = record["cell"].rpartition("/")[0] + "/*"
     return shlex.join(["python", "experiments/run.py", "--matrix", record["matrix"], "--cells", seeds])

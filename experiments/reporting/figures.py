@@ -1,4 +1,4 @@
-"""The pictures of the report. Whiskers: bootstrap intervals of 95 % over the seeds; dots: seeds."""
+"""The pictures of the report. Whiskers: 95 % bootstrap intervals over the seeds; dots: seeds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +21,10 @@ matplotlib.use("Agg")
 
 COLUMNS = 3
 BEYOND, GUESS = "deeper than trained", "best guess"
-CLOSE = 0.03  # of a size: marks so near are drawn side by side
-SPREAD = 72.0  # points that marks drawn side by side take together, at most
-COMMON = (BEYOND, GUESS)  # what legends name last
-# Those of the claims first, so that they have the clearest colours; yellow, hard to see, and black come last.
+CLOSE = 0.03  # relative: marks whose sizes differ by no more are drawn side by side
+SPREAD = 72.0  # points: the most that marks drawn side by side may take together
+COMMON = (BEYOND, GUESS)  # last in every legend
+# The claims' groups come first and get the clearest colours; yellow, which is hard to see, is left out.
 MAIN = ("loop", "dense_params", "dense_flops", "dense_narrow", "fixed", "random", "adaptive")
 ORDER = (*MAIN, *(name for name in GROUPS if name not in MAIN))
 COLORS = tuple(color for color in RUN_COLORS if color != "#f0e442")
@@ -42,12 +42,12 @@ Groups = Mapping[str, Sequence[Record]]
 
 
 def style(group: str) -> dict[str, Any]:
-    place = ORDER.index(group)
-    return {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place // len(COLORS) % len(MARKERS)]}
+    i = ORDER.index(group)
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i // len(COLORS) % len(MARKERS)]}
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """The same bytes for the same figure."""
+    """Write a PNG; the same figure gives the same bytes."""
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
     return path
 
@@ -57,7 +57,7 @@ def ordered(groups: Groups) -> dict[str, Sequence[Record]]:
 
 
 def _panels(names: Sequence[str], draw: Callable[[Axes, int], None], height: float = 3.6) -> Figure:
-    """One panel a name, one legend above them all."""
+    """One panel per name, one legend above them all."""
     columns = min(COLUMNS, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(max(7.5, 4.6 * columns), height * rows + 0.9), layout="constrained")
@@ -80,7 +80,7 @@ def _panels(names: Sequence[str], draw: Callable[[Axes, int], None], height: flo
 
 
 def _whiskers(values: Sequence[float]) -> tuple[float, list[list[float]]]:
-    """Mean, and what errorbar takes."""
+    """Mean, and the errors in the form that errorbar takes."""
     mean = fmean(values)
     if len(values) < 2:
         return mean, [[0.0], [0.0]]
@@ -89,7 +89,7 @@ def _whiskers(values: Sequence[float]) -> tuple[float, list[list[float]]]:
 
 
 def _lines(axis: Axes, points: Mapping[float, Sequence[float]], label: str, **look: Any) -> None:
-    """Means with whiskers against x; x without values are left out."""
+    """Means with whiskers against x; an x without values is left out."""
     drawn = {x: _whiskers(values) for x, values in sorted(points.items()) if values}
     if drawn:
         errors = [[error[side][0] for _, error in drawn.values()] for side in (0, 1)]
@@ -98,7 +98,7 @@ def _lines(axis: Axes, points: Mapping[float, Sequence[float]], label: str, **lo
 
 
 def best_guess(records: Sequence[Record]) -> float | None:
-    """The best accuracy without reading the problem, of all these tests."""
+    """The best accuracy of guessing without reading the problem, over these records."""
     return max((max(r["guesses"].values()) for r in records if r.get("guesses")), default=None)
 
 
@@ -112,13 +112,13 @@ def _accuracies(axis: Axes) -> None:
     axis.set(ylabel="accuracy", ylim=(0, 1.03))
 
 
-def _log(axis: Axes, places: Sequence[float], base: int = 2) -> None:
-    if min(places, default=1) > 0:
+def _log(axis: Axes, ticks: Sequence[float], base: int = 2) -> None:
+    if min(ticks, default=1) > 0:
         axis.set_xscale("log", base=base)
     else:
-        axis.set_xscale("symlog", base=base, linthresh=1)  # has a place for 0
-    if 0 < len(places) <= 8:
-        axis.set_xticks(sorted(places), [EngFormatter(sep="")(x) for x in sorted(places)])
+        axis.set_xscale("symlog", base=base, linthresh=1)  # can show 0
+    if 0 < len(ticks) <= 8:
+        axis.set_xticks(sorted(ticks), [EngFormatter(sep="")(x) for x in sorted(ticks)])
         axis.minorticks_off()
 
 
@@ -126,24 +126,24 @@ HEADLINE = ("dense_params", "dense_narrow", "loop", "dense_flops")
 
 
 def headline_figure(panels: Mapping[Setting, Groups], effects: Mapping[Setting, str], title: str) -> Figure:
-    """A bar a model; the effect of looping at equal parameters, with its verdict, above each panel."""
+    """One panel per task, one bar per model; its title has the effect at equal parameters and the verdict."""
     figure = Figure(figsize=(10, 1.1 + 2.2 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axis, (setting, groups) in zip(axes, panels.items(), strict=True):
         names = [name for name in reversed(HEADLINE) if name in groups]
         base = fmean(record["parameters"] for record in groups["loop"])
         flops = fmean(_flops(record) for record in groups["loop"])
-        for place, name in enumerate(names):
+        for y, name in enumerate(names):
             values = values_of(groups[name], "accuracy")
             mean, error = _whiskers(values)
             color = style(name)["color"]
-            axis.barh(place, mean, 0.62, color=color, alpha=1.0 if name == "loop" else 0.55)
-            axis.errorbar(mean, place, xerr=error, color="#1a202c", capsize=3, linewidth=1.2)
-            axis.scatter(values, [place + 0.2] * len(values), s=9, color="#1a202c", zorder=3)
+            axis.barh(y, mean, 0.62, color=color, alpha=1.0 if name == "loop" else 0.55)
+            axis.errorbar(mean, y, xerr=error, color="#1a202c", capsize=3, linewidth=1.2)
+            axis.scatter(values, [y + 0.2] * len(values), s=9, color="#1a202c", zorder=3)
             size = fmean(record["parameters"] for record in groups[name]) / base
             work = fmean(_flops(record) for record in groups[name]) / flops
             said = f"{mean:.2f}    {size:.1f}× parameters, {work:.2g}× FLOPs"
-            axis.text(1.02, place, said, va="center", fontsize=9)
+            axis.text(1.02, y, said, va="center", fontsize=9)
         axis.set_yticks(range(len(names)), [NAMES[name] for name in names])
         for tick, name in zip(axis.get_yticklabels(), names, strict=True):
             tick.set_fontweight("bold" if name == "loop" else "normal")
@@ -168,10 +168,10 @@ def _flops(record: Record) -> float:
 
 
 def depth_figure(panels: Mapping[Setting, Groups]) -> Figure:
-    """Accuracy by serial depth, with the depths beyond the training shaded."""
+    """Accuracy by serial depth; depths beyond those trained on are shaded."""
 
     def draw(axis: Axes, i: int) -> None:
-        """Panel i: a line a group, dotted at twice the trained steps for the loops."""
+        """Panel i: one line per group, and a dotted one at twice the trained steps for loops."""
         groups = list(panels.values())[i]
         everyone = [record for records in groups.values() for record in records]
         depths = sorted({int(depth) for record in everyone for depth in record["by_depth"]})
@@ -218,22 +218,21 @@ def parameters_figure(panels: Mapping[Setting, Groups]) -> Figure:
 
 
 def _side_by_side(axis: Axes, sizes: Sequence[float], most: float = 5.0) -> None:
-    """Moves marks of nearly equal x apart, by `most` points or, if they are many, less: none hides another.
+    """Move marks of nearly equal x apart by `most` points, or less if they are many: none hides another.
 
     Args:
         sizes: x of each group drawn so far, in their order.
     """
     for i, (container, size) in enumerate(zip(axis.containers, sizes, strict=True)):
         near = [j for j, other in enumerate(sizes) if abs(other - size) <= CLOSE * size]
-        place = near.index(i) - (len(near) - 1) / 2
-        points = place * min(most, SPREAD / len(near))
+        points = (near.index(i) - (len(near) - 1) / 2) * min(most, SPREAD / len(near))
         move = ScaledTranslation(points / 72, 0, axis.figure.dpi_scale_trans)
         for artist in container.get_children():
             artist.set_transform(artist.get_transform() + move)
 
 
 def flops_figure(panels: Mapping[Setting, Groups]) -> Figure:
-    """Accuracy against inference FLOPs; a loop's line, of the main groups, is over its test-time steps."""
+    """Accuracy against inference FLOPs; for the main groups, a loop's line runs over its test-time steps."""
 
     def draw(axis: Axes, i: int) -> None:
         groups = list(panels.values())[i]
@@ -263,18 +262,18 @@ def _cost_axis(axis: Axes, groups: Groups, xlabel: str, margin: float = 0.1) -> 
     axis.set(xlabel=xlabel)
 
 
-# Of report_studies.by_value and by_shots.
+# What studies.by_value and by_shots return: by task, size, budget and group, the seeds at each value.
 Varied = Mapping[tuple[str, str, str, str], Mapping[float, Sequence[Record]]]
 
 
 def varied_figure(found: Varied, xlabel: str) -> Figure:
-    """Accuracy against what a study varies, a line a group."""
-    places = list(dict.fromkeys((task, size, budget) for task, size, budget, _ in found))
+    """Accuracy against what a study varies, one line per group."""
+    panels = list(dict.fromkeys((task, size, budget) for task, size, budget, _ in found))
 
     def draw(axis: Axes, i: int) -> None:
         ticks: set[float] = set()
-        for (*place, group), values in found.items():
-            if tuple(place) == places[i]:
+        for (*panel, group), values in found.items():
+            if tuple(panel) == panels[i]:
                 points = {x: values_of(records, "accuracy") for x, records in values.items()}
                 _lines(axis, points, group, **style(group))
                 ticks |= set(points)
@@ -283,17 +282,17 @@ def varied_figure(found: Varied, xlabel: str) -> Figure:
         _log(axis, sorted(ticks))
         axis.set(xlabel=xlabel)
 
-    return _panels([f"{task}, {size}, {budget_text(budget)}" for task, size, budget in places], draw)
+    return _panels([f"{task}, {size}, {budget_text(budget)}" for task, size, budget in panels], draw)
 
 
-NEAR = 0.02  # of a depth's best accuracy
+NEAR = 0.02  # how far below a depth's best accuracy is near enough
 
 
 def steps_figure(panels: Mapping[Setting, Groups]) -> Figure:
     """Against serial depth, the fewest steps tested whose accuracy is within NEAR of that depth's best."""
 
     def draw(axis: Axes, i: int) -> None:
-        """Panel i: a line a group, and the mean steps that learned halting spends."""
+        """Panel i: one line per group, and the mean steps that learned halting spends."""
         groups = list(panels.values())[i]
         for group, records in ordered(groups).items():
             depths = sorted({int(depth) for record in records for depth in record["by_depth"]})

@@ -42,7 +42,7 @@ def write_results(matrix: LatentCotMatrix, out: Path, jobs: int, failed: Mapping
     text = (
         f"{matrix.task.about}; "
         f"teachers {file.teacher_steps:,} steps, then every method {file.student_steps:,}. "
-        "± one standard error: of one seed over its questions, of several over the seeds. Milliseconds: "
+        "± one standard error: for one seed over its questions, for several over the seeds. Milliseconds: "
         f"one thread, with up to {jobs - 1} other cells running.\n"
     )
     for table in tables(file.latent_cot, arms):

@@ -28,7 +28,9 @@ class Setting(NamedTuple):
 
 @dataclass
 class Runs:
-    records: list[Record] = field(default_factory=list)  # of the groups themselves
+    """What the report is made from."""
+
+    records: list[Record] = field(default_factory=list)  # of groups as they are
     studies: list[Record] = field(default_factory=list)  # of cells that vary something
     sweep: int = 0  # cells that only chose a learning rate
     failed: dict[str, str] = field(default_factory=dict)  # cell -> what went wrong
@@ -48,7 +50,7 @@ def examples_text(examples: int) -> str:
 class _Found:
     """What one --runs holds."""
 
-    records: list[tuple[str, Record]] = field(default_factory=list)  # each with where it is
+    records: list[tuple[str, Record]] = field(default_factory=list)  # each with its location
     failed: dict[str, str] = field(default_factory=dict)
     missing: set[str] = field(default_factory=set)
 
@@ -60,7 +62,8 @@ def read_runs(sources: Sequence[Path]) -> Runs:
         sources: NAME.jsonl of experiments/publish.py, or the --out of experiments/run.py.
 
     Raises:
-        ValueError, FileNotFoundError: one line; no cells at all, a damaged record, or a cell found twice.
+        ValueError: no cells at all, a damaged record, or a cell found twice.
+        FileNotFoundError: a source does not exist.
     """
     runs, locations = Runs(), dict[tuple[Any, ...], str]()
     missing: set[str] = set()
@@ -122,13 +125,13 @@ def read_records(path: Path) -> tuple[list[str], list[Record]]:
 
 
 def _variant_order(variant: Mapping[str, Any] | None) -> tuple[str, float, str]:
-    """Numbers by their value: as text 0.01 would come before 0.0."""
+    """Sorts numbers by value: as text, 0.01 would come before 0.0."""
     ((key, value),) = (variant or {"": None}).items()
     return key, float(value) if isinstance(value, int | float) else math.inf, json.dumps(value)
 
 
 def read_cell(path: Path) -> Record:
-    """A cell.json. Raises ValueError, one line, if it is damaged or lacks a key."""
+    """A cell.json. Raises ValueError if it is damaged or lacks a key."""
     return _read(path, NAMES)
 
 
@@ -183,7 +186,7 @@ def steps_of(record: Record, steps: str | int = "trained") -> str:
 
 
 def value_of(record: Record, metric: str, steps: str | int = "trained") -> float | None:
-    """None if it was not measured; may be NaN or infinite. Without a loop it is the same at all steps."""
+    """None if not measured; may be NaN or infinite. Without a loop the value is the same at all steps."""
     found = record.get(metric)
     if isinstance(found, dict):
         if record["trained_steps"] == 1 and len(found) == 1:

@@ -1,11 +1,11 @@
-"""What few seeds can tell: means with intervals, paired differences, and a correction for many tests.
+"""Statistics for few seeds: means with intervals, paired differences, and a correction for many tests.
 
-A verdict rests on the wider of two intervals of a mean over seeds. Student's t over the seeds knows that 3 to
-5 values say little of their own spread, which a bootstrap does not: resampled means never leave the range of
-the values, and 3 differences have one sign by chance in one case of 4, 5 in one of 16. The percentile
-bootstrap over seeds and, where the outcomes of the samples are known, over the test samples too, knows that
-another test set would have given other values, which the seeds, all tested on the same samples, do not.
-(Percentiles and not BCa: an acceleration from 3 values is noise.)
+A verdict rests on the wider of two intervals of a mean over seeds. Student's t over the seeds accounts for
+how little 3 to 5 values say about their own spread. A bootstrap does not: resampled means stay in the range
+of the values, and 3 differences share one sign by chance in one case of 4, 5 differences in one of 16. The
+percentile bootstrap over seeds and, where the outcomes of the samples are known, over the test samples too,
+accounts for the test set: another one would have given other values. The seeds do not show this, since all
+are tested on the same samples. (Percentiles, not BCa: an acceleration estimated from 3 values is noise.)
 
 Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13; Holm, A simple sequentially
 rejective multiple test procedure, Scandinavian Journal of Statistics 6, 1979; Student's distribution for
@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ALPHA = 0.05  # of all tests together
+ALPHA = 0.05  # error rate of all tests together
 MIN_PAIRS = 3  # fewer are undecided
-DRAWS = 9999  # of a bootstrap: (draws + 1) alpha / 2 is whole for the usual alphas
+DRAWS = 9999  # of a bootstrap: (draws + 1) alpha / 2 is an integer for the usual alphas
 SEED = 0
 
 Floats = NDArray[np.float64]
@@ -30,12 +30,14 @@ Verdict = Literal["supported", "refuted", "undecided"]
 
 
 class Interval(NamedTuple):
+    """From lo to hi, either of them possibly infinite."""
+
     lo: float
     hi: float
 
 
 class Rule(NamedTuple):
-    """How a claim is decided, see experiments/CLAIMS.md."""
+    """How a claim is decided: see experiments/CLAIMS.md."""
 
     direction: str  # higher | not_lower | within
     threshold: tuple[float, ...]  # one value; within: least and most
@@ -65,7 +67,7 @@ def student_quantile(inside: float, degrees: int) -> float:
 
 
 def resampled_means(values: Sequence[float]) -> Floats:
-    """(DRAWS,) rising: means of as many values, drawn with replacement, always the same draws."""
+    """(DRAWS,) rising: means of resamples with replacement, of the same size; always the same draws."""
     n = len(values)
     weights = np.random.default_rng(SEED).multinomial(n, [1 / n] * n, size=DRAWS)
     return np.sort(weights @ np.asarray(values, dtype=np.float64) / n)
@@ -79,7 +81,7 @@ def resampled_seeds_and_samples(outcomes: Floats) -> Floats:
     """
     seeds, samples = outcomes.shape
     rng = np.random.default_rng(SEED)
-    # Equal columns are interchangeable: how often each kind comes is drawn, not each column.
+    # Equal columns are interchangeable: draw how often each kind occurs, not each column.
     kinds, counts = np.unique(outcomes, axis=1, return_counts=True)
     columns = rng.multinomial(samples, counts / samples, size=DRAWS)
     rows = rng.multinomial(seeds, [1 / seeds] * seeds, size=DRAWS)
@@ -87,7 +89,7 @@ def resampled_seeds_and_samples(outcomes: Floats) -> Floats:
 
 
 def percentiles(draws: Floats, alpha: float = ALPHA) -> Interval:
-    """The percentile interval of 1 - alpha; an end beyond what the draws resolve is infinite."""
+    """The percentile interval at level 1 - alpha; infinite where there are too few draws for its tails."""
     tail = math.floor((len(draws) + 1) * alpha / 2)
     if tail < 1:
         return Interval(-math.inf, math.inf)
@@ -95,18 +97,18 @@ def percentiles(draws: Floats, alpha: float = ALPHA) -> Interval:
 
 
 def bootstrap_interval(values: Sequence[float]) -> Interval:
-    """95 %, over seeds, of a mean: for tables and figures. Of 3 values it is the least and the greatest."""
+    """95 % interval of a mean over seeds, for tables and figures; for 3 values their minimum and maximum."""
     return percentiles(resampled_means(sorted(values)))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, paired differences or single values, and what its intervals are made of."""
+    """A mean over seeds, of paired differences or single values, and what its intervals are computed from."""
 
-    values: tuple[float, ...]  # one a seed
+    values: tuple[float, ...]  # one per seed
     draws: Floats  # rising, bootstrapped means
     over_samples: bool
-    limits: Interval  # between which every value lies, whatever is measured
+    limits: Interval  # the range of possible values
 
     @property
     def mean(self) -> float:
@@ -123,7 +125,7 @@ class Estimate:
         return self.deviation / math.sqrt(len(self.values))
 
     def interval(self, alpha: float = ALPHA) -> Interval:
-        """Two-sided, of 1 - alpha: the wider of Student's and the bootstrap's at each end, in the limits."""
+        """Two-sided, at level 1 - alpha: at each end the wider of the two intervals, within the limits."""
         reach = student_quantile(1 - alpha, len(self.values) - 1) * self._error
         drawn = percentiles(self.draws, alpha)
         least, most = self.limits
@@ -132,7 +134,7 @@ class Estimate:
         )
 
     def p_above(self, bound: float) -> float:
-        """The alpha below which the interval of 1 - alpha no longer lies above `bound`."""
+        """The alpha below which the interval at level 1 - alpha no longer lies above `bound`."""
         distance = self.mean - bound
         if distance <= 0:
             return 1.0
@@ -151,13 +153,16 @@ ANY = Interval(-math.inf, math.inf)
 
 
 def estimate(values: Sequence[float], outcomes: Floats | None = None, limits: Interval = ANY) -> Estimate:
-    """Of values in the seeds' order; `outcomes`, (seeds, samples): what they are the means of over samples.
+    """The estimate from one value per seed.
+
+    Args:
+        outcomes: (seeds, samples); the values are its means over the samples.
 
     Raises:
-        ValueError: fewer than 2 values, or one that is no finite number.
+        ValueError: fewer than 2 values, or one that is not finite.
     """
     if len(values) < 2 or not all(map(math.isfinite, values)):
-        raise ValueError(f"an interval needs 2 or more finite values, one a seed, not {list(values)}")
+        raise ValueError(f"an interval needs 2 or more finite values, one per seed, not {list(values)}")
     draws = resampled_means(values) if outcomes is None else resampled_seeds_and_samples(outcomes)
     return Estimate(tuple(values), draws, outcomes is not None, limits)
 
@@ -175,9 +180,9 @@ def decide(rule: Rule, mean: float, interval: Interval) -> Verdict:
 
 
 def p_value(rule: Rule, found: Estimate) -> float:
-    """The least alpha at which the rule decides anything by the interval of 1 - alpha.
+    """The least alpha at which the interval at level 1 - alpha decides the rule either way.
 
-    An interval's two ends err with alpha / 2 each, so that both ways to decide err with alpha together.
+    Each end of an interval errs with alpha / 2, so both decisions together err with alpha.
     """
     least, most = rule.threshold[0], rule.threshold[-1]
     effect = rule.minimum_effect
@@ -186,7 +191,7 @@ def p_value(rule: Rule, found: Estimate) -> float:
         return min(supported, found.p_below(effect))
     if rule.direction == "not_lower":
         return min(found.p_above(least), found.p_below(-effect))
-    # The ends are within, so that the bounds are next to them; limits of what can be measured need no test.
+    # The thresholds are allowed, so the bounds lie just outside; a limit of the metric needs no test.
     above = 0.0 if least <= found.limits.lo else found.p_above(math.nextafter(least, -math.inf))
     below = 0.0 if most >= found.limits.hi else found.p_below(math.nextafter(most, math.inf))
     inside = max(above, below)
@@ -194,10 +199,11 @@ def p_value(rule: Rule, found: Estimate) -> float:
 
 
 def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
-    """The level of each test: Holm's steps down, so that all tests together err with alpha.
+    """The level of each test by Holm's step-down procedure: all tests together err with alpha.
 
-    All with p <= alpha / m are rejected; the rest, m' tests, go on at alpha / m', until none is. What is not
-    rejected has the last level. An interval of 1 - level then decides as Holm's procedure does.
+    All tests with p <= alpha / m are rejected; the remaining m' tests continue at alpha / m' until none is
+    rejected. The tests left have the last level. An interval at level 1 - level then decides as Holm's
+    procedure does.
     """
     levels = [alpha] * len(p_values)
     left = set(range(len(p_values)))
@@ -213,7 +219,7 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
 
 
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
-    """p values times the tests left at their turn, never below an earlier one's and at most 1."""
+    """Adjusted p values: p times the number of tests left at its turn, non-decreasing and at most 1."""
     adjusted, running = [1.0] * len(p_values), 0.0
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     for rank, i in enumerate(order):

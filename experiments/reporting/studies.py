@@ -1,4 +1,4 @@
-"""What the review asked for: loss weights, steps, examples, convergence, generalisation, few-shot, votes."""
+"""Sections on what is varied: loss weights, steps, examples, convergence, generalisation, few-shot, votes."""
 
 import json
 from collections.abc import Sequence
@@ -7,22 +7,27 @@ from common.pages import Section, Table
 from experiments.reporting.records import Record, settings_of, steps_of
 from experiments.reporting.tables import COSTS, NOTHING, cost_cells, number, score_text
 
-ITERATIONS, EXAMPLES = "steps", "examples"  # what studies/iterations.yaml and examples.yaml vary
+ITERATIONS, EXAMPLES = "steps", "examples"  # what matrices/iterations.yaml and examples.yaml vary
 
 
 def varied(record: Record) -> tuple[str, object]:
+    """The setting that a study's record varies, and its value."""
     ((key, value),) = record["variant"].items()
     return key, value
+
+
+def _curve(record: Record) -> tuple[str, str, str, str]:
+    """What the points of one curve have in common."""
+    return record["task"], record["size"], record["budget"], record["group"]
 
 
 def by_value(
     records: Sequence[Record], key: str
 ) -> dict[tuple[str, str, str, str], dict[float, list[Record]]]:
-    """Of what varies `key`: by task, size, budget and group, the seeds of each value, values rising."""
+    """Records that vary `key`: by task, size, budget and group, the seeds of each value in rising order."""
     found: dict[tuple[str, str, str, str], dict[float, list[Record]]] = {}
     for record in sorted((r for r in records if varied(r)[0] == key), key=lambda r: float(str(varied(r)[1]))):
-        place = (record["task"], record["size"], record["budget"], record["group"])
-        found.setdefault(place, {}).setdefault(float(str(varied(record)[1])), []).append(record)
+        found.setdefault(_curve(record), {}).setdefault(float(str(varied(record)[1])), []).append(record)
     return found
 
 
@@ -30,25 +35,23 @@ def study_section(title: str, said: str, records: Sequence[Record], keys: Sequen
     """A table of every cell that varies one of the keys."""
     own = [record for record in records if varied(record)[0] in keys]
     rows = []
-    places: dict[tuple[str, ...], list[Record]] = {}
+    cells: dict[tuple[str, ...], list[Record]] = {}
     for record in own:
         key, value = varied(record)
         name = f"{key.rpartition('.')[2]} = {json.dumps(value)}"
-        places.setdefault(
-            (record["task"], record["size"], record["budget"], record["group"], name), []
-        ).append(record)
-    for place, seeds in places.items():
+        cells.setdefault((*_curve(record), name), []).append(record)
+    for cell, seeds in cells.items():
         rank = score_text(seeds, "spearman_steps_depth")
         scores = (score_text(seeds, "accuracy"), score_text(seeds, "ood_accuracy"), rank)
-        rows.append((*place, *scores, *cost_cells(seeds)))
-    places_header = ("task", "size", "steps of training", "group", "varied")
+        rows.append((*cell, *scores, *cost_cells(seeds)))
+    cell_header = ("task", "size", "training steps", "group", "varied")
     scores_header = ("accuracy", "beyond the trained depth", "Spearman of steps and depth")
-    table = Table((*places_header, *scores_header, *COSTS), rows)
+    table = Table((*cell_header, *scores_header, *COSTS), rows)
     return Section(title, [said, table] if rows else [])
 
 
 def convergence_section(records: Sequence[Record]) -> Section:
-    """Whether the loops settle."""
+    """Whether the loops converge."""
     rows = []
     for setting, groups in settings_of([r for r in records if "convergence" in r]).items():
         for group, seeds in groups.items():
@@ -70,15 +73,15 @@ def convergence_section(records: Sequence[Record]) -> Section:
     )
     said = (
         "Relative change of the state in the last step (0: a fixed point), and the ratio of one change to "
-        "the one before (below 1: it shrinks). Path independence: share of labels on which three starts "
-        "agree. "
-        "Overthinking gap: the best accuracy of all steps tested less that at 4R, never below 0."
+        "the previous one (below 1: it shrinks). Path independence: share of labels on which three initial "
+        "states agree. Overthinking gap: the best accuracy of all steps tested minus the accuracy at 4R, "
+        "never below 0."
     )
     return Section("Convergence", [said, Table(header, rows)] if rows else [])
 
 
 def _mean_of(records: Sequence[Record], key: str, times: int) -> str:
-    """Mean over seeds of a figure at `times` R steps, of a list its last."""
+    """Mean over seeds of a value at `times` R steps; the last entry of a list."""
     values = []
     for record in records:
         found = record["convergence"].get(str(times * record["trained_steps"]), {}).get(key)
@@ -97,7 +100,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def gaps_section(records: Sequence[Record]) -> Section:
-    """Tests unlike the training, at the trained steps."""
+    """Tests that differ from the training data, at the trained steps."""
     parts = []
     for setting, groups in settings_of([r for r in records if r.get("gaps")]).items():
         names = list(dict.fromkeys(name for seeds in groups.values() for r in seeds for name in r["gaps"]))
@@ -115,19 +118,18 @@ def gaps_section(records: Sequence[Record]) -> Section:
 
 
 def by_shots(records: Sequence[Record]) -> dict[tuple[str, str, str, str], dict[float, list[Record]]]:
-    """By task, size, budget and group, the seeds at each number of exemplars, with the accuracy there."""
+    """By task, size, budget and group, the seeds at each number of exemplars, with their accuracy."""
     found: dict[tuple[str, str, str, str], dict[float, list[Record]]] = {}
     for record in (r for r in records if "few_shot" in r):
-        place = (record["task"], record["size"], record["budget"], record["group"])
         few = record["few_shot"]
         for shots, value in few["accuracy"].items():
             same = {"accuracy": {steps_of(record): value}, "guesses": few["guesses"]}
-            found.setdefault(place, {}).setdefault(float(shots), []).append(record | same)
+            found.setdefault(_curve(record), {}).setdefault(float(shots), []).append(record | same)
     return found
 
 
 def few_shot_section(records: Sequence[Record]) -> Section:
-    """Questions to models of text, after so many solved ones."""
+    """Questions to text models after some solved examples."""
     parts = []
     for setting, groups in settings_of([r for r in records if "few_shot" in r]).items():
         first = next(iter(groups.values()))[0]["few_shot"]
@@ -136,7 +138,7 @@ def few_shot_section(records: Sequence[Record]) -> Section:
         said = f"{first['task']}, the first {first['num_samples']:,} questions. Guessing reaches: {guesses}."
         cut = {k: n for k, n in first["num_truncated"].items() if n}
         if cut:
-            said += " Of the prompts, one an answer to choose, some were cut from the left to fit: "
+            said += " Some of the prompts, one per answer choice, were truncated on the left to fit: "
             said += ", ".join(f"{n:,} ({k}-shot)" for k, n in cut.items()) + "."
         rows = []
         for group, seeds in groups.items():

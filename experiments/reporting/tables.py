@@ -1,4 +1,4 @@
-"""The tables of the report: what a group reached, and beside it what it cost."""
+"""The tables of the report: what each group scored and what it cost."""
 
 import math
 import statistics
@@ -25,6 +25,7 @@ NOTHING = "–"
 
 
 def number(value: float | None) -> str:
+    """Three decimals; a dash for None."""
     if value is None:
         return NOTHING
     return f"{value:.3f}" if math.isfinite(value) else str(value)
@@ -35,12 +36,12 @@ def interval_text(interval: Interval) -> str:
 
 
 def score_text(records: Sequence[Record], metric: str, steps: str | int = "trained") -> str:
-    """Mean and bootstrap interval over the seeds; says how many of them have no number."""
+    """Mean and bootstrap interval over the seeds, and how many of them are not finite."""
     measured = [value for r in records if (value := value_of(r, metric, steps)) is not None]
     values = [value for value in measured if math.isfinite(value)]
     if not measured:
         return NOTHING
-    broken = f"; {len(measured) - len(values)} without a number" if len(values) < len(measured) else ""
+    broken = f"; {len(measured) - len(values)} not finite" if len(values) < len(measured) else ""
     if not values:
         return broken.removeprefix("; ")
     mean = number(statistics.fmean(values))
@@ -48,7 +49,7 @@ def score_text(records: Sequence[Record], metric: str, steps: str | int = "train
 
 
 def cost_cells(records: Sequence[Record]) -> tuple[str, ...]:
-    """Of one group's seeds, in the order of COSTS: medians of what was measured."""
+    """The costs of one group's seeds in the order of COSTS; medians of what was measured."""
     first = records[0]
 
     def middle(key: str, scale: float = 1.0) -> float | None:
@@ -90,13 +91,13 @@ def task_section(setting: Setting, groups: dict[str, list[Record]]) -> Section:
 
 
 def _columns(groups: dict[str, list[Record]]) -> list[tuple[str, str, str | int]]:
-    """Heading, metric and steps of the scores that any group has."""
+    """Heading, metric and steps of each score that any group has."""
     everything = [record for records in groups.values() for record in records]
     if any("bits_per_byte" in record for record in everything):
         return [
             ("bits per byte", "bits_per_byte", "trained"),
             ("bits per byte, 2R steps", "bits_per_byte", "2R"),
-            ("perplexity of a byte", "perplexity", "trained"),
+            ("perplexity per byte", "perplexity", "trained"),
             ("validation loss", "validation_loss", "trained"),
         ]
     loops = [record for record in everything if record["trained_steps"] > 1 and "accuracy" in record]
@@ -117,7 +118,7 @@ def _columns(groups: dict[str, list[Record]]) -> list[tuple[str, str, str | int]
 
 
 def _facts(records: Sequence[Record]) -> str:
-    """What all cells of a setting share."""
+    """What all cells of a setting have in common."""
     first = records[0]
     guesses = ", ".join(f"{way} {number(value)}" for way, value in (first.get("guesses") or {}).items())
     tokens = sorted({f"{record['tokens'] / 1e6:.2f}M" for record in records if "tokens" in record})
@@ -125,7 +126,7 @@ def _facts(records: Sequence[Record]) -> str:
         f"Tested on {first['num_samples']:,} samples." if "num_samples" in first else "",
         f"Guessing reaches: {guesses}." if guesses else "",
         f"Trained on serial depths to {first['trained_depth']}." if "trained_depth" in first else "",
-        f"Training tokens of a cell: {', '.join(tokens)}." if tokens else "",
+        f"Training tokens per cell: {', '.join(tokens)}." if tokens else "",
         f"Device: {', '.join(sorted({str(r.get('device', 'unknown')) for r in records}))}.",
     ]
     return " ".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""The claims in words and tables: verdict, effect, interval, budget, and what runs it again."""
+"""The claims in words and tables: verdict, effect, interval, budget, and the commands of the runs."""
 
 import math
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ def effect_text(unit: Unit) -> str:
     return f"{sign}{number(unit.found.mean)} {interval_text(unit.interval)}"
 
 
-# With {tests}, {alpha}, {first} level and {reach}.
+# Filled with {tests}, {alpha}, the {first} level and {reach}.
 READING = """\
 - {tests} comparisons are tested together at {alpha:g} (Holm). The effect of a comparison is a mean over
-  seeds, of paired differences where two groups are compared, and its interval is of 1 less the level that
-  Holm's procedure gave it.
-- Such an interval is the wider one, at each end, of Student's over the seeds and of the percentile bootstrap
+  seeds, of paired differences where two groups are compared; the confidence of its interval is 1 minus the
+  level from Holm's procedure.
+- At each end, such an interval is the wider of two: Student's over the seeds, and the percentile bootstrap
   over the seeds and, where the outcomes of the test samples are stored, over the samples.
-- A bootstrap of 3 seeds cannot reach beyond the least and the greatest, so that it alone decides nothing;
-  Student's takes the differences between seeds to be normal, which 3 to 5 of them cannot show. At the first
-  of Holm's levels, {first:.2g}, its interval reaches to each side, in standard deviations over the seeds:
-  {reach}. Smaller effects stay undecided.
-- Where all seeds give one and the same value, the interval is as narrow as the samples allow: that is what
-  these seeds and samples say, and no more.
-- In the other tables a mean stands with its bootstrap interval of 95 % over the seeds, not corrected; of 3
-  seeds it is the least and the greatest."""
+- A bootstrap of 3 seeds cannot reach beyond their minimum and maximum, so it alone decides nothing; Student's
+  assumes normal differences between seeds, which 3 to 5 of them cannot show. At the first of Holm's levels,
+  {first:.2g}, its half-width in standard deviations over the seeds is {reach}. Smaller effects stay
+  undecided.
+- Where all seeds give the same value, the interval is as narrow as the samples allow: that is what these
+  seeds and samples say, and no more.
+- The other tables give means with 95 % bootstrap intervals over the seeds, not corrected; for 3 seeds these
+  are the minimum and the maximum."""
 
 
 def statistics_section(units: Sequence[Unit]) -> Section:
-    """What the intervals are, and how little they can decide."""
+    """What the intervals are, and what they can decide."""
     tested = [unit for unit in units if unit.found is not None]
     if not tested:
         return Section("How to read the intervals", ["Nothing was tested: no claim has enough cells."])
@@ -80,7 +80,7 @@ def _claim_section(
         blocks += [_units_table(claim, own), _sides_table(claim, own, settings)]
     not_run = _not_run(claim, own)
     if not_run:
-        blocks.append(f"Not run, or not both groups: {', '.join(not_run)}.")
+        blocks.append(f"Not run, or only one of the groups: {', '.join(not_run)}.")
     commands = tuple(dict.fromkeys(command for unit in own for command in unit.commands))
     if commands:
         blocks.append(Code("\n".join(commands), "bash"))
@@ -88,15 +88,15 @@ def _claim_section(
 
 
 def _rule_text(claim: Claim) -> str:
-    """What CLAIMS.md asks, in a line."""
-    rule, what = claim.rule, f"`{claim.metric}` of {claim.a}"
+    """The rule of CLAIMS.md in one line."""
+    rule, least, most = claim.rule, claim.rule.threshold[0], claim.rule.threshold[-1]
     if claim.b is None:
-        return f"Asked: {what} within {rule.threshold[0]:g} and {rule.threshold[-1]:g}."
+        return f"Test: `{claim.metric}` of {claim.a} is between {least:g} and {most:g}."
     within = f"within {claim.tolerance:.0%}" if claim.tolerance else "exactly"
     equal = f" Equal: {claim.equal}, {within}." if claim.equal else ""
-    direction = {"higher": "higher than", "not_lower": "not lower than"}[rule.direction]
+    direction = {"higher": "higher", "not_lower": "not lower"}[rule.direction]
     return (
-        f"Asked: {what} {direction} that of {claim.b}; threshold {rule.threshold[0]:g}, "
+        f"Test: `{claim.metric}` is {direction} for {claim.a} than for {claim.b}; threshold {least:g}, "
         f"minimum effect {rule.minimum_effect:g}.{equal}"
     )
 

@@ -1,4 +1,4 @@
-"""Reports as Markdown and as pages: what a reader sees, and that nothing quoted becomes markup."""
+"""Reports as Markdown and as pages: what a reader sees; quoted text never becomes markup."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_page_shows_markdown_rendered_everywhere(picture):
     assert "0.3\xa0±\xa00.1" in seen.of("td")
 
 
-def test_what_is_quoted_stays_text(picture):
+def test_quoted_text_stays_text(picture):
     seen = Seen(to_page(plain(UGLY), plain(UGLY), sections(picture)))
     assert "script" not in seen.tags
     for tag in ("h1", "p", "td"):
@@ -93,7 +93,7 @@ def test_what_is_quoted_stays_text(picture):
     assert "x <y> `z`" in seen.of("pre")
 
 
-def test_markdown_is_what_a_markdown_reader_reads_alike(picture, tmp_path):
+def test_a_markdown_parser_reads_the_same_from_the_markdown(picture, tmp_path):
     text = to_markdown("Title", "Opening.", sections(picture), tmp_path)
     assert "![a picture](pictures/one.png)" in text
     assert "\n```bash\nx <y> `z`\n```\n" in text
@@ -105,7 +105,7 @@ def test_markdown_is_what_a_markdown_reader_reads_alike(picture, tmp_path):
     assert seen.tags.count("td") == 4
 
 
-def test_a_page_needs_nothing_but_itself(picture):
+def test_a_page_is_self_contained(picture):
     page = to_page("Title", "", sections(picture))
     assert page.count("src=") == page.count('src="data:image/png;base64,') == 1
     assert "http" not in page

@@ -5,13 +5,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from data_pipeline.shards.files import open_manifest
 
 from data_pipeline import tasks
 from data_pipeline.build import build
 from data_pipeline.errors import DataError
 from data_pipeline.generate import main
 from data_pipeline.recipe import load_recipe, source_options
+from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.sources.documents import Document, LabelledDocument, TracedDocument
 from data_pipeline.sources.registry import KINDS, read_documents
 from data_pipeline.tasks.registry import TASKS

@@ -221,4 +221,5 @@ def test_missing_run_is_one_line(tmp_path, run_script, capsys):
     with pytest.raises(SystemExit) as exit_:
         run_script("report.py", tmp_path / "nothing", "--out", tmp_path / "report.html")
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("error: no run folder or results file ")
+    message = f"error: {tmp_path / 'nothing'} does not exist: give the output_dir"
+    assert capsys.readouterr().err.startswith(message)

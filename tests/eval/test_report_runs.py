@@ -1,4 +1,4 @@
-"""The report about several runs: what results files say is what tables and pictures show."""
+"""The report about several runs: tables and figures show what the results files say."""
 
 import json
 import math
@@ -107,7 +107,7 @@ def run(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    """A lone results file of an older version, which knows of no depths."""
+    """A results file without a run folder, of an older version that has no depths."""
     folder = tmp_path / "runs" / "dense" / "eval"
     folder.mkdir(parents=True)
     old = results_file([entry("arc_easy", 0.33, n=50, depth=None)])
@@ -134,7 +134,7 @@ def test_the_page_about_several_runs(run, other, tmp_path, run_script, capsys):
     run_script("report.py", run, other, tmp_path / "bench.json", tmp_path / "data", "--out", out)
     printed = capsys.readouterr().out
     for name in ("bench.json", "data"):
-        assert f"left out: {tmp_path / name} is no run folder and no results file" in printed
+        assert f"left out: {tmp_path / name} is neither a run folder nor a results file" in printed
     page = Page(out.read_text(encoding="utf-8"))
     config = load_config(run / "export")
     model = load_pretrained(run / "export")
@@ -144,7 +144,7 @@ def test_the_page_about_several_runs(run, other, tmp_path, run_script, capsys):
         "looped", *(f"{size:,}" for size in sizes), "4", "4,000", "1.2500", "1.2500",
         "13-grams of the test sets removed",
     ]  # fmt: skip
-    assert table_row(page, "dense")[1:9] == ["–"] * 7 + ["not known"]
+    assert table_row(page, "dense")[1:9] == ["–"] * 7 + ["unknown"]
     cells = table_row(page, "arc_easy", "acc")
     assert cells[2:8] == ["0", "100/50", "0.420 ± 0.050", "0.330 ± 0.067", "0.250", "0.260"]
     assert table_row(page, "perplexity", "bits_per_byte")[4:9] == [
@@ -189,7 +189,7 @@ def points(panels: report_scores.Panels, task: str, label: str) -> list[tuple[fl
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What the sections give to curves_figure."""
+    """The panels that the sections give to curves_figure."""
     panels: list = []
     original = report_scores.curves_figure
 
@@ -215,7 +215,7 @@ def test_curves_hold_the_points_of_the_results(run, drawn):
 
 
 def test_votes_and_depth_are_compared_at_equal_flops(run, drawn):
-    report_scores.votes_beside_depth([read(run)])
+    report_scores.votes_against_steps([read(run)])
     (panels,) = drawn
     assert list(panels) == ["gsm8k, 5-shot"]
     votes = points(panels, "gsm8k, 5-shot", "looped, majority vote")
@@ -246,14 +246,14 @@ def test_depths_asked_for_without_the_own_one_are_told_apart_from_it():
     assert (results["babi"].is_own_depth, results["babi"].is_plain) == (True, True)
 
 
-def test_a_babi_task_with_five_percent_of_errors_is_not_failed():
+def test_a_babi_task_with_five_percent_of_errors_does_not_count_as_failed():
     results = read_results(results_file(babi([0.95] * 19 + [0.94])))
     one = Run("one", None, [], {}, results, None)
     (table,) = babi_section([one], []).blocks
     assert [row[2] for row in table.rows] == ["1"]
 
 
-def test_equal_names_are_numbered_and_an_old_model_is_no_obstacle(run, tmp_path):
+def test_equal_names_are_numbered_and_the_page_reports_an_unreadable_model(run, tmp_path):
     shutil.rmtree(run / "eval")
     twin = tmp_path / "elsewhere" / "looped"
     shutil.copytree(run, twin)
@@ -291,13 +291,13 @@ def test_a_real_evaluation_of_several_tasks_is_drawn(checkpoint, data_root, tmp_
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("results.json", "{}", "is no run folder and no results file"),
-        ("results.txt", "", "is no run folder and no results file"),
-        ("results.json", '{"results": {"a": {}}}', "lacks what eval/run.py writes"),
+        ("results.json", "{}", "is neither a run folder nor a results file"),
+        ("results.txt", "", "is neither a run folder nor a results file"),
+        ("results.json", '{"results": {"a": {}}}', "lacks a field that eval/run.py writes"),
         ("results.json", "[", "is not JSON"),
     ],
 )
-def test_what_is_no_results_file_is_one_line(tmp_path, run_script, capsys, name, content, message):
+def test_a_file_that_is_not_a_results_file_is_one_line(tmp_path, run_script, capsys, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit) as exit_:
         run_script("report.py", tmp_path / name, "--out", tmp_path / "page.html")

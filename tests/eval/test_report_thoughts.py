@@ -93,14 +93,14 @@ def folders(tmp_path: Path) -> list[Path]:
     return runs
 
 
-def test_seeds_of_a_method_stand_in_one_row_with_their_control(folders):
+def test_seeds_of_a_method_share_a_row_with_their_control(folders):
     arms = read_arms(read_runs(folders)[0])[TASK]
     assert [(arm.name, arm.seeds, arm.own) for arm in arms] == [("kava", 2, OWN), ("cot", 1, COT)]
     table = methods_table(arms)
     kava, cot = (dict(zip(table.header, row, strict=True)) for row in table.rows)
     assert kava["trained on"] == "70 steps, 9,000 tokens"
     assert (kava["seeds"], kava["n"], kava["answers by"]) == ("2", "40", "thoughts")
-    # Standard error of the mean over seeds: half the distance of two values.
+    # Standard error of the mean over seeds: half the distance between two values.
     assert kava["accuracy"] == "0.600 ± 0.100"
     assert (kava["shuffled"], kava["zeroed"]) == ("0.125 ± 0.000", "–")
     assert cot["accuracy"] == "0.900 ± 0.010"
@@ -123,7 +123,7 @@ def test_depths_and_settings(folders):
     assert len(rows) == 2 + 3  # controls have columns of their own
 
 
-def test_published_results_stand_beside_ours_on_gsm8k_alone(folders):
+def test_published_results_appear_only_on_gsm8k(folders):
     arms = read_arms(read_runs(folders)[0])[TASK]
     assert not any("Published" in table.title for table in tables(TASK, arms))
     (published,) = (table for table in tables("gsm8k", arms) if "Published" in table.title)
@@ -171,7 +171,7 @@ def test_an_older_results_file_is_refused_in_one_line(folders):
         read_arms(read_runs(folders)[0])
 
 
-def test_the_error_over_seeds_is_that_of_their_mean():
+def test_the_error_over_seeds_is_the_standard_error_of_their_mean():
     values = [0.2, 0.5, 0.9]
     found = over_seeds([Score(value, 0.01) for value in values])
     assert found.value == pytest.approx(statistics.mean(values))

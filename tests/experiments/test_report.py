@@ -1,7 +1,7 @@
-"""The report of stored records is the stored one; cells that cannot be compared are not.
+"""The report of the stored records equals the stored report; unequal cells are not compared.
 
-The records in cells/ are synthetic, as their size says, and hold no result. After a wanted change of the
-report, `test_the_report_is_the_stored_one` names the file to copy over RESULTS_synthetic.md.
+The records in cells/ are synthetic, as their size says, and hold no result. After an intended change of
+the report, `test_the_report_is_the_stored_one` names the file to copy over RESULTS_synthetic.md.
 """
 
 import copy
@@ -48,6 +48,7 @@ def share(correct: str) -> float:
 
 def place(records: Records, out: Path) -> Path:
     """As experiments/run.py leaves them."""
+    out.mkdir(parents=True, exist_ok=True)
     for record in records:
         folder = out / "cells" / record["cell"]
         folder.mkdir(parents=True)
@@ -56,7 +57,7 @@ def place(records: Records, out: Path) -> Path:
 
 
 def project(folder: Path) -> Path:
-    """A README and the place of the report."""
+    """A README; the path of the report."""
     (folder / "docs").mkdir(parents=True)
     (folder / "README.md").write_text(README)
     return folder / "docs/RESULTS.md"
@@ -64,7 +65,7 @@ def project(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of all stored records, two cells of a matrix not done."""
+    """The report of all stored records; two cells of a matrix are not done."""
     folder = tmp_path_factory.mktemp("report")
     runs = place(stored(), folder / "runs")
     lost, failed = "p_hop/synthetic/100/kv/3", "p_hop/synthetic/100/kv/4"
@@ -80,11 +81,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_report_is_the_stored_one(written):
-    assert written.read_text() == EXPECTED.read_text(), f"wanted? cp {written} {EXPECTED}"
+    assert written.read_text() == EXPECTED.read_text(), f"intended? cp {written} {EXPECTED}"
 
 
 def test_the_same_records_elsewhere_and_in_another_order_give_the_same_bytes(written, tmp_path):
-    """In two folders, numbered as they come."""
+    """The records in reverse order, spread over two folders."""
     records = list(reversed(stored()))
     runs = [place(records[i::2], tmp_path / f"runs{i}") for i in range(2)]
     shutil.copytree(written.parents[2] / "runs/cells/p_hop/synthetic/100/kv/4", runs[0] / "failed")
@@ -113,7 +114,7 @@ def test_effects_are_those_of_the_records(written):
     assert effect in " ".join(readme.split())  # its lines are wrapped
 
 
-def test_every_claim_is_reported_with_what_runs_it(written):
+def test_every_claim_is_reported_with_its_commands(written):
     text = written.read_text()
     ids = [
         yaml.safe_load(block)["id"] for block in re.findall(r"```yaml\n(.*?)```", CLAIMS.read_text(), re.S)
@@ -122,7 +123,7 @@ def test_every_claim_is_reported_with_what_runs_it(written):
     for name in ids:
         assert f"(`{name}`)" in text
     assert "--cells 'p_hop/synthetic/100/dense_params/*'" in text
-    assert "| `p_hop/synthetic/100/kv/3` | not done |" in text
+    assert "| `p_hop/synthetic/100/kv/3` | not run |" in text
     assert "| `p_hop/synthetic/100/kv/4` | main.py failed with code 1: see train.log |" in text
 
 
@@ -144,7 +145,7 @@ def test_pictures_are_linked_and_the_page_stands_alone(written):
 
 
 def test_the_page_shows_no_markdown(written):
-    """Text between tags, but for what is quoted as code."""
+    """Text between tags, except quoted code."""
     page = (written.parent / "results/index.html").read_text().split("</style>")[1]
     shown = re.sub(r"<(pre|code)[^>]*>.*?</\1>", "", page, flags=re.S)
     shown = re.sub(r"<[^>]*>", "", shown)
@@ -158,13 +159,13 @@ def test_a_browser_shows_the_page(written, tmp_path):
     shows((written.parent / "results/index.html").read_text(), tmp_path)
 
 
-def test_the_readme_changes_between_its_lines_alone(written):
+def test_the_readme_changes_only_between_its_lines(written):
     readme = (written.parents[1] / "README.md").read_text()
     assert readme.startswith(f"# Project\n\n{report.BEGIN}\nDoes iterating beat adding parameters? At equal")
     assert readme.endswith(f"](docs/results/headline.png)\n{report.END}\n\nThe rest.\n")
 
 
-# Cells that must not be compared, or not as they are.
+# Cells that must not be compared.
 
 
 def changed(change: Callable[[dict[str, Any]], Any], where: Callable[[dict[str, Any]], bool]) -> Records:
@@ -191,15 +192,15 @@ def test_an_unequal_pair_is_refused():
     )
 
 
-def test_a_number_that_is_none_is_no_seed_less():
+def test_a_seed_whose_value_is_nan_blocks_the_verdict():
     unit = unit_of(
         changed(lambda r: r["accuracy"].update({"4": math.nan}), lambda r: is_loop(r) and r["seed"] == 1)
     )
     assert (unit.verdict, unit.found) == ("undecided", None)
-    assert unit.remark == "accuracy of loop, seed 1, is nan: the rest alone would flatter"
+    assert unit.remark == "accuracy of loop, seed 1, is nan: without it the mean would flatter"
 
 
-def test_steps_that_were_not_tested_are_said():
+def test_steps_that_were_not_tested_are_named():
     records = changed(lambda r: r["accuracy"].pop("24"), lambda r: r["group"] == "fixed")
     unit = unit_of(records, "extrapolation_steps")
     assert (unit.verdict, unit.remark) == (
@@ -287,8 +288,8 @@ def test_a_command_names_the_matrix_and_all_seeds_of_a_cell():
     )
 
 
-def test_published_records_are_read_as_their_run_folder_is(written, tmp_path):
-    """But for failures, which are not published: their cells are missing."""
+def test_published_records_give_the_same_records_as_their_run_folder(written, tmp_path):
+    """Except for failures, which are not published: their cells are missing."""
     runs = written.parents[2] / "runs"
     (path,) = publish(runs, tmp_path)
     names, records = read_records(path)
@@ -338,7 +339,7 @@ def test_a_damaged_line_of_a_file_of_records_is_named(tmp_path):
             report.read_runs([path])
 
 
-def test_learning_rates_that_were_tried_are_no_cells(tmp_path):
+def test_cells_of_a_sweep_are_counted_but_not_compared(tmp_path):
     record = stored("p_hop")[0]
     tried = {**record, "cell": "p_hop/synthetic/100/loop@lr=0.001/100"}
     runs = report.read_runs([place([record, tried], tmp_path)])

@@ -1,4 +1,4 @@
-"""Intervals, corrections and verdicts, against tables, enumeration and the rule's own words."""
+"""Intervals, corrections and verdicts, against published tables, enumeration and the text of the rules."""
 
 import math
 from itertools import combinations, product
@@ -97,7 +97,7 @@ def test_percentiles_beyond_the_draws_are_infinite():
 
 @given(st.lists(st.sampled_from([0.0, 0.001, 0.004, 0.01, 0.02, 0.03, 0.05, 0.2, 1.0]), max_size=6))
 def test_holm_is_the_closure_of_bonferroni(p_values):
-    """A test is rejected if every set of tests that it is in is, by its least p times its size."""
+    """A test is rejected if every set of tests that contains it is, by the set's least p times its size."""
     adjusted, levels = holm_adjusted(p_values), holm_levels(p_values)
     for i, p in enumerate(p_values):
         others = [q for j, q in enumerate(p_values) if j != i]
@@ -121,7 +121,7 @@ def test_an_interval_decides_where_its_p_value_says(values, rule, alpha):
 
 @settings(max_examples=30, deadline=None)
 @given(EFFECTS, st.floats(-3, 3))
-def test_a_constant_moves_the_interval_by_it(values, constant):
+def test_adding_a_constant_shifts_the_interval(values, constant):
     before, after = (estimate([v + by for v in values]).interval(0.01) for by in (0.0, constant))
     assert after == pytest.approx((before.lo + constant, before.hi + constant), abs=1e-6)
 
@@ -172,7 +172,7 @@ def test_groups_that_differ_by_chance_alone_are_undecided():
 
 
 def test_false_alarms_of_few_seeds():
-    """Without an effect, 5 % of the intervals of 3 seeds lie aside of 0; of the bootstrap's, 1 in 4."""
+    """Without an effect, 5 % of the intervals of 3 seeds exclude 0; of the bootstrap's, 1 in 4."""
     rng = np.random.default_rng(1)
     found = [estimate(list(rng.normal(0, 0.1, 3))) for _ in range(400)]
     alarms, drawn = (
@@ -184,6 +184,6 @@ def test_false_alarms_of_few_seeds():
 
 
 @pytest.mark.parametrize("values", [[0.1], [], [0.1, math.nan], [0.1, math.inf]])
-def test_what_has_no_interval_is_refused(values):
+def test_values_without_an_interval_are_refused(values):
     with pytest.raises(ValueError, match="2 or more finite values"):
         estimate(values)

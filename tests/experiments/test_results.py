@@ -1,4 +1,4 @@
-"""The committed records are of the matrices as they are, and docs/RESULTS.md is what they say."""
+"""The committed records match today's matrices, and docs/RESULTS.md is the report of these records."""
 
 import re
 import shutil
@@ -41,7 +41,7 @@ def published() -> list[Path]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_record_is_of_a_cell_of_its_matrix_told_what_it_would_be_told_now(name):
+def test_every_record_has_the_settings_that_its_matrix_gives_the_cell_now(name):
     matrix = matrix_of(name)
     plans = {plan.cell.name: plan for plan in matrix.plans}
     cells, records = read_records(RESULTS / f"{name}.jsonl")
