@@ -233,11 +233,11 @@ def test_the_config_says_what_vllm_reads():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recurrence": BLOCK}, "no place for recurrence.placement=block"),
-        ({"use_mla": False}, "no place for use_mla=false"),
-        ({"num_pause_tokens": 2}, "no place for num_pause_tokens=2"),
-        ({"embedding_mixing": 4}, "no place for embedding_mixing=4"),
-        ({"use_moe": False, "hidden_act": "relu2"}, "no place for hidden_act=relu2"),
+        ({"recurrence": BLOCK}, "cannot express recurrence.placement=block"),
+        ({"use_mla": False}, "cannot express use_mla=false"),
+        ({"num_pause_tokens": 2}, "cannot express num_pause_tokens=2"),
+        ({"embedding_mixing": 4}, "cannot express embedding_mixing=4"),
+        ({"use_moe": False, "hidden_act": "relu2"}, "cannot express hidden_act=relu2"),
         ({"use_moe": False, "num_nextn_predict_layers": 1}, "multi-token prediction with a dense layer"),
     ],
 )

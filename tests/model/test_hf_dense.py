@@ -146,7 +146,7 @@ def test_folders_as_they_lie_on_the_hub(tmp_path):
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
         import_folder(tmp_path / "hf", tmp_path / "ours")
     (tmp_path / "hf" / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing; write it by transformers"):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing; write it with transformers"):
         import_folder(tmp_path / "hf", tmp_path / "ours")
 
 

@@ -111,5 +111,5 @@ def test_either_tokens_or_embeddings_go_in(build, tokens):
 
 
 def test_hugging_face_has_no_place_for_thoughts():
-    with pytest.raises(ValueError, match=r"no place for latent_cot.num_latents=4"):
+    with pytest.raises(ValueError, match=r"cannot express latent_cot.num_latents=4"):
         hf_config(make("latent_moe").config)
