@@ -96,13 +96,18 @@ def _markdown(section: Section, level: int, folder: Path) -> list[str]:
 
 def _markdown_block(block: Block, folder: Path) -> list[str]:
     if isinstance(block, Table):
-        return [_row(block.header), "|---" * len(block.header) + "|", *map(_row, block.rows)]
+        return table_lines(block)
     if isinstance(block, Picture):
         assert isinstance(block.image, Path)
         return [f"![{block.description}]({block.image.relative_to(folder).as_posix()})"]
     if isinstance(block, Code):
         return [f"```{block.kind}", *block.text.split("\n"), "```"]
     return [block.text if isinstance(block, Note) else block]
+
+
+def table_lines(table: Table) -> list[str]:
+    """A table in Markdown."""
+    return [_row(table.header), "|---" * len(table.header) + "|", *map(_row, table.rows)]
 
 
 def _row(cells: Sequence[str]) -> str:

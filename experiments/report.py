@@ -1,12 +1,12 @@
-"""Turns the records of cells into docs/RESULTS.md, its pictures, one HTML page and the README's headline.
+"""Turns the records of cells into docs/RESULTS.md, its pictures, one HTML page and the guides' headline.
 
 python experiments/report.py --runs runs/experiments/quick [--runs MORE] --out docs/RESULTS.md
 
 Reads the records of finished cells (experiments/record.py), from a run folder or a file such as
 experiments/results/standard.jsonl, and the claims of experiments/CLAIMS.md. Next to OUT it writes a folder
-with OUT's name in lower case, which holds the pictures and index.html. If the folder above OUT's has a
-README.md, its text between the lines <!-- results:begin --> and <!-- results:end --> becomes the headline.
-The same records give the same bytes.
+with OUT's name in lower case, which holds the pictures and index.html. A README.md in the folder above OUT's
+gets the headline as a table between its lines <!-- results:begin --> and <!-- results:end -->, an EXPERIMENTS.md
+next to OUT gets it in words. The same records give the same bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.errors import user_errors
-from common.pages import Picture, Section, Table, to_markdown, to_page
+from common.pages import Picture, Section, Table, table_lines, to_markdown, to_page
 from experiments.reporting.claims import Unit, claim_verdict, judge, not_claimed, read_claims
 from experiments.reporting.figures import (
     HEADLINE,
@@ -51,18 +51,21 @@ from experiments.reporting.verdicts import claims_section, effect_text, statisti
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HEADLINE_CLAIM, QUESTION = "equal_parameters", "Does iterating beat adding parameters?"
 HEADLINE_PICTURE = f"{QUESTION} Accuracy of a loop and of dense models, by task"
+NO_ANSWER = "No answer yet: no task has a loop and its dense twin of the same budget."
 TITLE = "Results: does iterating beat adding parameters?"
 OPENING = "Written by `experiments/report.py` from the records of the runs; nothing here is typed by hand."
-WIDTH = 118  # of the README's lines
+WIDTH = 118  # of a guide's lines
 Panels = Mapping[Setting, Mapping[str, Sequence[Record]]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """The sections to write, and the README's headline."""
+    """The sections to write, and the headline of README.md and EXPERIMENTS.md."""
 
     sections: list[Section]
-    answer: str  # the headline claim in one sentence
+    answer: str  # the headline claim in one sentence, with its intervals
+    table: Table  # the same, one row per task; no rows without an answer
+    verdict: str
     headline: Path | None  # picture of the headline
 
 
@@ -96,7 +99,7 @@ def build(runs: Runs, pictures: Path) -> Report:
         groups_section([*runs.records, *runs.studies]),
         _left_out_section(runs),
     ]
-    return Report(sections, answer, headline)
+    return Report(sections, answer, answer_table(units, set(panels)), verdict, headline)
 
 
 def headline_panels(settings: Panels) -> dict[Setting, dict[str, Sequence[Record]]]:
@@ -116,21 +119,40 @@ def headline_panels(settings: Panels) -> dict[Setting, dict[str, Sequence[Record
     }
 
 
+def answer_units(units: Sequence[Unit], shown: set[Setting]) -> list[Unit]:
+    return [unit for unit in units if unit.claim.id == HEADLINE_CLAIM and unit.setting in shown]
+
+
 def answer_text(units: Sequence[Unit], shown: set[Setting], verdict: str) -> str:
     """The headline claim in one sentence."""
-    own = [unit for unit in units if unit.claim.id == HEADLINE_CLAIM and unit.setting in shown]
-    if not own:
-        return f"{QUESTION} No answer yet: no task has a loop and its dense twin of the same budget."
     effects = "; ".join(
         f"{unit.setting.task} {effect_text(unit)} ({unit.verdict}; {len(unit.seeds)} seeds, "
         f"{budget_text(unit.setting.budget)})"
-        for unit in own
+        for unit in answer_units(units, shown)
     )
+    if not effects:
+        return f"{QUESTION} {NO_ANSWER}"
     return (
         f"{QUESTION} At equal parameters, the accuracy of a loop minus the accuracy of the same number of "
         f"dense layers, with intervals corrected for all comparisons: {effects}; over all tasks of the "
         f"claim: **{verdict}**."
     )
+
+
+def answer_table(units: Sequence[Unit], shown: set[Setting]) -> Table:
+    """The headline claim, one row per task."""
+    header = ("task", "loop", "as many dense layers", "difference [interval]", "verdict", "budget")
+    rows = [
+        (
+            unit.setting.task,
+            *(f"{side:.3f}" for side in unit.sides),
+            effect_text(unit),
+            unit.verdict,
+            f"{len(unit.seeds)} seeds, {budget_text(unit.setting.budget)}",
+        )
+        for unit in answer_units(units, shown)
+    ]
+    return Table(header, rows)
 
 
 def _pictures_section(settings: Panels, folder: Path) -> Section:
@@ -207,18 +229,26 @@ def _left_out_section(runs: Runs) -> Section:
     )
 
 
-def update_readme(readme: Path, report: Report) -> None:
-    """Put the headline between the README's two marker lines. Raises ValueError if it lacks them."""
-    text = readme.read_text(encoding="utf-8")
+def update_page(page: Path, lines: Sequence[str]) -> None:
+    """Puts lines between the two marker lines of a page. Raises ValueError if it lacks them."""
+    text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme} lacks the lines {BEGIN} and {END} around the headline: add them")
-    lines = [BEGIN, textwrap.fill(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False)]
+        raise ValueError(f"{page} lacks the lines {BEGIN} and {END} around the headline: add them")
+    page.write_text(before + "\n".join([BEGIN, *lines, END]) + after, encoding="utf-8")
+
+
+def readme_lines(report: Report, readme: Path) -> list[str]:
+    """The headline as a table with its picture."""
+    if not report.table.rows:
+        return [NO_ANSWER]
+    lines = [*table_lines(report.table), "", f"Over all tasks of the claim: **{report.verdict}**."]
+    lines[-1] += " Accuracy at equal parameters, intervals corrected for all comparisons."
     if report.headline is not None:
         link = Path(os.path.relpath(report.headline, readme.parent)).as_posix()
         lines += ["", f"![{HEADLINE_PICTURE}]({link})"]
-    readme.write_text(before + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+    return lines
 
 
 def write(folders: Sequence[Path], out: Path) -> None:
@@ -229,9 +259,11 @@ def write(folders: Sequence[Path], out: Path) -> None:
     report = build(runs, pictures)
     out.write_text(to_markdown(TITLE, OPENING, report.sections, out.parent), encoding="utf-8")
     (pictures / "index.html").write_text(to_page(TITLE, OPENING, report.sections), encoding="utf-8")
-    readme = out.absolute().parent.parent / "README.md"
+    readme, guide = out.absolute().parent.parent / "README.md", out.parent / "EXPERIMENTS.md"
     if readme.is_file():
-        update_readme(readme, report)
+        update_page(readme, readme_lines(report, readme))
+    if guide.is_file():
+        update_page(guide, textwrap.wrap(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def main() -> None:
