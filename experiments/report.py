@@ -263,7 +263,9 @@ def write(folders: Sequence[Path], out: Path) -> None:
     if readme.is_file():
         update_page(readme, readme_lines(report, readme))
     if guide.is_file():
-        update_page(guide, textwrap.wrap(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False))
+        update_page(
+            guide, textwrap.wrap(report.answer, WIDTH, break_long_words=False, break_on_hyphens=False)
+        )
 
 
 def main() -> None:

@@ -108,10 +108,14 @@ def test_effects_are_those_of_the_records(written):
         share(cells["loop", seed]["correct"]) - share(cells["dense_params", seed]["correct"])
         for seed in range(5)
     ]
-    effect = f"p_hop +{statistics.mean(differences):.3f} ["
+    effect = f"+{statistics.mean(differences):.3f} ["
+    sides = [
+        statistics.mean(share(cells[group, seed]["correct"]) for seed in range(5))
+        for group in ("loop", "dense_params")
+    ]
     readme = (written.parents[1] / "README.md").read_text()
-    assert effect in written.read_text()
-    assert effect in " ".join(readme.split())  # its lines are wrapped
+    assert f"p_hop {effect}" in written.read_text()
+    assert f"| p_hop | {sides[0]:.3f} | {sides[1]:.3f} | {effect}" in readme
 
 
 def test_every_claim_is_reported_with_its_commands(written):
@@ -161,7 +165,7 @@ def test_a_browser_shows_the_page(written, tmp_path):
 
 def test_the_readme_changes_only_between_its_lines(written):
     readme = (written.parents[1] / "README.md").read_text()
-    assert readme.startswith(f"# Project\n\n{report.BEGIN}\nDoes iterating beat adding parameters? At equal")
+    assert readme.startswith(f"# Project\n\n{report.BEGIN}\n| task | loop | as many dense layers |")
     assert readme.endswith(f"](docs/results/headline.png)\n{report.END}\n\nThe rest.\n")
 
 

@@ -62,9 +62,10 @@ def test_the_learning_rates_are_those_of_the_committed_sweep(tmp_path):
 
 def test_the_published_report_is_that_of_the_committed_records(tmp_path):
     (tmp_path / "docs").mkdir()
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("README.md", "docs/EXPERIMENTS.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
     report.write(published(), tmp_path / "docs/RESULTS.md")
-    for name in ("README.md", "docs/RESULTS.md"):
+    for name in ("README.md", "docs/EXPERIMENTS.md", "docs/RESULTS.md"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name}: run make results"
     # Names only: two machines may draw the letters of a picture differently.
     drawn, stored = (
