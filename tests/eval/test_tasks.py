@@ -169,5 +169,5 @@ def test_unknown_task_names_the_nearest():
         select_tasks("arc,arc_easy")
     with pytest.raises(ValueError, match="no task 'gsm8': did you mean 'gsm8k'?"):
         select_tasks("arc,gsm8")
-    with pytest.raises(ValueError, match="no task '': known: arc, arc_challenge, arc_easy"):
+    with pytest.raises(ValueError, match="no task '': known: .*arc, arc_challenge, arc_easy"):
         select_tasks("arc,")
