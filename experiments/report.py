@@ -4,9 +4,9 @@ python experiments/report.py --runs runs/experiments/quick [--runs MORE] --out d
 
 Reads the records of finished cells (experiments/record.py), from a run folder or a file such as
 experiments/results/standard.jsonl, and the claims of experiments/CLAIMS.md. Next to OUT it writes a folder
-with OUT's name in lower case, which holds the pictures and index.html. A README.md in the folder above OUT's
-gets the headline as a table between its lines <!-- results:begin --> and <!-- results:end -->, an EXPERIMENTS.md
-next to OUT gets it in words. The same records give the same bytes.
+with OUT's name in lower case, which holds the pictures and index.html. Between their lines
+<!-- results:begin --> and <!-- results:end --> a README.md in the folder above OUT's gets the headline as a
+table, and an EXPERIMENTS.md next to OUT gets it in words. The same records give the same bytes.
 """
 
 import argparse
