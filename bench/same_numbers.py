@@ -49,7 +49,7 @@ COMMANDS = {
     " pretrain/configs/demo.yaml --ds_config ds_configs/zero3_ep.json output_dir={out} data.path={data}",
     "group": f"{TRAIN} --config pretrain/configs/demo.yaml --config {{group}} ep_size=1 {STEP}",
     "cell": "python {script} output_dir={out} data.path={data}",  # and the cell's settings, and STEP
-    "matrix": "python experiments/run.py --matrix experiments/{matrix}.yaml --out {out}",
+    "matrix": "python experiments/run.py --matrix {matrix} --out {out}",
     # Narrow, so that it is soon tested, with a vocabulary so short that it spells labels letter by letter.
     "model": f"{TRAIN} --config pretrain/configs/real_cpu.yaml ep_size=1 max_steps=1 eval_every=0"
     " model.hidden_size=32 model.num_attention_heads=2 model.kv_lora_rank=16 model.intermediate_size=64"
@@ -87,6 +87,8 @@ EVALUATIONS = {
     },
 }
 RENAMED = {"--steps": "--num_steps"}  # a flag that a script no longer has -> its new name
+# What results call things today -> what they called them before.
+FORMER_NAMES = {"@num_steps=": "@depth=", "num_steps=": "steps=", "_problem_depth": "_depth"}
 # Clocks and the machine's memory. All else is the same in two records of one checkout.
 NOT_COMPARED = re.compile(r"second|latency|data_wait|memory_bytes|^mfu$|^hfu$")
 TIMESTAMP = re.compile(r"_\d{4}-\d\d-\d\dT[\d.-]+\.jsonl$")
@@ -192,7 +194,8 @@ def record_settings(side: Side) -> dict[str, Any]:
         if not out.is_dir():
             out.mkdir(parents=True)
             (out / "data").touch()
-            side.call(COMMANDS["matrix"], out, code=1, matrix=matrix)
+            old = side.checkout / "experiments" / f"{matrix}.yaml"
+            side.call(COMMANDS["matrix"], out, code=1, matrix=old if old.is_file() else matrix)
         found = {path: json.loads(path.read_text()) for path in sorted(out.rglob("settings.json"))}
         if not found:
             raise RecordError(f"no cell of {matrix}.yaml of {side.checkout} noted a settings.json")
@@ -288,13 +291,19 @@ def evaluation(folder: Path) -> dict[str, Any]:
         documents = [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]
         asked = [[d["doc_id"], d["prompt"], d["target"]] for d in documents]
         answered = [[d["doc_id"], d.get("resps"), d.get("filtered_resps")] for d in documents]
-        name = TIMESTAMP.sub("", path.name).removeprefix("samples_")
+        name = former(TIMESTAMP.sub("", path.name).removeprefix("samples_"))
         samples[name] = {"lines": len(documents), "prompts": _digest(asked), "answers": _digest(answered)}
     scores = {
-        task: {key.replace("num_steps=", "steps="): value for key, value in compared(found).items()}
+        former(task): {former(key): former(value) for key, value in compared(found).items()}
         for task, found in json.loads(results[0].read_text("utf-8"))["results"].items()
     }
     return {"samples": samples, "scores": scores}
+
+
+def former(name: Any) -> Any:
+    for new, old in FORMER_NAMES.items():
+        name = name.replace(new, old) if isinstance(name, str) else name
+    return name
 
 
 def _digest(values: Sequence[Any]) -> str:
