@@ -1,4 +1,4 @@
-"""The network. Imports torch and safetensors, nothing else."""
+"""The network, on torch and safetensors alone."""
 
 from model.config.model import ModelConfig, RecurrenceConfig
 from model.interface import ModelOutput

@@ -4,7 +4,7 @@ A source is a list of units, one per input file (a synthetic task is one unit wi
 different processes can read different units: `unit_files`, then `read_unit` for each. `read_documents` reads
 all of them in order, within the limits of the source.
 
-To add a text source, write its reader in readers.py and its record in `TEXT_KINDS`. Synthetic tasks have
+To add a text source, write its reader in text.py and its record in `TEXT_KINDS`. Synthetic tasks have
 their record in data_pipeline/tasks/.
 """
 
