@@ -161,9 +161,8 @@ def test_no_documents():
 
 def test_another_process_computes_the_same_signature():
     text = "Four score and seven years ago our fathers brought forth on this continent a new nation"
-    code = (
-        f"from data_pipeline.dedup import *; print(signature({text!r}).tobytes().hex(), exact_hash({text!r}))"
-    )
+    shown = f"signature({text!r}).tobytes().hex(), exact_hash({text!r})"
+    code = f"from data_pipeline.cleaning.dedup import *; print({shown})"
     for threads in ("1", "3"):
         environment = os.environ | {"PYTHONHASHSEED": threads, "RAYON_NUM_THREADS": threads}
         out = subprocess.run(

@@ -88,7 +88,7 @@ def test_shards_come_when_needed_and_once(tmp_path, folder, serve):
 
 RANK = """
 import hashlib, sys
-from data_pipeline.loader import Loader
+from data_pipeline.loading.loader import Loader
 url, cache, rank = sys.argv[1:]
 loader = Loader(url, 32, 8, 1, int(rank), 2, cache=cache, shuffle_shards=2)
 digest = hashlib.sha256()
