@@ -1,8 +1,8 @@
 """The groups that are compared, as functions of a task's layers k and loop steps R, and their pairs.
 
-A group is a set of overrides of a training run over experiments/base.yaml, whose layers are latent attention
-(MLA) with dense feed-forward layers. Where two groups are to be equal in parameters, the width of a
-feed-forward layer makes up the difference. `unequal` compares what `equal` promises, from sizes alone.
+A group is a set of overrides over experiments/base.yaml, whose layers combine latent attention (MLA) with
+dense feed-forward layers. Where two groups must be equal in parameters, the feed-forward width makes up the
+difference. `unequal` checks from sizes alone what `equal` promises.
 
 This is the one definition of every group: the matrices read it, and experiments/group_files.py writes
 pretrain/configs/groups/ from it.
@@ -98,10 +98,10 @@ def _grouped(shape: Shape) -> Model:
 
 
 def _solved(shape: Shape, changes: Model, key: str, active: bool = False) -> Model:
-    """`changes` with the width `key` at which it has the parameters of `fixed`, a norm more than the loop's.
+    """`changes` with the width `key` that gives it the parameters of `fixed`, one norm more than the loop's.
 
     Raises:
-        ValueError: no width from 1 on has so few.
+        ValueError: even a width of 1 has more.
     """
     wanted = num_parameters(shape.config(_fixed(shape)), active)
     solved = solve_widths(
@@ -145,7 +145,7 @@ def _dense_narrow(shape: Shape) -> Model:
 
 
 def _local(shape: Shape, placement: str, loop: Callable[..., Model]) -> Model:
-    """A unit inside attention whose core is as wide as its state; `loop` is how it hands its state on."""
+    """A unit inside attention whose core is as wide as its state; `loop` says how the state is passed on."""
     base = shape.config({})
     width = base.kv_lora_rank if placement == "kv" else base.hidden_size
     changes = loop(shape, placement=placement, latent_intermediate_size=width)
@@ -189,13 +189,13 @@ GROUPS: dict[str, Group] = {
     "ut_act": Group(f"{_UT}; with ACT", lambda s: _universal(s, halting=_ACT)),
     "rmt": Group("Recurrent Memory Transformer (arXiv 2207.06881): R segments, 4 memory tokens", _memory),
     "pause": Group(
-        "R - 1 pause tokens after every token (arXiv 2310.02226), so R runs of a layer a token",
+        "R - 1 pause tokens after every token (arXiv 2310.02226), so each token takes R runs of a layer",
         _pause,
     ),
     "dense_params": Group("k layers with the parameters of the loop", _dense_parameters),
     "dense_narrow": Group("k R layers, so narrow that they have the parameters of the loop", _dense_narrow),
     "dense_flops": Group("k R layers: the loop unrolled, with its inference FLOPs", _unrolled),
-    # Each of these two with the loop that learnt addition better on the sweep's seed (docs/LOG.md).
+    # Each of these two uses the loop that learned addition better on the sweep's seed (docs/LOG.md).
     "kv": Group("a unit on the KV latent, R steps, before attention", lambda s: _local(s, "kv", _fixed)),
     "post_attention": Group(
         "a unit on attention's output, R steps, before the FFN", lambda s: _local(s, "post_attention", _loop)
@@ -231,15 +231,15 @@ GROUPS: dict[str, Group] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups that are compared at the same..."""
+    """Two groups that are compared because they are equal in something."""
 
     a: str
     b: str
     equal: str  # parameters | active_parameters | inference_flops | training_flops
-    tolerance: float  # of the two sides' difference, as a share of the larger
+    tolerance: float  # of their difference, as a share of the larger side
 
 
-# training_flops holds at budgets that are of a group's FLOPs, see matrix.Budget.
+# training_flops holds for budgets given as a group's FLOPs, see matrix_file.Budget.
 PAIRS = (
     Pair("loop", "dense_params", "parameters", 0.01),
     Pair("loop", "dense_narrow", "parameters", 0.01),
@@ -264,7 +264,7 @@ PAIRS = (
 
 
 def measured(what: str, config: ModelConfig, sequence_length: int, tokens: int) -> float:
-    """One side of a pair, from sizes alone; training_flops of a run of `tokens`, at the mean depth."""
+    """One side of a pair, from sizes alone; training_flops are those of `tokens` tokens at the mean depth."""
     if what == "training_flops":
         return training_flops_per_token(config, sequence_length) * tokens
     if what == "inference_flops":
@@ -273,7 +273,7 @@ def measured(what: str, config: ModelConfig, sequence_length: int, tokens: int) 
 
 
 def unequal(pair: Pair, a: float, b: float) -> str | None:
-    """What is wrong with the sides of a pair, in words; None if they are equal enough."""
+    """How the sides of a pair differ, in words; None if they are equal within the tolerance."""
     difference = abs(a - b) / max(a, b)
     if difference <= pair.tolerance:
         return None

@@ -3,31 +3,32 @@
 Keys that do not apply are absent.
 
 matrix, cell, group, task, size, seed   names; `cell` is the folder below OUT/cells
-budget             of a matrix, as text: steps, or whose training FLOPs in how many steps
+budget             as text: steps, or the group whose training FLOPs are matched and its steps
 variant            {key: value} of a study, over the group's own; absent: the group itself
 examples           training examples generated (0: all that the recipe reads)
 learning_rate      peak
-settings           what it was told, see experiments/settings.py
+settings           what the cell was told, see experiments/settings.py
 device             the GPU's name, or cpu
-parameters, active_parameters, unrolled_parameters    the last with a layer for every run of one
-inference_flops_per_token   {steps: forward FLOPs, attention over a whole row}
-training_flops     of the whole run, forward and backward, with the depths that were drawn
+parameters, active_parameters, unrolled_parameters    the last counts a layer once per run
+inference_flops_per_token   {steps: forward FLOPs, attending to a whole row}
+training_flops     of the whole run, forward and backward, at the depths drawn
 tokens             of the whole run, padding included; tokens_per_second: median over the steps
 train_seconds, peak_memory_bytes    the latter of the process (CPU) or the device
 optimizer_steps, final_loss (mean of the last 50), validation_loss (last step, trained depth)
-trained_steps      R: loop steps; 1 without a loop.  `steps` below are test-time steps, as text
-mean_steps         at the answer, of the trained depth; mean_steps_share: of R
+trained_steps      R: loop steps; 1 without a loop. `steps` below are test-time steps, as text
+mean_steps         at the answer, at the trained depth; mean_steps_share: as a share of R
 num_samples, accuracy {steps: share}, label_accuracy {steps: share}
-correct            text, a 0 or 1 for each sample at the trained depth; all cells of a task share the samples
+correct            text, 0 or 1 per sample at the trained depth; all cells of a task share the samples
 by_depth           {serial depth: {steps: accuracy}}; trained_depth: the largest trained on
-ood_accuracy       {steps: mean of the accuracies at the depths beyond it}
-guesses            {way: accuracy} of what knows nothing
-spearman_steps_depth    rank correlation of steps spent and serial depth, where halting is adaptive
+ood_accuracy       {steps: mean accuracy over the depths beyond it}
+guesses            {strategy: accuracy} of answers that need no model
+spearman_steps_depth    rank correlation of steps spent and serial depth, if halting is adaptive
 convergence        {steps: {residuals: [relative change in each step], convergence_ratio}}, path_independence
-                   (share of labels that three starts agree on), overthinking_gap (best less at 4 R)
-gaps               {name: accuracy at the trained depth} of tests unlike the training
+                   (share of labels on which three initial states agree), overthinking_gap (the best accuracy
+                   minus the one at 4 R)
+gaps               {name: accuracy at the trained depth} of tests that differ from the training
 bits_per_byte, perplexity (of a byte)    {steps: value}, of text
-few_shot           of text: task, num_samples, accuracy {shots: share}, guesses {way: accuracy}, and
+few_shot           of text: task, num_samples, accuracy {shots: share}, guesses {strategy: accuracy}, and
                    num_truncated {shots: prompts cut from the left to fit}
 votes              {k: accuracy of the majority of k sampled chains of thought}
 """
@@ -45,7 +46,7 @@ from experiments.settings import cell_settings
 from model import ModelConfig, ZeroModel
 from model.counts import training_flops_per_token
 
-RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or was given up
+RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or that failed
 LAST = 50  # steps that final_loss is the mean of
 
 
@@ -100,7 +101,7 @@ def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     steps = [record for record in records if "loss" in record]
     validation = [record["val_loss"] for record in steps if "val_loss" in record]
     if not validation:
-        raise ValueError(f"{folder / 'metrics.jsonl'} holds no val_loss; move the folder away")
+        raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")
     depths = {record["recurrence_depth"] for record in steps}
     per_token = {n: training_flops_per_token(plan.model, plan.task.sequence_length, n) for n in depths}
     last = [record["loss"] for record in steps[-LAST:] if record["loss"] is not None]
@@ -159,7 +160,7 @@ def _reasoning(plan: PlannedCell, folder: Path) -> dict[str, Any]:
 
 
 def _beyond(by_depth: dict[str, dict[str, float]], trained_depth: int | None) -> dict[str, float] | None:
-    """Mean accuracies, by steps, of the depths beyond those trained on."""
+    """Mean accuracy, by steps, over the depths beyond those trained on."""
     if trained_depth is None:
         return None
     deeper = [entry for depth, entry in by_depth.items() if int(depth) > trained_depth]
@@ -187,7 +188,7 @@ def _loop(facts: dict[str, Any], trained: str) -> dict[str, Any]:
 
 
 def _traced(plan: PlannedCell, folder: Path) -> dict[str, Any]:
-    """Answered at the trained depth alone."""
+    """Tested at the trained depth alone."""
     report, trained = _report(folder, "main"), str(_trained(plan.model))
     results, configs = report["results"], report["configs"]
     (whole,) = [key for key, config in configs.items() if config["serial_depth"] is None]

@@ -104,7 +104,7 @@ def dense_twin(config: ModelConfig, by: str, sequence_length: int = SEQUENCE_LEN
     start = dataclasses.replace(config, recurrence=RecurrenceConfig())
     if by == "flops":
         start = _with(start, _unrolled(config))
-    # A model need not have both kinds of layer.
+    # A model may lack one of the two kinds of feed-forward layer.
     used = [n for n in WIDTHS if measure(_with(start, {n: getattr(start, n) + 1})) != measure(start)]
     try:
         return solve_widths(start, used, measure, measure(config))
@@ -125,10 +125,10 @@ def twin_section(given: dict[str, Any], by: str, sequence_length: int) -> tuple[
 
     Args:
         given: a model's keys. What they leave to a preset or a default, the twin leaves too.
-        by, sequence_length: see dense_twin.
+        by, sequence_length: as in dense_twin.
 
     Raises:
-        ValueError: as dense_twin, or the keys are not a model's.
+        ValueError: as in dense_twin, or the keys are not those of a model.
     """
     try:
         config = ModelConfig.from_dict(given)
@@ -183,7 +183,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> Any:
-    """Reads as pretrain does, if that is installed: the model itself needs torch and safetensors alone."""
+    """Reads as pretrain does, if omegaconf is installed: the model itself needs torch and safetensors."""
     try:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
@@ -213,7 +213,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _yaml(values: dict[str, Any], indent: str) -> str:
-    """A section in block style. JSON's scalars and lists are YAML's too, with one exception."""
+    """A section in block style. JSON scalars and lists are valid YAML, with one exception."""
     lines = []
     for key, value in values.items():
         if isinstance(value, dict) and value:
@@ -221,7 +221,7 @@ def _yaml(values: dict[str, Any], indent: str) -> str:
             continue
         text = json.dumps(value)
         if isinstance(value, float) and "." not in text:
-            text = text.replace("e", ".0e")  # YAML 1.1 takes 1e-06 for a string
+            text = text.replace("e", ".0e")  # YAML 1.1 reads 1e-06 as a string
         lines.append(f"{indent}{key}: {text}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The records of finished cells, and what of a matrix is missing or has failed."""
+"""The records of finished cells, and which cells of a matrix are missing or have failed."""
 
 import json
 import math
@@ -54,7 +54,7 @@ class _Found:
 
 
 def read_runs(sources: Sequence[Path]) -> Runs:
-    """Everything in files of records and below run folders; what is found does not depend on their order.
+    """Everything in files of records and below run folders; the order of the sources does not matter.
 
     Args:
         sources: NAME.jsonl of experiments/publish.py, or the --out of experiments/run.py.
@@ -194,12 +194,12 @@ def value_of(record: Record, metric: str, steps: str | int = "trained") -> float
 
 
 def values_of(records: Sequence[Record], metric: str, steps: str | int = "trained") -> list[float]:
-    """Those that were measured."""
+    """The finite values of those that were measured."""
     found = (value_of(record, metric, steps) for record in records)
     return [value for value in found if value is not None and math.isfinite(value)]
 
 
 def most_steps(records: Sequence[Record], metric: str = "accuracy") -> int:
-    """The most steps that all of these were tested with."""
+    """The most steps with which all of these were tested."""
     tested = [set(map(int, record.get(metric) or {"1": 0})) for record in records]
     return max(set.intersection(*tested), default=1)

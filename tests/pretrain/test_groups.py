@@ -1,4 +1,4 @@
-"""Experiment groups: each builds a model of its own that differs from others in what its header says."""
+"""Experiment groups: each builds a different model, and differs from the others as its header says."""
 
 import hashlib
 import itertools
