@@ -73,7 +73,7 @@ distill-gsm8k: setup
 	python experiments/run.py --matrix latent_cot_gsm8k --out $(GSM8K_RUN) --jobs 2 $(MATRIX)
 	python eval/report.py $(GSM8K_RUN)/cells/*-[0-9] --out $(GSM8K_RUN)/report.html
 
-# Fewer methods and steps of it, in a quarter of an hour.
+# Fewer methods and steps than distill-matrix: a quarter of an hour.
 distill-quick: setup
 	python experiments/run.py --matrix latent_cot_quick --out $(QUICK_RUN) --jobs 2 $(MATRIX)
 	python eval/report.py $(QUICK_RUN)/cells/*-[0-9] --out $(QUICK_RUN)/report.html
