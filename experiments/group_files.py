@@ -60,8 +60,8 @@ class GroupFile:
 FILES = {
     "a_attention": GroupFile(
         "gqa",
-        "Group A: plain grouped-query attention (arXiv 2305.13245) without recurrence. A of experiments/ "
-        "is the group `plain`, with a key and value head for every query head.",
+        "Group A: plain grouped-query attention (arXiv 2305.13245) without recurrence. The group "
+        "`plain` of the matrices has a key and value head for every query head.",
         "b_mla, which differs in the attention alone.",
     ),
     "b_mla": GroupFile(
@@ -75,15 +75,14 @@ FILES = {
         "gated",
         "Group C: latent attention and a Latent Reasoning Unit of fixed depth: prelude, core x 4, coda. "
         "The input is added again at every step (Huginn, arXiv 2502.05171, section 3.2) and the update is"
-        " gated as in a GRU. C of experiments/ is the group `loop`, which has neither, nor a norm of the "
-        "state.",
+        " gated as in a GRU. The group `loop` of the matrices has neither, nor a norm of the state.",
         "b_mla (the same layers, no loop), d_lru_adaptive (learned depth) and its dense twins "
         "dense_parameters and dense_flops.",
     ),
     "d_lru_adaptive": GroupFile(
         "gated_act",
         "Group D: c_lru_fixed with learned halting for each token (ACT, Graves 2016, arXiv 1603.08983), "
-        "trained on the expected loss over the steps. D of experiments/ is the group `adaptive`: `loop` "
+        "trained on the expected loss over the steps. The group `adaptive` of the matrices is `loop` "
         "with PonderNet.",
         "c_lru_fixed at equal mean steps; with halting.kind=fixed it is that model.",
     ),
@@ -124,7 +123,7 @@ FILES = {
         "runs 6 times, as many layer runs as the 1 + 4 + 1 of c_lru_fixed. It is told which run it is in;"
         " nothing is re-injected and there is no gate. Attention and norms are those of c_lru_fixed; the "
         "feed-forward layer is dense, as wide as the experts that a token of c_lru_fixed uses. The group "
-        "`ut` of experiments/ does not norm the state.",
+        "`ut` of the matrices does not norm the state.",
         "c_lru_fixed (8% more FLOPs at 256 tokens, four times the parameters besides the embeddings) and "
         "universal_transformer_act.",
         steps=6,
@@ -136,7 +135,7 @@ FILES = {
         "ut_normed_act",
         "Universal Transformer with adaptive computation time for each token (arXiv 1807.03819, section "
         "2.2): the state that is read out is the mean of the steps' states under the halting "
-        "probabilities. The group `ut_act` of experiments/ does not norm the state.",
+        "probabilities. The group `ut_act` of the matrices does not norm the state.",
         "universal_transformer at equal mean steps, and d_lru_adaptive.",
         steps=6,
         prelude=0,

@@ -170,26 +170,30 @@ def _pause(shape: Shape) -> Model:
 
 _PONDER = {"kind": "ponder", "expectation": "loss"}
 _ACT = {"kind": "act", "expectation": "state"}
-_UT = "Universal Transformer (arXiv 1807.03819): C, and every step is told its number"
+_UT = "Universal Transformer (arXiv 1807.03819): loop, and every step has an embedding of its number"
 
 GROUPS: dict[str, Group] = {
-    "plain": Group("A: plain attention, k layers", lambda s: _layers(s, use_mla=False)),
-    "mla": Group("B: multi-head latent attention (arXiv 2405.04434), k layers", _layers),
-    "loop": Group("C: k layers run R times with tied weights, fixed depth", _loop),
+    "plain": Group("plain attention, k layers", lambda s: _layers(s, use_mla=False)),
+    "mla": Group("multi-head latent attention (arXiv 2405.04434), k layers", _layers),
+    "loop": Group("k layers run R times with tied weights, fixed depth", _loop),
     "adaptive": Group(
-        "D: C with learned halting, PonderNet (arXiv 2107.05407)", lambda s: _loop(s, halting=_PONDER)
+        "loop with learned halting, PonderNet (arXiv 2107.05407)", lambda s: _loop(s, halting=_PONDER)
     ),
     "threshold": Group(
-        "D without learning: random, which stops where predictions stop changing (arXiv 2502.05171)",
+        "random, and it stops where predictions stop changing: no learned halting (arXiv 2502.05171)",
         lambda s: _random(s, halting={"kind": "threshold", "measure": "kl"}),
     ),
-    "fixed": Group("C with a normed state and its input injected at every step (arXiv 2502.05171)", _fixed),
+    "fixed": Group(
+        "loop with a normed state and its input injected at every step (arXiv 2502.05171)", _fixed
+    ),
     "random": Group("fixed, but its depths drawn from a log-normal Poisson (arXiv 2502.05171)", _random),
     "ut": Group(_UT, _universal),
     "ut_act": Group(f"{_UT}; with ACT", lambda s: _universal(s, halting=_ACT)),
-    "rmt": Group("Recurrent Memory Transformer (arXiv 2207.06881): R segments, 4 memory tokens", _memory),
+    "rmt": Group(
+        "Recurrent Memory Transformer (arXiv 2207.06881): R segments, memory tokens between them", _memory
+    ),
     "pause": Group(
-        "R - 1 pause tokens after every token (arXiv 2310.02226), so each token takes R runs of a layer",
+        "pause tokens after every token (arXiv 2310.02226): as many runs of a layer per token as loop has",
         _pause,
     ),
     "dense_params": Group("k layers with the parameters of the loop", _dense_parameters),
@@ -200,13 +204,13 @@ GROUPS: dict[str, Group] = {
     "post_attention": Group(
         "a unit on attention's output, R steps, before the FFN", lambda s: _local(s, "post_attention", _loop)
     ),
-    "moe_core": Group("C with 8 experts, of which 2 and a shared one are active", _experts),
+    "moe_core": Group("loop with 8 experts, of which 2 and a shared one are active", _experts),
     "cot": Group("k R layers that write a chain of thought, and its majority vote", _unrolled, "cot"),
     "no_cot": Group("k R layers that answer at once", _unrolled, "no_cot"),
     "loop_no_cot": Group("k layers looped R times that answer at once", _loop, "no_cot"),
     # In no matrix yet: pretrain/configs/groups/ has them for the nano size.
     "gqa": Group(
-        "A with half as many key and value heads, grouped-query attention (arXiv 2305.13245)", _grouped
+        "plain with half as many key and value heads: grouped-query attention (arXiv 2305.13245)", _grouped
     ),
     "gated": Group("fixed, its update gated as in a GRU instead of simple", _gated),
     "gated_act": Group(
