@@ -152,7 +152,7 @@ def test_transformers_is_for_hugging_face_folders_alone():
 
 
 def test_the_mark_of_a_position_without_target_is_the_same_on_both_sides():
-    """data_pipeline and model may not import each other, so the number stands twice."""
+    """data_pipeline and model may not import each other, so the number is written twice."""
     from data_pipeline.loading.packing import IGNORE_INDEX as WRITTEN
     from model.losses import IGNORE_INDEX as READ
 
