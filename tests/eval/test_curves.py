@@ -259,7 +259,7 @@ def test_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, run_script, 
 
 
 def test_majority_baselines(checkpoint, data, tmp_path, run_script):
-    """Of the whole file, also under --limit: ARC's letters A, B, A; GSM8K's numbers 0, 1, 2, 2."""
+    """Counted over the whole file, also under --limit: ARC's letters A, B, A; GSM8K's numbers 0, 1, 2, 2."""
     run_script(
         "run.py", "--checkpoint", checkpoint, "--data", data, "--tasks", "arc_easy,gsm8k", "--limit", 1,
         "--num_fewshot", 0, "--max_new_tokens", 1, "--output_path", tmp_path,

@@ -36,7 +36,7 @@ def spelling(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def problem_depths(name: str, seed: int) -> list[int | None]:
-    """Of the 24 test samples that the tests ask for."""
+    """The depth of each of the 24 test samples that the tests ask for."""
     record = TASKS[name]
     assert record.evaluation is not None
     options = record.test_options(**LABELLED[name].options)
