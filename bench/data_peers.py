@@ -55,7 +55,7 @@ def memmap_batches(path: Path, order: np.ndarray, shape: Shape) -> Iterator[Arra
 
 def webdataset_batches(tars: Sequence[Path], shape: Shape, headers: bool = False) -> Iterator[Arrays]:
     """The rows in order, endlessly, from samples that stock webdataset reads one after another, unshuffled.
-    `headers`: the samples are members of our shards, see data_pipeline/shards/files.py.
+    `headers`: the samples are members of our shards, see data_pipeline/shards/format.py.
     """
     while True:
         samples = webdataset.WebDataset([str(path) for path in tars], shardshuffle=False)

@@ -17,7 +17,8 @@ text      recipes/text.yaml from the first megabytes of each source
 prompts   prompts, answers and scores of all evaluations, of a model that has learnt one step
 
 With --groups-from, groups and cells train the models and settings of that record instead of the checkout's
-own, whose names and files may change. Where command lines change, so do the tables below.
+own, whose names and files may change. Where command lines change, so do the tables below. What DATA_ROOT or
+the checkout lacks is recorded as left out. An evaluation that only the later checkout has is no difference.
 """
 
 import argparse
@@ -33,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,20 @@ SAMPLES = "--log_samples --batch_size 16 --checkpoint {checkpoint} --output_path
 RUN = f"python eval/run.py --max_new_tokens 8 {SAMPLES}"
 REASONING = f"python eval/reasoning.py --num_samples 20 --steps 1,3 {SAMPLES}"
 THOUGHTS = f"python eval/thoughts.py --max_new_tokens 8 {SAMPLES}"
+# Evaluations that older checkouts lack -> the tasks that they need of the script.
+LATER = {
+    "run synthetic": ("addition", "causal_loop_v2", "modular_exponent", "permutation_composition"),
+    "reasoning modular_exponent": ("modular_exponent",),
+    "reasoning permutation_composition": ("permutation_composition",),
+}
 EVALUATIONS = {
     "run": f"{RUN} --tasks {{tasks}} --limit 20 --depth 2,adaptive",
     "few-shot": f"{RUN} --tasks gsm8k,logiqa,babi,arc --limit 5 --num_fewshot 0,2 --samples 2",
-    **{f"reasoning {x}": f"{REASONING} --task {x}" for x in ("p_hop", "addition", "causal_loop_v2")},
+    "run synthetic": f"{RUN} --tasks {','.join(LATER['run synthetic'])} --limit 20 --depth 2,adaptive",
+    **{
+        f"reasoning {task}": f"{REASONING} --task {task}"
+        for task in ("p_hop", "addition", "causal_loop_v2", "modular_exponent", "permutation_composition")
+    },
     **{
         f"thoughts {task} {mode}": f"{THOUGHTS} --task {task} --mode {mode} {how_many} 16"
         for task, how_many in (
@@ -87,15 +98,19 @@ EVALUATIONS = {
     },
 }
 RENAMED = {"--steps": "--num_steps"}  # a flag that a script no longer has -> its new name
-# What results call things today -> what they called them before.
-FORMER_NAMES = {"@num_steps=": "@depth=", "num_steps=": "steps=", "_problem_depth": "_depth"}
+# Patterns of what results call things today -> what they called them before.
+FORMER_NAMES = {
+    **{"@num_steps=": "@depth=", "num_steps=": "steps=", "^num_steps$": "depth"},
+    "_problem_depth": "_depth",
+}
+LEFT_OUT = "left_out"  # key of a record next to its sections: {what was not recorded: why}
 # Clocks and the machine's memory. All else is the same in two records of one checkout.
 NOT_COMPARED = re.compile(r"second|latency|data_wait|memory_bytes|^mfu$|^hfu$")
 TIMESTAMP = re.compile(r"_\d{4}-\d\d-\d\dT[\d.-]+\.jsonl$")
 
 
 class RecordError(Exception):
-    """A command failed, or what it should have written is not there."""
+    """A command failed, what it should have written is not there, or two records cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class Side:
     checkout: Path
     work: Path
     before: Mapping[str, Any]  # sections of the record whose models are trained; empty: the checkout's own
+    left_out: dict[str, str] = field(default_factory=dict)  # what could not be recorded -> why
 
     def call(
         self, template: str, out: Path, *more: str, watch: Callable[[], None] | None = None, code: int = 0,
@@ -120,7 +136,7 @@ class Side:
         out.parent.mkdir(parents=True, exist_ok=True)
         log = out.with_name(f"{out.name}.log")
         with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **self._place())
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **self._surroundings())
             try:
                 while process.poll() is None:
                     if watch is not None:
@@ -134,15 +150,23 @@ class Side:
             raise RecordError(f"{where}: {shlex.join(command)}\n{last}")
         return out
 
-    def _place(self) -> dict[str, Any]:
+    def _surroundings(self) -> dict[str, Any]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "PYTHONPATH": str(self.checkout), "OMP_NUM_THREADS": "1"}
         return {"cwd": self.checkout, "env": {**os.environ, **own}}
 
     def _present(self, script: str, flag: str) -> str:
         """The flag, or its new name where the script no longer has it."""
-        told = subprocess.run([sys.executable, script, "--help"], capture_output=True, **self._place()).stdout
-        return flag if re.search(rf"(?<![-\w]){flag}\b", told.decode()) else RENAMED[flag]
+        return flag if re.search(rf"(?<![-\w]){flag}\b", self._help(script)) else RENAMED[flag]
+
+    def _help(self, script: str) -> str:
+        command = [sys.executable, script, "--help"]
+        return subprocess.run(command, capture_output=True, text=True, **self._surroundings()).stdout
+
+    def lacks(self, script: str, tasks: Sequence[str]) -> list[str]:
+        """Those of `tasks` that the script's help does not list."""
+        listed = set(re.split(r"[\s,{}]+", self._help(script))) if tasks else set()
+        return [task for task in tasks if task not in listed]
 
     def build(self, recipe: str, *overrides: str) -> Path:
         """The folder of a recipe's data, built once."""
@@ -187,7 +211,7 @@ def record_groups(side: Side) -> dict[str, Any]:
 
 
 def record_settings(side: Side) -> dict[str, Any]:
-    """A cell notes what it is told before its data are built, which the file `data` makes impossible."""
+    """A cell writes its settings before its data are built, which the file `data` makes impossible."""
 
     def settings(matrix: str) -> dict[str, Any]:
         out = side.work / "settings" / matrix
@@ -218,7 +242,7 @@ def record_cells(side: Side) -> dict[str, Any]:
             if task in CELL_RECIPES and seed == "0" and group not in groups:
                 groups.add(group)
                 cells[name] = settings
-    for name, settings in cells.items():  # here, lest two cells build the same
+    for name, settings in cells.items():  # here, so that no two cells build the same
         side.build(CELL_RECIPES[name.split("/")[0]], *settings["data"])
 
     def train(name: str) -> dict[str, Any]:
@@ -238,14 +262,25 @@ def record_text(side: Side) -> dict[str, Any]:
 
 def record_prompts(side: Side) -> dict[str, Any]:
     model = side.call(COMMANDS["model"], side.work / "model", data=side.build("real_cpu"))
-    tasks = [task for task, needed in TASKS.items() if Path(os.environ["DATA_ROOT"], needed).exists()]
+    tasks, names = [], []
+    for task, needed in TASKS.items():
+        if Path(os.environ["DATA_ROOT"], needed).exists():
+            tasks.append(task)
+        else:
+            side.left_out[f"run: {task}"] = f"DATA_ROOT has no {needed}"
+    for name, command in EVALUATIONS.items():
+        lacking = side.lacks(shlex.split(command)[1], LATER.get(name, ()))
+        if lacking:
+            side.left_out[name] = f"the checkout has no task {', '.join(lacking)}"
+        else:
+            names.append(name)
 
     def evaluate(name: str) -> dict[str, Any]:
         out = side.work / "eval" / name.replace(" ", "_")
         side.call(EVALUATIONS[name], out, checkpoint=model / "export", tasks=",".join(tasks))
         return evaluation(out)
 
-    return in_parallel(evaluate, list(EVALUATIONS))
+    return in_parallel(evaluate, names)
 
 
 def in_parallel(function: Callable[[str], dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
@@ -302,7 +337,7 @@ def evaluation(folder: Path) -> dict[str, Any]:
 
 def former(name: Any) -> Any:
     for new, old in FORMER_NAMES.items():
-        name = name.replace(new, old) if isinstance(name, str) else name
+        name = re.sub(new, old, name) if isinstance(name, str) else name
     return name
 
 
@@ -324,15 +359,32 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Prints a table and a line for each difference. Returns whether there is none."""
+    """Prints a table, a line for each difference, and what was left out. Returns whether none differs.
+
+    Raises:
+        RecordError: the records differ in their sections, or one has nothing in a section, or none.
+    """
+    sections = [[name for name in record if name != LEFT_OUT] for record in (before, after)]
+    for names, record in zip(sections, (before, after), strict=True):
+        empty = [name for name in names if not record[name]]
+        if not names or empty:
+            raise RecordError(f"a record has nothing in {', '.join(empty) or 'it'}: record it again")
+    if set(sections[0]) != set(sections[1]):
+        first, second = (",".join(sorted(names)) for names in sections)
+        raise RecordError(f"one record has {first}, the other {second}: record both with the same --only")
+    later = set(after.get("prompts", {})) - set(before.get("prompts", {}))
+    after = {**after, "prompts": {k: v for k, v in after.get("prompts", {}).items() if k not in later}}
     differences = []
     print(f"{'section':10} {'values':>8} {'different':>10}")
-    for section in {**before, **after}:
-        one, two = (dict(leaves(side.get(section, {}), section)) for side in (before, after))
+    for section in sections[0]:
+        one, two = (dict(leaves(side[section], section)) for side in (before, after))
         unequal = [path for path in {**one, **two} if one.get(path) != two.get(path)]
         print(f"{section:10} {len(one):8} {len(unequal):10}")
         differences += [f"{p}: {one.get(p, 'absent')} -> {two.get(p, 'absent')}" for p in unequal]
-    print("".join(f"{line}\n" for line in differences), end="")
+    notes = [f"prompts > {name}: only in the second record, not compared" for name in sorted(later)]
+    for which, record in (("first", before), ("second", after)):
+        notes += [f"left out of the {which}: {k} ({v})" for k, v in record.get(LEFT_OUT, {}).items()]
+    print("".join(f"{line}\n" for line in (*differences, *notes)), end="")
     return not differences
 
 
@@ -348,7 +400,10 @@ def main() -> None:
     comparing.add_argument("records", type=Path, nargs=2, metavar="FILE.json")
     arguments = parser.parse_args()
     if arguments.command == "compare":
-        sys.exit(not compare(*(json.loads(path.read_text()) for path in arguments.records)))
+        try:
+            sys.exit(not compare(*(json.loads(path.read_text()) for path in arguments.records)))
+        except RecordError as error:
+            sys.exit(f"error: {error}")
     only = arguments.only.split(",")
     for name in only:
         if name not in SECTIONS:
@@ -365,7 +420,7 @@ def main() -> None:
                 found[name] = SECTIONS[name](side)
             except RecordError as error:
                 sys.exit(f"error: {error}")
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+            arguments.out.write_text(json.dumps({**found, LEFT_OUT: side.left_out}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

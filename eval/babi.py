@@ -121,7 +121,7 @@ def summarize(
 
 
 def _baselines(problems: Sequence[Problem]) -> dict[str, Score]:
-    """Of one task: any of its answers at random, and always the most common one."""
+    """What guessing reaches on one task: any of its answers at random, and always the most common one."""
     targets = [problem.target for problem in problems]
     return {"chance": Score(1 / len(set(targets))), "majority": majority(targets)}
 

@@ -29,7 +29,7 @@ Window = tuple[list[int], list[int]]  # context, tokens to score
 
 
 def load(options: Options) -> Evaluation:
-    """Reads the texts. Raises ValueError for exemplars, which this task has none of, and for no text."""
+    """Reads the texts. Raises ValueError for exemplars, which it does not take, and for no text."""
     if options.num_fewshot:
         raise ValueError(f"perplexity has no exemplars: num_fewshot is {options.num_fewshot}, it must be 0")
     path = options.data if is_build(options.data) else find_data(options.data, DEFAULT)

@@ -7,7 +7,7 @@ budget             as text: steps, or the group whose training FLOPs are matched
 variant            {key: value} of a study, over the group's own; absent: the group itself
 examples           training examples generated (0: all that the recipe reads)
 learning_rate      peak
-settings           what the cell was told, see experiments/settings.py
+settings           tasks and options of the cell, see experiments/settings.py
 device             the GPU's name, or cpu
 parameters, active_parameters, unrolled_parameters    the last counts a layer once per run
 inference_flops_per_token   {steps: forward FLOPs, attending to a whole row}
@@ -19,10 +19,10 @@ trained_steps      R: loop steps; 1 without a loop. `steps` below are test-time 
 mean_steps         at the answer, at the trained depth; mean_steps_share: as a share of R
 num_samples, accuracy {steps: share}, label_accuracy {steps: share}
 correct            text, 0 or 1 per sample at the trained depth; all cells of a task share the samples
-by_depth           {serial depth: {steps: accuracy}}; trained_depth: the largest trained on
+by_depth           {problem depth: {steps: accuracy}}; trained_depth: the largest trained on
 ood_accuracy       {steps: mean accuracy over the depths beyond it}
 guesses            {strategy: accuracy} of answers that need no model
-spearman_steps_depth    rank correlation of steps spent and serial depth, if halting is adaptive
+spearman_steps_depth    rank correlation of steps spent and problem depth, if halting is adaptive
 convergence        {steps: {residuals: [relative change in each step], convergence_ratio}}, path_independence
                    (share of labels on which three initial states agree), overthinking_gap (the best accuracy
                    minus the one at 4 R)

@@ -160,7 +160,7 @@ def test_the_demo_at_full_length_learns_level_1(project):
 
 @pytest.mark.slow
 def test_the_real_run_at_full_length(project, data_root):
-    # A folder of its own: that of the shortened command holds other data.
+    # A folder of its own: the shortened command's holds other data.
     output = run(project, "make real REAL_RUN=runs/real_full", timeout=5400, data_root=data_root)
     for task in ("gsm8k", "logiqa", "babi", "arc_easy", "arc_challenge"):
         assert task in output

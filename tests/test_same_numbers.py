@@ -66,9 +66,38 @@ def test_a_difference_is_named(tmp_path, change, difference):
     assert f"demo > training > step 1 > {difference}" in done.stdout.splitlines()
 
 
-def test_a_section_that_one_record_lacks(tmp_path):
-    assert compare(tmp_path, RECORD, {}).returncode == 1
-    assert compare(tmp_path, {}, RECORD).returncode == 1
+@pytest.mark.parametrize(
+    ("before", "after", "complaint"),
+    [
+        ({}, {}, "a record has nothing in it: record it again"),
+        (RECORD, {"left_out": {}}, "a record has nothing in it: record it again"),
+        ({"demo": {}}, {"demo": {}}, "a record has nothing in demo: record it again"),
+        (
+            RECORD,
+            {**RECORD, "text": {"a": 1}},
+            "one record has demo, the other demo,text: record both with the same --only",
+        ),
+    ],
+)
+def test_records_that_cannot_be_compared(tmp_path, before, after, complaint):
+    done = compare(tmp_path, before, after)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {complaint}\n")
+
+
+def test_what_was_left_out_is_told(tmp_path):
+    """An evaluation that only the later checkout has is no difference; one that it lost is."""
+    old = {"prompts": {"run": {"lines": 1}}, "left_out": {"run later": "the checkout has no task x"}}
+    new = {"prompts": {"run": {"lines": 1}, "run later": {"lines": 2}}}
+    done = compare(tmp_path, old, new)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1:] == [
+        "prompts           1          0",
+        "prompts > run later: only in the second record, not compared",
+        "left out of the first: run later (the checkout has no task x)",
+    ]
+    done = compare(tmp_path, new, old)
+    assert done.returncode == 1
+    assert "prompts > run later > lines: 2 -> absent" in done.stdout.splitlines()
 
 
 def write_answers(
@@ -77,14 +106,16 @@ def write_answers(
     folder.mkdir()
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / f"samples_arc_easy@depth=2_{timestamp}.jsonl").write_text(text)
-    scores = {"arc_easy@depth=2": {"acc,none": 0.5, "acc,num_steps=2": 0.25, "seconds_per_answer": 1.0}}
-    (folder / f"results_{timestamp}.json").write_text(json.dumps({"results": scores}))
+    scores = {"acc,none": 0.5, "acc,num_steps=2": 0.25, "num_steps": 2, "seconds_per_answer": 1.0}
+    (folder / f"results_{timestamp}.json").write_text(
+        json.dumps({"results": {"arc_easy@num_steps=2": scores}})
+    )
     return folder
 
 
 def test_digests_of_samples(module, tmp_path):
     found = module.evaluation(write_answers(tmp_path / "one", LINES))
-    assert found["scores"] == {"arc_easy@depth=2": {"acc,none": 0.5, "acc,steps=2": 0.25}}
+    assert found["scores"] == {"arc_easy@depth=2": {"acc,none": 0.5, "acc,steps=2": 0.25, "depth": 2}}
     assert list(found["samples"]) == ["arc_easy@depth=2"]
     same = found["samples"]["arc_easy@depth=2"]
     assert same["lines"] == 2
@@ -131,3 +162,9 @@ def test_a_renamed_flag(module, tmp_path):
         (tmp_path / "script.py").write_text(told.format(flags))
         module.Side(tmp_path, tmp_path / "work", {}).call("python script.py --steps 1", tmp_path / "work/out")
         assert (tmp_path / "flags").read_text() == f"script.py {used} 1"
+
+
+def test_the_tasks_that_a_script_lacks(module, tmp_path):
+    (tmp_path / "script.py").write_text("print('--task {p_hop,sums}  of babi, arc,\\n  gsm8k_cot')")
+    side = module.Side(tmp_path, tmp_path / "work", {})
+    assert side.lacks("script.py", ("p_hop", "hop", "sums", "gsm8k", "babi", "gsm8k_cot")) == ["hop", "gsm8k"]

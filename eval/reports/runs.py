@@ -37,8 +37,8 @@ class Result:
     baselines: dict[str, Score]  # what guessing reaches
     num_documents: int
     num_fewshot: int
-    depth: int | str | None  # loop steps, "adaptive", or None without recurrence
-    is_own_depth: bool  # the depth is the model's default
+    num_steps: int | str | None  # loop steps, "adaptive", or None without recurrence
+    is_own_depth: bool  # num_steps is the model's default
     is_plain: bool  # default depth, and the task's own shots or the command's
     mean_steps: float | None  # loop steps per answer
     num_samples: int  # answers that vote; 0: no vote
@@ -50,7 +50,8 @@ class Result:
     @property
     def steps(self) -> float | None:
         """Loop steps per answer: measured, else requested."""
-        return self.depth if self.mean_steps is None and isinstance(self.depth, int) else self.mean_steps
+        asked = self.num_steps if isinstance(self.num_steps, int) else None
+        return asked if self.mean_steps is None else self.mean_steps
 
     @property
     def vote(self) -> Score | None:
@@ -157,7 +158,7 @@ def newest_results(reports: Iterable[dict[str, Any]]) -> list[Result]:
     for report in reports:
         for result in read_results(report):
             if not result.task.startswith(THOUGHTS):
-                found[result.task, result.depth, result.num_fewshot, result.num_samples] = result
+                found[result.task, result.num_steps, result.num_fewshot, result.num_samples] = result
     return list(found.values())
 
 
@@ -183,8 +184,8 @@ def _config(report: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _read_result(report: dict[str, Any], name: str, group: str | None) -> Result:
     entry, config = report["results"][name], _config(report, name)
-    task, depth = config.get("task", name), entry.get("depth")
-    own = report["results"].get(task, {}).get("depth", report["config"].get("num_steps"))
+    task, num_steps = config.get("task", name), _num_steps(entry, None)
+    own = _num_steps(report["results"].get(task, {}), report["config"].get("num_steps"))
     metrics = {}
     for key, value in entry.items():
         metric, _, filter_name = key.partition(",")
@@ -202,12 +203,17 @@ def _read_result(report: dict[str, Any], name: str, group: str | None) -> Result
         baselines={kind: Score(**score) for kind, score in report["baselines"][name].items()},
         num_documents=report["n-samples"][name]["effective"],
         num_fewshot=report["n-shot"][name],
-        depth=depth,
-        is_own_depth=depth is None or depth == own,
+        num_steps=num_steps,
+        is_own_depth=num_steps is None or num_steps == own,
         is_plain=name == task,
         mean_steps=entry.get("mean_steps"),
         num_samples=config.get("num_samples", 0),
     )
+
+
+def _num_steps(entry: dict[str, Any], unknown: Any) -> Any:
+    """Loop steps of an entry of `results`, which older files call `depth`."""
+    return entry.get("num_steps", entry.get("depth", unknown))
 
 
 def read_json(path: Path) -> dict[str, Any]:

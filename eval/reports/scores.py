@@ -127,15 +127,19 @@ def by_depth(runs: Sequence[Run]) -> list[Block]:
     panels: Panels = {}
     rows = []
     for number, run in enumerate(runs):
-        for panel, results in _several(run.results, lambda r: r.depth):
+        for panel, results in _several(run.results, lambda r: r.num_steps):
             points = [
-                Point(r.steps, r.accuracy, r.depth == "adaptive") for r in results if r.steps and r.accuracy
+                Point(r.steps, r.accuracy, r.num_steps == "adaptive")
+                for r in results
+                if r.steps and r.accuracy
             ]
             _add(panels, panel, (number, run), points, results[0].baselines)
             for r in results:
                 own = " (own)" if r.is_own_depth else ""
                 measured = "–" if r.mean_steps is None else f"{r.mean_steps:.2f}"
-                rows.append((plain(panel), plain(run.name), f"{r.depth}{own}", measured, show(r.accuracy)))
+                rows.append(
+                    (plain(panel), plain(run.name), f"{r.num_steps}{own}", measured, show(r.accuracy))
+                )
     if not panels:
         return []
     order = [plain(panel) for panel in panels]
@@ -178,9 +182,9 @@ def votes_against_steps(runs: Sequence[Run]) -> list[Block]:
             votes = [Point(cost, result.vote)]
             _add(panels, panel, (number, run), votes, result.baselines, "majority vote", dashed=True)
             if f"{shortened(run.name)}, loop steps" not in panels[panel][0]:
-                others = {r.depth: r for r in run.results if _panel(r) == panel}.values()
+                others = {r.num_steps: r for r in run.results if _panel(r) == panel}.values()
                 deeper = [
-                    Point(_cost(run.model, r), r.accuracy, r.depth == "adaptive")
+                    Point(_cost(run.model, r), r.accuracy, r.num_steps == "adaptive")
                     for r in others
                     if r.accuracy
                 ]

@@ -33,7 +33,7 @@ class Measured:
     score: Score
     num_questions: int
     costs: dict[str, float]  # mean of each "metric,none" that is not an accuracy, and latencies
-    by_depth: dict[int, Score]  # serial depth of the question
+    by_depth: dict[int, Score]  # by problem depth
     guesses: Guesses
 
 
@@ -201,14 +201,14 @@ def methods_table(arms: Sequence[Arm]) -> TitledTable:
 
 
 def depth_table(arms: Sequence[Arm]) -> TitledTable:
-    """Accuracy by serial depth, and what guessing reaches."""
+    """Accuracy by problem depth, and what guessing reaches."""
     depths = sorted({depth for arm in arms for depth in arm.ways[arm.own][0].by_depth})
     if not depths:
         return TitledTable("", (), [])
     rows = [(arm.name, *(show(_at_depth(arm, depth)) for depth in depths)) for arm in arms]
     guesses = arms[0].ways[arms[0].own][0].guesses
     best = ", ".join(f"{kind} {score.value:.3f}" for kind, score in guesses.items())
-    return TitledTable(f"By serial depth (guessing: {best})", ("method", *map(str, depths)), rows)
+    return TitledTable(f"By problem depth (guessing: {best})", ("method", *map(str, depths)), rows)
 
 
 def _at_depth(arm: Arm, depth: int) -> Score | None:
@@ -251,12 +251,12 @@ def published_table(task: str) -> TitledTable:
 
 
 def figures(task: str, arms: Sequence[Arm]) -> dict[str, Figure]:
-    """By name: accuracy by serial depth, by forward passes, and by each setting varied at test time."""
+    """By name: accuracy by problem depth, by forward passes, and by each setting varied at test time."""
     guesses = arms[0].ways[arms[0].own][0].guesses
     n = f"{task}, n = {arms[0].ways[arms[0].own][0].num_questions}"
     found: dict[str, Figure] = {}
     for name, points, xlabel in (
-        ("depth", _depth_points, "serial depth of the question"),
+        ("depth", _depth_points, "problem depth"),
         ("passes", _cost_point, "forward passes per answer"),
         ("iterations", partial(_varied_points, varied="num_iterations"), "iterations at test time"),
         ("latents", partial(_varied_points, varied="num_latents"), "latents at test time"),

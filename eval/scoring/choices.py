@@ -18,7 +18,7 @@ def choice_result(
 ) -> TaskResult:
     """acc and acc_norm of `problems`, and what guessing reaches.
 
-    Chance is that of these problems; the majority is the share of the most common letter of the right answer
+    Chance is over these problems; the majority is the share of the most common letter of the right answer
     in all `documents` of the file.
     """
     scores = score_choices(scorer, problems)

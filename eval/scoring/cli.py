@@ -213,8 +213,8 @@ def _own_flags(task: EvaluationTask, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> dict[str, Any]:
-    """Of an evaluation's journal. Tasks and own flags are in it, so that other calls may use the folder at
-    the same time, as the jobs of a SLURM array do.
+    """What the journal of an evaluation must match to be resumed. Tasks and own flags are in it, so that
+    other calls may use the folder at the same time, as the jobs of a SLURM array do.
     """
     names = [[task.name, _own_flags(task, vars(args))] for task in tasks]
     command = [Path(sys.argv[0]).stem, *names]
@@ -246,14 +246,12 @@ def run_at_depths(
         for asked in wanted:
             if asked is not None:
                 scorer.set_depth(asked)
-            steps = scorer.num_steps or recurrence.num_steps
             for result in evaluation(scorer):
                 marks = [] if not looped or asked in (None, own) else [f"num_steps={asked}"]
                 if several_shots and result.num_fewshot != result.default_fewshot:
                     marks.append(f"shots={result.num_fewshot}")
                 setting = Setting(
                     (own if asked is None else asked) if looped else None,
-                    steps if looped else None,
                     "@" + ",".join(marks) if marks else "",
                 )
                 results.append(replace(result, setting=setting))

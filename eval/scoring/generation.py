@@ -10,8 +10,8 @@ from eval.scoring.core import Scorer
 from eval.scoring.results import taken
 from eval.scoring.task import Options
 
-# Of the samples that vote: self-consistency's own for language models (Wang et al. 2022, arXiv:2203.11171,
-# section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones are incoherent.
+# The samples that vote are drawn at self-consistency's temperature for language models (Wang et al. 2022,
+# arXiv:2203.11171, section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones are incoherent.
 TEMPERATURE = 0.7
 
 

@@ -163,7 +163,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 
 def is_hf_folder(folder: Path) -> bool:
-    """Whether the folder's config.json is of transformers; ours names no model_type."""
+    """Whether transformers wrote the folder's config.json; ours names no model_type."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):

@@ -110,7 +110,7 @@ class Engine:
     def __init__(self, model: ZeroModel, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.device = next(model.parameters()).device
-        self.places = model.config.positions_per_token
+        self.positions_per_token = model.config.positions_per_token
         self._variants: dict[str, ZeroModel] = {}  # by kind of halting
         self._prefix: tuple[tuple[list[int], Depth], LatentCache] | None = None
 
@@ -227,7 +227,7 @@ class Engine:
             return model(tokens, num_steps=num_steps, logits_to_keep=1)
         mask = None
         if any(held.padding):
-            width = held.cache.length // self.places + tokens.shape[1]
+            width = held.cache.length // self.positions_per_token + tokens.shape[1]
             padding = torch.tensor(held.padding, device=self.device)
             mask = torch.arange(width, device=self.device) >= padding[:, None]
         return model(tokens, attention_mask=mask, num_steps=num_steps, cache=held.cache, logits_to_keep=1)
@@ -278,7 +278,7 @@ class Engine:
 
     def _selected(self, held: Held, lines: Sequence[int], room: int) -> Held:
         """The rows that stay, without padding that no row needs."""
-        width = held.cache.length // self.places
+        width = held.cache.length // self.positions_per_token
         lengths = [width - held.padding[line] for line in lines]
         return self._gathered(held.cache, lines, [width] * len(lines), lengths, room)
 
@@ -286,18 +286,18 @@ class Engine:
         self, cache: LatentCache, rows: Sequence[int], ends: Sequence[int], lengths: Sequence[int], room: int
     ) -> Held:
         parts = torch.tensor([rows, ends, lengths], device=self.device)
-        parts[1:] *= self.places
+        parts[1:] *= self.positions_per_token
         sources, stops, widths = parts
         longest = max(lengths)
-        moved = cache.gathered(sources, stops, widths, room * self.places)
+        moved = cache.gathered(sources, stops, widths, room * self.positions_per_token)
         return Held(moved, [longest - length for length in lengths])
 
     def _steps(self, out: ModelOutput, lines: list[int], columns: list[int]) -> Tensor | None:
         """(N,) loop steps of the tokens at these rows and columns, on the CPU; the last pause predicts."""
         if out.num_iterations is None:
             return None
-        places = [(column + 1) * self.places - 1 for column in columns]
-        return out.num_iterations.float().mean(0)[lines, places].cpu()
+        positions = [(column + 1) * self.positions_per_token - 1 for column in columns]
+        return out.num_iterations.float().mean(0)[lines, positions].cpu()
 
     # ---- depth
 

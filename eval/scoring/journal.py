@@ -52,7 +52,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         for other in sorted(folder.glob(PATTERN)):
             if other != path:
-                print(f"{other} is of another checkpoint or command: not used, delete it if stale")
+                print(f"{other} belongs to another checkpoint or command: not used, delete it if stale")
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -23,8 +23,7 @@ TABLE_HEADER = ("task", "n", "shots", "filter", "metric", "value", "stderr", "to
 class Setting(NamedTuple):
     """Which point on the curves of one call a result is."""
 
-    depth: int | str | None = None  # loop steps: a number, "adaptive", or None for a model without recurrence
-    num_steps: int | None = None  # loop steps at most
+    num_steps: int | str | None = None  # loop steps: a number, "adaptive", or None without recurrence
     suffix: str = ""  # of the task's name, which distinguishes the results of one call
 
 
@@ -82,10 +81,12 @@ def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str
     A standard error that a single sample cannot have is "N/A", as in lm-eval. Beyond lm-eval:
         baselines       what guessing reaches, by task
         facts           by task, what is neither a score nor a setting: sizes, loop figures, timings, ...
-        results[task]   also `depth` (loop steps), `mean_steps` and `seconds_per_answer` (None: not known)
-        configs[task]   `task` (the name without the setting), `depth`, `num_steps`, `num_samples` voted over
+        results[task]   also `num_steps`, `mean_steps` and `seconds_per_answer` (None: not known)
+        configs[task]   `task` (the name without the setting), `num_steps`, `num_samples` voted over
                         (0: none), `num_truncated`, its data's sha256, and what the task adds
         config          `num_steps` of the checkpoint, `num_steps_tested` and the other flags
+
+    A task's `num_steps` is a number, "adaptive" (at most the checkpoint's) or None without recurrence.
     """
     return {
         "results": {result.name: _metrics(result) for result in results},
@@ -102,7 +103,6 @@ def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str
                 "num_samples": 0,
                 **result.config,
                 "task": result.task,
-                "depth": result.setting.depth,
                 "num_steps": result.setting.num_steps,
                 "num_fewshot": result.num_fewshot,
                 "num_truncated": result.num_truncated,
@@ -156,7 +156,7 @@ def _metrics(result: TaskResult) -> dict[str, Any]:
         entry[key] = score.value
         entry[f"{metric}_stderr,{filter_name}"] = "N/A" if score.stderr is None else score.stderr
     return entry | {
-        "depth": result.setting.depth,
+        "num_steps": result.setting.num_steps,
         "mean_steps": mean_score(result.steps).value if result.steps else None,
         "seconds_per_answer": None if result.seconds is None else result.seconds / result.num_samples,
     }

@@ -119,14 +119,14 @@ class Scorer:
         A number is what every token runs, at most if the model learned to halt. "adaptive" is the model's own
         halting, up to its configured number of steps; a model without stops where its prediction (block
         loops) or its state (others) no longer changes: halting.kind=threshold at its default limits.
-        Raises ValueError for anything else, and for a model without recurrence unless depth is 1.
+        Raises ValueError for anything else, and for a model without recurrence unless it is 1.
         """
         looped = self.model.config.recurrence.placement != "none"
         if depth not in (None, ADAPTIVE) and not (isinstance(depth, int) and depth >= 1):
-            raise ValueError(f"depth is {depth}: it must be at least 1, or {ADAPTIVE}")
+            raise ValueError(f"num_steps is {depth}: it must be at least 1, or {ADAPTIVE}")
         if not looped and depth not in (None, 1):
             raise ValueError(
-                f"depth is {depth}: a model without recurrence runs once, leave depth out or at 1"
+                f"num_steps is {depth}: a model without recurrence runs once, leave it out or at 1"
             )
         self.depth = depth
 

@@ -127,14 +127,14 @@ def try_way(scorer: Scorer, data: QuestionSet, way: Way, seed: int) -> None:
 
 
 def _num_latent_tokens(model: ZeroModel, way: Way) -> int:
-    """Of latents and <eot>, between question and answer."""
+    """How many latents and <eot> lie between question and answer."""
     if way.mode != "thoughts":
         return 0
     return 1 + (way.num_latents or model.config.latent_cot.num_latents)
 
 
 def _longest_answer(tokenizer: Tokenizer, data: QuestionSet, mode: str) -> int:
-    """Of the references, with some to spare for a model that writes the same in other pieces."""
+    """The longest reference in tokens, plus SPARE_TOKENS for a model that writes the same in other pieces."""
     longest = 0
     for question in data.questions:
         if mode == "cot" and question.reference is None:

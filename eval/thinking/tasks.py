@@ -10,7 +10,7 @@ from data_pipeline.sources.problems import read_gsm8k
 from data_pipeline.sources.traced import read_icot, read_prosqa
 from data_pipeline.tasks.registry import TASKS as SYNTHETIC_TASKS
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from eval.scoring.task import find_data
+from eval.scoring.task import find_data, first
 
 # Synthetic tasks with a chain of thought, whose questions are generated.
 GENERATED = tuple(name for name, task in SYNTHETIC_TASKS.items() if task.traced and task.evaluation)
@@ -100,7 +100,5 @@ def published_questions(task: str, data: Path, limit: int | None) -> QuestionSet
     published = _PUBLISHED[task]
     path = find_data(data, published.file)
     problems = list(published.read(path))
-    if not problems:
-        raise ValueError(f"{path} holds no problems: get the published file again")
-    questions = [Question(p.id, p.prompt, p.target.strip()) for p in problems[:limit]]
+    questions = [Question(p.id, p.prompt, p.target.strip()) for p in first(problems, limit, path)]
     return QuestionSet(questions, len(problems), published.chance, {}, [path])

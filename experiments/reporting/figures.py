@@ -168,7 +168,7 @@ def _flops(record: Record) -> float:
 
 
 def depth_figure(panels: Mapping[Setting, Groups]) -> Figure:
-    """Accuracy by serial depth; depths beyond those trained on are shaded."""
+    """Accuracy by problem depth; depths beyond those trained on are shaded."""
 
     def draw(axis: Axes, i: int) -> None:
         """Panel i: one line per group, and a dotted one at twice the trained steps for loops."""
@@ -190,7 +190,7 @@ def depth_figure(panels: Mapping[Setting, Groups]) -> Figure:
             axis.axvspan(trained + 0.5, depths[-1] + 0.5, color="#edf2f7", zorder=0, label=BEYOND)
         _guess(axis, everyone)
         _accuracies(axis)
-        axis.set(xlabel="serial depth of the problem", xlim=(depths[0] - 0.5, depths[-1] + 0.5))
+        axis.set(xlabel="problem depth", xlim=(depths[0] - 0.5, depths[-1] + 0.5))
         axis.set_xticks(depths if len(depths) <= 12 else depths[::2])
 
     return _panels([str(setting) for setting in panels], draw, 4.2)
@@ -289,7 +289,7 @@ NEAR = 0.02  # how far below a depth's best accuracy is near enough
 
 
 def steps_figure(panels: Mapping[Setting, Groups]) -> Figure:
-    """Against serial depth, the fewest steps tested whose accuracy is within NEAR of that depth's best."""
+    """Against problem depth, the fewest steps tested whose accuracy is within NEAR of that depth's best."""
 
     def draw(axis: Axes, i: int) -> None:
         """Panel i: one line per group, and the mean steps that learned halting spends."""
@@ -312,7 +312,7 @@ def steps_figure(panels: Mapping[Setting, Groups]) -> Figure:
         _side_by_side(axis, [0.0] * len(axis.containers))
         if trained is not None:
             axis.axvspan(trained + 0.5, depths[-1] + 0.5, color="#edf2f7", zorder=0, label=BEYOND)
-        axis.set(xlabel="serial depth of the problem", ylabel=f"steps to come within {NEAR} of the best")
+        axis.set(xlabel="problem depth", ylabel=f"steps to come within {NEAR} of the best")
         axis.set(ylim=(0, None), xlim=(depths[0] - 0.5, depths[-1] + 0.5))
 
     return _panels([str(setting) for setting in panels], draw, 4.0)

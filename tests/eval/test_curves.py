@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_depths_and_shots_in_one_results_file(checkpoint, data, tmp_path, run_script, capsys):
-    """Each equals a call of its own; every setting is told without its name."""
+    """Each equals a call of its own; every setting is recorded next to its name."""
     common = (
         "run.py",
         "--checkpoint",
@@ -68,19 +68,18 @@ def test_depths_and_shots_in_one_results_file(checkpoint, data, tmp_path, run_sc
     ) for suffix in suffixes]  # fmt: skip
     assert list(results["results"]) == names
     found = [
-        tuple(results["configs"][name][key] for key in ("task", "depth", "num_steps", "num_fewshot"))
-        for name in names
+        tuple(results["configs"][name][key] for key in ("task", "num_steps", "num_fewshot")) for name in names
     ]
     assert found == [
-        (task, depth, steps, shots)
+        (task, num_steps, shots)
         for task in ("arc_easy", "gsm8k") for shots in (0, 1)
-        for depth, steps in ((1, 1), (2, 2), ("adaptive", 2))
+        for num_steps in (1, 2, "adaptive")
     ]  # fmt: skip
     for name in names:
         entry = results["results"][name]
-        depth = results["configs"][name]["depth"]
-        assert entry["depth"] == depth
-        assert entry["mean_steps"] == depth if depth != "adaptive" else 1 <= entry["mean_steps"] <= 2
+        num_steps = results["configs"][name]["num_steps"]
+        assert entry["num_steps"] == num_steps
+        assert entry["mean_steps"] == num_steps if num_steps != "adaptive" else 1 <= entry["mean_steps"] <= 2
         assert entry["seconds_per_answer"] > 0
         assert f"| {name} " in printed
     run_script(
@@ -110,13 +109,11 @@ def test_model_without_recurrence_runs_once(tmp_path, checkpoint, data, run_scri
     results = results_of(tmp_path / "out")
     assert list(results["results"]) == ["arc_easy"]
     assert results["results"]["arc_easy"]["mean_steps"] is None
-    assert (results["results"]["arc_easy"]["depth"], results["configs"]["arc_easy"]["num_steps"]) == (
-        None,
-        None,
-    )
+    for table in ("results", "configs"):
+        assert results[table]["arc_easy"]["num_steps"] is None
     with pytest.raises(SystemExit) as exit_:
         run_script(*common, "--num_steps", "1,4")
-    assert_error_line(exit_.value, capsys, "depth is 4: a model without recurrence")
+    assert_error_line(exit_.value, capsys, "num_steps is 4: a model without recurrence")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +259,7 @@ def test_interrupted_evaluation_goes_on(checkpoint, data, tmp_path, run_script, 
 
 
 def test_majority_baselines(checkpoint, data, tmp_path, run_script):
-    """Of the whole file, also under --limit: ARC's letters A, B, A; GSM8K's numbers 0, 1, 2, 2."""
+    """Counted over the whole file, also under --limit: ARC's letters A, B, A; GSM8K's numbers 0, 1, 2, 2."""
     run_script(
         "run.py", "--checkpoint", checkpoint, "--data", data, "--tasks", "arc_easy,gsm8k", "--limit", 1,
         "--num_fewshot", 0, "--max_new_tokens", 1, "--output_path", tmp_path,

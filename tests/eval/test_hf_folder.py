@@ -131,7 +131,7 @@ def test_tasks_over_a_hugging_face_folder(hf_folder, data_root, tmp_path, run_sc
     assert results["config"]["model"] == "hf"
     with_bos = network_of(hf_folder)[1].bos_token is not None
     assert results["config"]["bos_policy"].startswith("one bos" if with_bos else "none")
-    assert results["results"]["arc_easy"]["depth"] is None
+    assert results["results"]["arc_easy"]["num_steps"] is None
     assert "exact_match,maj@2" in results["results"]["gsm8k"]
     assert len(samples_of(tmp_path, "causal_loop")) == 4
     assert 1 < results["results"]["perplexity"]["bits_per_byte,none"] < 100

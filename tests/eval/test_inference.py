@@ -105,7 +105,7 @@ def test_what_is_shared_changes_nothing_in_any_loop(make, name):
 
 
 def tokens_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, tokens a row) of every pass from now on."""
+    """(rows, tokens per row) of every pass from now on."""
     passes: list[tuple[int, int]] = []
     forward = ZeroModel.forward
 
@@ -133,7 +133,7 @@ def test_shared_tokens_are_read_once(make, monkeypatch):
     assert passes == expected  # the prefix is still held
     passes.clear()
     scorer.generate(PROMPTS, 1)
-    assert passes == [(4, longest + 1)]  # of six prompts two stand there twice
+    assert passes == [(4, longest + 1)]  # of six prompts two occur twice
 
 
 @pytest.mark.parametrize("name", ["memory", "virtual", *(n for n in EVERY if n.endswith("fixed-token-ema"))])
@@ -259,10 +259,10 @@ def test_an_impossible_depth_is_refused(make):
     plain.generate(PROMPTS, 2)
     assert plain.take_steps() == []
     for depth in (2, ADAPTIVE):
-        with pytest.raises(ValueError, match=f"depth is {depth}: a model without recurrence"):
+        with pytest.raises(ValueError, match=f"num_steps is {depth}: a model without recurrence"):
             plain.set_depth(depth)
     for depth in (0, "deep"):
-        with pytest.raises(ValueError, match=f"depth is {depth}: it must be at least 1, or adaptive"):
+        with pytest.raises(ValueError, match=f"num_steps is {depth}: it must be at least 1, or adaptive"):
             looped.set_depth(depth)
 
 

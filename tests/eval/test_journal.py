@@ -93,7 +93,7 @@ def test_another_fingerprint_and_another_process_are_kept_out(checkpoint, tmp_pa
     assert capsys.readouterr().out == ""
     second = Journal.open(tmp_path / "new", {"model.safetensors": "b"})
     assert second.get("key") is None
-    assert capsys.readouterr().out.startswith(f"{first.path} is of another checkpoint or command")
+    assert capsys.readouterr().out.startswith(f"{first.path} belongs to another checkpoint or command")
     second.close(finished=True)
     first.close(finished=False)
     again = Journal.open(tmp_path / "new", {"model.safetensors": "a"})

@@ -6,6 +6,7 @@ import pytest
 
 from data_pipeline.tasks.registry import TASKS
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
+from eval.looping.answers import EVALUATION_TASKS
 from eval.looping.tasks import TASKS as LABELLED
 from eval.looping.tasks import chance, task_options
 from eval.run import TASKS as RUNNABLE
@@ -15,26 +16,38 @@ from model import ZeroModel
 from .conftest import tiny_config
 from .test_scripts import results_of, samples_of
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+=^?:"
-
 
 @pytest.fixture(scope="module")
 def spelling(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose tokenizer has a piece for every character."""
+    """A checkpoint whose tokenizer has a piece for every character of the tasks."""
     folder = tmp_path_factory.mktemp("spelling") / "export"
     folder.mkdir()
+    documents = [
+        item.document for task in LABELLED.values() for item in task.generate(200, 0, **task.options).items
+    ]
+    texts = [document.text + "".join(label for _, label in document.labels) for document in documents]
+    characters = "".join(sorted(set("".join("".join(texts).split()))))
     (folder / "tokenizer.model").write_bytes(
-        train_tokenizer([CHARACTERS] * 20, 260 + len(CHARACTERS), model_type="bpe")
+        train_tokenizer([characters] * 20, 260 + len(characters), model_type="bpe")
     )
     vocab_size = Tokenizer(folder / "tokenizer.model").vocab_size
     ZeroModel(tiny_config(vocab_size, 256)).save_pretrained(folder)
     return folder
 
 
+def problem_depths(name: str, seed: int) -> list[int | None]:
+    """The depth of each of the 24 test samples that the tests ask for."""
+    record = TASKS[name]
+    assert record.evaluation is not None
+    options = record.test_options(**LABELLED[name].options)
+    return [record.evaluation.depth(sample) for sample in record.test_samples(24, seed, options)]
+
+
 def test_tables_derive_from_the_records():
     assert set(LABELLED) == {name for name, task in TASKS.items() if task.labelled}
     assert set(LABELLED) <= set(RUNNABLE)
-    assert GENERATED == ("causal_loop_v2",)
+    assert set(GENERATED) == {name for name, task in TASKS.items() if task.traced and task.evaluation}
+    assert RUNNABLE["p_hop"] is EVALUATION_TASKS["p_hop"]  # its script exports the same record
     for name, task in LABELLED.items():
         assert all(isinstance(value, int) for value in task.options.values())
         assert task_options(name, "") == task.options
@@ -57,14 +70,15 @@ def test_run_scores_the_answers(name, spelling, tmp_path, run_script):
     baselines = results["baselines"][name]
     assert baselines["chance"]["value"] == chance(name, LABELLED[name].options)
     assert set(baselines) == {"chance", "majority", *data.guesses}
-    depths = {item.problem_depth for item in data.items} - {None}
+    each = problem_depths(name, 3)
+    assert [line["problem_depth"] for line in lines] == each
+    depths = set(each) - {None}
     parts = {f"{name}_problem_depth{depth}" for depth in depths}
     assert set(results["results"]) == {name, *parts}
     for depth in depths:
-        chosen = [i for i, item in enumerate(data.items) if item.problem_depth == depth]
+        chosen = [i for i, own in enumerate(each) if own == depth]
         score = results["results"][f"{name}_problem_depth{depth}"]["acc,none"]
         assert score == pytest.approx(sum(right[i] for i in chosen) / len(chosen))
-    assert (len(depths) > 1) == (name in ("causal_loop_v2", "modular_exponent"))
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -75,10 +89,8 @@ def test_reasoning_measures_every_depth(name, spelling, tmp_path, run_script):
     )  # fmt: skip
     results = results_of(tmp_path)["results"]
     task = f"reasoning_{name}"
-    assert {"acc,steps=1", "acc,steps=2"} <= set(results[task])
-    depths = {
-        item.problem_depth for item in LABELLED[name].generate(24, 0, **LABELLED[name].options).items
-    } - {None}
+    assert {"acc,num_steps=1", "acc,num_steps=2"} <= set(results[task])
+    depths = set(problem_depths(name, 1234)) - {None}
     assert set(results) == {task, f"{task}_labels", *(f"{task}_problem_depth{depth}" for depth in depths)}
 
 

@@ -23,7 +23,14 @@ OWN_DEPTH = 2  # of the tiny model
 
 def entry(task: str, accuracy: float, n: int = 100, **more: object) -> dict:
     """What `results_file` takes: one task at one setting."""
-    return {"task": task, "metrics": {"acc,none": accuracy}, "n": n, "depth": OWN_DEPTH, "shots": 0, **more}
+    return {
+        "task": task,
+        "metrics": {"acc,none": accuracy},
+        "n": n,
+        "num_steps": OWN_DEPTH,
+        "shots": 0,
+        **more,
+    }
 
 
 def results_file(entries: list[dict]) -> dict:
@@ -40,7 +47,7 @@ def results_file(entries: list[dict]) -> dict:
             metric, filter_name = key.split(",")
             spread = math.sqrt(value * (1 - value) / (e["n"] - 1)) if e["n"] > 1 and value <= 1 else "N/A"
             result |= {key: value, f"{metric}_stderr,{filter_name}": spread}
-        result |= {"depth": e["depth"], "mean_steps": e.get("mean_steps"), "seconds_per_answer": 0.1}
+        result |= {"num_steps": e["num_steps"], "mean_steps": e.get("mean_steps"), "seconds_per_answer": 0.1}
         put("results", name, result)
         put("configs", name, {"task": e["task"], "num_steps": 2, "num_samples": e.get("samples", 0)})
         put("group_subtasks", name, [part + e.get("suffix", "") for part in e.get("parts", ())])
@@ -71,9 +78,9 @@ def run(checkpoint: Path, tmp_path: Path) -> Path:
     write_metrics(folder, lines)
     files = [
         [
-            entry("arc_easy", 0.31, suffix="@num_steps=1", depth=1, mean_steps=1.0),
+            entry("arc_easy", 0.31, suffix="@num_steps=1", num_steps=1, mean_steps=1.0),
             entry("arc_easy", 0.42, mean_steps=2.0),
-            entry("arc_easy", 0.37, suffix="@num_steps=adaptive", depth="adaptive", mean_steps=1.5),
+            entry("arc_easy", 0.37, suffix="@num_steps=adaptive", num_steps="adaptive", mean_steps=1.5),
             *babi([0.97] * 15 + [0.5] * 5),
         ],
         [entry("logiqa", 0.20 + k / 100, suffix=f"@shots={k}" if k else "", shots=k) for k in (0, 2, 8)],
@@ -89,7 +96,7 @@ def run(checkpoint: Path, tmp_path: Path) -> Path:
             ]
             for k in (4, 16)
         ),
-        [entry("gsm8k", 0.05, suffix="@num_steps=8", depth=8, mean_steps=8.0, shots=5)],
+        [entry("gsm8k", 0.05, suffix="@num_steps=8", num_steps=8, mean_steps=8.0, shots=5)],
         [
             entry(
                 "perplexity",
@@ -110,10 +117,10 @@ def other(tmp_path: Path) -> Path:
     """A results file without a run folder, of an older version that has no depths."""
     folder = tmp_path / "runs" / "dense" / "eval"
     folder.mkdir(parents=True)
-    old = results_file([entry("arc_easy", 0.33, n=50, depth=None)])
+    old = results_file([entry("arc_easy", 0.33, n=50, num_steps=None)])
     old["configs"] = {"arc_easy": {"num_fewshot": 0}}
     old["config"] = {"num_steps": 1}
-    for key in ("depth", "mean_steps", "seconds_per_answer"):
+    for key in ("num_steps", "mean_steps", "seconds_per_answer"):
         del old["results"]["arc_easy"][key]
     (folder / "results_1.json").write_text(json.dumps(old))
     return folder / "results_1.json"
@@ -230,7 +237,7 @@ def test_votes_and_depth_are_compared_at_equal_flops(run, drawn):
 
 def test_the_newest_of_equal_settings_counts(run):
     def accuracy() -> list[float]:
-        found = [r for r in read(run).results if (r.task, r.depth) == ("arc_easy", OWN_DEPTH)]
+        found = [r for r in read(run).results if (r.task, r.num_steps) == ("arc_easy", OWN_DEPTH)]
         return [r.accuracy.value for r in found if r.accuracy is not None]
 
     assert accuracy() == [0.42]
@@ -240,10 +247,19 @@ def test_the_newest_of_equal_settings_counts(run):
 
 
 def test_depths_asked_for_without_the_own_one_are_told_apart_from_it():
-    report_ = results_file([entry("arc_easy", 0.4, suffix="@num_steps=4", depth=4), entry("babi", 0.5)])
+    report_ = results_file([entry("arc_easy", 0.4, suffix="@num_steps=4", num_steps=4), entry("babi", 0.5)])
     results: dict[str, Result] = {result.task: result for result in read_results(report_)}
     assert (results["arc_easy"].is_own_depth, results["arc_easy"].is_plain) == (False, False)
     assert (results["babi"].is_own_depth, results["babi"].is_plain) == (True, True)
+
+
+def test_older_files_call_loop_steps_depth():
+    new = results_file([entry("arc_easy", 0.4), entry("arc_easy", 0.3, suffix="@num_steps=4", num_steps=4)])
+    old = json.loads(json.dumps(new))
+    for result in old["results"].values():
+        result["depth"] = result.pop("num_steps")
+    assert [result.num_steps for result in read_results(old)] == [OWN_DEPTH, 4]
+    assert read_results(old) == read_results(new)
 
 
 def test_a_babi_task_with_five_percent_of_errors_does_not_count_as_failed():

@@ -12,8 +12,7 @@ import yaml
 from torch import Tensor
 
 from experiments.group_files import FILES, file_text
-from model import ModelConfig, ZeroModel
-from model import dense_twin as match_command
+from model import ModelConfig, ZeroModel, dense_twin
 from model.counts import flops_per_token
 from pretrain.config import load_run_config
 from pretrain.main import _parse, _write_run_folder
@@ -152,7 +151,7 @@ def test_dense_twins_are_what_the_match_command_prints(by, capsys, monkeypatch):
     like = str(GROUPS["c_lru_fixed"].relative_to(ROOT))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["model.config", "match", "--like", like, "--by", by])
-    match_command.main()
+    dense_twin.main()
     printed, stored = (
         yaml.safe_load(t) for t in (capsys.readouterr().out, GROUPS[f"dense_{by}"].read_text())
     )
