@@ -216,8 +216,12 @@ def as_arguments(training: Any, data: Any) -> dict[str, list[str]]:
             pairs = (override.split("=", 1) for override in overrides)
             overrides = {key: OmegaConf.from_dotlist([f"value={text}"])["value"] for key, text in pairs}
         plain: Any = OmegaConf.to_container(OmegaConf.create([*overrides.values()]))
-        texts = (value if isinstance(value, str) else json.dumps(value) for value in plain)
-        return [f"{key}={text}" for key, text in zip(overrides, texts, strict=True)]
+        return [f"{key}={text(value)}" for key, value in zip(overrides, plain, strict=True)]
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{','.join(map(text, value))}]"
+        return value if isinstance(value, str) else json.dumps(value)
 
     if isinstance(training, list):
         return {"training": [*training[:4], *options(training[4:])], "data": options(data)}
