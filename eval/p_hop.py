@@ -7,13 +7,10 @@ scores the answer, the label of the last position: whether it is the most likely
 chance, the most common answer, and too few hops. `eval/run.py --tasks p_hop` is the same.
 """
 
-from functools import partial
-
-from eval.looping.answers import load
+from eval.looping.answers import LABELLED
 from eval.scoring.cli import main
-from eval.scoring.task import EvaluationTask
 
-TASK = EvaluationTask("p_hop", partial(load, task="p_hop"))
+TASK = LABELLED["p_hop"]
 
 if __name__ == "__main__":
     main(TASK, __doc__)

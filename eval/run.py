@@ -16,8 +16,7 @@ from pathlib import Path
 
 from common.errors import user_errors
 from common.nearest import nearest
-from eval.looping.answers import load as load_answers
-from eval.looping.tasks import TASKS as LABELLED
+from eval.looping.answers import LABELLED
 from eval.scoring.cli import USER_ERRORS, evaluate, make_parser
 from eval.scoring.task import EvaluationTask
 
@@ -27,7 +26,7 @@ OTHERS = {"__init__", "run", "report", "lm_eval_adapter", "reasoning", "thoughts
 
 def find_tasks() -> dict[str, EvaluationTask]:
     """By name: the labelled synthetic tasks, what the other scripts here export as TASK, and its parts."""
-    found = {name: EvaluationTask(name, partial(load_answers, task=name)) for name in LABELLED}
+    found = dict(LABELLED)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         if path.stem in OTHERS:
             continue

@@ -1,13 +1,14 @@
 """Scores the answers to a synthetic task with labels, for eval/run.py."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from eval.looping.measures import encode_rows
 from eval.looping.tasks import TASKS, chance
 from eval.scoring.core import Score, Scorer, mean_score
 from eval.scoring.results import TaskResult, majority, taken
-from eval.scoring.task import Evaluation, Options
+from eval.scoring.task import Evaluation, EvaluationTask, Options
 
 NUM_SAMPLES = 500
 
@@ -71,3 +72,6 @@ def load(options: Options, task: str) -> Evaluation:
         return [result(range(len(rows)), samples=samples, subtasks=names, **counted), *parts]
 
     return evaluation
+
+
+LABELLED = {name: EvaluationTask(name, partial(load, task=name)) for name in TASKS}

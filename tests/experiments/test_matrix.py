@@ -18,7 +18,7 @@ from experiments.run import choose_rates, jobs_of, select, write_rates
 from experiments.settings import cell_settings
 from experiments.tasks import read_tasks
 from model import ModelConfig
-from pretrain.config import load_run_config
+from pretrain.run_config import load_run_config
 
 from ..conftest import ROOT
 
