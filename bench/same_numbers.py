@@ -211,7 +211,7 @@ def record_groups(side: Side) -> dict[str, Any]:
 
 
 def record_settings(side: Side) -> dict[str, Any]:
-    """A cell writes its settings before its data are built, which the file `data` makes impossible."""
+    """A cell stores its settings before its data are built, which the file `data` makes impossible."""
 
     def settings(matrix: str) -> dict[str, Any]:
         out = side.work / "settings" / matrix
@@ -225,11 +225,33 @@ def record_settings(side: Side) -> dict[str, Any]:
             raise RecordError(f"no cell of {matrix}.yaml of {side.checkout} noted a settings.json")
         # Not `evaluations`: paths and flags of scripts, whose answers `prompts` compares.
         return {
-            str(path.parent.relative_to(out / "cells")): {key: told[key] for key in ("training", "data")}
+            str(path.parent.relative_to(out / "cells")): as_arguments(told["training"], told["data"])
             for path, told in found.items()
         }
 
     return in_parallel(settings, MATRICES)
+
+
+def as_arguments(training: Any, data: Any) -> dict[str, list[str]]:
+    """The same lists from settings.json as arguments and, in later checkouts, as mappings; no key twice."""
+
+    def options(overrides: Any) -> list[str]:
+        if isinstance(overrides, list):
+            pairs = (override.split("=", 1) for override in overrides)
+            overrides = {key: OmegaConf.from_dotlist([f"value={text}"])["value"] for key, text in pairs}
+        plain: Any = OmegaConf.to_container(OmegaConf.create([*overrides.values()]))
+        return [f"{key}={text(value)}" for key, value in zip(overrides, plain, strict=True)]
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return f"[{','.join(map(text, value))}]"
+        return value if isinstance(value, str) else json.dumps(value)
+
+    if isinstance(training, list):
+        return {"training": [*training[:4], *options(training[4:])], "data": options(data)}
+    files = [f"ds_configs/{training['ds_config']}.json", f"experiments/{training['base']}.yaml"]
+    flags = ["--ds_config", files[0], "--config", files[1]]
+    return {"training": [*flags, *options(training["overrides"])], "data": options(data["overrides"])}
 
 
 def record_cells(side: Side) -> dict[str, Any]:

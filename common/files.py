@@ -26,7 +26,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: Path, values: Any, indent: int = 1) -> None:
     """Write JSON that is whole or absent; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
+    write_file(path, (json.dumps(values, indent=indent) + "\n").encode())

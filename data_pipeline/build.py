@@ -175,7 +175,7 @@ def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
 
 
 def _sha256(path: Path | None) -> str | None:
-    """Of a unit's file; None for a generator, which the recipe describes completely."""
+    """Digest of a unit's file; None for a generator, which the recipe describes completely."""
     if path is None:
         return None
     with path.open("rb") as file:

@@ -7,7 +7,7 @@ from typing import Any
 from experiments.jobs import DATA, ROOT, Data, Job, cell_folder
 from experiments.matrix import BASE, Matrix, PlannedCell
 from experiments.record import make_record
-from experiments.settings import Settings, evaluation_settings
+from experiments.settings import DS_CONFIG, Settings, cell_settings, evaluation_settings
 
 
 def job_of(plan: PlannedCell, matrix: Matrix) -> Job:
@@ -20,6 +20,7 @@ def job_of(plan: PlannedCell, matrix: Matrix) -> Job:
         data=Data(plan.data_name, plan.task.recipe, plan.data),
         evaluations=evaluations(plan, evaluate=not matrix.is_sweep),
         record=lambda folder: make_record(plan, matrix, folder),
+        settings=cell_settings(plan, evaluate=not matrix.is_sweep),
     )
 
 
@@ -30,25 +31,25 @@ def folder_of(plan: PlannedCell, out: Path) -> Path:
 def training(plan: PlannedCell) -> list[str]:
     """Arguments of the training script, except data.path and output_dir."""
     base = str(BASE.relative_to(ROOT))
-    return ["--ds_config", "ds_configs/zero1.json", "--config", base, *plan.overrides]
+    return ["--ds_config", DS_CONFIG, "--config", base, *plan.overrides]
 
 
 def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
     """By name: script and flags of each evaluation, except checkpoint and output."""
-    told = evaluation_settings(plan) if evaluate else {}
-    return {name: evaluation_command(entry) for name, entry in told.items()}
+    settings = evaluation_settings(plan) if evaluate else {}
+    return {name: evaluation_command(entry) for name, entry in settings.items()}
 
 
-def evaluation_command(told: Settings) -> list[str]:
+def evaluation_command(settings: Settings) -> list[str]:
     """The script and flags of one evaluation, as experiments/settings.py describes it."""
     script = {
         "reasoning": ["eval/reasoning.py", "--log_samples"],
         "thoughts": ["eval/thoughts.py", "--log_samples"],
         "perplexity": ["eval/perplexity.py", "--data", DATA],
         "few_shot": ["eval/run.py"],
-    }[told["kind"]]
-    names = {"task": "tasks"} if told["kind"] == "few_shot" else {}
-    flags = [(f"--{names.get(key, key)}", _flag(value)) for key, value in told.items() if key != "kind"]
+    }[settings["kind"]]
+    names = {"task": "tasks"} if settings["kind"] == "few_shot" else {}
+    flags = [(f"--{names.get(key, key)}", _flag(value)) for key, value in settings.items() if key != "kind"]
     return [*script, *chain.from_iterable(flags)]
 
 

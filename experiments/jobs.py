@@ -18,7 +18,7 @@ from common.files import write_json
 from experiments.record import FAILED, RECORD
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = "settings.json"  # of a cell's folder: the arguments it was run with
+SETTINGS = "settings.json"  # of a cell's folder: what it was run with
 DATA = "DATA"  # stands for the data folder among the flags of an evaluation
 
 
@@ -44,6 +44,7 @@ class Job:
     results: str = "eval/{name}"  # folder of an evaluation's results, below the cell's
     teacher: str | None = None  # the job whose export this one starts from
     record: Callable[[Path], dict[str, Any]] | None = None  # from the cell's folder; None: no record
+    settings: dict[str, Any] | None = None  # which a resumed cell must equal; None: the arguments above
 
 
 def cell_folder(name: str, out: Path) -> Path:
@@ -57,7 +58,7 @@ def run_job(job: Job, out: Path) -> None:
         ValueError: a step failed; the line names its log and is kept in `failed.json`.
     """
     folder = cell_folder(job.name, out)
-    settings = {
+    settings = job.settings or {
         "training": list(job.training),
         "data": list(job.data.overrides),
         "evaluations": job.evaluations,
@@ -158,22 +159,26 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for key, now in settings.items():
         before = stored.get(key)
         if before != now:
-            before, now = _difference(before, now)
+            name, before, now = _difference(key, before, now)
             raise ValueError(
-                f"{path.parent} was made with {key} {before}, but {now} is asked for; give another --out or "
+                f"{path.parent} was made with {name} {before}, but {now} is asked for; give another --out or "
                 "move it away"
             )
     if not path.is_file():
         write_json(path, settings)
 
 
-def _difference(before: Any, now: Any) -> tuple[Any, Any]:
-    """The first pair of items in which two lists differ; otherwise the values themselves."""
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two settings differ: its name, with all keys down to it, and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if before.get(key) != now.get(key):
+                return _difference(f"{name} {key}", before.get(key), now.get(key))
     if isinstance(before, list) and isinstance(now, list):
         for a, b in zip(before, now, strict=False):
             if a != b:
-                return a, b
-    return before, now
+                return name, a, b
+    return name, before, now
 
 
 def run_all(

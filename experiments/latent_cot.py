@@ -26,6 +26,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
 from distill.methods import METHODS
 from experiments.jobs import Data, Job
+from experiments.settings import DS_CONFIG
 from experiments.tasks import HERE, read_yaml
 
 TASKS = HERE / "latent_cot.yaml"
@@ -116,7 +117,7 @@ class LatentCotMatrix:
         is_teacher, steps = cell.method == TEACHER, self.steps(cell)
         method = "cot" if is_teacher else cell.method
         return [
-            *("--ds_config", "ds_configs/zero1.json", "--config", self.task.config),
+            *("--ds_config", DS_CONFIG, "--config", self.task.config),
             *([] if is_teacher else ["optimizer.lr=1e-3"]),
             *(f"max_steps={steps}", f"save_every={steps}", f"seed={cell.seed}"),
             f"model.distillation.method={method}",

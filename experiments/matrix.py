@@ -16,7 +16,8 @@ from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, merged, un
 from experiments.matrix_file import Cell, MatrixFile, cells_of
 from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
 from model import ModelConfig
-from pretrain.config import RunConfig, load_run_config
+from pretrain.config import RunConfig
+from pretrain.run_config import load_run_config
 
 BASE = HERE / "base.yaml"
 

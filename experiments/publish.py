@@ -44,6 +44,11 @@ def publish(runs: Path, out: Path) -> dict[Path, int]:
             write_records(target, matrix, [records[cell] for cell in matrix["cells"] if cell in records])
             written[target] = len(new)
     if not written:
+        if (runs / "results.json").is_file():
+            raise ValueError(
+                f"--runs {runs} is a latent_cot matrix, whose results are in results.json and table.md; only "
+                "matrices of groups write records to publish"
+            )
         raise ValueError(f"--runs {runs} holds no finished cell; give the --out of experiments/run.py")
     return written
 

@@ -65,7 +65,7 @@ def make_record(plan: PlannedCell, matrix: Matrix, folder: Path) -> dict[str, An
         "examples": plan.task.examples,
         "learning_rate": cell.learning_rate,
         "device": json.loads((folder / "environment.json").read_text())["device"],
-        **_sizes(plan, folder),
+        **_sizes(plan),
         **_training(plan, folder),
         "trained_depth": plan.task.trained_depth,
     }
@@ -80,7 +80,7 @@ def _trained(model: ModelConfig) -> int:
     return model.recurrence.num_steps if model.recurrence.placement != "none" else 1
 
 
-def _sizes(plan: PlannedCell, folder: Path) -> dict[str, Any]:
+def _sizes(plan: PlannedCell) -> dict[str, Any]:
     model, length = plan.model, plan.task.sequence_length
     trained = _trained(model)
     looped = model.recurrence.placement != "none"

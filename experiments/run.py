@@ -47,7 +47,7 @@ HEAD = (
 
 
 def choose_rates(plans: Sequence[PlannedCell], out: Path) -> dict[str, dict[str, float]]:
-    """Of every group whose cells are all done, the rate of the lowest validation loss (mean over seeds)."""
+    """The rate of the lowest validation loss (mean over seeds), for every group whose cells are all done."""
     losses: dict[tuple[str, str], dict[float, list[float | None]]] = {}
     for plan in plans:
         cell, path = plan.cell, folder_of(plan, out) / RECORD

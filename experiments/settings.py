@@ -1,4 +1,4 @@
-"""What a cell is told, as tasks and options: the part of its record that no renamed script or flag breaks.
+"""The settings of a cell, as tasks and options: the part of its record that no renamed script or flag breaks.
 
 training      base: a file of experiments/, ds_config: one of ds_configs/, overrides: {key: value} over base
 data          recipe: a file of data_pipeline/recipes/, overrides: {key: value} over it
@@ -12,6 +12,7 @@ Where two overrides name the same key, the later one counts.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,16 +20,16 @@ from omegaconf import OmegaConf
 from experiments.groups import GROUPS
 from experiments.matrix import BASE, PlannedCell
 
-DS_CONFIG = "zero1"
+DS_CONFIG = "ds_configs/zero1.json"
 Settings = dict[str, Any]
 
 
 def cell_settings(plan: PlannedCell, evaluate: bool) -> Settings:
-    """All that a cell is told; a sweep's cells are not evaluated."""
+    """All settings of a cell; a sweep's cells are not evaluated."""
     return {
         "training": {
             "base": BASE.stem,
-            "ds_config": DS_CONFIG,
+            "ds_config": Path(DS_CONFIG).stem,
             "overrides": mapping(plan.overrides),
         },
         "data": {"recipe": plan.task.recipe, "overrides": mapping(plan.data)},
@@ -54,7 +55,7 @@ def task_options(text: str) -> dict[str, int]:
 
 
 def evaluation_settings(plan: PlannedCell) -> dict[str, Settings]:
-    """By name; `main` is what the record's accuracy or perplexity is of."""
+    """By name; the record's accuracy or perplexity comes from `main`."""
     spec, task = plan.task.evaluation, plan.task
     looped = plan.model.recurrence.placement != "none"
     trained = plan.model.recurrence.num_steps

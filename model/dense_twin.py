@@ -54,7 +54,7 @@ def solve_widths(
         return abs(measure(candidate) / unit - wanted / unit)
 
     def rank(candidate: ModelConfig) -> tuple[float, int]:
-        """Of two that are equally near, the odd width: the committed records were made with it."""
+        """Prefers the odd width of two that are equally near: the committed records were made with it."""
         return miss(candidate), sum(getattr(candidate, name) % 2 == 0 for name in names)
 
     for multiple in multiples:

@@ -76,7 +76,7 @@ class Router(nn.Module):
 
 
 class Permute(torch.autograd.Function):
-    """Rows in another order: x[order]. Its gradient gathers too; that of indexing would scatter and add."""
+    """Rows in another order: x[order]. Its gradient gathers too; indexing's would scatter and add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:

@@ -233,15 +233,6 @@ def rotate(run: Path, step: int, keep_last: int, keep_every: int, in_use: int | 
         shutil.rmtree(folder)
 
 
-def manifest_of(folder: Path) -> Manifest:
-    """Sizes and checksums of the files in the folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in files
-    }
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -29,6 +29,7 @@ def main() -> None:
     os.nice(NICENESS)
     export = arguments.folder / "work" / "export"
     with user_errors(ValueError, OSError):
+        # Imported late: torch takes seconds, and a trainer that dies meanwhile must take this process along.
         from pretrain.export import export_run
 
         export_run(arguments.run, arguments.step, export)

@@ -63,9 +63,6 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         FileNotFoundError: no such run or step.
         ValueError: the checkpoint is not whole, or holds pickled code.
     """
-    # Imported late: deepspeed takes seconds, and a run with a misspelt key should fail sooner.
-    from pretrain.universal import convert_to_universal, require_no_pickle_code, universal_weights
-
     if step is None:
         folder, _ = checkpoint.newest(run)
         if folder is None:
@@ -76,6 +73,9 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
             have = ", ".join(map(str, checkpoint.steps(run))) or "none"
             raise FileNotFoundError(f"{run} has no checkpoint of step {step}; it has {have}")
         checkpoint.require_whole(folder, checkpoint.damage(folder))
+    # Imported late: deepspeed takes seconds, and a wrong run or step should fail sooner.
+    from pretrain.universal import convert_to_universal, require_no_pickle_code, universal_weights
+
     state, buffers = checkpoint.read(folder)
     require_no_pickle_code(folder)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,7 @@ def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None
     try:
         _train(run)
     except RuntimeError as error:
+        # Imported late, as in _train.
         from pretrain.process_group import communication_problem
 
         problem = communication_problem(error)

@@ -20,9 +20,9 @@ from model import ModelConfig
 from model.config.execution import CHECKPOINTING
 from model.config.model import PRESETS
 from model.counts import num_parameters
-from pretrain.config import load_run_config
 from pretrain.planning.layout import Hardware, Loads
 from pretrain.planning.search import LayoutPlan, describe, search
+from pretrain.run_config import load_run_config
 
 SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
 

@@ -12,8 +12,9 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
-from pretrain.config import RunConfig, check_layout, load_run_config
+from pretrain.config import RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
+from pretrain.run_config import load_run_config
 
 
 @dataclass(frozen=True)

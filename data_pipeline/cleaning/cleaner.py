@@ -64,10 +64,10 @@ def choose(
     """Which documents stay.
 
     Args:
-        admitted: of each source, how many documents its limits let in.
+        admitted: source -> how many documents its limits let in.
 
     Returns:
-        Of each source a mask of its documents (admitted,) bool, and the report.
+        Source -> mask of its documents (admitted,) bool; and the report.
     """
     report, kept = CleaningReport(), {}
     for name, source in units.items():
@@ -93,7 +93,7 @@ def _remove_duplicates(
     names = [name for name, source in units.items() if source.has(step)]
     if not names:
         return
-    # Of the documents that are left: (source, number) and fingerprint, all sources end to end.
+    # (source, number) and fingerprint of each document that is left, all sources end to end.
     numbers = {name: np.flatnonzero(kept[name]) for name in names}
     owners = [(name, number) for name in names for number in numbers[name].tolist()]
     prints = np.concatenate([units[name].fingerprints(step)[numbers[name]] for name in names])

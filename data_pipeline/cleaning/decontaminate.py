@@ -101,7 +101,7 @@ def _story_texts(root: Path) -> Iterator[_Named]:
     """Each problem as it is asked, with and without the label "Question:", and each whole story as it is
     published, with its questions and answers in between.
 
-    Of a story that continues from problem to problem only the new runs are given.
+    Where a story continues from problem to problem, only the new runs are given.
     """
     before, story, published = "", list[str](), _Named("", "", [])
     for name, problem in _problems(root, templated=True):

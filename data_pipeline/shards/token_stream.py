@@ -89,19 +89,10 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int32. Raises DamagedError if a member they lie in fails its checksum."""
-        return self._read(start, stop, labels=False)
-
-    def read_labels(self, start: int, stop: int) -> np.ndarray:
-        """Labels of the tokens [start, stop) as int32, IGNORE_INDEX where there is none; of a labelled source
-        only. Raises DamagedError as `read` does.
-        """
-        return self._read(start, stop, labels=True)
-
-    def _read(self, start: int, stop: int, labels: bool) -> np.ndarray:
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
         out = np.empty(stop - start, dtype=np.int32)
         spans = self.spans(np.array([0]), np.array([start]), np.array([stop]))
-        self.copy(spans, out, spans.offset, labels=labels)
+        self.copy(spans, out, spans.offset)
         return out
 
     def spans(self, offsets: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Spans:
@@ -119,8 +110,8 @@ class TokenStream:
     def copy(self, spans: Spans, out: np.ndarray, offsets: np.ndarray, labels: bool = False) -> None:
         """Copy the spans' tokens, or labels, to `offsets` of the flat int32 `out`.
 
-        Raises DamagedError if a member that they lie in fails its checksum; what was copied by then is
-        undefined.
+        A token without a label has IGNORE_INDEX. Raises DamagedError if a member that they lie in fails its
+        checksum; what was copied by then is undefined.
         """
         assert self.labelled or not labels
         self._verify(spans.member)

@@ -8,13 +8,14 @@ the file and the line.
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.documents import MathProblem, Problem
 from data_pipeline.sources.files import decode, json_lines, json_value, tar_members, text_fields, text_lines
-from data_pipeline.sources.published import GITHUB, File, ProblemSet, files_of
+from data_pipeline.sources.published import GITHUB, File, FixedOptions, ProblemSet, files_of
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +170,7 @@ LOGIQA = ProblemSet(
     train=("logiqa/Train.txt",),
     test=("logiqa/Test.txt",),
     held_out=("logiqa/Eval.txt", "logiqa/Test.txt"),
+    recipe_names_files=True,
 )
 
 
@@ -342,6 +344,15 @@ def _read_babi_tests(path: Path) -> Iterator[Problem]:
     return chain(read_babi(path, "test", "en"), read_babi(path, "test", "en-10k"))
 
 
+@dataclass(frozen=True)
+class BabiOptions(FixedOptions):
+    size: str = "en-10k"  # or en
+
+
+def _read_babi_train(path: Path, options: BabiOptions) -> Iterator[Problem]:
+    return read_babi(path, "train", options.size)
+
+
 BABI = ProblemSet(
     "babi",
     "CC BY 3.0",
@@ -359,6 +370,8 @@ BABI = ProblemSet(
     test=("babi/tasks_1-20_v1-2.tar.gz",),
     held_out=("babi/tasks_1-20_v1-2.tar.gz",),
     templated=True,
+    options=BabiOptions,
+    read_train=_read_babi_train,
 )
 
 # In the order that a build's hash has them in.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.sources.documents import Problem
 
@@ -25,9 +26,19 @@ class DataSet:
     archive: File | None = None  # a zip that holds the files; removed once they are taken out
 
 
+@dataclass(frozen=True)
+class FixedOptions:
+    """Options of a kind whose training files are fixed, so that a test file cannot get into a corpus."""
+
+    max_documents: int | None = None
+    max_bytes: int | None = None  # UTF-8 bytes; reading stops before the document that would exceed it
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProblemSet(DataSet):
     """A data set of problems; the paths are relative to the data folder.
+
+    One with `files` is also a kind of source for recipes, under its name (registry.py).
 
     A build's hash covers the files in `held_out`: adding one changes the hash of every recipe that
     decontaminates.
@@ -40,6 +51,11 @@ class ProblemSet(DataSet):
     # Put together from some hundred sentences, which honest text shares: decontamination looks for whole
     # stories.
     templated: bool = False
+    # As a kind of source: a recipe's options, and the reader of a training file that needs them or holds
+    # other splits too; None: `read`.
+    options: type = FixedOptions
+    read_train: Callable[[Path, Any], Iterator[Problem]] | None = None
+    recipe_names_files: bool = False  # instead of `train`
 
 
 def files_of(folder: str, base: str, sums: str) -> tuple[File, ...]:

@@ -4,8 +4,8 @@ A source is a list of units, one per input file (a synthetic task is one unit wi
 different processes can read different units: `unit_files`, then `read_unit` for each. `read_documents` reads
 all of them in order, within the limits of the source.
 
-To add a text source, write its reader in text.py and its record in `TEXT_KINDS`. Synthetic tasks have
-their record in data_pipeline/tasks/.
+To add a text source, write its reader in text.py and its record in `TEXT_KINDS`. Published problem sets have
+their record in problems.py, synthetic tasks in data_pipeline/tasks/.
 """
 
 import glob
@@ -20,9 +20,10 @@ from omegaconf import MISSING
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
-from data_pipeline.sources.documents import AnyDocument, Document, Problem, TracedDocument
+from data_pipeline.sources.documents import AnyDocument, Document, TracedDocument
 from data_pipeline.sources.files import require_file
-from data_pipeline.sources.problems import read_arc, read_babi, read_gsm8k, read_logiqa
+from data_pipeline.sources.problems import GSM8K, PROBLEM_SETS
+from data_pipeline.sources.published import FixedOptions, ProblemSet
 from data_pipeline.sources.remote import expand, fetch, is_url
 from data_pipeline.sources.text import read_jsonl, read_parquet, read_text, read_wiki
 from data_pipeline.sources.traced import traced_gsm8k, traced_icot, traced_prosqa
@@ -33,19 +34,6 @@ CACHE = "cache"  # below the data folder: local copies of URLs
 
 
 # ---- options of text
-
-
-@dataclass(frozen=True)
-class FixedOptions:
-    """Options of a kind whose training files are fixed, so that a test file cannot get into a corpus."""
-
-    max_documents: int | None = None
-    max_bytes: int | None = None  # UTF-8 bytes; reading stops before the document that would exceed it
-
-
-@dataclass(frozen=True)
-class BabiOptions(FixedOptions):
-    size: str = "en-10k"  # or en
 
 
 @dataclass(frozen=True)
@@ -96,10 +84,6 @@ def _fixed(*files: str) -> Callable[[Any], Sequence[str]]:
     return lambda options: files
 
 
-def _problems(read: Callable[[Path], Iterator[Problem]]) -> Callable[[Path, Any], Iterator[Document]]:
-    return lambda path, options: (Document(p.prompt, p.target) for p in read(path))
-
-
 def _texts(read: Callable[[Path], Iterator[str]]) -> Callable[[Path, Any], Iterator[Document]]:
     return lambda path, options: (Document("", text) for text in read(path))
 
@@ -112,25 +96,28 @@ def _traced(read: Callable[[Path, bool], Iterator[TracedDocument]]) -> Callable[
     return lambda path, options: read(path, options.keep_last_step)
 
 
-def _read_babi_documents(path: Path, options: BabiOptions) -> Iterator[Document]:
-    return (Document(p.prompt, p.target) for p in read_babi(path, "train", options.size))
-
-
 TEXT_KINDS = {
-    "gsm8k": Kind(FixedOptions, _fixed("gsm8k/train.jsonl"), _problems(read_gsm8k)),
-    "arc": Kind(
-        FixedOptions, _fixed("arc/ARC-Easy-Train.jsonl", "arc/ARC-Challenge-Train.jsonl"), _problems(read_arc)
-    ),
-    "babi": Kind(BabiOptions, _fixed("babi/tasks_1-20_v1-2.tar.gz"), _read_babi_documents),
-    "logiqa": Kind(FileOptions, _named_files, _problems(read_logiqa)),
     "wiki": Kind(FileOptions, _named_files, _texts(read_wiki)),
     "text": Kind(FileOptions, _named_files, _texts(read_text)),
     "jsonl": Kind(RowOptions, _named_files, _rows(read_jsonl)),
     "parquet": Kind(RowOptions, _named_files, _rows(read_parquet)),
-    "gsm8k_equations": Kind(TracedOptions, _fixed("gsm8k/train.jsonl"), _traced(traced_gsm8k)),
+    "gsm8k_equations": Kind(TracedOptions, _fixed(*GSM8K.train), _traced(traced_gsm8k)),
     "icot": Kind(TracedFileOptions, _named_files, _traced(traced_icot)),
     "prosqa": Kind(TracedFileOptions, _named_files, _traced(traced_prosqa)),
 }
+
+
+# ---- kinds of published problem sets: from their records
+
+
+def _problem_kind(problems: ProblemSet) -> Kind:
+    def read(path: Path, options: Any) -> Iterator[Document]:
+        found = problems.read_train(path, options) if problems.read_train else problems.read(path)
+        return (Document(problem.prompt, problem.target) for problem in found)
+
+    if problems.recipe_names_files:
+        return Kind(FileOptions, _named_files, read)
+    return Kind(problems.options, _fixed(*problems.train), read)
 
 
 # ---- kinds of synthetic tasks: from their records
@@ -169,6 +156,8 @@ def _synthetic_kinds(task: SyntheticTask[Any]) -> Iterator[tuple[str, Kind]]:
 
 KINDS = {
     **TEXT_KINDS,
+    # Sets that the user brings (`files` is empty) are for evaluation only.
+    **{problems.name: _problem_kind(problems) for problems in PROBLEM_SETS if problems.files},
     **{name: kind for task in TASKS.values() for name, kind in _synthetic_kinds(task)},
 }
 

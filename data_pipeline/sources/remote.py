@@ -81,7 +81,7 @@ def download(url: str, file: io.FileIO) -> None:
 def unfinished(path: Path) -> Iterator[io.FileIO | None]:
     """PATH.part to append to, renamed to `path` on leaving without an error; None if `path` is there already.
 
-    The part is locked, so that of several processes one fetches and the others wait for it.
+    The part is locked, so that one of several processes fetches and the others wait for it.
     """
     part = path.with_name(f"{path.name}.part")
     if path.exists():

@@ -42,8 +42,8 @@ from data_pipeline.tasks.programs.causal_loop_batch import (
     hashes,
     joined,
     mixed,
-    places,
     program_bytes,
+    ranks,
     traces,
 )
 from data_pipeline.tasks.programs.causal_loop_programs import VARIABLE, Array, Draws, canonical
@@ -255,10 +255,10 @@ class _Level:
                 yield self.waiting[answer].popleft()
 
     def refill(self) -> None:
-        """Draw a batch and let those of its programs wait that are of this split and not in surplus."""
+        """Draw a batch; its programs that are in this split and not in surplus wait."""
         programs, asked, answers = candidates(self.level, self.draws)
         room = np.array([WAITING - len(texts) for texts in self.waiting])
-        columns = np.flatnonzero(places(answers) < room[answers])
+        columns = np.flatnonzero(ranks(answers) < room[answers])
         test = in_test(hashes(program_bytes(canonical(programs.take(columns)))))
         columns = columns[test == (self.split == "test")]
         programs = programs.take(columns)

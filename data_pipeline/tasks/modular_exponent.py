@@ -19,7 +19,7 @@ TC0 = NC1 (Barrington 1989; Merrill et al., arXiv 2404.08819). The depth of a sa
 statements that update the queried variable; it is uniform over `min_depth`..`max_depth`. The other statements
 are dead code, and no variable is updated more than `max_depth` times, so that no label is deeper than that.
 
-**Guessing.** Start values are uniform, hence so is every later value, and without one statement of the chain
+**Guessing.** Start values are uniform, so every later value is too, and without one statement of the chain
 nothing is known about the answer. Two shortcuts remain: at depth 1 one step is the whole chain, and in short
 chains statements often commute. `--audit` shows both by depth.
 
@@ -63,7 +63,7 @@ class Operations(NamedTuple):
 
 @lru_cache
 def operations(modulus: int) -> Operations:
-    """Those that permute 1..p-1, but for x^1."""
+    """All that permute 1..p-1, except x^1."""
     values = range(1, modulus)
     powers = [k for k in range(2, modulus - 1) if gcd(k, modulus - 1) == 1]
     bases = [b for b in range(2, modulus) if len({pow(b, x, modulus) for x in values}) == modulus - 1]
@@ -165,7 +165,7 @@ class Chain(NamedTuple):
 
 
 def chain_of(text: str) -> Chain:
-    """Of the queried variable, in a text of this task."""
+    """Reads the chain of the queried variable from a text of this task."""
     body, _, asked = text.partition("?")
     first = body.index("^") - 1  # where the first statement begins
     statements = [body[i : i + 3] for i in range(first, len(body), 3)]

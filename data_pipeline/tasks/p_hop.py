@@ -56,7 +56,7 @@ def hop_labels(texts: np.ndarray, hops: int) -> np.ndarray:
     """Labels of `texts` (n, L) uint8 for `hops` >= 0 hops: (n, L) uint8, 0 where there is none."""
     count, length = texts.shape
     rows = np.arange(count)
-    after = np.zeros((count, 256), dtype=np.int64)  # the position after the latest place of each character
+    after = np.zeros((count, 256), dtype=np.int64)  # the position after each character's latest occurrence
     once = np.empty((count, length), dtype=np.int64)  # find_1; 0 for none, which maps to 0 again
     for i in range(length):
         once[:, i] = after[rows, texts[:, i]]

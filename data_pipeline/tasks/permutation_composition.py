@@ -15,9 +15,9 @@ and it is one character. The permutations of a text generate all of S5 or A5, ne
 no constant depth computes the labels of long words unless TC0 = NC1; for 3 and 4 points the groups are
 solvable, which makes them easier controls.
 
-**Guessing.** The start is uniform, hence so are all labels. The sign of the product, a sum modulo 2, is the
-part of S5 that a shallow network computes; A5, the even permutations, is not: it has no smaller quotient. The
-sign says next to nothing about a single point, as even and odd permutations alike move it anywhere. `--audit`
+**Guessing.** The start is uniform, so all labels are. The sign of the product, a sum modulo 2, is the part of
+S5 that a shallow network computes; A5, the even permutations, is not: it has no smaller quotient. The sign
+says next to nothing about a single point, as even and odd permutations alike move it anywhere. `--audit`
 measures this and three other shortcuts, of which `any order` gains most, on short words.
 
 Texts that are equal up to the names of letters and points fall into the same split.
@@ -58,11 +58,11 @@ class Group(NamedTuple):
 @lru_cache
 def symmetric_group(points: int) -> Group:
     images = np.array(list(permutations(range(points))), np.uint8)
-    place = points ** np.arange(points)
+    digit_weights = points ** np.arange(points)
     numbers = np.zeros(points**points, np.int64)
-    numbers[images @ place] = np.arange(len(images))
-    products = numbers[images[:, images] @ place]  # (N, N): products[a, b] is the number of a after b
-    inverses = numbers[np.argsort(images, axis=1) @ place]  # (N,)
+    numbers[images @ digit_weights] = np.arange(len(images))
+    products = numbers[images[:, images] @ digit_weights]  # (N, N): products[a, b] is the number of a after b
+    inverses = numbers[np.argsort(images, axis=1) @ digit_weights]  # (N,)
     conjugates = products[products, inverses[:, None]]
     # What each pair generates, for all pairs at once: from the identity, number 0, one more factor at a time.
     pairs = np.indices(products.shape).reshape(2, -1).T  # (N * N, 2)

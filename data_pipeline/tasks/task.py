@@ -83,7 +83,7 @@ class SyntheticTask(Generic[S]):
         return self.generate(num_samples, **sizes, seed=seed, split=split)
 
     def test_samples(self, num_samples: int, seed: int, options: Any) -> list[S]:
-        """Of the test split; `options` is an instance of `self.test_options`."""
+        """Samples of the test split; `options` is an instance of `self.test_options`."""
         assert self.evaluation is not None
         arguments = self.evaluation.arguments(options)
         return list(self.generate(num_samples, **arguments, seed=seed, split="test"))

@@ -224,7 +224,7 @@ def _check_placement(r: RecurrenceConfig, use_mla: bool) -> None:
     ):
         if wanted and r.placement not in placements:
             raise ValueError(
-                f"model.recurrence.{option} is not for placement={r.placement}, but for "
+                f"model.recurrence.{option} is not for placement={r.placement}, only for "
                 f"{' and '.join(placements)}: {reason}"
             )
     if r.virtual_layers is not None and r.cache not in ("per_step", "parallel"):

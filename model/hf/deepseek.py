@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.files import write_json
 from model.config.model import ModelConfig, YarnConfig
 from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
 from model.hf.dense import DENSE, import_dense
@@ -28,7 +29,6 @@ from model.hf.files import (
     rope_parameters,
     save_tensors,
     take,
-    write_json,
 )
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
 from model.pretrained import load_pretrained
@@ -263,7 +263,7 @@ def export_folder(checkpoint: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tokenizer, out / TOKENIZER_NAME)
     write_tokenizer(tokenizer, out, model.config.max_position_embeddings)
-    write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype})
+    write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype}, indent=2)
     first_mtp = model.config.num_hidden_layers
     beyond = {name for name in tensors if _layer_number(name) >= first_mtp}
     if beyond:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.files import write_json
 from model.config.model import ModelConfig
 from model.export_files import TOKENIZER_NAME, save_weights
-from model.hf.files import check_config, read_weights, rope_parameters, take, write_json
+from model.hf.files import check_config, read_weights, rope_parameters, take
 from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
 from model.transformer import ZeroModel
 
@@ -197,6 +198,6 @@ def import_dense(values: dict[str, Any], hf: Path, out: Path) -> None:
         if name in state:
             state[name] = with_rows(state[name], tokens)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / TOKENIZER_NAME, tokenizer)
+    write_json(out / TOKENIZER_NAME, tokenizer, indent=2)
     grown = {**config.to_dict(), "vocab_size": tokens.ids[VOCAB_SIZE]}
     save_weights(out, ModelConfig.from_dict(grown), state)

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.files import write_file
 from model.export_files import WEIGHTS_NAME
 
 MTP_NAME = "mtp.safetensors"
@@ -99,10 +98,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # Copies: safetensors refuses tensors that share memory, as the rows of stacked experts do.
     save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()}, temporary, {"format": "pt"})
     os.replace(temporary, path)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

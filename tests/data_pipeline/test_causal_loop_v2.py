@@ -380,6 +380,6 @@ def test_command_line(tmp_path):
 
 
 def test_bytes_stay_the_same():
-    """Published samples can be made again: whoever changes the generator on purpose mends this digest."""
+    """Published samples can be made again: a deliberate change of the generator updates this digest."""
     text = "".join(json.dumps(asdict(s)) for s in generate(64, range(1, 13), seed=1))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1c3a43978da2e66e"

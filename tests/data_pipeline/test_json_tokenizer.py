@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as TheirTokenizer
 from tokenizers import normalizers
 
+from common.files import write_json
 from data_pipeline.build import build
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import Recipe, TokenizerRecipe, load_recipe
 from data_pipeline.sources.documents import TracedDocument
 from data_pipeline.tokenization.encode import encode_traced
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from model.hf.files import write_json
 from model.hf.special_tokens import add_special_tokens
 
 from ..conftest import ROOT
@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2")
     (folder / "tokenizer.json").write_text(tokenizer_json(GPT2_END))
     changed, _ = add_special_tokens(folder, {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 0})
-    write_json(folder / "tokenizer.model", changed)
+    write_json(folder / "tokenizer.model", changed, indent=2)
     return folder / "tokenizer.model"
 
 

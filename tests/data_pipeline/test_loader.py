@@ -242,7 +242,7 @@ def test_every_document_once_per_epoch(folder, documents, options):
 def test_stages_take_effect_at_their_tokens(folder):
     loader = Loader(folder, 32, 8, 1, stages=STAGES)
     drawn = [Counter(name for name, _ in loader.batch(step).sample_ids) for step in range(60)]
-    # 256 tokens a step: 2000 tokens are reached with step 8, 9000 with step 36
+    # 256 tokens per step: 2000 tokens are reached with step 8, 9000 with step 36
     assert all(counts == {"short": 8} for counts in drawn[:8])
     assert sum(drawn[8:36], Counter())["long"] == pytest.approx(0.6 * 28 * 8, abs=1)
     assert all(counts == {"long": 8} for counts in drawn[36:])
@@ -298,7 +298,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_million_batches(folder):
-    """By what the process holds, since tracing would take three times as long; 8 bytes a batch would show."""
+    """By what the process holds: tracing takes three times as long. Eight bytes per batch would show."""
     loader = Loader(folder, 32, 2, 1, **VARIANTS[3])
     for step in range(10**6):
         loader.batch(step)

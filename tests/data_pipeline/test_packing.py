@@ -155,7 +155,7 @@ def test_unknown_packing_names_the_nearest(folder):
 
 
 def test_padding_does_not_reach_the_models_loss(folder):
-    """Other tokens in the padding: the same cross-entropy and the same gradients of it, to the bit."""
+    """With other tokens in the padding, the cross-entropy and its gradients are bit-identical."""
     packing = BestFitPacking(TokenStream(open_manifest(folder), "short", "train"), 32)
     row = int(np.argmax([0 in read_row(packing, r)[0] for r in range(packing.rows)]))
     tokens, targets, starts = read_row(packing, row)

@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.errors import DataError
 from data_pipeline.sources.documents import Problem
 from data_pipeline.sources.problems import PROBLEM_SETS, read_arc, read_babi, read_gsm8k, read_logiqa
-from data_pipeline.sources.registry import input_files, read_documents
+from data_pipeline.sources.registry import KINDS, input_files, read_documents
 from data_pipeline.sources.text import read_text, read_wiki
 from tests.data_pipeline.archives import tar
 
@@ -138,6 +138,14 @@ def test_a_record_names_the_files_that_are_fetched(data_root):
             assert next(problem_set.read(data_root / path)).target.startswith(" ")
         if len(paths) > 1:  # else one archive of all splits
             assert not set(problem_set.train) & {*problem_set.test, *problem_set.held_out}, problem_set.name
+
+
+def test_a_record_with_fetched_files_is_a_kind_of_source():
+    """Over the training files only, unless the recipe names the files."""
+    for problem_set in PROBLEM_SETS:
+        assert (problem_set.name in KINDS) == bool(problem_set.files)
+        if problem_set.files and not problem_set.recipe_names_files:
+            assert input_files(problem_set.name, {}) == list(problem_set.train)
 
 
 # ---- made-up files

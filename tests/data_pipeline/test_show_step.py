@@ -63,7 +63,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
 
 
 def test_shows_rows_segments_and_masked_prompts(run, capsys):
-    lines = shown(capsys, "--run", run, "--step", 2)  # 256 tokens a step: of the first stage still
+    lines = shown(capsys, "--run", run, "--step", 2)  # 256 tokens per step: still the first stage
     assert lines[0].startswith("step 2, rank 0 of 1: 4 rows of 64 tokens, ")
     rows = [line for line in lines if line.startswith("row ")]
     assert [line.split(",")[0].split("source ")[1] for line in rows] == ["asked"] * 4

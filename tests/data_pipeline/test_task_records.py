@@ -34,7 +34,7 @@ def test_every_file_of_a_task_is_found_and_named_after_it():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_recipe_names_every_size_and_its_defaults_are_those_of_the_record(name):
-    """But for the demo's, which has levels of its own."""
+    """Except the demo's recipe, which has levels of its own."""
     (source,) = load_recipe(RECIPES / f"{RECIPE_OF.get(name, name)}.yaml").sources
     assert source["kind"] == name
     sizes = source_options(source)

@@ -14,8 +14,9 @@ from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
 from model.latent_cot.thoughts import generate_with_thoughts, think
 from model.layers import Linear, whole_weight
-from pretrain.config import LoraConfig, load_run_config
+from pretrain.config import LoraConfig
 from pretrain.lora import adapt, identity, merged, save_base
+from pretrain.run_config import load_run_config
 
 from ..model.conftest import SMALL
 from ..model.thoughts import EOT, KINDS, C, questions

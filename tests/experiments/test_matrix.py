@@ -15,9 +15,10 @@ from experiments.jobs import keep_settings
 from experiments.matrix import Matrix, PlannedCell, read_matrix
 from experiments.matrix_file import MATRICES, find_matrix
 from experiments.run import choose_rates, jobs_of, select, write_rates
+from experiments.settings import cell_settings
 from experiments.tasks import read_tasks
 from model import ModelConfig
-from pretrain.config import load_run_config
+from pretrain.run_config import load_run_config
 
 from ..conftest import ROOT
 
@@ -256,6 +257,19 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
     keep_settings(path, {"training": ["a=1", "b=2"]})
     with pytest.raises(ValueError, match="training b=2, but b=3 is asked for; give another --out"):
         keep_settings(path, {"training": ["a=1", "b=3"]})
+
+
+def test_a_cell_keeps_its_settings_rather_than_its_command_lines(tmp_path):
+    """So that a renamed script or flag refuses no run folder; read back, they are the same."""
+    matrix = read_matrix(MATRICES / "quick.yaml")
+    for job, plan in zip(jobs_of(matrix), matrix.plans, strict=True):
+        assert job.settings == cell_settings(plan, evaluate=True)
+        keep_settings(tmp_path / job.name / "settings.json", job.settings)
+        keep_settings(tmp_path / job.name / "settings.json", job.settings)
+    changed = json.loads(json.dumps(job.settings))
+    changed["training"]["overrides"]["seed"] = 9
+    with pytest.raises(ValueError, match="was made with training overrides seed 2, but 9 is asked for"):
+        keep_settings(tmp_path / job.name / "settings.json", changed)
 
 
 def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other_rates(tmp_path):

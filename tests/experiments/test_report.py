@@ -327,6 +327,9 @@ def test_publishing_adds_to_the_records_replaces_the_same_cell_and_loses_none(tm
         publish(ran("c", [first], cells[:1]), out)
     with pytest.raises(ValueError, match="d holds no finished cell; give the --out"):
         publish(ran("d", [], cells), out)
+    (tmp_path / "d/results.json").write_text("{}")  # as a matrix of methods of latent chain of thought has
+    with pytest.raises(ValueError, match="d is a latent_cot matrix, whose results are in results.json"):
+        publish(tmp_path / "d", out)
     assert (out / "synthetic.jsonl").read_bytes() == before
 
 

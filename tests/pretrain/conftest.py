@@ -1,5 +1,6 @@
 """Real launches of two ranks."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pretrain import checkpoint
 from pretrain.launch import free_port
 
 from ..conftest import ROOT, Training
@@ -25,6 +27,19 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 def start(ranks: int, *command: Any) -> subprocess.Popen[str]:
     """Starts a script under the deepspeed launcher on `ranks` ranks, on a free port; output is piped."""
     return _start(BIN / "deepspeed", f"--num_accelerators={ranks}", "--master_port", free_port(), *command)
+
+
+def seal(folder: Path) -> None:
+    """Makes a folder a whole checkpoint of the files that are in it."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != checkpoint.MANIFEST]
+    manifest = {
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(files)
+    }
+    checkpoint.seal(folder, manifest)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from pretrain import checkpoint, universal
 from pretrain.export import export_run
 
-from .conftest import finish, unlink_buffer
+from .conftest import finish, seal, unlink_buffer
 from .test_resume import metrics
 from .test_stopping import wait_for_step
 
@@ -148,7 +148,7 @@ def test_a_malicious_checkpoint_is_not_executed(six_steps, train, tmp_path):
         shutil.copytree(six_steps, run)
         folder = run / "checkpoints/step-6"
         torch.save(Malice(), max(folder.glob(pattern)))
-        checkpoint.seal(folder, checkpoint.manifest_of(folder))
+        seal(folder)
         layout = {"ranks": 2} if "model" in pattern else {"ranks": 1}
         done = train(run, "max_steps=6", f"ep_size={layout['ranks']}", **layout, check=False)
         assert done.returncode
@@ -171,7 +171,7 @@ def test_rotation_keeps_the_last_and_every_nth(tmp_path):
         folder.mkdir(parents=True)
         if step not in (7, 12):  # 7 was left behind by a kill, 12 is being written
             (folder / "shard.pt").write_bytes(b"state")
-            checkpoint.seal(folder, checkpoint.manifest_of(folder))
+            seal(folder)
     checkpoint.rotate(tmp_path, step=11, keep_last=2, keep_every=4)
     assert checkpoint.steps(tmp_path) == [12, 11, 10, 8, 4]
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "checkpoints/step-11"

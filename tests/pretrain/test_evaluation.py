@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from pretrain import checkpoint
-from pretrain.config import EvaluationConfig, load_run_config
+from pretrain.config import EvaluationConfig
 from pretrain.evaluate_checkpoint import main
 from pretrain.evaluation import Evaluator
 from pretrain.export import export_run
+from pretrain.run_config import load_run_config
 
 from ..conftest import ROOT
 from .conftest import finish

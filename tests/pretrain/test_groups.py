@@ -14,8 +14,8 @@ from torch import Tensor
 from experiments.group_files import FILES, file_text
 from model import ModelConfig, ZeroModel, dense_twin
 from model.counts import flops_per_token
-from pretrain.config import load_run_config
 from pretrain.main import _parse, _write_run_folder
+from pretrain.run_config import load_run_config
 from pretrain.setup import build_model_config, prepare
 
 from ..conftest import ROOT, TINY

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.recurrence import HaltingConfig
-from pretrain.config import OptimizerConfig, load_run_config
+from pretrain.config import OptimizerConfig
 from pretrain.ds_config import load_ds_config
 from pretrain.export import export_run
 from pretrain.optim import learning_rate, parameter_groups
+from pretrain.run_config import load_run_config
 
 from .conftest import ROOT
 

@@ -16,8 +16,8 @@ from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import load_pretrained
 from pretrain import checkpoint
-from pretrain.config import load_run_config
 from pretrain.export import export_run
+from pretrain.run_config import load_run_config
 
 from ..conftest import ROOT, TINY
 

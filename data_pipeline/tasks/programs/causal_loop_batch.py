@@ -156,13 +156,13 @@ class Machine:
                 self.restless |= (before != self.variables()).any(axis=0)
 
 
-def places(answers: Array) -> Array:
+def ranks(answers: Array) -> Array:
     """For each answer (N,), how many equal ones precede it."""
     order = np.argsort(answers, kind="stable")
     ordered = answers[order]
-    place = np.empty(answers.size, np.intp)
-    place[order] = np.arange(answers.size) - np.searchsorted(ordered, ordered)
-    return place
+    rank = np.empty(answers.size, np.intp)
+    rank[order] = np.arange(answers.size) - np.searchsorted(ordered, ordered)
+    return rank
 
 
 # ---- texts

@@ -54,7 +54,7 @@ def audit(samples: Iterable[Sample]) -> dict[int, dict[str, float]]:
     operator      the best constant for each operator of the statement that computes the answer (fitted on
                   these samples, so a little too good)
     late_half     `late_half_answer`
-    position      correlation (Pearson) of the answer with the place of that statement
+    position      correlation (Pearson) of the answer with the position of that statement
     plain_dead    programs with dead code in which no later statement reads any of it before it is overwritten
     shortened     programs whose `effective_depth` is below their depth
     """

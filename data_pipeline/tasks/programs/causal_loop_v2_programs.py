@@ -20,7 +20,7 @@ MIN_DEPTH = {"chain": 1, "loop": 4, "convergence": 2, "nested": 6}
 UNARY = "en"  # read their right operand only
 MIN_IMAGE = 3  # different values of every chain value over the origins: fewer would be easy to guess
 MAX_ORIGINS = 16  # a larger modulus takes this many of its values as origins, drawn at random
-TRIES = 12  # statements drawn for one place of the chain before the program is given up
+TRIES = 12  # statements drawn for one position of the chain before the program is given up
 
 Vector = tuple[int, ...]
 
@@ -191,12 +191,14 @@ class Draft:
 
         The last of these steps writes to `last_target` if one is given.
         """
-        places = set(self.rng.sample(range(length), steps))
-        last = max(places, default=-1)
-        for place in range(length):
-            if place not in places:
+        positions = set(self.rng.sample(range(length), steps))
+        last = max(positions, default=-1)
+        for position in range(length):
+            if position not in positions:
                 self._free()
-            elif not self._extend(last_target if place == last and last_target else self._pick(self.names)):
+            elif not self._extend(
+                last_target if position == last and last_target else self._pick(self.names)
+            ):
                 return False
         return True
 
@@ -356,9 +358,9 @@ def _parts(rng: random.Random, draft: Draft, family: str, depth: int, statements
 
 
 def _cut(rng: random.Random, length: int, steps: int) -> tuple[int, int]:
-    """Cut `length` statements at a random place: the length of the first part and its share of the steps."""
+    """Cut `length` statements at random: the length of the first part and its share of the steps."""
     first = rng.randint(0, length)
-    return first, sum(place < first for place in rng.sample(range(length), steps))
+    return first, sum(position < first for position in rng.sample(range(length), steps))
 
 
 @lru_cache
