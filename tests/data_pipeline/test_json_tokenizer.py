@@ -118,7 +118,10 @@ def test_files_that_are_none(path, tmp_path):
 
 
 def test_a_missing_extra_is_named(path):
-    code = "import sys; sys.modules['tokenizers'] = None; from data_pipeline.tokenizer import Tokenizer; "
+    code = (
+        "import sys; sys.modules['tokenizers'] = None; "
+        "from data_pipeline.tokenization.tokenizer import Tokenizer; "
+    )
     done = subprocess.run(
         [sys.executable, "-c", f"{code}Tokenizer({str(path)!r})"], capture_output=True, text=True, cwd=ROOT
     )

@@ -298,7 +298,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_million_batches(folder):
-    """By what the process holds, since tracing would take three times as long; 8 bytes per batch would show."""
+    """By what the process holds, as tracing would take three times as long; 8 bytes per batch would show."""
     loader = Loader(folder, 32, 2, 1, **VARIANTS[3])
     for step in range(10**6):
         loader.batch(step)
