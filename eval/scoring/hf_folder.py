@@ -43,7 +43,7 @@ class HFConfig:
 
 
 class HFTokenizer:
-    """A tokenizer of transformers with the methods of data_pipeline.tokenizer.Tokenizer.
+    """A tokenizer of transformers with the methods of data_pipeline.tokenization.tokenizer.Tokenizer.
 
     A context begins with `bos` where the tokenizer adds one by itself, as in lm-eval; `bos_id` is what a text
     without context follows: `bos`, or `eos` for a tokenizer without.

@@ -89,7 +89,7 @@ def check_ranks(folder: Path, cases: dict[str, dict[str, Any]], ranks: int) -> N
         logged = {
             name: size for name, size in report["logged"].items() if size > 1000 and name != "broadcast"
         }
-        # The loads are those of all expert-parallel groups together; all else is exact but for lone vectors.
+        # The loads are those of all expert-parallel groups together; all else is exact except lone vectors.
         assert predicted == pytest.approx(logged, rel=0.05 if ranks > layout.ep > 1 else 1e-3), report
         kept = partitions(parts, layout)
         for name, size in report["held"].items():
