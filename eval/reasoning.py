@@ -14,7 +14,7 @@ from eval.looping.summary import evaluate_depths
 from eval.looping.tables import report_text
 from eval.looping.tasks import TASKS
 from eval.looping.tasks import task_options as read_options
-from eval.scoring.cli import main, positive_integer
+from eval.scoring.cli import main, positive_integer, problem_depth_list
 from eval.scoring.core import Scorer
 from eval.scoring.results import TaskResult
 from eval.scoring.task import Evaluation, EvaluationTask, Options
@@ -25,10 +25,12 @@ DEFAULTS = "; ".join(
 )
 
 
-def load(options: Options, *, task: str, num_samples: int, task_options: str) -> Evaluation:
-    """Generates the test samples of a task. Raises ValueError for options that it does not have."""
+def load(
+    options: Options, *, task: str, num_samples: int, task_options: str, problem_depth: list[int] | None
+) -> Evaluation:
+    """Generates the test samples of a task. Raises ValueError for options or depths that it does not have."""
     sizes = read_options(task, task_options)
-    data = TASKS[task].generate(num_samples, options.seed, **sizes)
+    data = TASKS[task].generate(num_samples, options.seed, problem_depth, **sizes)
     config = {"task_options": sizes, "split": "test", "seed": options.seed}
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
@@ -52,6 +54,11 @@ TASK = EvaluationTask(
             "default": "",
             "metavar": "A=1,B=2",
             "help": f"sizes of the task (defaults: {DEFAULTS})",
+        },
+        "--problem_depth": {
+            "type": problem_depth_list,
+            "metavar": "D,..",
+            "help": "only the generated problems of these depths (default: all)",
         },
     },
     without=("data", "limit", "num_fewshot"),

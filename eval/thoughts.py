@@ -17,7 +17,7 @@ from typing import Any
 
 from eval.looping.tasks import TASKS as GENERATORS
 from eval.looping.tasks import task_options as read_options
-from eval.scoring.cli import main, positive_integer
+from eval.scoring.cli import main, positive_integer, problem_depth_list
 from eval.scoring.core import Scorer
 from eval.scoring.results import TaskResult
 from eval.scoring.task import Evaluation, EvaluationTask, Options
@@ -33,10 +33,16 @@ DEFAULTS = "; ".join(
 
 
 def load(
-    options: Options, *, task: str, num_samples: int | None, task_options: str, **way_flags: Any
+    options: Options,
+    *,
+    task: str,
+    num_samples: int | None,
+    task_options: str,
+    problem_depth: list[int] | None,
+    **way_flags: Any,
 ) -> Evaluation:
     """Generates or reads the questions. Raises ValueError for flags of another kind of task."""
-    data, sizes = read_questions(options, task, num_samples, task_options)
+    data, sizes = read_questions(options, task, num_samples, task_options, problem_depth)
     config = {"task_options": sizes, "split": "test", "seed": options.seed}
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
@@ -46,13 +52,18 @@ def load(
 
 
 def read_questions(
-    options: Options, task: str, num_samples: int | None, task_options: str
+    options: Options,
+    task: str,
+    num_samples: int | None,
+    task_options: str,
+    problem_depth: list[int] | None,
 ) -> tuple[QuestionSet, dict[str, int]]:
     """The questions, and the sizes of generated ones. Raises ValueError for flags of another kind of task."""
     generated = task in GENERATED
     for flag, value, fits in (
         ("num_samples", num_samples, generated),
         ("task_options", task_options, generated),
+        ("problem_depth", problem_depth and ",".join(map(str, problem_depth)), generated),
         ("limit", options.limit, not generated),
     ):
         if value and not fits:
@@ -65,7 +76,7 @@ def read_questions(
     if not num_samples:
         raise ValueError(f"--task {task} generates its questions: say how many by --num_samples N")
     sizes = read_options(task, task_options)
-    return generated_questions(task, num_samples, options.seed, sizes), sizes
+    return generated_questions(task, num_samples, options.seed, sizes, problem_depth), sizes
 
 
 def counts(text: str) -> list[int]:
@@ -91,6 +102,11 @@ TASK = EvaluationTask(
             "default": "",
             "metavar": "A=1,B=2",
             "help": f"sizes of a generated task (defaults: {DEFAULTS})",
+        },
+        "--problem_depth": {
+            "type": problem_depth_list,
+            "metavar": "D,..",
+            "help": "only the generated problems of these depths (default: all)",
         },
         "--mode": {"choices": MODES, "help": "default: thoughts where the checkpoint has latents, else cot"},
         "--num_latents": {"type": counts, "metavar": "C,..", "help": "default: the checkpoint's"},

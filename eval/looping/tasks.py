@@ -29,14 +29,41 @@ class TaskData(NamedTuple):
 @dataclass(frozen=True)
 class ReasoningTask:
     options: dict[str, int]  # with their defaults
-    generate: Callable[..., TaskData]  # (num_samples, seed, **options), test split
+    generate: Callable[..., TaskData]  # (num_samples, seed, problem_depths=None, **options), test split
 
 
-def _generate(task: SyntheticTask[Any], num_samples: int, seed: int, **sizes: int) -> TaskData:
+def test_samples(
+    task: SyntheticTask[Any], num_samples: int, seed: int, options: Any, problem_depths: Sequence[int] | None
+) -> list[Any]:
+    """Of `num_samples` samples of the test split those of these depths (None: all).
+
+    Raises ValueError where there is none of a depth.
+    """
+    samples = task.test_samples(num_samples, seed, options)
+    if problem_depths is None:
+        return samples
+    assert task.evaluation is not None
+    depths = [task.evaluation.depth(sample) for sample in samples]
+    if lacking := sorted(set(problem_depths) - set(depths)):
+        there = ", ".join(str(depth) for depth in sorted({d for d in depths if d is not None})) or "none"
+        raise ValueError(
+            f"--problem_depth {lacking[0]}: no sample of {task.name} has it; of these {num_samples} the "
+            f"depths are: {there}; choose from them or change --task_options"
+        )
+    return [sample for sample, depth in zip(samples, depths, strict=True) if depth in problem_depths]
+
+
+def _generate(
+    task: SyntheticTask[Any],
+    num_samples: int,
+    seed: int,
+    problem_depths: Sequence[int] | None = None,
+    **sizes: int,
+) -> TaskData:
     assert task.labelled is not None
     assert task.evaluation is not None
     options = task.test_options(**sizes)
-    samples = task.test_samples(num_samples, seed, options)
+    samples = test_samples(task, num_samples, seed, options, problem_depths)
     items = [Item(s.id, task.labelled(s), task.evaluation.depth(s)) for s in samples]
     return TaskData(items, task.shortcuts(samples, options))
 

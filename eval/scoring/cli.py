@@ -130,6 +130,11 @@ def positive_integer(text: str) -> int:
     return value
 
 
+def problem_depth_list(text: str) -> list[int]:
+    """An argparse type: different numbers from 1."""
+    return [_integer(part, "a depth of problems", 1) for part in _parts(text)]
+
+
 def shots_list(text: str) -> list[int]:
     """An argparse type: different numbers from 0."""
     return [_integer(part, "a number of examples", 0) for part in _parts(text)]

@@ -10,6 +10,7 @@ from data_pipeline.sources.problems import read_gsm8k
 from data_pipeline.sources.traced import read_icot, read_prosqa
 from data_pipeline.tasks.registry import TASKS as SYNTHETIC_TASKS
 from data_pipeline.tokenization.tokenizer import Tokenizer
+from eval.looping.tasks import test_samples
 from eval.scoring.task import find_data, first
 
 # Synthetic tasks with a chain of thought, whose questions are generated.
@@ -53,15 +54,21 @@ def normalize(answer: str) -> str:
     return _COMMA_IN_NUMBER.sub("", answer.strip())
 
 
-def generated_questions(task: str, num_samples: int, seed: int, sizes: Mapping[str, int]) -> QuestionSet:
+def generated_questions(
+    task: str,
+    num_samples: int,
+    seed: int,
+    sizes: Mapping[str, int],
+    problem_depths: Sequence[int] | None = None,
+) -> QuestionSet:
     """Questions of the test split of a task of GENERATED; `sizes` as eval.looping.tasks.task_options gives
-    them. Raises DataError for impossible ones.
+    them. Raises ValueError for impossible sizes and for depths that no question has.
     """
     record = SYNTHETIC_TASKS[task]
     assert record.traced is not None
     assert record.evaluation is not None
     options = record.test_options(**sizes)
-    samples = record.test_samples(num_samples, seed, options)
+    samples = test_samples(record, num_samples, seed, options, problem_depths)
     questions = []
     for sample in samples:
         document = record.traced(sample)

@@ -94,6 +94,22 @@ def test_reasoning_measures_every_depth(name, spelling, tmp_path, run_script):
     assert set(results) == {task, f"{task}_labels", *(f"{task}_problem_depth{depth}" for depth in depths)}
 
 
+@pytest.mark.parametrize("name", LABELLED)
+def test_problems_of_chosen_depths_are_those_among_all(name):
+    task, options = LABELLED[name], LABELLED[name].options
+    whole = task.generate(40, 3, **options)
+    known = {item.problem_depth for item in whole.items} - {None}
+    wrong = max(known, default=0) + 1
+    with pytest.raises(ValueError, match=rf"--problem_depth {wrong}: no sample of {name} has it"):
+        task.generate(40, 3, [*known, wrong], **options)
+    for depth in known:
+        some = task.generate(40, 3, [depth], **options)
+        chosen = [i for i, item in enumerate(whole.items) if item.problem_depth == depth]
+        assert some.items == [whole.items[i] for i in chosen]
+        for way, guesses in some.guesses.items():
+            assert guesses == [whole.guesses[way][i] for i in chosen]
+
+
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_questions_have_the_answers_of_the_samples(name):
     record, options = TASKS[name], LABELLED[name].options

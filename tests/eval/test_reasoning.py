@@ -310,7 +310,7 @@ def test_command(exports, name, tmp_path, monkeypatch, capsys):
 def test_depths_that_a_task_knows(exports, tmp_path, monkeypatch, capsys):
     """A task that mixes 1, 2 and 3 hops: results, heuristics and rank correlation by depth."""
 
-    def mixed(num_samples: int, seed: int) -> reasoning_tasks.TaskData:
+    def mixed(num_samples: int, seed: int, problem_depths: None) -> reasoning_tasks.TaskData:
         items = [
             reasoning_tasks.Item(sample.id, LabelledDocument(sample.text, sample.labels), hops)
             for hops in (1, 2, 3)
@@ -361,6 +361,8 @@ def test_depths_that_a_task_knows(exports, tmp_path, monkeypatch, capsys):
         ("act", ["--num_steps", "0"], "argument --num_steps: is 0, at least 1 is needed"),
         ("act", ["--num_steps", "1,,2"], "argument --num_steps: has '', which is not a number of loop steps"),
         ("act", ["--num_steps", "1,adaptive"], "only numbers of steps are measured here"),
+        ("act", ["--problem_depth", "2"], "--problem_depth 2: no sample of p_hop has it"),
+        ("act", ["--problem_depth", "0"], "argument --problem_depth: is 0, at least 1 is needed"),
         ("act", ["--num_samples", "0"], "argument --num_samples: is 0"),
         ("act", ["--log_samples"], "--log_samples needs --output_path"),
         ("act", ["--checkpoint", "nowhere"], "no checkpoint folder nowhere"),
