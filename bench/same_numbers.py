@@ -255,6 +255,7 @@ def as_arguments(training: Any, data: Any) -> dict[str, list[str]]:
 
 
 def record_cells(side: Side) -> dict[str, Any]:
+    """One step of a cell of every group: of the record before, or of the checkout's own first cells."""
     if side.before:
         cells = {name: cell["settings"] for name, cell in side.before["cells"].items()}
     else:
@@ -283,6 +284,7 @@ def record_text(side: Side) -> dict[str, Any]:
 
 
 def record_prompts(side: Side) -> dict[str, Any]:
+    """All evaluations of a model that has trained one step."""
     model = side.call(COMMANDS["model"], side.work / "model", data=side.build("real_cpu"))
     tasks, names = [], []
     for task, needed in TASKS.items():

@@ -7,20 +7,21 @@ from typing import Any
 from experiments.jobs import DATA, ROOT, Data, Job, cell_folder
 from experiments.matrix import BASE, Matrix, PlannedCell
 from experiments.record import make_record
-from experiments.settings import DS_CONFIG, Settings, cell_settings, evaluation_settings
+from experiments.settings import DS_CONFIG, Settings, cell_settings
 
 
 def job_of(plan: PlannedCell, matrix: Matrix) -> Job:
     """All that is run for a cell; the record comes last."""
+    settings = cell_settings(plan, evaluate=not matrix.is_sweep)
     return Job(
         name=plan.cell.name,
         max_steps=plan.max_steps,
         script="pretrain/main.py" if plan.method is None else "distill/main.py",
         training=tuple(training(plan)),
         data=Data(plan.data_name, plan.task.recipe, plan.data),
-        evaluations=evaluations(plan, evaluate=not matrix.is_sweep),
+        evaluations=evaluations(settings),
         record=lambda folder: make_record(plan, matrix, folder),
-        settings=cell_settings(plan, evaluate=not matrix.is_sweep),
+        settings=settings,
     )
 
 
@@ -34,10 +35,9 @@ def training(plan: PlannedCell) -> list[str]:
     return ["--ds_config", DS_CONFIG, "--config", base, *plan.overrides]
 
 
-def evaluations(plan: PlannedCell, evaluate: bool) -> dict[str, list[str]]:
-    """By name: script and flags of each evaluation, except checkpoint and output."""
-    settings = evaluation_settings(plan) if evaluate else {}
-    return {name: evaluation_command(entry) for name, entry in settings.items()}
+def evaluations(settings: Settings) -> dict[str, list[str]]:
+    """By name: script and flags of each evaluation, except checkpoint and output; of a cell's settings."""
+    return {name: evaluation_command(entry) for name, entry in settings["evaluations"].items()}
 
 
 def evaluation_command(settings: Settings) -> list[str]:

@@ -33,7 +33,7 @@ def cell_settings(plan: PlannedCell, evaluate: bool) -> Settings:
             "overrides": mapping(plan.overrides),
         },
         "data": {"recipe": plan.task.recipe, "overrides": mapping(plan.data)},
-        "evaluations": evaluation_settings(plan) if evaluate else {},
+        "evaluations": _evaluation_settings(plan) if evaluate else {},
     }
 
 
@@ -54,7 +54,7 @@ def task_options(text: str) -> dict[str, int]:
     return {name: int(value) for name, value in pairs}
 
 
-def evaluation_settings(plan: PlannedCell) -> dict[str, Settings]:
+def _evaluation_settings(plan: PlannedCell) -> dict[str, Settings]:
     """By name; the record's accuracy or perplexity comes from `main`."""
     spec, task = plan.task.evaluation, plan.task
     looped = plan.model.recurrence.placement != "none"

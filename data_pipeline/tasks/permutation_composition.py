@@ -57,6 +57,7 @@ class Group(NamedTuple):
 
 @lru_cache
 def symmetric_group(points: int) -> Group:
+    """S_n of n = `points`, its numbers in the order of itertools.permutations: number 0 is the identity."""
     images = np.array(list(permutations(range(points))), np.uint8)
     digit_weights = points ** np.arange(points)
     numbers = np.zeros(points**points, np.int64)

@@ -232,10 +232,10 @@ def test_a_cell_is_told_what_its_name_says(tmp_path):
     looped, dense = matrix.plans
     told = training(looped)
     assert {"seed=7", "max_steps=10", "optimizer.lr=0.002", "model.recurrence.max_steps=8"} <= set(told)
-    tests = evaluations(looped, evaluate=True)
+    tests = evaluations(cell_settings(looped, evaluate=True))
     assert tests["main"][tests["main"].index("--num_steps") + 1] == "1,2,4,8,12,16,24"
     assert tests["gap twice as long"][-3:] == ["length=48", "--num_steps", "4"]
-    assert "--num_steps" not in evaluations(dense, evaluate=True)["main"]
+    assert "--num_steps" not in evaluations(cell_settings(dense, evaluate=True))["main"]
     name = "p_hop/small/10/random@lr=0.002/7"
     assert [job.name for job in select(jobs_of(matrix), name)] == [name]
 
