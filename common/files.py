@@ -1,20 +1,56 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and what can be read of one that was damaged."""
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, to be written in the `with` block, then put on disk and renamed.
+
+    If the block fails, the temporary file is deleted and `path` stays as it was, or absent.
+
+    Raises:
+        OSError: for a full or failing disk, with `path`, the room that is left and what is safe.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.filename not in (None, str(temporary)):
+            raise  # about another file, such as one that was to be copied
+        raise writing_failed(error, path) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def writing_failed(error: OSError, path: Path, safe: str = "nothing was replaced") -> OSError:
+    """`error` with the path that was being written, the room left there and what is safe."""
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    reason = f"{error.strerror or error} ({shutil.disk_usage(folder).free:,} bytes free); {safe}"
+    return OSError(error.errno, reason, str(path))
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename: the file is whole or absent, on disk on return."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    """Write under a temporary name, then rename: the file is whole or absent, on disk on return.
+
+    Raises:
+        OSError: see `replacing`.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def sync_folder(folder: Path) -> None:
@@ -30,3 +66,33 @@ def write_json(path: Path, values: Any, indent: int = 1) -> None:
     """Write JSON that is whole or absent; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(values, indent=indent) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """What a file of one JSON object per line holds."""
+
+    path: Path
+    records: list[dict[str, Any]] = field(default_factory=list)
+    damaged: list[tuple[int, bytes]] = field(default_factory=list)  # line number from 1, content
+    torn: bytes = b""  # after the last line's end: a process was killed while it wrote
+
+    def warnings(self) -> list[str]:
+        """A line for every damaged one; a torn end is normal after a kill and not among them."""
+        return [f"{self.path} line {number} is damaged and not used" for number, _ in self.damaged]
+
+
+def read_json_lines(path: Path) -> JsonLines:
+    """Every line that is a JSON object, and apart from them those that are not. Raises OSError."""
+    *lines, torn = path.read_bytes().split(b"\n")
+    found = JsonLines(path, torn=torn)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            found.records.append(record)
+        else:
+            found.damaged.append((number, line))
+    return found

@@ -1,0 +1,76 @@
+"""Plain values to dataclasses: every wrong type is one line that names the key."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from common.schema import from_plain
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outer:
+    size: int
+    on: bool = False
+    mode: Literal["fast", "slow"] = "fast"
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+    either: int | str | None = None
+    pairs: tuple[tuple[int, float], ...] = ()
+    table: dict[str, int] = field(default_factory=dict)
+    free: Any = None
+
+
+def test_nested_values_are_built() -> None:
+    values = {
+        "size": 3,
+        "inner": {"rate": 1, "names": ["a"]},
+        "maybe": {},
+        "either": "x",
+        "pairs": [[1, 2.5], (2, 3)],
+        "table": {"a": 1},
+        "free": [object],
+    }
+    built = from_plain(Outer, values, "config")
+    assert built == Outer(
+        3, False, "fast", Inner(1.0, ["a"]), Inner(), "x", ((1, 2.5), (2, 3.0)), {"a": 1}, [object]
+    )
+    assert type(built.inner.rate) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], "config=[] is not a mapping of keys to values"),
+        ({}, "config.size is missing; add it"),
+        ({"size": 1, "sise": 2}, "config.sise is not a known key; did you mean 'size'?"),
+        ({"size": True}, "config.size=True is not an integer"),
+        ({"size": "3"}, "config.size='3' is not an integer"),
+        ({"size": 3.0}, "config.size=3.0 is not an integer"),
+        ({"size": None}, "config.size=None is not an integer"),
+        ({"size": 1, "on": 1}, "config.on=1 is not true or false"),
+        ({"size": 1, "mode": "fasst"}, "config.mode='fasst' is unknown; did you mean 'fast'?"),
+        ({"size": 1, "inner": {"rate": math.nan}}, "config.inner.rate=nan is not a finite number"),
+        ({"size": 1, "inner": {"rate": math.inf}}, "config.inner.rate=inf is not a finite number"),
+        ({"size": 1, "inner": {"rate": True}}, "config.inner.rate=True is not a finite number"),
+        ({"size": 1, "inner": {"names": "ab"}}, "config.inner.names='ab' is not a list"),
+        ({"size": 1, "inner": {"names": ["a", 1]}}, "config.inner.names[1]=1 is not text"),
+        ({"size": 1, "inner": None}, "config.inner=None is not a mapping of keys to values"),
+        ({"size": 1, "maybe": 3}, "config.maybe=3 is not a mapping of keys to values"),
+        ({"size": 1, "either": 2.5}, "config.either=2.5 is not an integer or text"),
+        ({"size": 1, "pairs": [[1]]}, "config.pairs[0]=[1] has 1 entries instead of 2"),
+        ({"size": 1, "table": {"a": "b"}}, "config.table.a='b' is not an integer"),
+        ({"size": 1, "table": {2: 1}}, "the key 2 of config.table=2 is not text"),
+    ],
+)
+def test_wrong_values_are_one_line(values: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        from_plain(Outer, values, "config")
