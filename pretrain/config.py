@@ -5,25 +5,33 @@ The YAML owns the model, the data, batch sizes, optimizer, schedule, clipping an
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from common.schema import Count, CountOrZero, Limits, Share, Weight
 from data_pipeline.loading.sample_order import Stage
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+
+Rate = Annotated[float, Limits(above=0, most=100)]  # of learning
+Beta = Annotated[float, Limits(least=0, below=1)]
+Time = Annotated[float, Limits(above=0, most=10**9)]
+Rows = Annotated[int, Limits(least=1, most=10**6)]
 
 
 @dataclass
 class DataConfig:
     path: str = "???"  # folder that data_pipeline/build.py wrote, or its URL
-    sequence_length: int = 512  # tokens per row
+    sequence_length: Annotated[int, Limits(least=2, most=10**7)] = 512  # tokens per row
     packing: str = "concat"  # concat: cut every sequence_length tokens | best_fit: documents whole, padded
     # Source weights, each list entry from a token count of the run onwards:
     # [{tokens: 0, weights: {SOURCE: WEIGHT}}, ...]; default: the recipe's, which validation always uses.
     stages: list[Stage] = field(default_factory=list)
-    shuffle_shards: int = 0  # shards shuffled together, for a data.path that is a URL; 0: all
-    max_damaged_rows: int = 0  # rows of damaged shards that a rank may skip; one more is an error
+    shuffle_shards: CountOrZero = 0  # shards shuffled together, for a data.path that is a URL; 0: all
+    max_damaged_rows: CountOrZero = 0  # rows of damaged shards that a rank may skip; one more is an error
     cache: str | None = None  # local folder for the shards of a URL
-    cache_bytes: int | None = None  # limit above which its oldest shards are deleted; default: no limit
+    cache_bytes: Annotated[int, Limits(least=1, most=2**63 - 1)] | None = (
+        None  # limit above which its oldest shards are deleted; default: no limit
+    )
     tokenizer: str | None = None  # sentencepiece model; default: the one in `path`
 
 
@@ -32,23 +40,25 @@ class OptimizerConfig:
     """AdamW or Muon, warm-up and decay; defaults after DeepSeek-V3 (arXiv 2412.19437, 4.2)."""
 
     kind: str = "adamw"  # adamw | muon: Muon for hidden matrices, AdamW for the rest
-    lr: float = 1e-3  # peak learning rate
+    lr: Rate = 1e-3  # peak learning rate
     # Peak learning rate of Muon's matrices, in units of spectral norm; follows the schedule of lr. The
     # default is the reference implementation's (Jordan et al. 2024).
-    muon_lr: float = 0.02
-    min_lr: float = 1e-4  # learning rate at the end of the decay
-    warmup_steps: int = 50
+    muon_lr: Rate = 0.02
+    min_lr: Annotated[float, Limits(least=0, most=100)] = 1e-4  # learning rate at the end of the decay
+    warmup_steps: CountOrZero = 50
     schedule: str = "cosine"  # cosine | wsd | constant, after the warm-up
-    decay_steps: int | None = None  # step at which min_lr is reached (cosine, wsd); default: max_steps
-    wsd_decay_steps: int | None = None  # length of wsd's decay, up to decay_steps; default: a tenth of them
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices; norms, biases and embeddings are not decayed
-    clip: float = 1.0  # limit of the global gradient norm; 0: no clipping
+    decay_steps: Count | None = None  # step at which min_lr is reached (cosine, wsd); default: max_steps
+    wsd_decay_steps: Count | None = None  # length of wsd's decay, up to decay_steps; default: a tenth of them
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
+    eps: Annotated[float, Limits(above=0, most=1)] = 1e-8
+    weight_decay: Annotated[float, Limits(least=0, most=100)] = (
+        0.1  # on matrices; norms, biases and embeddings are not decayed
+    )
+    clip: Weight = 1.0  # limit of the global gradient norm; 0: no clipping
     # Share of the past in an exponential moving average of the weights, exported to export_ema/; null: none.
     # Resumed from a checkpoint without an average, a run starts one at that checkpoint's weights.
-    ema_decay: float | None = None
+    ema_decay: Share | None = None
 
     def decay_length(self, max_steps: int) -> int:
         """Steps of wsd's decay; a tenth of a run is what MiniCPM found enough (arXiv 2404.06395)."""
@@ -59,41 +69,31 @@ class OptimizerConfig:
 class StabilityConfig:
     """Which steps are skipped, see stability.py. A loss or gradient that is not finite always is."""
 
-    max_zscore: float | None = 10.0  # robust z-score of loss or gradient norm above which it is a spike
-    window: int = 64  # past steps that a step is compared with
+    max_zscore: Annotated[float, Limits(least=1, most=10**6)] | None = (
+        10.0  # robust z-score of loss or gradient norm above which it is a spike
+    )
+    window: Annotated[int, Limits(least=8, most=10**6)] = 64  # past steps that a step is compared with
     # Consecutive skipped steps that end the run. More than half the window: whatever lasts longer is a new
     # level, not a spike.
-    max_skipped: int = 50
+    max_skipped: Count = 50
 
 
 @dataclass
 class EvaluationConfig:
-    every_steps: int = 0  # steps between two evaluations, a multiple of save_every; 0: never
+    every_steps: CountOrZero = 0  # steps between two evaluations, a multiple of save_every; 0: never
     tasks: str = "gsm8k,logiqa,babi,arc"  # as eval/run.py takes them
-    limit: int = 100  # problems per data file
-    num_fewshot: int | None = None  # default: each task's own
-    timeout_seconds: float = 1800.0  # after which an evaluation is killed; a run's end waits no longer
+    limit: Count = 100  # problems per data file
+    num_fewshot: Annotated[int, Limits(least=0, most=1000)] | None = None  # default: each task's own
+    timeout_seconds: Time = 1800.0  # after which an evaluation is killed; a run's end waits no longer
     data: str | None = None  # folder of the data sets; default: $DATA_ROOT, else data
     # cpu | cuda: rank 0's GPU. Not the default: training sizes its batches to that memory, and all other
     # ranks would wait for the one that shares its GPU.
     device: str = "cpu"
 
     def check(self, save_every: int, optimizer: str) -> None:
-        """Raises ValueError for the first value out of range, and for what does not go together."""
-        for name, value, allowed, fits in (
-            ("every_steps", self.every_steps, "at least 0", self.every_steps >= 0),
-            ("limit", self.limit, "at least 1", self.limit >= 1),
-            (
-                "num_fewshot",
-                self.num_fewshot,
-                "at least 0",
-                self.num_fewshot is None or self.num_fewshot >= 0,
-            ),
-            ("timeout_seconds", self.timeout_seconds, "above 0", self.timeout_seconds > 0),
-            ("device", self.device, "cpu or cuda", self.device in ("cpu", "cuda")),
-        ):
-            if not fits:
-                raise ValueError(f"evaluation.{name}={value} must be {allowed}")
+        """Raises ValueError, one line, for what does not go together."""
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"evaluation.device={self.device!r} must be cpu or cuda")
         if self.every_steps % save_every:
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
@@ -110,19 +110,12 @@ class EvaluationConfig:
 class LoraConfig:
     """Defaults: those published for KaVa and CODI (arXiv 2502.21074)."""
 
-    r: int = 128  # rank
-    alpha: int = 32  # the adapters' output is scaled by alpha / r
-    dropout: float = 0.1  # of the adapters' input
+    r: Annotated[int, Limits(least=1, most=65_536)] = 128  # rank
+    alpha: Count = 32  # the adapters' output is scaled by alpha / r
+    dropout: Beta = 0.1  # of the adapters' input
 
     def check(self, ep_size: int, optimizer: str) -> None:
-        """Raises ValueError, one line, for values out of range and for settings incompatible with LoRA."""
-        for name, value, allowed, fits in (
-            ("r", self.r, "at least 1", self.r >= 1),
-            ("alpha", self.alpha, "above 0", self.alpha > 0),
-            ("dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1),
-        ):
-            if not fits:
-                raise ValueError(f"lora.{name}={value} must be {allowed}")
+        """Raises ValueError, one line, for settings incompatible with LoRA."""
         if ep_size > 1:
             raise ValueError(f"ep_size={ep_size} does not go with lora, which freezes experts; set ep_size=1")
         if optimizer != "adamw":
@@ -141,21 +134,23 @@ class WandbConfig:
 @dataclass
 class RunConfig:
     output_dir: str = "runs/run"
-    seed: int = 0
-    max_steps: int = 100  # optimizer steps
-    global_batch_size: int = 32  # rows per optimizer step, over all ranks
-    micro_batch_size: int = 8  # most rows a rank computes at once; accumulation follows from it
-    ep_size: int = 1  # ranks that share one set of experts
-    save_every: int = 100  # steps between checkpoints; the last step is always saved
-    keep_last: int = 2  # newest checkpoints that are kept
-    keep_every: int = 0  # checkpoints whose step is a multiple of it are kept as well; 0: none
+    seed: Annotated[int, Limits(least=-(2**63), most=2**63 - 1)] = 0
+    max_steps: Count = 100  # optimizer steps
+    global_batch_size: Rows = 32  # rows per optimizer step, over all ranks
+    micro_batch_size: Rows = 8  # most rows a rank computes at once; accumulation follows from it
+    ep_size: Annotated[int, Limits(least=1, most=65_536)] = 1  # ranks that share one set of experts
+    save_every: Count = 100  # steps between checkpoints; the last step is always saved
+    keep_last: Count = 2  # newest checkpoints that are kept
+    keep_every: CountOrZero = 0  # checkpoints whose step is a multiple of it are kept as well; 0: none
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
-    time_limit_minutes: float | None = None  # after which the run stops with a checkpoint; None: never
-    eval_every: int = 0  # steps between validation losses; 0: never
-    eval_batches: int = 8  # global batches of one validation
-    log_every: int = 10  # steps between step lines (metrics.jsonl has every step)
-    profile_step: int | None = None  # step traced to output_dir/profile/, for chrome://tracing
-    peak_tflops: float | None = None  # per device, for MFU; default: looked up by the GPU's name, else no MFU
+    time_limit_minutes: Time | None = None  # after which the run stops with a checkpoint; None: never
+    eval_every: CountOrZero = 0  # steps between validation losses; 0: never
+    eval_batches: Rows = 8  # global batches of one validation
+    log_every: Count = 10  # steps between step lines (metrics.jsonl has every step)
+    profile_step: Count | None = None  # step traced to output_dir/profile/, for chrome://tracing
+    peak_tflops: Annotated[float, Limits(above=0, most=10**6)] | None = (
+        None  # per device, for MFU; default: looked up by the GPU's name, else no MFU
+    )
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)

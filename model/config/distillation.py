@@ -5,6 +5,9 @@ latent_cot/targets.py.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from common.schema import Count, CountOrZero, Limits, Weight, check_fields
 
 DISTANCES = ("l1", "smooth_l1", "mse")
 POLICIES = ("rkv", "random", "uniform")
@@ -21,30 +24,33 @@ class DistillationConfig:
     method: str = "kava"  # preset of distill/methods.py that fills in the keys not given
     published: str = "gpt2"  # gpt2 | llama-1b: the model whose published values the preset takes
     student_pass: bool = True  # answer after the latents; false: write the trace out, as cot does
-    teacher_weight: float = 1.0  # cross-entropy of trace and answer in a pass over the whole document
+    teacher_weight: Weight = 1.0  # cross-entropy of trace and answer in a pass over the whole document
     # CODI (arXiv 2502.21074): the states of all layers at the token before the answer's value
-    hidden_weight: float = 0.0
+    hidden_weight: Weight = 0.0
     hidden_distance: str = "smooth_l1"  # l1 | smooth_l1 | mse
     hidden_std: bool = True  # divide by the standard deviation of the teacher's state
     # KaVa (arXiv 2510.02312): the latents' keys and values against the trace's kept ones
-    kv_weight: float = 0.0
+    kv_weight: Weight = 0.0
     kv_distance: str = "smooth_l1"  # l1 | smooth_l1 | mse
     kv_std: bool = True  # divide, layer by layer, by the standard deviation of the teacher's
     kv_policy: str = "rkv"  # which tokens of the trace are kept: rkv | random | uniform
-    kv_lambda: float = 0.1  # share of importance against redundancy in R-KV's score
+    # share of importance against redundancy in R-KV's score
+    kv_lambda: Annotated[float, Limits(least=0, most=1)] = 0.1
     # LOTUS (arXiv 2606.31779): each latent predicts a token of the trace
-    latent_weight: float = 0.0
-    latent_block: int = 0  # latents per step of the trace; 0: the trace's tokens one after another
+    latent_weight: Weight = 0.0
+    latent_block: CountOrZero = 0  # latents per step of the trace; 0: the trace's tokens one after another
     # Coconut (arXiv 2412.06769): stage s replaces the first s steps of the trace by latents
-    stage_steps: int = 0  # optimizer steps per stage; 0: no curriculum, latents replace the whole trace
-    latents_per_step: int = 2  # latents that replace a step in a curriculum
+    # optimizer steps per stage; 0: no curriculum, latents replace the whole trace
+    stage_steps: CountOrZero = 0
+    latents_per_step: Count = 2  # latents that replace a step in a curriculum
     # From the tokenizer; distill/main.py fills them in
-    bot_id: int = 4  # <bot>
-    eot_id: int = 5  # <eot>
-    prefix_length: int = 0  # tokens between <eot> and the answer's value
-    step_id: int = 0  # the token between two steps of the trace
+    bot_id: CountOrZero = 4  # <bot>
+    eot_id: CountOrZero = 5  # <eot>
+    prefix_length: CountOrZero = 0  # tokens between <eot> and the answer's value
+    step_id: CountOrZero = 0  # the token between two steps of the trace
 
     def __post_init__(self) -> None:
+        check_fields(self, "model.distillation")
         for name, allowed in (
             ("hidden_distance", DISTANCES),
             ("kv_distance", DISTANCES),
@@ -55,15 +61,6 @@ class DistillationConfig:
                     f"model.distillation.{name}={getattr(self, name)!r} is unknown; choose one of "
                     f"{', '.join(allowed)}"
                 )
-        for name in (*WEIGHTS, *_NOT_NEGATIVE):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.distillation.{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.kv_lambda <= 1:
-            raise ValueError(f"model.distillation.kv_lambda={self.kv_lambda} must lie in 0..1")
-        if self.latents_per_step < 1:
-            raise ValueError(
-                f"model.distillation.latents_per_step={self.latents_per_step} must be at least 1"
-            )
         for name in WEIGHTS:
             if not self.student_pass and getattr(self, name) > 0:
                 raise ValueError(
@@ -108,5 +105,4 @@ class DistillationConfig:
             )
 
 
-_NOT_NEGATIVE = ("latent_block", "stage_steps", "bot_id", "eot_id", "prefix_length", "step_id")
 WEIGHTS = ("teacher_weight", "hidden_weight", "kv_weight", "latent_weight")

@@ -1,6 +1,12 @@
 """LatentCoTConfig: thoughts instead of a chain of thought's tokens."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from common.schema import Limits
+
+Latents = Annotated[int, Limits(least=0, most=100_000)]
+Iterations = Annotated[int, Limits(least=0, most=10_000)]
 
 # PCCoT's T (arXiv 2506.18582) and LOTUS's R (arXiv 2606.31779). The other two iterate over nothing.
 DEFAULT_ITERATIONS = {"jacobi": 3, "lotus": 6}
@@ -12,12 +18,12 @@ PROJECTIONS = (None, "mlp", "none")
 class LatentCoTConfig:
     """Latent thoughts between <bot> and <eot>. See model/latent_cot/thoughts.py for the formulas."""
 
-    num_latents: int = 0  # c, latents in a thought; 0: none, and no parameters for them
+    num_latents: Latents = 0  # c, latents in a thought; 0: none, and no parameters for them
     # jacobi: all latents at once, each from the one before in the iteration before (PCCoT) | sequential: one
     # after another (Coconut, CODI) | none: learned embeddings (pause) | lotus: all at once, each its own
     feedback: str = "jacobi"
     # jacobi: T, after iteration 0 (default 3; 0 is `none`) | lotus: R (default 6). The others have none
-    num_iterations: int | None = None
+    num_iterations: Iterations | None = None
     # jacobi, sequential: mlp, Linear-GELU-Linear-LayerNorm (default) | none, the hidden state itself
     projection: str | None = None
 
@@ -53,8 +59,6 @@ def check_latent_cot(c: LatentCoTConfig) -> None:
         if value not in allowed:
             known = ", ".join(str(choice) for choice in allowed)
             raise ValueError(f"model.latent_cot.{name}={value!r} is unknown; choose one of {known}")
-    if c.num_latents < 0:
-        raise ValueError(f"model.latent_cot.num_latents={c.num_latents} must not be negative")
     check_iterations(c, c.num_iterations)
     if c.projection is not None and c.feedback not in ("jacobi", "sequential"):
         raise ValueError(

@@ -5,14 +5,19 @@ Names follow Hugging Face's DeepseekV3Config wherever it has one.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from common.nearest import nearest
+from common.schema import Count, CountOrZero, Limits, Weight, check_fields, checked_values, from_plain
 from model.config.distillation import DistillationConfig
 from model.config.latent_cot import LatentCoTConfig, check_latent_cot
 from model.config.presets import PRESETS
-from model.config.recurrence import HaltingConfig, RecurrenceConfig, check_recurrence
-from model.config.rope import Llama3RopeConfig, YarnConfig, check_rope_scaling, rope_section
+from model.config.recurrence import RecurrenceConfig, check_recurrence
+from model.config.rope import Llama3RopeConfig, YarnConfig, check_rope_scaling
+
+# Whatever runs over all layers or experts, such as counting parameters, stays quick.
+Layers = Annotated[int, Limits(least=1, most=10_000)]
+Experts = Annotated[int, Limits(least=1, most=65_536)]
+Few = Annotated[int, Limits(least=0, most=1_000)]
 
 
 @dataclass(frozen=True)
@@ -24,71 +29,72 @@ class ModelConfig:
     """
 
     preset: str | None = None  # nano | small | base | large: a named set of sizes, other keys override it
-    vocab_size: int = 8192
-    hidden_size: int = 256
-    num_hidden_layers: int = 4  # distinct layers; a looped layer counts once
-    max_position_embeddings: int = 2048  # longest sequence, in tokens
-    initializer_range: float = 0.02  # standard deviation of the initial weights
+    vocab_size: Count = 8192
+    hidden_size: Count = 256
+    num_hidden_layers: Layers = 4  # distinct layers; a looped layer counts once
+    max_position_embeddings: Count = 2048  # longest sequence, in tokens
+    initializer_range: Annotated[float, Limits(above=0, most=10)] = (
+        0.02  # standard deviation of the initial weights
+    )
     # Kind of the layers' norms and the final one: rms_norm | layer_norm (scale and bias). The norms of
     # queries, keys and Latent Reasoning Units are always RMSNorm.
     norm: str = "rms_norm"
-    rms_norm_eps: float = 1e-6  # for either kind
+    rms_norm_eps: Annotated[float, Limits(above=0, most=1)] = 1e-6  # for either kind
     rms_norm_affine: bool = True  # learned scales in RMSNorm; false needs use_mla=false
     # rope | learned: a table of max_position_embeddings vectors, added to the embeddings
     position_embedding: str = "rope"
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Limits(above=1, most=10**15)] = 10000.0
     rope_scaling: YarnConfig | Llama3RopeConfig | None = None
     tie_word_embeddings: bool = False  # the head's matrix is the embedding's
     use_bias: bool = False  # in the linear layers of attention and of a feed-forward layer without a gate
-    embedding_mixing: int = 0  # width of a causal depthwise convolution over the embeddings; 0: none
-    num_attention_heads: int = 4
+    embedding_mixing: CountOrZero = 0  # width of a causal depthwise convolution over the embeddings; 0: none
+    num_attention_heads: Count = 4
     use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
     # Multi-head latent attention
-    q_lora_rank: int | None = None  # None: queries are projected directly
-    kv_lora_rank: int = 64  # width of the cached latent
-    qk_nope_head_dim: int = 32
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
+    q_lora_rank: Count | None = None  # None: queries are projected directly
+    kv_lora_rank: Count = 64  # width of the cached latent
+    qk_nope_head_dim: Count = 32
+    qk_rope_head_dim: Count = 16
+    v_head_dim: Count = 32
     # Grouped-query attention
-    num_key_value_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: Count | None = None  # None: as many as query heads
+    head_dim: Count | None = None  # None: hidden_size / num_attention_heads
     qk_norm: bool = False  # RMSNorm on every head's query and key, before they are rotated
     # Feed-forward layers
     use_moe: bool = True  # mixture of experts; false: every layer is dense
     # silu: SwiGLU | without a gate, and only with use_moe=false: relu2 (squared ReLU), gelu (by tanh, GPT-2)
     hidden_act: str = "silu"
-    intermediate_size: int = 688  # width of a dense feed-forward layer
+    intermediate_size: Count = 688  # width of a dense feed-forward layer
     # Mixture of experts
-    first_k_dense_replace: int = 1  # this many leading layers are dense, the others are MoE
-    n_routed_experts: int = 8
-    num_experts_per_tok: int = 2
-    n_shared_experts: int = 1
-    moe_intermediate_size: int = 192  # width of one expert
-    n_group: int = 1  # experts are ranked in groups, of which topk_group are kept
-    topk_group: int = 1
+    first_k_dense_replace: CountOrZero = 1  # this many leading layers are dense, the others are MoE
+    n_routed_experts: Experts = 8
+    num_experts_per_tok: Experts = 2
+    n_shared_experts: CountOrZero = 1
+    moe_intermediate_size: Count = 192  # width of one expert
+    n_group: Experts = 1  # experts are ranked in groups, of which topk_group are kept
+    topk_group: Experts = 1
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    router_bias_update_rate: float = 0.001  # step of the loss-free balancing bias, once per optimizer step
-    balance_loss_weight: float = 1e-4  # sequence-wise balance loss
-    router_z_loss_weight: float = 0.0  # keeps the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5)
+    routed_scaling_factor: Weight = 1.0
+    router_bias_update_rate: Annotated[float, Limits(least=0, most=1)] = (
+        0.001  # step of the loss-free balancing bias, once per optimizer step
+    )
+    balance_loss_weight: Weight = 1e-4  # sequence-wise balance loss
+    router_z_loss_weight: Weight = 0.0  # keeps the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5)
     # Multi-token prediction
-    num_nextn_predict_layers: int = 0  # modules, each of which predicts one token further ahead
-    mtp_loss_weight: float = 0.3
+    num_nextn_predict_layers: Few = 0  # modules, each of which predicts one token further ahead
+    mtp_loss_weight: Weight = 0.3
     recurrence: RecurrenceConfig = field(default_factory=RecurrenceConfig)
     latent_cot: LatentCoTConfig = field(default_factory=LatentCoTConfig)
     distillation: DistillationConfig | None = None  # learning to think in latents: distill/main.py
     # Baselines of the recurrence
-    num_pause_tokens: int = 0  # learned tokens after every token; the last one predicts (arXiv 2310.02226)
-    num_memory_tokens: int = 0  # Recurrent Memory Transformer, see model/memory.py; needs segment_length
-    segment_length: int | None = None  # tokens of a segment, between which only memory passes
+    num_pause_tokens: Few = 0  # learned tokens after every token; the last one predicts (arXiv 2310.02226)
+    num_memory_tokens: CountOrZero = (
+        0  # Recurrent Memory Transformer, see model/memory.py; needs segment_length
+    )
+    segment_length: Count | None = None  # tokens of a segment, between which only memory passes
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must not be negative")
+        check_fields(self, "model")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -107,6 +113,11 @@ class ModelConfig:
         name = "qk_rope_head_dim" if self.use_mla else "head_dim"
         if not self.learned_positions and (self.rotary_dim % 2 or self.rotary_dim < 2):
             raise ValueError(f"model.{name}={self.rotary_dim} must be even: it rotates in pairs")
+        if not self.use_mla and self.plain_head_dim < 1:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads} leaves heads without width at "
+                f"hidden_size={self.hidden_size}; lower it or set head_dim"
+            )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -300,8 +311,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Builds a config from plain values; explicit keys override those of `preset`."""
-        values = dict(values)
+        """Builds a config from plain values; explicit keys override those of `preset`.
+
+        Raises:
+            ValueError: one line for an unknown key, a wrong type or an impossible value.
+        """
+        values = cls.checked(values)
         preset = values.get("preset")
         if preset is not None:
             if preset not in PRESETS:
@@ -311,67 +326,20 @@ class ModelConfig:
             base = PRESETS[preset]
             recurrence = {**base.get("recurrence", {}), **values.get("recurrence", {})}
             values = {**base, **values, "recurrence": recurrence}
-        _reject_unknown(values, cls, "model")
-        sections = _SECTIONS
-        scaling = values.get("rope_scaling")
-        if scaling is not None:
-            sections = {**_SECTIONS, "rope_scaling": rope_section(scaling)}
-        for key, section in sections.items():
-            if values.get(key) is not None:
-                values[key] = _section(values[key], section, f"model.{key}")
-        return cls(**values)
+        return from_plain(cls, values, "model")
+
+    @classmethod
+    def checked(cls, values: Any) -> dict[str, Any]:
+        """Plain values once their keys and types are a config's; what they say together is not checked.
+
+        Raises:
+            ValueError: one line.
+        """
+        return checked_values(cls, values, "model")
 
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "max_position_embeddings",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "intermediate_size",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "n_group",
-)
-_NOT_NEGATIVE = (
-    "embedding_mixing",
-    "first_k_dense_replace",
-    "n_shared_experts",
-    "num_nextn_predict_layers",
-    "num_pause_tokens",
-    "num_memory_tokens",
-)
 _CHOICES = {
     "hidden_act": ("silu", "relu2", "gelu"),
     "norm": ("rms_norm", "layer_norm"),
     "position_embedding": ("rope", "learned"),
 }
-_SECTIONS: dict[str, type] = {
-    "recurrence": RecurrenceConfig,
-    "halting": HaltingConfig,
-    "latent_cot": LatentCoTConfig,
-    "distillation": DistillationConfig,
-}
-
-
-def _section(values: dict[str, Any], section: type, where: str) -> Any:
-    """A section of the config, and those inside it, from plain values."""
-    _reject_unknown(values, section, where)
-    return section(
-        **{
-            key: _section(value, _SECTIONS[key], f"{where}.{key}") if key in _SECTIONS else value
-            for key, value in values.items()
-        }
-    )
-
-
-def _reject_unknown(values: dict[str, Any], cls: type, where: str) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{where}.{key} is not a key of the model config; {nearest(key, known)}")

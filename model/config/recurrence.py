@@ -1,8 +1,11 @@
 """RecurrenceConfig and HaltingConfig: what is looped, how the state is carried, and when a token stops."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated
 
+from common.schema import Count, CountOrZero, Limits, Share, Weight
+
+Steps = Annotated[int, Limits(least=1, most=10_000)]
 LEARNED = ("act", "ponder", "entropy")
 
 
@@ -14,19 +17,19 @@ class HaltingConfig:
     # | threshold: training as fixed, inference stops where the state or the prediction stops changing
     kind: str = "fixed"
     granularity: str = "token"  # token | sequence (mean over the document so far) | mixed
-    mixture: float = 0.5  # granularity=mixed: share of the token's own signal
+    mixture: Share = 0.5  # granularity=mixed: share of the token's own signal
     measure: str = "cosine"  # kind=threshold: cosine of successive states | kl of successive predictions
     # Learned kinds: a token halts once it has spent this probability (default 0.99). kind=threshold: at a
     # cosine of at least this (0.95), or at a divergence of at most this many nats (5e-4).
-    threshold: float | None = None
-    min_steps: int = 1  # no token halts earlier
+    threshold: Annotated[float, Limits(least=-1, most=10**6)] | None = None
+    min_steps: Steps = 1  # no token halts earlier
     # loss: sum p_n CE_n (default for block) | state: sum p_n s_n (default for the others)
     expectation: str | None = None
-    ponder_weight: float | None = None  # default: act 0.001, ponder 0.01, entropy 0.1
-    ponder_prior: float = 0.2  # kind=ponder: parameter of the geometric prior, about 1 / expected steps
-    stability_weight: float = 0.0  # change of the state after it should have halted
-    sparsity_weight: float = 0.0  # Hoyer-square of the state that is read out, 0..1
-    information_weight: float = 0.0  # minus a lower bound of the information that successive states share
+    ponder_weight: Weight | None = None  # default: act 0.001, ponder 0.01, entropy 0.1
+    ponder_prior: Share = 0.2  # kind=ponder: parameter of the geometric prior, about 1 / expected steps
+    stability_weight: Weight = 0.0  # change of the state after it should have halted
+    sparsity_weight: Weight = 0.0  # Hoyer-square of the state that is read out, 0..1
+    information_weight: Weight = 0.0  # minus a lower bound of the information that successive states share
 
     @property
     def learned(self) -> bool:
@@ -55,11 +58,11 @@ class RecurrenceConfig:
     placement: str = "none"
     # First and last layer of each loop (block) or of the layers that have a unit, counted from 0; default:
     # all.
-    ranges: list[Any] | None = None
-    num_steps: int = 1  # loop steps R at inference; in training the fixed or the mean depth
+    ranges: list[list[int]] | None = None
+    num_steps: Steps = 1  # loop steps R at inference; in training the fixed or the mean depth
     depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson, one draw per optimizer step)
-    max_steps: int = 32  # upper limit of a sampled depth
-    backprop_steps: int | None = None  # gradients flow through this many last steps only; default: all
+    max_steps: Steps = 32  # upper limit of a sampled depth
+    backprop_steps: Count | None = None  # gradients flow through this many last steps only; default: all
     injection: str = "add"  # none | add | concat | gate: how the loop's input re-enters at every step
     update: str = "gated"  # gated (GRU-style convex update) | simple (the core's output is the state)
     # Each pass reads the normed state. False: it reads the state itself, so that with injection=none and
@@ -70,11 +73,14 @@ class RecurrenceConfig:
     # block only
     sandwich_norm: bool = False  # looped layers also norm what attention and feed-forward layer give
     cache: str = "per_step"  # per_step | parallel | ema | average | last | first; see model/cache.py
-    virtual_layers: int | None = None  # steps that keep keys of their own (per_step, parallel); default: all
-    ema_decay: float = 0.7  # cache=ema: share of what was merged before
+    # steps that keep keys of their own (per_step, parallel); default: all
+    virtual_layers: Count | None = None
+    ema_decay: Share = 0.7  # cache=ema: share of what was merged before
     # kv and post_attention only
-    latent_intermediate_size: int | None = None  # inner width of the unit's core; default: twice the state's
-    position_mixing: int = 0  # width of a causal depthwise convolution over tokens in every step; 0: none
+    # inner width of the unit's core; default: twice the state's
+    latent_intermediate_size: Count | None = None
+    # width of a causal depthwise convolution over tokens in every step; 0: none
+    position_mixing: CountOrZero = 0
     query_conditioned: bool = False  # the refinement reads the token's own query
     # kv only: hidden (as DeepSeek) | latent | hidden_plus_latent (default: DeepSeek's before training)
     k_rope_source: str | None = None
@@ -158,8 +164,7 @@ def check_recurrence(r: RecurrenceConfig, num_layers: int, use_mla: bool) -> Non
 def _check_ranges(r: RecurrenceConfig, num_layers: int) -> None:
     end = -1
     for entry in r.ranges or []:
-        pair = isinstance(entry, list | tuple) and [type(layer) for layer in entry] == [int, int]
-        if not pair or not end < entry[0] <= entry[1] < num_layers:
+        if len(entry) != 2 or not end < entry[0] <= entry[1] < num_layers:
             raise ValueError(
                 f"model.recurrence.ranges={r.ranges} must hold pairs [first, last] of layers, rising and "
                 f"apart, with every layer in 0..{num_layers - 1} (num_hidden_layers={num_layers})"
@@ -183,20 +188,6 @@ def _check_counts(r: RecurrenceConfig) -> None:
             f"model.recurrence.virtual_layers={r.virtual_layers} must lie in 1..{name}={fewest}: every "
             "token fills as many steps; lower it or raise the other"
         )
-    if r.backprop_steps is not None and r.backprop_steps < 1:
-        raise ValueError(f"model.recurrence.backprop_steps={r.backprop_steps} must be at least 1")
-    if r.position_mixing < 0 or (r.latent_intermediate_size or 1) < 1:
-        raise ValueError(
-            f"model.recurrence.position_mixing={r.position_mixing} must not be negative and "
-            f"latent_intermediate_size={r.latent_intermediate_size} must be at least 1"
-        )
-    for name, value in (
-        ("ema_decay", r.ema_decay),
-        ("halting.mixture", h.mixture),
-        ("halting.ponder_prior", h.ponder_prior),
-    ):
-        if not 0 < value < 1:
-            raise ValueError(f"model.recurrence.{name}={value} must lie between 0 and 1")
 
 
 def _check_placement(r: RecurrenceConfig, use_mla: bool) -> None:

@@ -158,9 +158,9 @@ def test_recomputation_repeats_the_dropout(policy):
     ("overrides", "message"),
     [
         (["lora.r=0"], "lora.r=0 must be at least 1"),
-        (["lora.alpha=0"], "lora.alpha=0 must be above 0"),
-        (["lora.dropout=1"], "lora.dropout=1.0 must be from 0 to below 1"),
-        (["lora.rank=4"], "unknown config key lora.rank"),
+        (["lora.alpha=0"], "lora.alpha=0 must be at least 1"),
+        (["lora.dropout=1"], "lora.dropout=1 must be at least 0 and below 1"),
+        (["lora.rank=4"], "lora.rank is not a known key"),
         (["lora={}", "ep_size=2"], "set ep_size=1"),
         (["lora={}", "optimizer.kind=muon", "optimizer.clip=0"], "set it to adamw"),
     ],

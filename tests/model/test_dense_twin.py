@@ -259,10 +259,14 @@ def test_a_preset_keeps_its_loop_out(tmp_path, capsys, monkeypatch):
     ("text", "arguments", "message"),
     [
         ("hidden_size: 32", ["hidden_size=3"], "override 'hidden_size=3' is not of the form model.a.b=c"),
-        ("hidden_size: 32", ["model.hiden_size=3"], "hiden_size is not a key.*did you mean 'hidden_size'"),
+        (
+            "hidden_size: 32",
+            ["model.hiden_size=3"],
+            "hiden_size is not a known key; did you mean 'hidden_size'",
+        ),
         ("hidden_size: 32", ["model.hidden_size.x=3"], "hidden_size is not a section"),
         ("hidden_size: 32", ["--sequence_length", "0"], "--sequence_length 0 must be at least 1"),
-        ("hidden_size: big", [], "wrong type"),
+        ("hidden_size: big", [], "hidden_size='big' is not an integer"),
         ("model: {preset: huge}", [], "preset='huge' is unknown"),
         ("- 1", [], "holds no keys"),
         ("a: [", [], "cannot be read"),

@@ -41,7 +41,7 @@ LATENTS = {"num_latents": 3}
     [
         ({"latent_cot": {"feedback": "parallel"}}, "feedback='parallel' is unknown; choose one of jacobi"),
         ({"latent_cot": {"projection": "linear"}}, "projection='linear' is unknown"),
-        ({"latent_cot": {"num_latents": -1}}, "num_latents=-1 must not be negative"),
+        ({"latent_cot": {"num_latents": -1}}, "num_latents=-1 must be at least 0"),
         ({"latent_cot": {"num_iterations": -1}}, "num_iterations=-1 must be at least 0"),
         ({"latent_cot": {"feedback": "lotus", "num_iterations": 0}}, "must be at least 1 for feedback=lotus"),
         ({"latent_cot": {"feedback": "sequential", "num_iterations": 3}}, "iterates over nothing"),
@@ -57,7 +57,7 @@ LATENTS = {"num_latents": 3}
         ),
         (
             {"latent_cot": {"latents": 3}},
-            "model.latent_cot.latents is not a key of the model config",
+            "model.latent_cot.latents is not a known key",
         ),
     ],
 )

@@ -193,9 +193,9 @@ def test_the_process_inherits_no_rank_and_sees_no_gpu_unless_asked(monkeypatch, 
         ("evaluation.every_steps=150", "evaluation.every_steps=150 is not a multiple of save_every=100"),
         ("evaluation.every_steps=-1", "evaluation.every_steps=-1 must be at least 0"),
         ("evaluation.limit=0", "evaluation.limit=0 must be at least 1"),
-        ("evaluation.timeout_seconds=0", "evaluation.timeout_seconds=0.0 must be above 0"),
-        ("evaluation.device=gpu", "evaluation.device=gpu must be cpu or cuda"),
-        ("evaluation.task=arc", "unknown config key evaluation.task; did you mean 'tasks'"),
+        ("evaluation.timeout_seconds=0", "evaluation.timeout_seconds=0 must be above 0"),
+        ("evaluation.device=gpu", "evaluation.device='gpu' must be cpu or cuda"),
+        ("evaluation.task=arc", "evaluation.task is not a known key; did you mean 'tasks'"),
     ],
 )
 def test_wrong_values(tmp_path, override, message):

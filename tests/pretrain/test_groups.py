@@ -195,11 +195,11 @@ def test_later_files_override_earlier_ones_and_overrides_both(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: x", "seed: Value 'x'"),
-        ("model: {hiden_size: 3}", "unknown config key model.hiden_size; did you mean 'hidden_size'"),
-        ("model: {hidden_size: big}", "model.hidden_size: Value 'big'"),
-        ("model:", "model=None must be a section with keys"),
-        ("data: 3", "data=3 must be a section with keys"),
+        ("seed: x", "seed='x' is not an integer"),
+        ("model: {hiden_size: 3}", "model.hiden_size is not a known key; did you mean 'hidden_size'"),
+        ("model: {hidden_size: big}", "model.hidden_size='big' is not an integer"),
+        ("model:", "model=None is not a mapping of keys"),
+        ("data: 3", "data=3 is not a mapping of keys"),
         ("a: [", "cannot be read"),
         ("- 1", "holds no keys"),
     ],
