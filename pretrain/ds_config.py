@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.schema import from_plain
 from pretrain.config import OptimizerConfig, RunConfig
+from pretrain.ds_keys import REFUSED, STAGES, DeepSpeedJson
 
 # Keys of the DeepSpeed JSON that are filled from the YAML, with the YAML's key.
 _OWNED_BY_YAML = {
@@ -13,66 +15,124 @@ _OWNED_BY_YAML = {
     "gradient_accumulation_steps": "micro_batch_size",
     "gradient_clipping": "optimizer.clip",
 }
-_REFUSED = {
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.schedule",
-    "expert_parallel": "ep_size",
-    "wandb": "wandb.mode",
-}
 
 
 def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) -> dict[str, Any]:
     """Reads the DeepSpeed JSON and fills its "auto" values (DeepSpeed itself resolves none).
 
     Raises:
-        ValueError: not JSON, or a key that the YAML owns is set there too.
+        ValueError: not JSON; a key that is unknown, not supported, set by the YAML or of a wrong type; keys
+            that contradict each other.
         FileNotFoundError: no such file.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--ds_config {path} does not exist; ds_configs/ has some to start from")
     try:
-        values = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        read = json.loads(Path(path).read_text(), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--ds_config {path} is not valid JSON: {error}") from None
-    stage = values.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
-        raise ValueError(
-            f"zero_optimization.stage={stage} in {path} is not supported: without ZeRO DeepSpeed clips "
-            "expert gradients wrongly and reports no gradient norm; choose 1, 2 or 3"
-        )
-    if values.get("fp16", {}).get("enabled"):
-        raise ValueError(f"fp16 is enabled in {path}, but its loss scaling is not supported; enable bf16")
-    for key, yaml_key in _OWNED_BY_YAML.items():
-        if values.get(key, "auto") != "auto":
-            raise ValueError(
-                f"{key}={values[key]!r} in {path} is also set by {yaml_key} of the YAML; "
-                'write "auto" in the JSON and set it in the YAML'
-            )
-    for key, yaml_key in _REFUSED.items():
-        if key in values:
-            raise ValueError(
-                f"section {key!r} in {path} is also set by {yaml_key} of the YAML; delete it from the JSON"
-            )
+    try:
+        values = _whole_numbers(read)
+        for key, yaml_key in _OWNED_BY_YAML.items():
+            if isinstance(values, dict) and values.get(key, "auto") != "auto":
+                raise ValueError(
+                    f"{key}={values[key]!r} is also set by {yaml_key} of the YAML; "
+                    'write "auto" in the JSON and set it in the YAML'
+                )
+        _refuse(values)
+        typed = from_plain(DeepSpeedJson, values, "")
+        _check(typed, values, config.optimizer)
+    except ValueError as error:
+        raise ValueError(f"--ds_config {path}: {error}") from None
     values["train_batch_size"] = config.global_batch_size
     values["train_micro_batch_size_per_gpu"] = micro
     values["gradient_accumulation_steps"] = accumulation
     values["gradient_clipping"] = config.optimizer.clip
-    _fit_to_optimizer(values, config.optimizer, path)
+    zero = values["zero_optimization"]
+    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses reduce_scatter.
+    if config.optimizer.kind == "muon" and zero["stage"] == 3:
+        zero["reduce_scatter"] = False
+    if offloads(values):
+        # DeepSpeed asks for an optimizer of its own, compiled for the CPU; torch's runs there as well.
+        values["zero_force_ds_cpu_optimizer"] = False
     return values
 
 
-def _fit_to_optimizer(values: dict[str, Any], optimizer: OptimizerConfig, path: str) -> None:
-    """Checks what the optimizer requires of the ZeRO settings, and fills in reduce_scatter."""
-    zero = values["zero_optimization"]
-    stage, half = zero["stage"], values.get("bf16", {}).get("enabled")
-    if stage == 1 and half and values.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+def offloads(values: dict[str, Any]) -> bool:
+    """Whether the optimizer's states are in host memory."""
+    section = values["zero_optimization"].get("offload_optimizer") or {}
+    return section.get("device", "none") != "none"
+
+
+def fit_buckets(values: dict[str, Any], parameters: int) -> None:
+    """Lowers the default size of the gradient buckets to a model's number of parameters.
+
+    DeepSpeed allocates them whole, 1 to 2 GB, however small the model. No bucket is cut differently by this.
+    """
+    default = from_plain(DeepSpeedJson, {"zero_optimization": {"stage": 1}}, "").zero_optimization
+    smaller = min(default.reduce_bucket_size, parameters)
+    values["zero_optimization"].setdefault("reduce_bucket_size", smaller)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict[str, Any]()
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands in one section twice; delete one of them")
+        found[key] = value
+    return found
+
+
+def _whole_numbers(value: Any) -> Any:
+    """The same values with integers for floats such as 5e8, the usual way to write sizes."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _refuse(values: Any, section: str = "") -> None:
+    """Raises ValueError for keys that DeepSpeed knows, or once knew, and this project does not support."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        name = f"{section}{key}"
+        if name in REFUSED:
+            raise ValueError(f"{name} is not supported: {REFUSED[name]}; delete it from the JSON")
+        if value == "auto" and name not in _OWNED_BY_YAML and name != "data_types.keep_in_fp32_modules":
+            raise ValueError(
+                f'{name}="auto" is not filled in; write a value, or delete it for DeepSpeed\'s default'
+            )
+        _refuse(value, f"{name}.")
+
+
+def _check(typed: DeepSpeedJson, values: dict[str, Any], optimizer: OptimizerConfig) -> None:
+    """Raises ValueError for what does not go together, or with the optimizer."""
+    zero, given, half = typed.zero_optimization, values["zero_optimization"], typed.bf16.enabled
+    if zero.stage == 0:
+        raise ValueError(
+            "zero_optimization.stage=0 is not supported: without ZeRO DeepSpeed clips expert gradients "
+            "wrongly and reports no gradient norm; choose 1, 2 or 3"
+        )
+    if typed.fp16.enabled:
+        raise ValueError("fp16.enabled=true is not supported, for its loss scaling; enable bf16 instead")
+    for key in given:
+        stages = (3,) if key.startswith("stage3_") else STAGES.get(key, (1, 2, 3))
+        if zero.stage not in stages:
+            raise ValueError(
+                f"zero_optimization.{key} is for stage {' and '.join(map(str, stages))}, but stage="
+                f"{zero.stage}; delete it or change the stage"
+            )
+    precision = typed.data_types.grad_accum_dtype
+    if precision == "bf16" and not half:
+        raise ValueError("data_types.grad_accum_dtype=bf16 does not go with fp32 weights; enable bf16 too")
+    if zero.stage == 1 and half and precision == "fp32":
         # DeepSpeed uses a separate optimizer here, in which judge_grad_norm cannot skip a step.
         raise ValueError(
-            f"data_types.grad_accum_dtype=fp32 with bf16 and stage 1 in {path} is not supported; "
+            "data_types.grad_accum_dtype=fp32 with bf16 and stage 1 is not supported; "
             "set zero_optimization.stage to 2 or 3"
         )
-    # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses reduce_scatter.
-    if optimizer.kind == "muon" and stage == 3 and zero.setdefault("reduce_scatter", False):
+    if optimizer.kind == "muon" and zero.stage == 3 and given.get("reduce_scatter"):
+        raise ValueError("reduce_scatter=true does not go with optimizer.kind=muon under ZeRO-3; delete it")
+    if offloads(values) and values.get("zero_force_ds_cpu_optimizer"):
         raise ValueError(
-            f"reduce_scatter=true in {path} does not go with optimizer.kind=muon under ZeRO-3; delete it"
+            "zero_force_ds_cpu_optimizer=true does not go with offload_optimizer, since the optimizer is "
+            "torch's; delete it"
         )

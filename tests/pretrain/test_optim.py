@@ -148,13 +148,13 @@ def test_what_the_optimizer_requires_of_zero(tmp_path):
     muon = ("optimizer.kind=muon", "optimizer.clip=0")
     assert resolved({"stage": 3}, *muon)["zero_optimization"] == {"stage": 3, "reduce_scatter": False}
     assert resolved({"stage": 3})["zero_optimization"] == {"stage": 3}
-    with pytest.raises(ValueError, match=r"reduce_scatter=true in .* does not go with optimizer.kind=muon"):
+    with pytest.raises(ValueError, match=r"reduce_scatter=true does not go with optimizer.kind=muon"):
         resolved({"stage": 3, "reduce_scatter": True}, *muon)
-    with pytest.raises(ValueError, match=r"zero_optimization.stage=0 in .* is not supported"):
-        resolved({}, "optimizer.ema_decay=0.9")
+    with pytest.raises(ValueError, match=r"zero_optimization.stage=0 is not supported"):
+        resolved({"stage": 0}, "optimizer.ema_decay=0.9")
     bf16: dict[str, dict] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     resolved({"stage": 2}, *muon, **bf16)
-    with pytest.raises(ValueError, match=r"grad_accum_dtype=fp32 with bf16 and stage 1 in .* not supported"):
+    with pytest.raises(ValueError, match=r"grad_accum_dtype=fp32 with bf16 and stage 1 is not supported"):
         resolved({"stage": 1}, *muon, **bf16)
 
 
