@@ -79,7 +79,8 @@ def checked_values(kind: type, values: Any, where: str) -> dict[str, Any]:
 
 def check_fields(instance: Any, where: str) -> None:
     """Raises ValueError, one line, for a field of a dataclass that has another type or breaks its Limits."""
-    for name, hint in _hints(type(instance)).items():
+    kind: type = type(instance)
+    for name, hint in _hints(kind).items():
         as_type(hint, getattr(instance, name), _at(where, name))
 
 

@@ -25,7 +25,7 @@ from model.export_files import TOKENIZER_NAME, WEIGHTS_NAME, load_config
 from pretrain.config import RunConfig
 from pretrain.lora import NEW
 from pretrain.main import argument_parser, start
-from pretrain.setup import Run, prepare
+from pretrain.setup import Outline, Run, prepare
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     start(arguments, lambda: prepare_distillation(arguments))
 
 
-def prepare_distillation(arguments: argparse.Namespace) -> Run:
+def prepare_distillation(arguments: argparse.Namespace) -> Outline:
     """pretrain.setup.prepare for a run that trains a Student.
 
     Raises:
@@ -47,25 +47,28 @@ def prepare_distillation(arguments: argparse.Namespace) -> Run:
     """
     init: Path | None = arguments.init
 
-    def complete(config: RunConfig, loader: Loader) -> None:
-        check_data(config, loader)
+    def complete(config: RunConfig, loader: Loader | None) -> None:
+        if loader is not None:
+            check_data(config, loader)
         if init is not None:
             config.model = with_sizes(config.model, init, loader)
-        config.model = with_data(
-            with_method(config.model), Tokenizer(loader.tokenizer_path), config.max_steps
-        )
+        config.model = with_method(config.model)
+        if loader is not None:
+            config.model = with_data(config.model, Tokenizer(loader.tokenizer_path), config.max_steps)
 
     weights = None if init is None else init / WEIGHTS_NAME
-    run = prepare(arguments.config, arguments.ds_config, arguments.overrides, complete, weights)
+    given = (arguments.config, arguments.ds_config, arguments.overrides)
+    run = prepare(*given, complete, weights, dry_run=arguments.dry_run)
     distillation = run.model_config.distillation
     # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
     # layers through their keys and values, bypassing it; KaVa also reads kv_b_proj outside its layer.
-    if run.state.zero_stage == 3 and distillation is not None and distillation.student_pass:
+    if run.zero_stage == 3 and distillation is not None and distillation.student_pass:
         raise ValueError(
             f"zero_optimization.stage=3 does not go with model.distillation.method={distillation.method}, "
             "whose gradients flow through a cache; use ds_configs/zero2.json"
         )
-    check_length(run)
+    if isinstance(run, Run):
+        check_length(run)
     if weights is not None:
         check_weights(weights, run.model_config)
     return dataclasses.replace(run, model_class=Student)
@@ -104,7 +107,7 @@ def check_length(run: Run) -> None:
         )
 
 
-def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, Any]:
+def with_sizes(model: dict[str, Any], init: Path, loader: Loader | None) -> dict[str, Any]:
     """The config of an export, overridden by the keys of `model`.
 
     Raises:
@@ -113,12 +116,13 @@ def with_sizes(model: dict[str, Any], init: Path, loader: Loader) -> dict[str, A
     if model.get("preset") is not None:
         raise ValueError(f"model.preset={model['preset']} and --init both give sizes; leave one of them out")
     base = load_config(init).to_dict()
-    ours, theirs = Tokenizer(init / TOKENIZER_NAME), Tokenizer(loader.tokenizer_path)
-    if ours.sha256 != theirs.sha256:
-        raise ValueError(
-            f"--init {init} has another tokenizer (sha256 {ours.sha256[:12]}) than the data "
-            f"(sha256 {theirs.sha256[:12]}); start from an export of a run on these data"
-        )
+    if loader is not None:
+        ours, theirs = Tokenizer(init / TOKENIZER_NAME), Tokenizer(loader.tokenizer_path)
+        if ours.sha256 != theirs.sha256:
+            raise ValueError(
+                f"--init {init} has another tokenizer (sha256 {ours.sha256[:12]}) than the data "
+                f"(sha256 {theirs.sha256[:12]}); start from an export of a run on these data"
+            )
     return _over({**base, "preset": None, "latent_cot": {}, "distillation": {}}, model)
 
 

@@ -5,54 +5,79 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
-from pretrain.config import check_layout
 from pretrain.planning.communication import gather_schedule
-from pretrain.planning.layout import Layout, model_parts
+from pretrain.planning.layout import Layout, ZeroSettings, model_parts
 from pretrain.planning.memory import memory
-from pretrain.setup import Run
+from pretrain.setup import Outline, Run, host_memory
 
 
-def describe(run: Run) -> str:
+def describe(run: Outline) -> str:
     """The resolved config, parameters, FLOPs and memory per rank, part by part.
 
     Memory is predicted by planning/memory.py, for even expert loads in the precision of the DeepSpeed JSON.
     """
-    config, model, state = run.config, run.model_config, run.state
+    config, model = run.config, run.model_config
     resolved = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "model": model.to_dict()}))
-    micro, accumulation = check_layout(config, model, state.world_size)
-    layout = Layout(
-        gpus=state.world_size,
-        ep=state.ep_size,
-        stage=state.zero_stage,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        sequence_length=config.data.sequence_length,
-        checkpointing=config.execution.checkpointing,
-        element_bytes=2 if run.ds_config.get("bf16", {}).get("enabled") else 4,
-        gpus_per_node=state.world_size,
-    )
+    layout = _layout(run)
     parts = model_parts(model)
     gathering = gather_schedule(model, parts, layout) if layout.stage == 3 else None
     predicted = memory(model, parts, layout, gathering, skew=1.0)
+    built, room = 4 * sum(part.held(layout.ep) for part in parts.values()), host_memory()
     length = config.data.sequence_length
     total, active = num_parameters(model), num_parameters(model, active=True)
     forward, training = flops_per_token(model, length), training_flops_per_token(model, length)
-    source = "the first step" if run.resume_from is None else str(run.resume_from)
     adapters = "" if config.lora is None else " without lora, which needs less"
     lines = [
         resolved.rstrip(),
         "",
-        f"starts from      {source}, ends after step {config.max_steps}",
+        f"data             {_data(run)}",
+        f"starts from      {_start(run)}, ends after step {config.max_steps}",
         f"parameters       {total:,} ({active:,} active per token)",
         f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, "
         f"at {model.recurrence.num_steps} loop steps",
         f"per step         {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",
         f"layout           {layout.gpus} ranks, ep_size {layout.ep}, ZeRO stage {layout.stage}, "
-        f"{accumulation} micro-batches of {micro} rows per rank",
-        f"memory per rank  {_megabytes(sum(predicted.values()))}, predicted{adapters}",
+        f"{run.accumulation} micro-batches of {run.micro_batch_size} rows per rank",
+        f"memory per rank  {_megabytes(sum(predicted.values()))}, predicted{adapters}; the process itself "
+        "comes on top",
         *(f"  {part:24}{_megabytes(size)}" for part, size in predicted.items()),
+        f"built on a host  {_megabytes(built)} per rank, before ZeRO shards the model"
+        + (f": MORE THAN THIS MACHINE'S {room / 1e6:,.1f} MB" if built > room else ""),
     ]
     return "\n".join(lines)
+
+
+def _layout(run: Outline) -> Layout:
+    config, zero, defaults = run.config, run.ds_config["zero_optimization"], ZeroSettings()
+    return Layout(
+        gpus=run.world_size,
+        ep=config.ep_size,
+        stage=run.zero_stage,
+        micro_batch_size=run.micro_batch_size,
+        accumulation=run.accumulation,
+        sequence_length=config.data.sequence_length,
+        checkpointing=config.execution.checkpointing,
+        element_bytes=2 if run.ds_config.get("bf16", {}).get("enabled") else 4,
+        gpus_per_node=run.world_size,
+        zero=ZeroSettings(
+            zero.get("reduce_bucket_size", defaults.reduce_bucket_size),
+            zero.get("stage3_max_reuse_distance", defaults.max_reuse_distance),
+        ),
+    )
+
+
+def _data(run: Outline) -> str:
+    path, vocabulary = run.config.data.path, f"{run.model_config.vocab_size:,}"
+    if isinstance(run, Run):
+        return f"{path}, a vocabulary of {vocabulary}"
+    given = "from model.vocab_size" if "vocab_size" in run.config.model else "assumed"
+    return f"{path} IS NOT BUILT YET: a vocabulary of {vocabulary}, {given}"
+
+
+def _start(run: Outline) -> str:
+    if not isinstance(run, Run):
+        return "the first step, or a checkpoint in output_dir that fits the data"
+    return "the first step" if run.resume_from is None else str(run.resume_from)
 
 
 def _megabytes(size: float) -> str:

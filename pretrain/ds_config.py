@@ -48,20 +48,12 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
     values["train_micro_batch_size_per_gpu"] = micro
     values["gradient_accumulation_steps"] = accumulation
     values["gradient_clipping"] = config.optimizer.clip
+    values["zero_force_ds_cpu_optimizer"] = False  # the optimizer is ours, with offload too
     zero = values["zero_optimization"]
     # Under ZeRO-3 a rank needs whole gradients to orthogonalise them; DeepSpeed refuses reduce_scatter.
     if config.optimizer.kind == "muon" and zero["stage"] == 3:
         zero["reduce_scatter"] = False
-    if offloads(values):
-        # DeepSpeed asks for an optimizer of its own, compiled for the CPU; torch's runs there as well.
-        values["zero_force_ds_cpu_optimizer"] = False
     return values
-
-
-def offloads(values: dict[str, Any]) -> bool:
-    """Whether the optimizer's states are in host memory."""
-    section = values["zero_optimization"].get("offload_optimizer") or {}
-    return section.get("device", "none") != "none"
 
 
 def fit_buckets(values: dict[str, Any], parameters: int) -> None:
@@ -131,8 +123,8 @@ def _check(typed: DeepSpeedJson, values: dict[str, Any], optimizer: OptimizerCon
         )
     if optimizer.kind == "muon" and zero.stage == 3 and given.get("reduce_scatter"):
         raise ValueError("reduce_scatter=true does not go with optimizer.kind=muon under ZeRO-3; delete it")
-    if offloads(values) and values.get("zero_force_ds_cpu_optimizer"):
+    if typed.zero_force_ds_cpu_optimizer:
         raise ValueError(
-            "zero_force_ds_cpu_optimizer=true does not go with offload_optimizer, since the optimizer is "
-            "torch's; delete it"
+            "zero_force_ds_cpu_optimizer=true is not supported: the optimizer is torch's, with offload too; "
+            "delete it"
         )

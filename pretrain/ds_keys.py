@@ -202,7 +202,7 @@ class DeepSpeedJson:
     data_types: DataTypes = field(default_factory=DataTypes)
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
     zero_allow_untested_optimizer: bool = False
-    zero_force_ds_cpu_optimizer: bool = True
+    zero_force_ds_cpu_optimizer: bool = False  # true is refused, with its reason
     steps_per_print: Count | None = None
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False

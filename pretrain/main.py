@@ -27,7 +27,7 @@ from pretrain.dry_run import describe
 from pretrain.export import describe_data, write_export
 from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment, peak_tflops
-from pretrain.setup import Run, choose_checkpoint, prepare
+from pretrain.setup import Outline, Run, choose_checkpoint, prepare
 from pretrain.stopping import StopRequests
 
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     arguments = _parse()
-    start(arguments, lambda: prepare(arguments.config, arguments.ds_config, arguments.overrides))
+    given = (arguments.config, arguments.ds_config, arguments.overrides)
+    start(arguments, lambda: prepare(*given, dry_run=arguments.dry_run))
 
 
-def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None:
+def start(arguments: argparse.Namespace, prepare_run: Callable[[], Outline]) -> None:
     """Prepares a run, then describes it (--dry-run) or trains it."""
     join_slurm_step()
     with user_errors(ValueError, OSError):
@@ -48,6 +49,7 @@ def start(arguments: argparse.Namespace, prepare_run: Callable[[], Run]) -> None
         if run.rank == 0:
             print(describe(run))
         return
+    assert isinstance(run, Run)
     try:
         _train(run)
     except RuntimeError as error:

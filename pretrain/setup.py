@@ -8,27 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.manifest import MANIFEST
+from data_pipeline.sources.remote import is_url
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
+from model.counts import num_parameters
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
 from pretrain.config import RunConfig, check_layout
-from pretrain.ds_config import load_ds_config
+from pretrain.ds_config import fit_buckets, load_ds_config
 from pretrain.run_config import load_run_config
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything a run consists of, checked before any process group exists."""
+@dataclass(frozen=True, kw_only=True)
+class Outline:
+    """What a run is to be, as far as it is known without its data."""
 
     config: RunConfig
     model_config: ModelConfig
     ds_config: dict[str, Any]
-    loader: Loader
-    validation: Loader | None
     micro_batch_size: int
-    state: TrainingState  # of step 0; a checkpoint must agree with it
-    resume_from: Path | None  # its files' sizes are right; checksums are still to be compared
+    accumulation: int  # micro-batches per step
+    world_size: int
     model_class: type[ZeroModel] = ZeroModel
     weights: Path | None = None  # safetensors to start from; a checkpoint takes precedence
 
@@ -41,33 +42,58 @@ class Run:
         """As set by the launcher, so known before the process group exists."""
         return int(os.environ.get("RANK", "0"))
 
+    @property
+    def zero_stage(self) -> int:
+        return int(self.ds_config["zero_optimization"]["stage"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Outline):
+    """Everything a run consists of, checked before any process group exists."""
+
+    loader: Loader
+    validation: Loader | None
+    state: TrainingState  # of step 0; a checkpoint must agree with it
+    resume_from: Path | None  # its files' sizes are right; checksums are still to be compared
+
 
 def prepare(
     config_paths: str | Sequence[str],
     ds_config_path: str,
     overrides: list[str],
-    complete: Callable[[RunConfig, Loader], None] | None = None,
+    complete: Callable[[RunConfig, Loader | None], None] | None = None,
     weights: Path | None = None,
-) -> Run:
+    dry_run: bool = False,
+) -> Outline:
     """Reads and checks configs, data and checkpoint for this rank.
 
     Args:
-        complete: fills in the keys of the config's `model` that follow from the data.
-        weights: see Run.
+        complete: fills in the keys of the config's `model` that follow from the data; without data, which
+            only a dry run takes, those that follow from nothing else.
+        weights: see Outline.
+        dry_run: the run will not start: data that are not built yet are no error, nor is a model that is too
+            large for this machine.
+
+    Returns:
+        A Run; for a dry run without data only its Outline.
 
     Raises:
         ValueError, OSError: one line for the user.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     config = load_run_config(config_paths, overrides)
-    loader = _loader(config, "train", rank, world_size)
+    built = not dry_run or is_url(config.data.path) or (Path(config.data.path) / MANIFEST).is_file()
+    loader = _loader(config, "train", rank, world_size) if built else None
     if complete is not None:
         complete(config, loader)
-    model_config = build_model_config(config, loader.vocab_size)
+    model_config = build_model_config(config, None if loader is None else loader.vocab_size)
     if complete is None and model_config.distillation is not None:
         raise ValueError("model.distillation is for distill/main.py; start that, or leave it out")
-    micro, accumulation = check_layout(config, model_config, world_size)
-    ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
+    outline = _outline(config, ds_config_path, model_config, world_size, weights)
+    if loader is None:
+        return outline
+    if not dry_run:
+        check_host_memory(model_config, config.ep_size)
     state = TrainingState(
         step=0,
         model=model_config.to_dict(),
@@ -76,15 +102,53 @@ def prepare(
         global_batch_size=config.global_batch_size,
         world_size=world_size,
         ep_size=config.ep_size,
-        zero_stage=ds_config.get("zero_optimization", {}).get("stage", 0),
+        zero_stage=outline.zero_stage,
         optimizer=config.optimizer.kind,
         lora=None if config.lora is None else lora.identity(config.lora, weights),
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = choose_checkpoint(config, state, announce=rank == 0)
-    return Run(
-        config, model_config, ds_config, loader, validation, micro, state, resume_from, weights=weights
+    return Run(**vars(outline), loader=loader, validation=validation, state=state, resume_from=resume_from)
+
+
+def _outline(
+    config: RunConfig, ds_config_path: str, model_config: ModelConfig, world_size: int, weights: Path | None
+) -> Outline:
+    micro, accumulation = check_layout(config, model_config, world_size)
+    ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
+    fit_buckets(ds_config, num_parameters(model_config))
+    return Outline(
+        config=config,
+        model_config=model_config,
+        ds_config=ds_config,
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        world_size=world_size,
+        weights=weights,
     )
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_host_memory(model_config: ModelConfig, ep_size: int) -> None:
+    """Refuses a model that no rank of this machine could build, by arithmetic: nothing is allocated.
+
+    Every rank builds its part of the model, at least 1 / ep_size of all parameters, in fp32 in host memory
+    before ZeRO shards it. This is the least that a run needs, so whatever could run is accepted.
+
+    Raises:
+        ValueError: one line.
+    """
+    parameters, room = num_parameters(model_config), host_memory()
+    built = 4 * parameters // ep_size
+    if built > room:
+        raise ValueError(
+            f"the model has {parameters:,} parameters, and with ep_size={ep_size} a rank builds {built:,} "
+            f"bytes of them or more, but this machine has {room:,}; lower the model's sizes or raise ep_size"
+        )
 
 
 def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader:
@@ -113,14 +177,15 @@ def _loader(config: RunConfig, split: str, rank: int, world_size: int) -> Loader
     return loader
 
 
-def build_model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The model of a run; its vocab_size is the tokenizer's."""
+def build_model_config(config: RunConfig, vocab_size: int | None) -> ModelConfig:
+    """The model of a run; its vocab_size is the tokenizer's, or the config's while that is unknown (None)."""
     given = config.model.get("vocab_size", vocab_size)
-    if given != vocab_size:
+    if vocab_size is not None and given != vocab_size:
         raise ValueError(
             f"model.vocab_size={given} is not the tokenizer's {vocab_size}; leave it out of the config"
         )
-    model_config = ModelConfig.from_dict({**config.model, "vocab_size": vocab_size})
+    known = {} if vocab_size is None else {"vocab_size": vocab_size}
+    model_config = ModelConfig.from_dict({**config.model, **known})
     if config.data.sequence_length > model_config.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length={config.data.sequence_length} exceeds model.max_position_embeddings="

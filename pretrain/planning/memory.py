@@ -48,14 +48,17 @@ def memory(
     step = {"optimizer step": 8 * shard}
     rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
     buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other is sent
+    # setup.prepare makes them no larger than the model.
+    bucket = min(layout.zero.reduce_bucket_size, sum(part.held(1) for part in parts.values()))
     vocabulary = config.vocab_size
+    logit_rows = min(LOGIT_ROWS, layout.micro_tokens)
     backward = {
-        "gradient buckets": int(buckets * width * layout.zero.reduce_bucket_size),
+        "gradient buckets": int(buckets * width * bucket),
         "gathered parameters": width * gathering.peak_elements if gathering else 0,
         "largest layer's gradient": width * max(part.held(layout.ep) for part in parts.values()),
         "activations": activation_bytes(config, layout, skew),
         # Logits in `width`, in fp32 and their error in `width`; the head's gradient waits in fp32.
-        "logits and head": LOGIT_ROWS * vocabulary * (4 + 2 * width) + 4 * vocabulary * config.hidden_size,
+        "logits and head": logit_rows * vocabulary * (4 + 2 * width) + 4 * vocabulary * config.hidden_size,
         # Rows permuted, sent and received at once.
         "all-to-all": int(rows * (1 + 2 * skew) * config.hidden_size * width) if layout.ep > 1 else 0,
     }

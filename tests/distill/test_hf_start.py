@@ -83,7 +83,7 @@ def test_mistakes_are_one_line(data_root, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(KINDS, "gpt2", (gpt2_folder, {"n_positions": 700}))
     start, data = prepared("gpt2", tmp_path, data_root)
-    paths = {"config": "distill/configs/kava.yaml", "ds_config": "ds_configs/zero2.json"}
+    paths = {"config": "distill/configs/kava.yaml", "ds_config": "ds_configs/zero2.json", "dry_run": False}
     overrides = [
         *SMALL_RUN,
         f"data.path={data}",

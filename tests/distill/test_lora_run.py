@@ -175,6 +175,12 @@ def test_other_adapters_or_another_start_are_refused(whole, teacher, traced_data
     save_weights(other, load_pretrained(teacher).config, changed)
     for init, more in ((other, ()), (teacher, ("lora.alpha=8",)), (teacher, ("lora=null",))):
         _, *flags = command(teacher, traced_data, whole, *more)
-        given = {"ds_config": flags[1], "config": [flags[3]], "init": init, "overrides": flags[6:]}
+        given = {
+            "ds_config": flags[1],
+            "config": [flags[3]],
+            "init": init,
+            "overrides": flags[6:],
+            "dry_run": False,
+        }
         with pytest.raises(ValueError, match="same lora.r, lora.alpha and --init, or another output_dir"):
             prepare_distillation(argparse.Namespace(**given))

@@ -89,7 +89,12 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
 )
 def test_a_user_error_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(ROOT)
-    given = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
+    given = {
+        "config": "distill/configs/small.yaml",
+        "ds_config": "ds_configs/zero2.json",
+        "init": None,
+        "dry_run": False,
+    }
     paths = [
         *TINY,
         "model.distillation.method=kava",
@@ -107,7 +112,12 @@ def test_coconut_stages_have_equal_length(traced_data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     overrides = [*TINY, f"data.path={traced_data}", f"output_dir={tmp_path}", "max_steps=8"]
     overrides.append("model.distillation.method=coconut")
-    paths = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}
+    paths = {
+        "config": "distill/configs/small.yaml",
+        "ds_config": "ds_configs/zero2.json",
+        "init": None,
+        "dry_run": False,
+    }
     run = prepare_distillation(argparse.Namespace(**paths, overrides=overrides))
     assert run.model_config.distillation.stage_steps == 2
     with pytest.raises(ValueError, match="is for distill/main.py"):
