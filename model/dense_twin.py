@@ -130,10 +130,7 @@ def twin_section(given: dict[str, Any], by: str, sequence_length: int) -> tuple[
     Raises:
         ValueError: as in dense_twin, or the keys are not those of a model.
     """
-    try:
-        config = ModelConfig.from_dict(given)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"a key of the model has a value of the wrong type ({error}); correct it") from None
+    config = ModelConfig.from_dict(given)
     twin = dense_twin(config, by, sequence_length)
     changed = [n for n in (*LAYERS, *WIDTHS) if n in given or getattr(twin, n) != getattr(config, n)]
     section = {key: value for key, value in given.items() if key != "recurrence"}

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import user_errors
+from common.files import read_json_lines
+from common.schema import Count, Weight, as_type, checked_values, from_plain
 from model import ModelConfig
 from model.config.execution import CHECKPOINTING
 from model.config.model import PRESETS
 from model.counts import num_parameters
-from pretrain.planning.layout import Hardware, Loads
+from pretrain.planning.layout import Hardware, Layout, Loads
 from pretrain.planning.search import LayoutPlan, describe, search
 from pretrain.run_config import load_run_config
 
@@ -35,7 +37,9 @@ def main() -> None:
         loads = None if arguments.loads is None else read_loads(arguments.loads)
         fixed = {name: getattr(arguments, name) for name in SEARCHED if getattr(arguments, name) is not None}
         fixed["sequence_length"] = arguments.sequence_length
-        rows = arguments.global_batch_size
+        for n in arguments.gpus:
+            checked_values(Layout, {**fixed, "gpus": n}, "")
+        rows = as_type(Count, arguments.global_batch_size, "--global_batch_size")
         plans = [search(config, hardware, rows, {**fixed, "gpus": n}, loads) for n in arguments.gpus]
     if arguments.json:
         print(json.dumps([as_dict(p) for p in plans], indent=2))
@@ -92,35 +96,31 @@ def read_hardware(overrides: list[str]) -> Hardware:
     """An H100 with the given figures instead of its own.
 
     Raises:
-        ValueError: not NAME=VALUE, an unknown name, or not a positive number.
+        ValueError: not NAME=VALUE, an unknown name, or a number out of its limits.
     """
-    fields, values = {f.name: f.type for f in dataclasses.fields(Hardware)}, dict[str, Any]()
+    values = dict[str, int | float]()
     for override in overrides:
         name, _, value = override.partition("=")
-        if name not in fields:
-            raise ValueError(f"--hardware {override} is not one of {', '.join(fields)}")
         try:
-            values[name] = int(value) if fields[name] is int else float(value)
+            values[name] = int(value) if value.isdecimal() else float(value)
         except ValueError:
             raise ValueError(f"--hardware {override} is not a number; write e.g. {name}=1e9") from None
-        if not values[name] > 0:
-            raise ValueError(f"--hardware {override} must be above 0")
-    return Hardware(**values)
+    return from_plain(Hardware, values, "hardware")
 
 
 def read_loads(path: Path) -> Loads:
-    """Expert shares in every MoE layer, from the last line of a run's metrics.jsonl.
+    """Expert shares in every MoE layer, from the last line of a run's metrics.jsonl that has them.
 
     Raises:
-        ValueError: the file records none.
+        ValueError: the file records none, or no shares.
     """
-    lines = path.read_text().splitlines()
-    try:
-        loads = json.loads(lines[-1])["expert_load"] if lines else []
-    except (json.JSONDecodeError, KeyError, TypeError):
-        loads = []
-    if not loads:
-        raise ValueError(f"--loads {path} has no expert_load in its last line; give a run's metrics.jsonl")
+    records = [record for record in read_json_lines(path).records if "expert_load" in record]
+    if not records:
+        raise ValueError(f"--loads {path} has no expert_load in any line; give a run's metrics.jsonl")
+    where = f"the last expert_load of --loads {path}"
+    loads = as_type(list[list[Weight]], records[-1]["expert_load"], where)
+    if not loads or not all(sum(layer) > 0 for layer in loads):
+        raise ValueError(f"{where} has a layer without tokens; give the metrics of another run")
     return loads
 
 

@@ -13,10 +13,13 @@ Read from its source and checked against its communication logger by tests/pretr
 Left out: norms, overflow flags, loads and loss sums, a few hundred bytes per step.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from model import ModelConfig
 from pretrain.planning.layout import Layout, Loads, Part
+
+MOST_RUNS = 100_000
 
 
 @dataclass(frozen=True)
@@ -127,16 +130,17 @@ def gather_schedule(config: ModelConfig, parts: dict[str, Part], layout: Layout)
             fetched[i > len(forward)].append(name)
             gathered.add(name)
         peak = max(peak, sum(elements[n] for n in gathered))
-        if not _used_soon(name, order[i + 1 :], parts, elements, layout.zero.max_reuse_distance):
+        if not _used_soon(i, order, parts, elements, layout.zero.max_reuse_distance):
             gathered.discard(name)
     return Gathering(fetched[0], fetched[1], peak)
 
 
 def _used_soon(
-    name: str, following: list[str], parts: dict[str, Part], elements: dict[str, int], distance: float
+    now: int, order: list[str], parts: dict[str, Part], elements: dict[str, int], distance: float
 ) -> bool:
+    name = order[now]
     leaf, passed = parts[name].leaf, 0
-    for other in following:
+    for other in itertools.islice(order, now + 1, None):
         if passed >= distance:
             return False
         if other == name or (leaf and not other):
@@ -147,8 +151,18 @@ def _used_soon(
 
 
 def uses(config: ModelConfig, checkpointing: str = "none") -> tuple[list[str], list[str]]:
-    """Modules in the order a micro-batch uses them, forward and backward."""
+    """Modules in the order a micro-batch uses them, forward and backward.
+
+    Raises:
+        ValueError: there are too many to be listed; one line.
+    """
     r, L, done = config.recurrence, config.num_hidden_layers, 0
+    runs = sum(config.runs_of_layer(layer, r.num_steps, training=True) for layer in range(L))
+    if runs > MOST_RUNS:
+        raise ValueError(
+            f"the model runs {runs:,} layers per token, more than the {MOST_RUNS:,} that a plan replays; "
+            "lower model.recurrence.num_steps"
+        )
     forward = ["embed_tokens", "embed_positions", "embedding_mixing", "pause_tokens", "memory"]
     backward: list[str] = []
     for number, (first, last) in enumerate(r.layer_ranges(L) if r.placement == "block" else []):

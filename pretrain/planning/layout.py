@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
+from common.schema import Count, Limits, check_fields
 from model import ModelConfig, ZeroModel
 
+GPUs = Annotated[int, Limits(least=1, most=10**6)]
+Figure = Annotated[float, Limits(least=1, most=10**30)]
+Fraction = Annotated[float, Limits(above=0, most=1)]
 Loads = list[list[float]]  # by MoE layer, each expert's share of the tokens
 
 
@@ -18,19 +23,21 @@ class Hardware:
     port each. The fractions are assumptions that this project has not measured.
     """
 
-    gpus_per_node: int = 8
-    peak_flops: float = 989e12  # dense bf16, FLOP/s
-    memory_bytes: float = 80e9
-    memory_bandwidth: float = 3.35e12  # bytes/s
-    nvlink_bandwidth: float = 450e9  # bytes/s each way, within a node
-    network_bandwidth: float = 50e9  # bytes/s each way, between nodes
-    compute_fraction: float = 0.4
-    memory_fraction: float = 0.9  # usable; the rest is CUDA context, NCCL and fragmentation
-    memory_bandwidth_fraction: float = 0.7
-    nvlink_fraction: float = 0.7
-    network_fraction: float = 0.7
-    overlap: float = 0.8  # share of ZeRO's exchanges hidden, or of the arithmetic where that is shorter
-    hop_latency: float = 10e-6  # seconds of a collective per doubling of its group
+    gpus_per_node: GPUs = 8
+    peak_flops: Figure = 989e12  # dense bf16, FLOP/s
+    memory_bytes: Figure = 80e9
+    memory_bandwidth: Figure = 3.35e12  # bytes/s
+    nvlink_bandwidth: Figure = 450e9  # bytes/s each way, within a node
+    network_bandwidth: Figure = 50e9  # bytes/s each way, between nodes
+    compute_fraction: Fraction = 0.4
+    memory_fraction: Fraction = 0.9  # usable; the rest is CUDA context, NCCL and fragmentation
+    memory_bandwidth_fraction: Fraction = 0.7
+    nvlink_fraction: Fraction = 0.7
+    network_fraction: Fraction = 0.7
+    # Share of ZeRO's exchanges hidden, or of the arithmetic where that is shorter
+    overlap: Annotated[float, Limits(least=0, most=1)] = 0.8
+    # Seconds of a collective per doubling of its group
+    hop_latency: Annotated[float, Limits(least=0, most=1)] = 10e-6
 
     @property
     def usable_bytes(self) -> float:
@@ -53,22 +60,23 @@ class Layout:
         ValueError: sizes that do not divide each other; the line names value, limit and fix.
     """
 
-    gpus: int
-    ep: int = 1
+    gpus: GPUs
+    ep: GPUs = 1
     stage: int = 3
-    micro_batch_size: int = 1  # rows
-    accumulation: int = 1  # micro-batches per step
-    sequence_length: int = 2048  # tokens
+    micro_batch_size: Count = 1  # rows
+    accumulation: Count = 1  # micro-batches per step
+    sequence_length: Count = 2048  # tokens
     checkpointing: str = "none"  # as execution.checkpointing
     element_bytes: int = 2  # of weights, gradients, activations: bf16
-    gpus_per_node: int = 8
+    gpus_per_node: GPUs = 8
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 
     def __post_init__(self) -> None:
+        check_fields(self, "")
         node = self.gpus_per_node
-        if self.gpus < 1 or (self.gpus > node and self.gpus % node):
+        if self.gpus > node and self.gpus % node:
             raise ValueError(f"gpus={self.gpus} does not fill nodes of {node}; choose a multiple of {node}")
-        if self.ep < 1 or self.gpus % self.ep:
+        if self.gpus % self.ep:
             raise ValueError(f"ep={self.ep} does not divide the {self.gpus} GPUs; choose one of its divisors")
         if node % self.ep and self.ep % node:
             raise ValueError(

@@ -168,6 +168,14 @@ def search(
     Raises:
         ValueError: nothing fits, with the missing bytes, or a given field is impossible.
     """
+    # In the smallest layout that could exist, ZeRO-3 over all GPUs, each parameter has 16 bytes.
+    gpus = fixed["gpus"]
+    least = 16 * counts.num_parameters(config) / gpus
+    if least > hardware.usable_bytes:
+        raise ValueError(
+            f"nothing fits {hardware.usable_bytes:,.0f} usable bytes on {gpus} GPUs: the sharded weights, "
+            f"gradients and optimizer alone take {least:,.0f} of each; give more GPUs or a smaller model"
+        )
     parts = model_parts(config)
     layouts = list(_layouts(config, hardware, rows, fixed))
     plans = [plan(config, layout, hardware, loads, parts) for layout in layouts]

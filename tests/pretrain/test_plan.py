@@ -259,10 +259,18 @@ def run_plan(monkeypatch, capsys) -> Callable[..., str]:
         ("--gpus 4 --ep 8", "ep=8 does not divide the 4 GPUs; choose one of its divisors"),
         ("--gpus 12 --global_batch_size 12", "gpus=12 does not fill nodes of 8; choose a multiple of 8"),
         ("--gpus 3", "--global_batch_size 2048 is not divisible by the 3 GPUs; choose a multiple of 3"),
-        ("--gpus 8 --hardware speed=1", "--hardware speed=1 is not one of "),
-        ("--gpus 8 --hardware memory_bytes=0", "--hardware memory_bytes=0 must be above 0"),
+        ("--gpus 8 --hardware speed=1", "hardware.speed is not a known key; did you mean "),
+        ("--gpus 8 --hardware memory_bytes=0", "hardware.memory_bytes=0 must be at least 1"),
         ("--gpus 8 --hardware memory_bytes=1e10", "nothing fits 9,000,000,000 usable bytes on 8 GPUs: "),
-        ("--gpus 8 --loads pyproject.toml", "--loads pyproject.toml has no expert_load in its last line"),
+        ("--gpus 8 --loads pyproject.toml", "--loads pyproject.toml has no expert_load in any line"),
+        ("--gpus 0", "gpus=0 must be at least 1"),
+        ("--gpus 8 --ep 0", "ep=0 must be at least 1"),
+        ("--gpus 8 --micro_batch_size 0", "micro_batch_size=0 must be at least 1"),
+        ("--gpus 8 --sequence_length -5", "sequence_length=-5 must be at least 1"),
+        ("--gpus 8 --global_batch_size -8", "--global_batch_size=-8 must be at least 1"),
+        ("--gpus 8 --hardware overlap=5", "hardware.overlap=5 must be at least 0 and at most 1"),
+        ("--gpus 8 --hardware peak_flops=inf", "hardware.peak_flops=inf is not a finite number"),
+        ("--gpus 8 --hardware gpus_per_node=1e3", "hardware.gpus_per_node=1000.0 is not an integer"),
     ],
 )
 def test_mistakes_are_one_line(run_plan, capsys, arguments, line):
@@ -278,7 +286,9 @@ def test_mistakes_are_one_line(run_plan, capsys, arguments, line):
 def test_a_run_is_planned_with_its_own_loads(run_plan, tmp_path):
     """The model of a YAML, loads of a metrics.jsonl, JSON out."""
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step": 1}\n' + json.dumps({"step": 2, "expert_load": [[0.4, 0.2, 0.2, 0.2]] * 2}))
+    metrics.write_text(
+        '{"step": 1}\n' + json.dumps({"step": 2, "expert_load": [[0.4, 0.2, 0.2, 0.2]] * 2}) + "\n"
+    )
     demo = ("--model", "pretrain/configs/demo.yaml", "--gpus", 2, "--ep", 2, "--stage", 3, "--json")
     small = ("--sequence_length", 256, "--global_batch_size", 16, "--micro_batch_size", 8)
     (even,) = json.loads(run_plan(*demo, *small))
