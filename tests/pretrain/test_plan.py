@@ -259,7 +259,7 @@ def run_plan(monkeypatch, capsys) -> Callable[..., str]:
         ("--gpus 4 --ep 8", "ep=8 does not divide the 4 GPUs; choose one of its divisors"),
         ("--gpus 12 --global_batch_size 12", "gpus=12 does not fill nodes of 8; choose a multiple of 8"),
         ("--gpus 3", "--global_batch_size 2048 is not divisible by the 3 GPUs; choose a multiple of 3"),
-        ("--gpus 8 --hardware speed=1", "hardware.speed is not a known key; did you mean "),
+        ("--gpus 8 --hardware speed=1", "hardware.speed is not a known key; known: "),
         ("--gpus 8 --hardware memory_bytes=0", "hardware.memory_bytes=0 must be at least 1"),
         ("--gpus 8 --hardware memory_bytes=1e10", "nothing fits 9,000,000,000 usable bytes on 8 GPUs: "),
         ("--gpus 8 --loads pyproject.toml", "--loads pyproject.toml has no expert_load in any line"),
