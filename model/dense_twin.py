@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.schema import Count, as_type
 from model.config.model import PRESETS, ModelConfig, RecurrenceConfig
 from model.counts import flops_per_token, num_parameters
 
@@ -174,7 +175,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text()) if path.suffix == ".json" else _read_yaml(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text ({error}); give a YAML or JSON") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); correct it or export it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; give a config or an export/ folder of a run")
@@ -191,7 +192,7 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: reading YAML needs omegaconf; install it or give JSON") from None
     try:
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -248,12 +249,12 @@ def main() -> None:
 def _matched(arguments: argparse.Namespace) -> str:
     values = _read(arguments.like)
     length = arguments.sequence_length
-    if isinstance(values.get("model"), dict):
-        data = values.get("data") or {}
-        length, values = length or data.get("sequence_length"), values["model"]
-    length = SEQUENCE_LENGTH if length is None else length
-    if length < 1:
-        raise ValueError(f"--sequence_length {length} must be at least 1")
+    if "model" in values:
+        data, values = values.get("data"), values["model"]
+        if length is None and isinstance(data, dict):
+            length = data.get("sequence_length")
+    values = ModelConfig.checked(values)
+    length = as_type(Count, SEQUENCE_LENGTH if length is None else length, "--sequence_length")
     for override in arguments.overrides:
         _override(values, override)
     section, table = twin_section(values, arguments.by, length)

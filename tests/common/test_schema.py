@@ -3,11 +3,11 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
-from common.schema import from_plain
+from common.schema import Limits, check_fields, checked_values, from_plain
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,60 @@ def test_nested_values_are_built() -> None:
 def test_wrong_values_are_one_line(values: Any, line: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
         from_plain(Outer, values, "config")
+
+
+@dataclass(frozen=True)
+class Round:
+    radius: Annotated[float, Limits(above=0, most=10)] = 1.0
+
+
+@dataclass(frozen=True)
+class Square:
+    side: Annotated[int, Limits(least=1)]
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    one: Round | Square | None = None
+    count: Annotated[int, Limits(least=1, most=10**9)] | None = None
+
+
+def test_a_section_of_several_kinds_is_the_one_that_knows_its_keys() -> None:
+    assert from_plain(Shapes, {"one": {"side": 2}}, "") == Shapes(one=Square(2))
+    assert from_plain(Shapes, {"one": {}}, "") == Shapes(one=Round())
+    assert from_plain(Shapes, {"one": Square(2)}, "") == Shapes(one=Square(2))
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"one": {"side": 0}}, "one.side=0 must be at least 1"),
+        ({"one": {"side": 1, "nam": ""}}, "one.nam is not a known key; did you mean 'name'?"),
+        ({"one": {"radius": 0}}, "one.radius=0 must be above 0 and at most 10"),
+        ({"one": Round(11)}, "one.radius=11 must be above 0 and at most 10"),
+        ({"count": 10**10}, "count=10000000000 must be at least 1 and at most 1,000,000,000"),
+        (
+            {"count": 10**5000},
+            "count=(a number of over 4,300 digits) must be at least 1 and at most 1,000,000,000",
+        ),
+        ({"one": {"radius": 10**400}}, f"one.radius=1{'0' * 56}... is not a finite number"),
+        ({"a\nb": 1}, "'a\\nb' is not a known key; known: count, one"),
+        (3, "config=3 is not a mapping of keys to values"),
+    ],
+)
+def test_limits_and_keys_without_a_prefix(values: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        from_plain(Shapes, values, "")
+
+
+def test_a_part_of_a_config_is_checked_without_being_built() -> None:
+    assert checked_values(Outer, {"inner": {"rate": 1}}, "config") == {"inner": {"rate": 1.0}}
+    with pytest.raises(ValueError, match="config.inner.rate='x' is not a finite number"):
+        checked_values(Outer, {"inner": {"rate": "x"}}, "config")
+
+
+def test_the_fields_of_an_instance() -> None:
+    check_fields(Shapes(one=Square(2), count=3), "shapes")
+    with pytest.raises(ValueError, match=re.escape("shapes.one.side=0.5 is not an integer")):
+        check_fields(Shapes(one=Square(0.5)), "shapes")  # type: ignore[arg-type]

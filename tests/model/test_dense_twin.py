@@ -265,7 +265,14 @@ def test_a_preset_keeps_its_loop_out(tmp_path, capsys, monkeypatch):
             "hiden_size is not a known key; did you mean 'hidden_size'",
         ),
         ("hidden_size: 32", ["model.hidden_size.x=3"], "hidden_size is not a section"),
-        ("hidden_size: 32", ["--sequence_length", "0"], "--sequence_length 0 must be at least 1"),
+        ("hidden_size: 32", ["--sequence_length", "0"], "--sequence_length=0 must be at least 1"),
+        (
+            "data: {sequence_length: x}\nmodel: {hidden_size: 32}",
+            [],
+            "--sequence_length='x' is not an integer",
+        ),
+        ("data: 3\nmodel: 4", ["model.hidden_size=3"], "model=4 is not a mapping of keys to values"),
+        ("hidden_size: .nan", [], "model.hidden_size=nan is not an integer"),
         ("hidden_size: big", [], "hidden_size='big' is not an integer"),
         ("model: {preset: huge}", [], "preset='huge' is unknown"),
         ("- 1", [], "holds no keys"),
@@ -294,5 +301,6 @@ def test_the_command():
     path = ROOT / "pretrain/configs/groups/c_lru_fixed.yaml"
     command = [sys.executable, "-m", "model.config", "match", "--by", "parameters", "--like", path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
     config = ModelConfig.from_dict(yaml.safe_load(path.read_text())["model"])
     assert ModelConfig.from_dict(yaml.safe_load(done.stdout)["model"]) == dense_twin(config, "parameters")
