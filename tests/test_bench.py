@@ -113,7 +113,7 @@ def test_backends_that_do_not_run_show_their_version_and_error(tmp_path):
         ("compare", ["--runs", "0"], "--runs=0 must be at least 1"),
         ("compare", ["--new_tokens", "1"], "--new_tokens=1 must be at least 2"),
         ("compare", ["--length", "2047"], "exceed max_position_embeddings=2048"),
-        ("compare", ["--sizes", '{"hidden": 8}'], "model.hidden is not a key"),
+        ("compare", ["--sizes", '{"hidden": 8}'], "model.hidden is not a known key"),
         ("gpu", [], "needs a GPU"),
         ("gpu", ["--device", "cpu", "--attention", "none"], "--attention=none is unknown"),
         ("gpu", ["--device", "cpu", "--batch", "0"], "--batch=0 must be at least 1"),
