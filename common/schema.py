@@ -5,15 +5,17 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from common.nearest import nearest
 
 T = TypeVar("T")
+Measured = Annotated[float, "may be NaN or infinite"]  # of a result, such as the loss of a run that diverged
 _NAMES: dict[Any, str] = {
     bool: "true or false",
     int: "an integer",
     float: "a finite number",
+    Measured: "a number",
     str: "text",
     type(None): "null",
 }
@@ -22,30 +24,31 @@ _NAMES: dict[Any, str] = {
 def from_plain(kind: type[T], values: Any, where: str) -> T:
     """An instance of the dataclass `kind`; nested dataclasses, lists, tuples and mappings are built too.
 
-    Types are strict: `"5"`, `5.0` and `true` are not integers. Numbers are finite. An instance of a field's
-    dataclass is taken as it is.
+    Types are strict: `"5"`, `5.0` and `true` are not integers. Numbers are finite, unless `Measured`. An
+    instance of a field's dataclass is taken as it is.
 
     Args:
-        where: what the values are, before the name of a key: `model`.
+        where: what the values are, before the name of a key: `model` gives `model.KEY`, and
+            `matrix FILE: ` gives `matrix FILE: KEY`.
 
     Raises:
         ValueError: one line for a wrong type, an unknown key, with the nearest name, or a missing one; and
             whatever `__post_init__` raises.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}={_shown(values)} is not a mapping of keys to values")
+        raise ValueError(f"{_is(where, values)} is not a mapping of keys to values")
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ValueError(f"{where}.{key} is not a known key; {nearest(str(key), fields)}")
+            raise ValueError(f"{_within(where, key)} is not a known key; {nearest(str(key), fields)}")
     for name, field in fields.items():
         optional = (
             field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         )
         if name not in values and not optional:
-            raise ValueError(f"{where}.{name} is missing; add it")
-    hints = typing.get_type_hints(kind)
-    return kind(**{key: as_type(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+            raise ValueError(f"{_within(where, name)} is missing; add it")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return kind(**{key: as_type(hints[key], value, _within(where, key)) for key, value in values.items()})
 
 
 def as_type(hint: Any, value: Any, where: str) -> Any:
@@ -65,15 +68,14 @@ def as_type(hint: Any, value: Any, where: str) -> Any:
         return _as_sequence(origin, arguments, value, where)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={_shown(value)} is not a mapping of keys to values")
+            raise ValueError(f"{_is(where, value)} is not a mapping of keys to values")
+        kind_of_key, kind = arguments
         return {
-            as_type(arguments[0], key, f"the key {key!r} of {where}"): as_type(
-                arguments[1], item, f"{where}.{key}"
-            )
+            as_type(kind_of_key, key, f"key of {where}"): as_type(kind, item, _within(where, key))
             for key, item in value.items()
         }
     if _fits(hint, value):
-        return float(value) if hint is float else value
+        return float(value) if hint in (float, Measured) else value
     raise ValueError(f"{where}={_shown(value)} is not {_name(hint)}")
 
 
@@ -104,7 +106,17 @@ def _as_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str
     )
 
 
+def _within(where: str, key: Any) -> str:
+    return f"{where}{key}" if where.endswith(": ") else f"{where}.{key}"
+
+
+def _is(where: str, value: Any) -> str:
+    return f"{where}{_shown(value)}" if where.endswith(": ") else f"{where}={_shown(value)}"
+
+
 def _fits(hint: Any, value: Any) -> bool:
+    if hint == Measured:
+        return type(value) in (int, float)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint

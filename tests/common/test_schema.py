@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from common.schema import from_plain
+from common.schema import Measured, from_plain
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,38 @@ def test_nested_values_are_built() -> None:
         ({"size": 1, "either": 2.5}, "config.either=2.5 is not an integer or text"),
         ({"size": 1, "pairs": [[1]]}, "config.pairs[0]=[1] has 1 entries instead of 2"),
         ({"size": 1, "table": {"a": "b"}}, "config.table.a='b' is not an integer"),
-        ({"size": 1, "table": {2: 1}}, "the key 2 of config.table=2 is not text"),
+        ({"size": 1, "table": {2: 1}}, "key of config.table=2 is not text"),
     ],
 )
 def test_wrong_values_are_one_line(values: Any, line: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
         from_plain(Outer, values, "config")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"size": "3"}, "matrix a.yaml: size='3' is not an integer"),
+        ({"sise": 1}, "matrix a.yaml: sise is not a known key; did you mean 'size'?"),
+        ({}, "matrix a.yaml: size is missing; add it"),
+        (3, "matrix a.yaml: 3 is not a mapping of keys to values"),
+        ({"size": 1, "inner": {"rate": "x"}}, "matrix a.yaml: inner.rate='x' is not a finite number"),
+    ],
+)
+def test_where_may_be_a_file(values: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        from_plain(Outer, values, "matrix a.yaml: ")
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Measured | None = None
+    by_depth: dict[str, Measured] = field(default_factory=dict)
+
+
+def test_a_measured_number_may_be_nan() -> None:
+    built = from_plain(Result, {"loss": math.inf, "by_depth": {"1": math.nan, "2": 1}}, "result")
+    assert built.loss == math.inf
+    assert math.isnan(built.by_depth["1"])
+    with pytest.raises(ValueError, match="^result.by_depth.1='x' is not a number$"):
+        from_plain(Result, {"by_depth": {"1": "x"}}, "result")
