@@ -83,6 +83,8 @@ def _as_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if isinstance(value, Mapping):  # so that an error is about the key inside
+        kinds = tuple(filter(dataclasses.is_dataclass, kinds)) or kinds
     if len(kinds) == 1:
         return as_type(kinds[0], value, where)
     for kind in kinds:
@@ -126,9 +128,7 @@ def _name(hint: Any) -> str:
     if hint in _NAMES:
         return _NAMES[hint]
     kind = typing.get_origin(hint) or hint
-    return {list: "a list", tuple: "a list", dict: "a mapping"}.get(
-        kind, getattr(kind, "__name__", str(kind))
-    )
+    return "a list" if kind in (list, tuple) else "a mapping of keys to values"
 
 
 def _shown(value: Any) -> str:

@@ -142,7 +142,7 @@ def _evaluate(
     mark.touch()
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The runner was told to stop, so a command ended early or did not start."""
 
 
@@ -167,11 +167,11 @@ def call(log: Path, *command: Any, lock: IO[str] | None = None) -> None:
 
     Raises:
         ValueError: it failed.
-        Stopped: see `stop_commands`.
+        StoppedError: see `stop_commands`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if _stopping.is_set():
-        raise Stopped
+        raise StoppedError
     with log.open("a") as output:
         process = subprocess.Popen(
             [str(part) for part in command],
@@ -188,7 +188,7 @@ def call(log: Path, *command: Any, lock: IO[str] | None = None) -> None:
         code = process.wait()
         _running.discard(process)
     if _stopping.is_set():
-        raise Stopped
+        raise StoppedError
     if code:
         raise ValueError(f"{Path(str(command[1])).name} failed with code {code}: see {log}")
 

@@ -174,7 +174,7 @@ def read_latent_cot(path: Path) -> LatentCotMatrix:
     if file.latent_cot not in tasks:
         raise DataError(f"{where}: unknown task {file.latent_cot!r}; {nearest(file.latent_cot, tasks)}")
     for key in ("teacher_steps", "student_steps", "num_questions", "examples"):
-        at_least(1, f"{where}: {key}", getattr(file, key))
+        at_least(1, f"{where}: ", **{key: getattr(file, key)})
     matrix = LatentCotMatrix(path, file, tasks[file.latent_cot], _cells(where, file.parts))
     _check_training(matrix)
     return matrix
@@ -197,7 +197,7 @@ def _cells(where: str, parts: list[LatentCotPart]) -> list[LatentCotCell]:
     for method in (method for part in parts for method in part.methods):
         if method not in METHODS:
             raise DataError(f"{where}: unknown method {method!r}; {nearest(method, METHODS)}")
-    at_least(0, f"{where}: seeds", *(seed for part in parts for seed in part.seeds))
+    at_least(0, f"{where}: ", seeds=[seed for part in parts for seed in part.seeds])
     students = [
         LatentCotCell(method, seed) for part in parts for seed in part.seeds for method in part.methods
     ]

@@ -39,7 +39,7 @@ class Budget:
     training_flops_of: str | None = None  # a group, whose training FLOPs in `steps` steps are the budget
 
     def __post_init__(self) -> None:
-        at_least(1, "budgets: steps", self.steps)
+        at_least(1, steps=self.steps)
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Part:
     learning_rates: list[float] = field(default_factory=list)  # of a sweep: in place of the file's
 
     def __post_init__(self) -> None:
-        at_least(0, "seeds", *self.seeds)
+        at_least(0, seeds=self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class MatrixFile:
     examples: int | None = None
 
     def __post_init__(self) -> None:
-        at_least(0, "examples", self.examples)
+        at_least(0, examples=self.examples)
 
 
 @dataclass(frozen=True)

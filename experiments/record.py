@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common.files import read_json_lines
 from common.schema import Measured
 from eval.looping.measures import unrolled_parameters
 from experiments.matrix import Matrix, PlannedCell
@@ -39,6 +40,37 @@ class FailedCell:
 BySteps = dict[str, Measured]  # test-time loop steps, as text -> value
 
 
+@dataclass(frozen=True)
+class Curve:
+    """How the state settles with a number of test-time steps."""
+
+    residuals: list[Measured]  # relative change in each step
+    convergence_ratio: Measured | None
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Questions asked with exemplars; the mappings are by number of exemplars, as text."""
+
+    task: str
+    num_samples: int
+    accuracy: dict[str, Measured]
+    num_truncated: dict[str, int]  # prompts cut from the left to fit
+    guesses: dict[str, Measured]  # strategy -> accuracy
+
+
+# Of the keys of a record, those whose values have numbers as keys.
+COUNTED = (
+    "inference_flops_per_token",
+    "accuracy",
+    "label_accuracy",
+    "ood_accuracy",
+    "bits_per_byte",
+    "perplexity",
+    "votes",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellRecord:
     """The keys of a record, which is kept as a plain mapping. Keys that do not apply are absent."""
@@ -54,22 +86,22 @@ class CellRecord:
         None  # {key: value} of a study, over the group's own; None: the group itself
     )
     examples: int  # training examples generated; 0: all that the recipe reads
-    learning_rate: Measured | None = None  # peak
+    learning_rate: Measured  # peak
     settings: dict[str, Any] | None = None  # tasks and options of the cell, see experiments/settings.py
-    device: str | None = None  # the GPU's name, or cpu
+    device: str  # the GPU's name, or cpu
     parameters: int
-    active_parameters: int | None = None
-    unrolled_parameters: int | None = None  # counts a layer once per run
-    inference_flops_per_token: BySteps | None = None  # forward, attending to a whole row
-    training_flops: Measured | None = None  # of the whole run, forward and backward, at the depths drawn
-    tokens: int | None = None  # of the whole run, padding included
-    tokens_per_second: Measured | None = None  # median over the optimizer steps
-    train_seconds: Measured | None = None
-    peak_memory_bytes: int | None = None  # of the process (CPU) or the device
-    optimizer_steps: int | None = None
+    active_parameters: int
+    unrolled_parameters: int  # counts a layer once per run
+    inference_flops_per_token: BySteps  # forward, attending to a whole row
+    training_flops: Measured  # of the whole run, forward and backward, at the depths drawn
+    tokens: int  # of the whole run, padding included
+    tokens_per_second: Measured  # median over the optimizer steps
+    train_seconds: Measured
+    peak_memory_bytes: int  # of the process (CPU) or the device
+    optimizer_steps: int
     final_loss: Measured | None = None  # mean of the last 50 optimizer steps
     validation_loss: Measured | None = None  # after the last optimizer step, at the trained depth
-    trained_steps: int | None = None  # R: loop steps; 1 without a loop
+    trained_steps: int  # R: loop steps; 1 without a loop
     mean_steps: Measured | None = None  # at the answer, at the trained depth
     mean_steps_share: Measured | None = None  # as a share of R
     num_samples: int | None = None
@@ -83,16 +115,25 @@ class CellRecord:
     ood_accuracy: BySteps | None = None  # mean accuracy over the problem depths beyond it
     guesses: dict[str, Measured] | None = None  # strategy -> accuracy of answers that need no model
     spearman_steps_depth: Measured | None = None  # of steps spent and problem depth, if halting is adaptive
-    # {steps: {residuals: [relative change in each step], convergence_ratio}}, path_independence (share of
-    # labels on which three initial states agree), overthinking_gap (the best accuracy minus the one at 4 R)
-    convergence: dict[str, Any] | None = None
+    # Besides the curves of all steps: path_independence (share of labels on which three initial states agree)
+    # and overthinking_gap (the best accuracy minus the one at 4 R)
+    convergence: dict[str, Curve | Measured] | None = None
     gaps: dict[str, Measured] | None = None  # test unlike the training -> accuracy at the trained depth
     bits_per_byte: BySteps | None = None  # of text
     perplexity: BySteps | None = None  # of a byte of text
-    # Of text: task, num_samples, accuracy {shots: share}, guesses {strategy: accuracy}, and num_truncated
-    # {shots: prompts cut from the left to fit}
-    few_shot: dict[str, Any] | None = None
+    few_shot: FewShot | None = None  # of text
     votes: dict[str, Measured] | None = None  # k -> accuracy of the majority of k sampled chains of thought
+
+    def __post_init__(self) -> None:
+        for name in COUNTED:
+            for count in getattr(self, name) or ():
+                if not count.isdecimal():
+                    raise ValueError(f"{name}: the key {count!r} is not a number")
+        for key, value in (self.convergence or {}).items():
+            if isinstance(value, Curve) != key.isdecimal():
+                raise ValueError(
+                    f"convergence: {key!r} needs a curve if it is a number of steps, else a number"
+                )
 
 
 def make_record(plan: PlannedCell, matrix: Matrix, folder: Path) -> dict[str, Any]:
@@ -142,8 +183,10 @@ def _sizes(plan: PlannedCell) -> dict[str, Any]:
 
 
 def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record]
+    metrics = read_json_lines(folder / "metrics.jsonl")
+    if metrics.damaged:
+        raise ValueError(f"{metrics.warnings()[0]}, but a record needs every step; move the folder away")
+    steps = [record for record in metrics.records if "loss" in record]
     validation = [record["val_loss"] for record in steps if "val_loss" in record]
     if not validation:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")

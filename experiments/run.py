@@ -166,8 +166,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     arguments = parse()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     with user_errors(ValueError, OSError):
         if arguments.jobs < 1:
             raise ValueError(f"--jobs {arguments.jobs} must be at least 1")

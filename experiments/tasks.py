@@ -4,7 +4,7 @@ A synthetic task has its entry in its record (data_pipeline/tasks/); experiments
 these, tasks on text, and the sizes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ class EvaluationSpec:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        at_least(1, "num_samples, limit, batch_size", self.num_samples, self.limit, self.batch_size)
-        at_least(1, "steps", *self.steps)
-        at_least(0, "shots and votes", *self.shots, self.votes)
+        at_least(1, num_samples=self.num_samples, limit=self.limit, batch_size=self.batch_size)
+        at_least(1, steps=self.steps)
+        at_least(0, shots=self.shots, votes=self.votes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,12 @@ class Task:
     gaps: dict[str, str] = field(default_factory=dict)  # name -> task_options of a test unlike the training
 
 
-def at_least(least: int, what: str, *values: int | None) -> None:
-    """Raises ValueError for the first number below `least`; None is not a number."""
-    for value in values:
-        if value is not None and value < least:
-            raise ValueError(f"{what}: {value} must be at least {least}")
+def at_least(least: int, where: str = "", **given: int | Sequence[int] | None) -> None:
+    """Raises ValueError for the first number below `least`, by its name; None is not a number."""
+    for name, value in given.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if number is not None and number < least:
+                raise ValueError(f"{where}{name}={number} must be at least {least}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

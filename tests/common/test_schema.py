@@ -24,6 +24,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
     either: int | str | None = None
+    section: Inner | float = 0.0
     pairs: tuple[tuple[int, float], ...] = ()
     table: dict[str, int] = field(default_factory=dict)
     free: Any = None
@@ -41,7 +42,7 @@ def test_nested_values_are_built() -> None:
     }
     built = from_plain(Outer, values, "config")
     assert built == Outer(
-        3, False, "fast", Inner(1.0, ["a"]), Inner(), "x", ((1, 2.5), (2, 3.0)), {"a": 1}, [object]
+        3, False, "fast", Inner(1.0, ["a"]), Inner(), "x", 0.0, ((1, 2.5), (2, 3.0)), {"a": 1}, [object]
     )
     assert type(built.inner.rate) is float
 
@@ -66,6 +67,11 @@ def test_nested_values_are_built() -> None:
         ({"size": 1, "inner": None}, "config.inner=None is not a mapping of keys to values"),
         ({"size": 1, "maybe": 3}, "config.maybe=3 is not a mapping of keys to values"),
         ({"size": 1, "either": 2.5}, "config.either=2.5 is not an integer or text"),
+        ({"size": 1, "section": {"rate": "x"}}, "config.section.rate='x' is not a finite number"),
+        (
+            {"size": 1, "section": "x"},
+            "config.section='x' is not a mapping of keys to values or a finite number",
+        ),
         ({"size": 1, "pairs": [[1]]}, "config.pairs[0]=[1] has 1 entries instead of 2"),
         ({"size": 1, "table": {"a": "b"}}, "config.table.a='b' is not an integer"),
         ({"size": 1, "table": {2: 1}}, "key of config.table=2 is not text"),

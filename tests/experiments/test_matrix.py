@@ -273,6 +273,7 @@ def test_a_cell_keeps_its_settings_rather_than_its_command_lines(tmp_path):
 
 
 def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other_rates(tmp_path):
+    record = json.loads((ROOT / "tests/experiments/cells/p_hop_synthetic.json").read_text())[0]
     groups = ["loop", "mla", "ut", "plain"]
     matrix = read_matrix(write(tmp_path, (0.1, 0.2), groups=groups, seeds=[0, 1]))
     losses = {
@@ -289,7 +290,7 @@ def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other
         for seed, loss in enumerate(values):
             folder = tmp_path / "cells/p_hop/small/10" / name / str(seed)
             folder.mkdir(parents=True)
-            (folder / "cell.json").write_text(json.dumps({"validation_loss": loss}))
+            (folder / "cell.json").write_text(json.dumps({**record, "validation_loss": loss}))
     chosen = choose_rates(matrix.plans, tmp_path)
     assert chosen == {"p_hop/small": {"loop": 0.2, "ut": 0.2}}  # a cell of mla is missing
     rates = tmp_path / "rates.yaml"
