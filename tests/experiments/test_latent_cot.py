@@ -105,10 +105,10 @@ def test_a_student_starts_from_its_seeds_teacher_and_takes_its_own_steps():
 
 def test_what_the_matrix_sets_overrides_what_the_task_and_the_method_set(tmp_path):
     (_, student) = read_latent_cot(
-        write(tmp_path, [{"methods": ["pause"], "seeds": [0]}], training=["optimizer.warmup_steps=1"])
+        write(tmp_path, [{"methods": ["pause"], "seeds": [0]}], training=["optimizer.warmup_steps=0"])
     ).cells
     given = read_latent_cot(tmp_path / "matrix.yaml").training(student)
-    assert given[-2:] == ["model.latent_cot.num_latents=24", "optimizer.warmup_steps=1"]
+    assert given[-2:] == ["model.latent_cot.num_latents=24", "optimizer.warmup_steps=0"]
 
 
 def test_the_choice_of_a_student_brings_its_teacher():
