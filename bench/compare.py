@@ -49,6 +49,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from common.errors import user_errors
+from common.files import write_json
 from model import ModelConfig, ZeroModel
 from model.config.execution import ExecutionConfig
 from model.counts import num_parameters
@@ -169,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.out:
         report = {"machine": machine(), "arguments": vars(arguments) | {"out": str(arguments.out)}}
         rows = [asdict(r) | {"ratio": r.ratio, "target": r.target, "met": r.met} for r in results]
-        arguments.out.write_text(json.dumps({**report, "results": rows}, indent=2) + "\n")
+        write_json(arguments.out, {**report, "results": rows}, indent=2)
     _print_results(arguments, config, results)
 
 

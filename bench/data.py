@@ -10,7 +10,6 @@ resident set. The corpus is Wikipedia text, or pseudo-words where that is missin
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import shutil
@@ -55,6 +54,7 @@ from measuring import (
 from tqdm import tqdm
 
 from common.errors import user_errors
+from common.files import write_json
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.packing import PACKINGS
 from data_pipeline.shards.format import EncodedDocument, token_dtype
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> None:
         chosen = {key: str(v) if isinstance(v, Path) else v for key, v in vars(arguments).items()}
         report = {"machine": machine(), "arguments": chosen, "corpus": about}
         rows = [asdict(line) | {"met": line.met} for line in lines]
-        arguments.out.write_text(json.dumps({**report, "results": rows}, indent=2) + "\n")
+        write_json(arguments.out, {**report, "results": rows}, indent=2)
     _print_lines(arguments, lines)
 
 

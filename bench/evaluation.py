@@ -9,7 +9,6 @@ and scores come from eval/, only the answers differ. CPU-seconds (on a GPU wall-
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -40,6 +39,7 @@ from measuring import (
 from tokenizers.processors import TemplateProcessing
 
 from common.errors import user_errors
+from common.files import write_json
 from data_pipeline.sources.problems import read_arc, read_gsm8k, read_logiqa
 from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from eval.run import TASKS as EVALUATIONS
@@ -189,7 +189,7 @@ def _run(arguments: argparse.Namespace) -> None:
         rows = [asdict(line) | {"ratio": line.ratio, "met": line.met} for line in lines]
         report = {"machine": machine(), "arguments": chosen, "results": rows}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(arguments.out, report, indent=2)
     _print_lines(arguments, lines)
 
 

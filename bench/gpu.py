@@ -37,6 +37,7 @@ from measuring import (
 from tqdm import tqdm
 
 from common.errors import user_errors
+from common.files import write_json
 from model import ModelConfig
 from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig
 from model.counts import num_parameters, training_flops_per_token
@@ -95,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
         result |= {"versions": _versions(result), "mfu": _mfu(result, arguments, config, peak)}
     if arguments.out:
         report = {"machine": _machine(arguments), "peak_tflops": peak, "results": results}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(arguments.out, report, indent=2)
     _print_results(arguments, config, peak, results)
     if all("error" in result for result in results):
         sys.exit(1)

@@ -46,16 +46,18 @@ Count = Annotated[int, Limits(least=1, most=10**9)]
 CountOrZero = Annotated[int, Limits(least=0, most=10**9)]
 Weight = Annotated[float, Limits(least=0, most=10**6)]
 Share = Annotated[float, Limits(above=0, below=1)]
+Measured = Annotated[float, "may be NaN or infinite"]  # of a result, such as the loss of a run that diverged
 
 
 def from_plain(kind: type[T], values: Any, where: str) -> T:
     """An instance of the dataclass `kind`; nested dataclasses, lists, tuples and mappings are built too.
 
-    Types are strict: `"5"`, `5.0` and `true` are not integers. Numbers are finite and within their Limits. An
-    instance of a field's dataclass is taken as it is, its fields checked.
+    Types are strict: `"5"`, `5.0` and `true` are not integers. Numbers are finite, unless `Measured`, and
+    within their Limits. An instance of a field's dataclass is taken as it is, its fields checked.
 
     Args:
-        where: what the values are, before the name of a key: `model`; "": keys stand alone.
+        where: what the values are, before the name of a key: `model` gives `model.KEY`, `matrix FILE: ` gives
+            `matrix FILE: KEY`; "": keys stand alone.
 
     Raises:
         ValueError: one line for a wrong type, a number out of its limits, an unknown key, with the nearest
@@ -87,7 +89,7 @@ def check_fields(instance: Any, where: str) -> None:
 def _given(kind: type, values: Any, where: str, build: Callable[[type, Any, str], Any]) -> dict[str, Any]:
     """The given fields of `kind`, checked; `build` makes what is annotated as a dataclass."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where or 'config'}={_shown(values)} is not a mapping of keys to values")
+        raise ValueError(f"{_is(where or 'config', values)} is not a mapping of keys to values")
     hints = _hints(kind)
     for key in values:
         if key not in hints:
@@ -104,7 +106,11 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def _at(where: str, key: Any) -> str:
     name = key if isinstance(key, str) and key.isprintable() and len(key) <= 60 else _shown(key)
-    return f"{where}.{name}" if where else name
+    return f"{where}.{name}" if where and not where.endswith(": ") else f"{where}{name}"
+
+
+def _is(where: str, value: Any) -> str:
+    return f"{where}{_shown(value)}" if where.endswith(": ") else f"{where}={_shown(value)}"
 
 
 def as_type(hint: Any, value: Any, where: str, build: Callable[[type, Any, str], Any] = from_plain) -> Any:
@@ -112,7 +118,7 @@ def as_type(hint: Any, value: Any, where: str, build: Callable[[type, Any, str],
     if hint is Any:
         return value
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
+    if origin is Annotated and hint != Measured:
         number = as_type(arguments[0], value, where, build)
         for limits in arguments[1:]:
             if number not in limits:
@@ -133,15 +139,14 @@ def as_type(hint: Any, value: Any, where: str, build: Callable[[type, Any, str],
         return _as_sequence(origin, arguments, value, where, build)
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where}={_shown(value)} is not a mapping of keys to values")
+            raise ValueError(f"{_is(where, value)} is not a mapping of keys to values")
+        of_keys, of_items = arguments
         return {
-            as_type(arguments[0], key, f"the key {_shown(key)} of {where}", build): as_type(
-                arguments[1], item, _at(where, key), build
-            )
+            as_type(of_keys, key, f"key of {where}"): as_type(of_items, item, _at(where, key), build)
             for key, item in value.items()
         }
     if _fits(hint, value):
-        return float(value) if hint is float else value
+        return float(value) if hint in (float, Measured) else value
     raise ValueError(f"{where}={_shown(value)} is not {_name(hint)}")
 
 
@@ -151,7 +156,7 @@ def _as_one_of(kinds: tuple[Any, ...], value: Any, where: str, build: Callable[[
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     kinds = tuple(kind for kind in kinds if type(value) is kind and dataclasses.is_dataclass(kind)) or kinds
     sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-    if isinstance(value, Mapping) and len(sections) > 1:  # the one that knows most of the keys, or the first
+    if isinstance(value, Mapping) and sections:  # the one that knows most of the keys, or the first
         kinds = (max(sections, key=lambda kind: len(_hints(kind).keys() & value.keys())),)  # type: ignore[arg-type]
     if len(kinds) == 1:
         return as_type(kinds[0], value, where, build)
@@ -179,22 +184,22 @@ def _as_sequence(
 
 
 def _fits(hint: Any, value: Any) -> bool:
+    if hint == Measured:
+        return type(value) is float or _fits(float, value)
     if hint is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is hint
 
 
 def _name(hint: Any) -> str:
+    if hint == Measured:
+        return "a number"
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     if hint in _NAMES:
         return _NAMES[hint]
     kind = typing.get_origin(hint) or hint
-    if dataclasses.is_dataclass(kind):
-        return "a mapping"
-    return {list: "a list", tuple: "a list", dict: "a mapping"}.get(
-        kind, getattr(kind, "__name__", str(kind))
-    )
+    return "a list" if kind in (list, tuple) else "a mapping of keys to values"
 
 
 def _shown(value: Any) -> str:

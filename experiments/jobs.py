@@ -5,12 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -63,26 +64,27 @@ def run_job(job: Job, out: Path) -> None:
         "data": list(job.data.overrides),
         "evaluations": job.evaluations,
     }
-    with locked(folder / "lock"):
+    with locked(folder / "lock") as lock:
         keep_settings(folder / SETTINGS, settings)
         if (folder / RECORD).is_file():
             return
         try:
-            _train_and_evaluate(job, folder, out)
+            _train_and_evaluate(job, folder, out, lock)
         except (ValueError, OSError) as error:
             write_json(folder / FAILED, {"cell": job.name, "problem": str(error)})
             raise
         (folder / FAILED).unlink(missing_ok=True)
 
 
-def _train_and_evaluate(job: Job, folder: Path, out: Path) -> None:
+def _train_and_evaluate(job: Job, folder: Path, out: Path, lock: IO[str]) -> None:
     """Writes the record last."""
     data = build_data(job.data, out)
     start = [] if job.teacher is None else ["--init", cell_folder(job.teacher, out).absolute() / "export"]
-    train(folder, job.script, *start, *job.training, f"data.path={data}")
+    train(folder, job.script, *start, *job.training, f"data.path={data}", lock=lock)
     for name, (script, *flags) in job.evaluations.items():
         results = folder / job.results.format(name=name)
-        _evaluate(folder, name, results, script, [str(data) if flag == DATA else flag for flag in flags])
+        given = [str(data) if flag == DATA else flag for flag in flags]
+        _evaluate(folder, name, results, script, given, lock)
     if job.record is not None:
         write_json(folder / RECORD, job.record(folder))
 
@@ -94,25 +96,29 @@ def build_data(data: Data, out: Path) -> Path:
         ValueError: the build failed; the line names its log.
     """
     folder = (out / "data" / data.name).absolute()
-    with locked(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")) as lock:
         keep_settings(folder.with_suffix(".json"), {"recipe": data.recipe, "overrides": list(data.overrides)})
         if not (folder / "manifest.json").is_file():
             recipe = f"data_pipeline/recipes/{data.recipe}.yaml"
             command = (sys.executable, "data_pipeline/build.py", "--recipe", recipe, "--out", folder)
-            call(folder.with_suffix(".log"), *command, *data.overrides)
+            call(folder.with_suffix(".log"), *command, *data.overrides, lock=lock)
     return folder
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time, on any machine that shares the file system."""
+def locked(path: Path) -> Iterator[IO[str]]:
+    """One process at a time, on any machine that shares the file system.
+
+    The lock lasts as long as any process has the file: a command that is still running when this process is
+    killed keeps it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield file
 
 
-def train(run: Path, script: str, *arguments: Any) -> None:
+def train(run: Path, script: str, *arguments: Any, lock: IO[str] | None = None) -> None:
     """Trains on one rank, unless `run` is DONE; `arguments` are all but output_dir.
 
     Raises:
@@ -120,42 +126,76 @@ def train(run: Path, script: str, *arguments: Any) -> None:
     """
     if (run / "DONE").is_file():
         return
-    call(run / "train.log", sys.executable, script, *arguments, f"output_dir={run.absolute()}")
+    output = f"output_dir={run.absolute()}"
+    call(run / "train.log", sys.executable, script, *arguments, output, lock=lock)
 
 
-def _evaluate(folder: Path, name: str, results: Path, script: str, flags: Sequence[str]) -> None:
+def _evaluate(
+    folder: Path, name: str, results: Path, script: str, flags: Sequence[str], lock: IO[str]
+) -> None:
     """Once: the mark of a finished evaluation is written last."""
     mark = folder / "eval" / f"{name}.done"
     if mark.is_file():
         return
     paths = ("--checkpoint", folder.absolute() / "export", "--output_path", results.absolute())
-    call(folder / f"eval {name}.log", sys.executable, script, *paths, *flags)
+    call(folder / f"eval {name}.log", sys.executable, script, *paths, *flags, lock=lock)
     mark.touch()
 
 
-def call(log: Path, *command: Any) -> None:
-    """Runs a single-threaded command in the repository's root; its output goes to `log`.
+class StoppedError(Exception):
+    """The runner was told to stop, so a command ended early or did not start."""
+
+
+_running: set["subprocess.Popen[bytes]"] = set()
+_stopping = threading.Event()
+
+
+def stop_commands() -> None:
+    """Sends SIGTERM to every command that `call` runs, in any thread, and lets none start; training ends with
+    a checkpoint.
+    """
+    _stopping.set()
+    for process in tuple(_running):
+        process.terminate()
+
+
+def call(log: Path, *command: Any, lock: IO[str] | None = None) -> None:
+    """Runs a single-threaded command in the repository's root; its output is appended to `log`.
+
+    Args:
+        lock: an open file that stays locked while the command runs, even if this process is killed.
 
     Raises:
         ValueError: it failed.
+        StoppedError: see `stop_commands`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        done = subprocess.run(
+    if _stopping.is_set():
+        raise StoppedError
+    with log.open("a") as output:
+        process = subprocess.Popen(
             [str(part) for part in command],
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
+            pass_fds=() if lock is None else (lock.fileno(),),
+            start_new_session=True,  # Ctrl-C reaches the runner alone, which ends it with SIGTERM
         )
-    if done.returncode:
-        raise ValueError(f"{Path(str(command[1])).name} failed with code {done.returncode}: see {log}")
+        _running.add(process)
+        if _stopping.is_set():
+            process.terminate()
+        code = process.wait()
+        _running.discard(process)
+    if _stopping.is_set():
+        raise StoppedError
+    if code:
+        raise ValueError(f"{Path(str(command[1])).name} failed with code {code}: see {log}")
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Stores the settings of a cell or of its data. Raises ValueError if other ones are stored."""
-    stored = json.loads(path.read_text()) if path.is_file() else settings
+    stored = _stored_settings(path) if path.is_file() else settings
     for key, now in settings.items():
         before = stored.get(key)
         if before != now:
@@ -166,6 +206,18 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
     if not path.is_file():
         write_json(path, settings)
+
+
+def _stored_settings(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise ValueError(
+            f"{path} is damaged, so nobody knows what {path.parent} was made with; move that folder away"
+        )
+    return stored
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:

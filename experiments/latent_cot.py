@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from common.nearest import nearest
+from common.schema import from_plain
 from data_pipeline.errors import DataError
-from data_pipeline.recipe import structured
 from distill.methods import METHODS
-from experiments.jobs import Data, Job
+from experiments.jobs import ROOT, Data, Job
 from experiments.settings import DS_CONFIG
-from experiments.tasks import HERE, read_yaml
+from experiments.tasks import HERE, at_least, read_yaml
+from pretrain.run_config import load_run_config
 
 TASKS = HERE / "latent_cot.yaml"
 KIND = "latent_cot"  # the key that tells such a matrix from one of groups
@@ -36,31 +35,31 @@ ITERATIONS = {"jacobi": "0,1,2,3,6,12", "lotus": "1,2,3,6,12"}
 KV_BUFFER = "8"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentCotTask:
     """A problem set of eval/thoughts.py, with a recipe for its training data and a config for its runs."""
 
-    about: str = MISSING
-    recipe: str = MISSING  # data_pipeline/recipes/NAME.yaml
-    config: str = MISSING
-    kv_budgets: list[int] = MISSING  # of R-KV's cache, in tokens of an answer
+    about: str
+    recipe: str  # data_pipeline/recipes/NAME.yaml
+    config: str
+    kv_budgets: list[int]  # of R-KV's cache, in tokens of an answer
     task_options: str | None = None  # of generated questions; None: the questions are files
     methods: dict[str, list[str]] = field(default_factory=dict)  # method -> overrides of `model`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentCotPart:
-    methods: list[str] = MISSING  # of distill/methods.py
-    seeds: list[int] = MISSING
+    methods: list[str]  # of distill/methods.py
+    seeds: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LatentCotFile:
-    latent_cot: str = MISSING
-    teacher_steps: int = MISSING
-    student_steps: int = MISSING
-    num_questions: int = MISSING
-    parts: list[LatentCotPart] = MISSING
+    latent_cot: str
+    teacher_steps: int
+    student_steps: int
+    num_questions: int
+    parts: list[LatentCotPart]
     examples: int | None = None
     training: list[str] = field(default_factory=list)
 
@@ -114,10 +113,13 @@ class LatentCotMatrix:
 
     def training(self, cell: LatentCotCell) -> list[str]:
         """Arguments of distill/main.py, except --init, data.path and output_dir."""
+        return ["--ds_config", DS_CONFIG, "--config", self.task.config, *self.overrides(cell)]
+
+    def overrides(self, cell: LatentCotCell) -> list[str]:
+        """Those among the arguments of distill/main.py."""
         is_teacher, steps = cell.method == TEACHER, self.steps(cell)
         method = "cot" if is_teacher else cell.method
         return [
-            *("--ds_config", DS_CONFIG, "--config", self.task.config),
             *([] if is_teacher else ["optimizer.lr=1e-3"]),
             *(f"max_steps={steps}", f"save_every={steps}", f"seed={cell.seed}"),
             f"model.distillation.method={method}",
@@ -164,18 +166,30 @@ def read_latent_cot(path: Path) -> LatentCotMatrix:
         ValueError: one line; an unknown task or method, a number below 1, or an empty matrix.
     """
     where = f"matrix {path}"
-    file = structured(LatentCotFile, read_yaml(path), where)
+    file = from_plain(LatentCotFile, read_yaml(path), f"{where}: ")
     tasks = {
-        name: structured(LatentCotTask, values, f"{TASKS.name}, task {name}")
+        name: from_plain(LatentCotTask, values, f"{TASKS.name}, task {name}: ")
         for name, values in read_yaml(TASKS).items()
     }
     if file.latent_cot not in tasks:
         raise DataError(f"{where}: unknown task {file.latent_cot!r}; {nearest(file.latent_cot, tasks)}")
     for key in ("teacher_steps", "student_steps", "num_questions", "examples"):
-        value = getattr(file, key)
-        if value is not None and value < 1:
-            raise DataError(f"{where}: {key} {value} must be at least 1")
-    return LatentCotMatrix(path, file, tasks[file.latent_cot], _cells(where, file.parts))
+        at_least(1, f"{where}: ", **{key: getattr(file, key)})
+    matrix = LatentCotMatrix(path, file, tasks[file.latent_cot], _cells(where, file.parts))
+    _check_training(matrix)
+    return matrix
+
+
+def _check_training(matrix: LatentCotMatrix) -> None:
+    """Raises ValueError for an override that distill/main.py would refuse after the data is built."""
+    one_of_each = {cell.method: cell for cell in matrix.cells}
+    for cell in one_of_each.values():
+        try:
+            load_run_config(
+                str(ROOT / matrix.task.config), [*matrix.overrides(cell), "data.path=of-the-cell"]
+            )
+        except ValueError as error:
+            raise ValueError(f"matrix {matrix.path}, cell {cell.name}: {error}") from None
 
 
 def _cells(where: str, parts: list[LatentCotPart]) -> list[LatentCotCell]:
@@ -183,6 +197,7 @@ def _cells(where: str, parts: list[LatentCotPart]) -> list[LatentCotCell]:
     for method in (method for part in parts for method in part.methods):
         if method not in METHODS:
             raise DataError(f"{where}: unknown method {method!r}; {nearest(method, METHODS)}")
+    at_least(0, f"{where}: ", seeds=[seed for part in parts for seed in part.seeds])
     students = [
         LatentCotCell(method, seed) for part in parts for seed in part.seeds for method in part.methods
     ]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from common.nearest import nearest
+from common.schema import from_plain
 from data_pipeline.errors import DataError
-from data_pipeline.recipe import structured
 from experiments.groups import GROUPS, PAIRS, Model, Shape, measured, merged, unequal
 from experiments.matrix_file import Cell, MatrixFile, cells_of
 from experiments.tasks import HERE, EvaluationSpec, Task, read_tasks, read_yaml
@@ -63,7 +63,7 @@ def read_matrix(path: Path) -> Matrix:
         ValueError, FileNotFoundError: one line; an unknown name, a group without a learning rate, an
             impossible model, or a pair that is not equal.
     """
-    file = structured(MatrixFile, read_yaml(path), f"matrix {path}")
+    file = from_plain(MatrixFile, read_yaml(path), f"matrix {path}: ")
     tasks, sizes = read_tasks()
     planner = Planner(file, tasks, sizes)
     plans = [planner.plan(cell) for cell in cells_of(path, file, tasks, sizes)]
@@ -190,7 +190,7 @@ def _with_varied(model: Model, cell: Cell) -> Model:
 
 def _with_evaluation(task: Task, changes: Mapping[str, Any]) -> Task:
     values = {**vars(task.evaluation), **changes}
-    return replace(task, evaluation=structured(EvaluationSpec, values, "evaluation of the matrix"))
+    return replace(task, evaluation=from_plain(EvaluationSpec, values, "evaluation of the matrix: "))
 
 
 def _flat(values: Model, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,23 +21,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from common.nearest import nearest
+from common.schema import as_type
 from data_pipeline.errors import DataError
 from experiments.groups import GROUPS
-from experiments.tasks import HERE, Task, read_yaml
+from experiments.tasks import HERE, Task, at_least, read_yaml
 
 MATRICES = HERE / "matrices"
 RATES = HERE / "learning_rates.yaml"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long a cell is trained."""
 
-    steps: int = MISSING  # optimizer steps: the cell's own, or those of the group below
+    steps: int  # optimizer steps: the cell's own, or those of the group below
     training_flops_of: str | None = None  # a group, whose training FLOPs in `steps` steps are the budget
+
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps)
 
     @property
     def name(self) -> str:
@@ -45,24 +47,30 @@ class Budget:
         return f"{self.steps}{whose}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
-    tasks: list[str] = MISSING
-    groups: list[str] = MISSING
-    seeds: list[int] = MISSING
-    budgets: list[Budget] = MISSING
+    tasks: list[str]
+    groups: list[str]
+    seeds: list[int]
+    budgets: list[Budget]
     sizes: list[str] = field(default_factory=lambda: ["small"])
     vary: dict[str, list[Any]] = field(default_factory=dict)
     learning_rates: list[float] = field(default_factory=list)  # of a sweep: in place of the file's
 
+    def __post_init__(self) -> None:
+        at_least(0, seeds=self.seeds)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class MatrixFile:
-    parts: list[Part] = MISSING
-    learning_rates: Any = str(RATES)
+    parts: list[Part]
+    learning_rates: str | list[float] = str(RATES)  # a file of rates, or those of a sweep
     training: list[str] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     examples: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least(0, examples=self.examples)
 
 
 @dataclass(frozen=True)
@@ -111,20 +119,21 @@ def cells_of(
     Raises:
         ValueError, FileNotFoundError: an unknown name, or a group without a learning rate.
     """
-    rates = file.learning_rates if isinstance(file.learning_rates, list) else _read_rates(path, file)
+    given = file.learning_rates
+    rates = _read_rates(path, Path(given)) if isinstance(given, str) else given
     return list(
         dict.fromkeys(cell for part in file.parts for cell in _cells(path, part, tasks, sizes, rates))
     )
 
 
-def _read_rates(path: Path, file: MatrixFile) -> dict[str, dict[str, float]]:
-    rates = Path(file.learning_rates)
+def _read_rates(path: Path, rates: Path) -> dict[str, dict[str, float]]:
     try:
-        return read_yaml(rates if rates.is_file() else HERE.parent / rates)
+        found = read_yaml(rates if rates.is_file() else HERE.parent / rates)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"matrix {path}: {rates} does not exist; run --matrix sweep, which writes it"
         ) from None
+    return as_type(dict[str, dict[str, float]], found, f"{rates}: ")
 
 
 def rate_key(task: str, size: str) -> str:

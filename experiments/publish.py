@@ -9,12 +9,13 @@ folder's record replaces one that is there already.
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from common.errors import user_errors
 from common.files import write_file
-from experiments.record import RECORD
-from experiments.reporting.records import Record, read_cell, read_records
+from experiments.record import MATRIX_CELLS, RECORD, MatrixCells
+from experiments.reporting.records import Record, read_cell, read_matrix_cells, read_records
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,21 +28,21 @@ def publish(runs: Path, out: Path) -> dict[Path, int]:
             that the matrix no longer has.
     """
     written = {}
-    for listed in sorted(runs.glob("*.matrix.json")):
-        matrix = json.loads(listed.read_text())
-        target = out / f"{matrix['matrix']}.jsonl"
+    for listed in sorted(runs.glob(f"*{MATRIX_CELLS}")):
+        matrix = read_matrix_cells(listed)
+        target = out / f"{matrix.matrix}.jsonl"
         stored = read_records(target)[1] if target.is_file() else []
-        paths = [runs / "cells" / cell / RECORD for cell in matrix["cells"]]
+        paths = [runs / "cells" / cell / RECORD for cell in matrix.cells]
         new = [read_cell(path) for path in paths if path.is_file()]
         records = {record["cell"]: record for record in [*stored, *new]}
-        strange = sorted(set(records) - set(matrix["cells"]))
+        strange = sorted(set(records) - set(matrix.cells))
         if strange:
             raise ValueError(
                 f"{target} has {len(strange)} records of cells that the matrix no longer has, the first "
                 f"{strange[0]}; remove their lines or restore the matrix"
             )
         if new:
-            write_records(target, matrix, [records[cell] for cell in matrix["cells"] if cell in records])
+            write_records(target, matrix, [records[cell] for cell in matrix.cells if cell in records])
             written[target] = len(new)
     if not written:
         if (runs / "results.json").is_file():
@@ -53,10 +54,10 @@ def publish(runs: Path, out: Path) -> dict[Path, int]:
     return written
 
 
-def write_records(path: Path, matrix: Record, records: list[Record]) -> None:
+def write_records(path: Path, matrix: MatrixCells, records: list[Record]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, "".join(json.dumps(line) + "\n" for line in (matrix, *records)).encode())
+    write_file(path, "".join(json.dumps(line) + "\n" for line in (asdict(matrix), *records)).encode())
 
 
 def main() -> None:

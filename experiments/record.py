@@ -1,45 +1,15 @@
-"""The record of a finished cell: its cell.json, and its line in experiments/results/NAME.jsonl.
-
-Keys that do not apply are absent.
-
-matrix, cell, group, task, size, seed   names; `cell` is the folder below OUT/cells
-budget             as text: steps, or the group whose training FLOPs are matched and its steps
-variant            {key: value} of a study, over the group's own; absent: the group itself
-examples           training examples generated (0: all that the recipe reads)
-learning_rate      peak
-settings           tasks and options of the cell, see experiments/settings.py
-device             the GPU's name, or cpu
-parameters, active_parameters, unrolled_parameters    the last counts a layer once per run
-inference_flops_per_token   {steps: forward FLOPs, attending to a whole row}
-training_flops     of the whole run, forward and backward, at the depths drawn
-tokens             of the whole run, padding included; tokens_per_second: median over the steps
-train_seconds, peak_memory_bytes    the latter of the process (CPU) or the device
-optimizer_steps, final_loss (mean of the last 50), validation_loss (last step, trained depth)
-trained_steps      R: loop steps; 1 without a loop. `steps` below are test-time steps, as text
-mean_steps         at the answer, at the trained depth; mean_steps_share: as a share of R
-num_samples, accuracy {steps: share}, label_accuracy {steps: share}
-correct            text, 0 or 1 per sample at the trained depth; all cells of a task share the samples
-by_depth           {problem depth: {steps: accuracy}}; trained_depth: the largest trained on
-ood_accuracy       {steps: mean accuracy over the depths beyond it}
-guesses            {strategy: accuracy} of answers that need no model
-spearman_steps_depth    rank correlation of steps spent and problem depth, if halting is adaptive
-convergence        {steps: {residuals: [relative change in each step], convergence_ratio}}, path_independence
-                   (share of labels on which three initial states agree), overthinking_gap (the best accuracy
-                   minus the one at 4 R)
-gaps               {name: accuracy at the trained depth} of tests that differ from the training
-bits_per_byte, perplexity (of a byte)    {steps: value}, of text
-few_shot           of text: task, num_samples, accuracy {shots: share}, guesses {strategy: accuracy}, and
-                   num_truncated {shots: prompts cut from the left to fit}
-votes              {k: accuracy of the majority of k sampled chains of thought}
-"""
+"""The record of a finished cell: its cell.json, and its line in experiments/results/NAME.jsonl."""
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.files import read_json_lines
+from common.schema import Measured
 from eval.looping.measures import unrolled_parameters
 from experiments.matrix import Matrix, PlannedCell
 from experiments.settings import cell_settings
@@ -47,7 +17,123 @@ from model import ModelConfig, ZeroModel
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
 
 RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or that failed
+MATRIX_CELLS = ".matrix.json"  # end of the name of a file in OUT that lists a matrix's cells
 LAST = 50  # steps that final_loss is the mean of
+
+
+@dataclass(frozen=True)
+class MatrixCells:
+    """The content of OUT/NAME.matrix.json."""
+
+    matrix: str
+    cells: list[str]
+
+
+@dataclass(frozen=True)
+class FailedCell:
+    """The content of a cell's failed.json."""
+
+    cell: str
+    problem: str
+
+
+BySteps = dict[str, Measured]  # test-time loop steps, as text -> value
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the state settles with a number of test-time steps."""
+
+    residuals: list[Measured]  # relative change in each step
+    convergence_ratio: Measured | None
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """Questions asked with exemplars; the mappings are by number of exemplars, as text."""
+
+    task: str
+    num_samples: int
+    accuracy: dict[str, Measured]
+    num_truncated: dict[str, int]  # prompts cut from the left to fit
+    guesses: dict[str, Measured]  # strategy -> accuracy
+
+
+# Of the keys of a record, those whose values have numbers as keys.
+COUNTED = (
+    "inference_flops_per_token",
+    "accuracy",
+    "label_accuracy",
+    "ood_accuracy",
+    "bits_per_byte",
+    "perplexity",
+    "votes",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRecord:
+    """The keys of a record, which is kept as a plain mapping. Keys that do not apply are absent."""
+
+    matrix: str
+    cell: str  # the folder below OUT/cells
+    group: str
+    task: str
+    size: str
+    seed: int
+    budget: str  # steps, or the group whose training FLOPs are matched and its steps
+    variant: dict[str, Any] | None = (
+        None  # {key: value} of a study, over the group's own; None: the group itself
+    )
+    examples: int  # training examples generated; 0: all that the recipe reads
+    learning_rate: Measured  # peak
+    settings: dict[str, Any] | None = None  # tasks and options of the cell, see experiments/settings.py
+    device: str  # the GPU's name, or cpu
+    parameters: int
+    active_parameters: int
+    unrolled_parameters: int  # counts a layer once per run
+    inference_flops_per_token: BySteps  # forward, attending to a whole row
+    training_flops: Measured  # of the whole run, forward and backward, at the depths drawn
+    tokens: int  # of the whole run, padding included
+    tokens_per_second: Measured  # median over the optimizer steps
+    train_seconds: Measured
+    peak_memory_bytes: int  # of the process (CPU) or the device
+    optimizer_steps: int
+    final_loss: Measured | None = None  # mean of the last 50 optimizer steps
+    validation_loss: Measured | None = None  # after the last optimizer step, at the trained depth
+    trained_steps: int  # R: loop steps; 1 without a loop
+    mean_steps: Measured | None = None  # at the answer, at the trained depth
+    mean_steps_share: Measured | None = None  # as a share of R
+    num_samples: int | None = None
+    accuracy: BySteps | None = None
+    label_accuracy: BySteps | None = None
+    correct: str | None = (
+        None  # 0 or 1 per sample at the trained depth; all cells of a task share the samples
+    )
+    by_depth: dict[str, BySteps] | None = None  # problem depth -> accuracy
+    trained_depth: int | None = None  # the largest problem depth trained on
+    ood_accuracy: BySteps | None = None  # mean accuracy over the problem depths beyond it
+    guesses: dict[str, Measured] | None = None  # strategy -> accuracy of answers that need no model
+    spearman_steps_depth: Measured | None = None  # of steps spent and problem depth, if halting is adaptive
+    # Besides the curves of all steps: path_independence (share of labels on which three initial states agree)
+    # and overthinking_gap (the best accuracy minus the one at 4 R)
+    convergence: dict[str, Curve | Measured] | None = None
+    gaps: dict[str, Measured] | None = None  # test unlike the training -> accuracy at the trained depth
+    bits_per_byte: BySteps | None = None  # of text
+    perplexity: BySteps | None = None  # of a byte of text
+    few_shot: FewShot | None = None  # of text
+    votes: dict[str, Measured] | None = None  # k -> accuracy of the majority of k sampled chains of thought
+
+    def __post_init__(self) -> None:
+        for name in COUNTED:
+            for count in getattr(self, name) or ():
+                if not count.isdecimal():
+                    raise ValueError(f"{name}: the key {count!r} is not a number")
+        for key, value in (self.convergence or {}).items():
+            if isinstance(value, Curve) != key.isdecimal():
+                raise ValueError(
+                    f"convergence: {key!r} needs a curve if it is a number of steps, else a number"
+                )
 
 
 def make_record(plan: PlannedCell, matrix: Matrix, folder: Path) -> dict[str, Any]:
@@ -97,8 +183,10 @@ def _sizes(plan: PlannedCell) -> dict[str, Any]:
 
 
 def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "loss" in record]
+    metrics = read_json_lines(folder / "metrics.jsonl")
+    if metrics.damaged:
+        raise ValueError(f"{metrics.warnings()[0]}, but a record needs every step; move the folder away")
+    steps = [record for record in metrics.records if "loss" in record]
     validation = [record["val_loss"] for record in steps if "val_loss" in record]
     if not validation:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")

@@ -19,7 +19,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.errors import user_errors
-from common.pages import Picture, Section, Table, table_lines, to_markdown, to_page
+from common.files import write_file
+from common.pages import Picture, Section, Table, plain, table_lines, to_markdown, to_page
 from experiments.reporting.claims import Unit, claim_verdict, judge, not_claimed, read_claims
 from experiments.reporting.figures import (
     HEADLINE,
@@ -222,7 +223,7 @@ def _left_out_section(runs: Runs) -> Section:
     said = f"{total} cells are done, {len(runs.failed)} failed, {len(runs.missing)} have not run."
     if runs.sweep:
         said += f" {runs.sweep} more served only to choose learning rates and are not compared."
-    rows = [(f"`{name}`", problem) for name, problem in runs.failed.items()]
+    rows = [(f"`{name}`", plain(problem)) for name, problem in runs.failed.items()]
     rows += [(f"`{name}`", "not run") for name in runs.missing]
     return Section(
         "Failed and missing cells", [said, *([Table(("cell", "what happened"), rows)] if rows else [])]
@@ -236,7 +237,7 @@ def update_page(page: Path, lines: Sequence[str]) -> None:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} lacks the lines {BEGIN} and {END} around the headline: add them")
-    page.write_text(before + "\n".join([BEGIN, *lines, END]) + after, encoding="utf-8")
+    write_file(page, (before + "\n".join([BEGIN, *lines, END]) + after).encode())
 
 
 def readme_lines(report: Report, readme: Path) -> list[str]:
@@ -257,8 +258,8 @@ def write(folders: Sequence[Path], out: Path) -> None:
     pictures = out.parent / out.stem.lower()
     pictures.mkdir(parents=True, exist_ok=True)
     report = build(runs, pictures)
-    out.write_text(to_markdown(TITLE, OPENING, report.sections, out.parent), encoding="utf-8")
-    (pictures / "index.html").write_text(to_page(TITLE, OPENING, report.sections), encoding="utf-8")
+    write_file(out, to_markdown(TITLE, OPENING, report.sections, out.parent).encode())
+    write_file(pictures / "index.html", to_page(TITLE, OPENING, report.sections).encode())
     readme, guide = out.absolute().parent.parent / "README.md", out.parent / "EXPERIMENTS.md"
     if readme.is_file():
         update_page(readme, readme_lines(report, readme))

@@ -20,24 +20,28 @@ reported with its log and costs only the cells that start from its export. slurm
 
 import argparse
 import fnmatch
-import json
 import math
+import signal
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import yaml
 
 from common.errors import user_errors
-from common.files import write_json
+from common.files import write_file, write_json
 from experiments.cells import folder_of, job_of
-from experiments.jobs import Job, cell_folder, locked, run_all, run_job
+from experiments.jobs import Job, cell_folder, locked, run_all, run_job, stop_commands
 from experiments.latent_cot import LatentCotMatrix, is_latent_cot, read_latent_cot
 from experiments.matrix import Matrix, PlannedCell, read_matrix
 from experiments.matrix_file import RATES, find_matrix, rate_key
-from experiments.record import FAILED, RECORD
+from experiments.record import FAILED, MATRIX_CELLS, RECORD, MatrixCells
 from experiments.reporting.latent_cot import write_results
+from experiments.reporting.records import read_cell, read_failed
 from experiments.tasks import read_yaml
 
 HEAD = (
@@ -51,7 +55,7 @@ def choose_rates(plans: Sequence[PlannedCell], out: Path) -> dict[str, dict[str,
     losses: dict[tuple[str, str], dict[float, list[float | None]]] = {}
     for plan in plans:
         cell, path = plan.cell, folder_of(plan, out) / RECORD
-        loss = json.loads(path.read_text())["validation_loss"] if path.is_file() else None
+        loss = read_cell(path)["validation_loss"] if path.is_file() else None
         by_rate = losses.setdefault((rate_key(cell.task, cell.size), cell.group), {})
         by_rate.setdefault(cell.learning_rate, []).append(loss)
     chosen: dict[str, dict[str, float]] = {}
@@ -64,11 +68,12 @@ def choose_rates(plans: Sequence[PlannedCell], out: Path) -> dict[str, dict[str,
 
 
 def write_rates(chosen: dict[str, dict[str, float]], path: Path) -> None:
-    """Merges the chosen rates into the file."""
-    there = (yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}
-    for task, rates in chosen.items():
-        there[task] = {**there.get(task, {}), **rates}
-    path.write_text(HEAD + yaml.safe_dump(there))
+    """Merges the chosen rates into the file; two sweeps at once lose none."""
+    with locked(path.with_name(f".{path.name}.lock")):
+        there = read_yaml(path) if path.is_file() and path.stat().st_size else {}
+        for task, rates in chosen.items():
+            there[task] = {**there.get(task, {}), **rates}
+        write_file(path, (HEAD + yaml.safe_dump(there)).encode())
 
 
 def read(path: Path) -> Matrix | LatentCotMatrix:
@@ -125,8 +130,8 @@ def conclude(
     """
     if isinstance(matrix, LatentCotMatrix):
         paths = [cell_folder(cell.name, out) / FAILED for cell in matrix.cells]
-        before = [json.loads(path.read_text()) for path in paths if path.is_file()]
-        stored = {entry["cell"]: entry["problem"] for entry in before}  # by other jobs of a SLURM array
+        before = [read_failed(path) for path in paths if path.is_file()]
+        stored = {entry.cell: entry.problem for entry in before}  # by other jobs of a SLURM array
         write_results(matrix, out, at_once, {**stored, **failed})
     elif matrix.is_sweep:
         chosen = choose_rates(matrix.plans, out)
@@ -152,8 +157,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the commands that run; Ctrl-C and SIGTERM call it."""
+    print("stopping: cells that train save a checkpoint; the same command resumes", file=sys.stderr)
+    stop_commands()
+    sys.exit(128 + number)
+
+
 def main() -> None:
     arguments = parse()
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     with user_errors(ValueError, OSError):
         if arguments.jobs < 1:
             raise ValueError(f"--jobs {arguments.jobs} must be at least 1")
@@ -165,9 +179,9 @@ def main() -> None:
             for number, job in enumerate(chosen):
                 print(f"{number}\t{job.name}\t{job.max_steps} steps")
             return
-        names = {"matrix": matrix.name, "cells": [job.name for job in jobs]}
+        names = MatrixCells(matrix.name, [job.name for job in jobs])
         with locked(out / "lock"):
-            write_json(out / f"{matrix.name}.matrix.json", names)
+            write_json(out / f"{matrix.name}{MATRIX_CELLS}", asdict(names))
         failed = run_jobs(with_teachers(chosen, jobs), out, arguments.jobs)
         with locked(out / "lock"):
             conclude(matrix, out, arguments.jobs, failed, arguments.rates)

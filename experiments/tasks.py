@@ -4,23 +4,23 @@ A synthetic task has its entry in its record (data_pipeline/tasks/); experiments
 these, tasks on text, and the sizes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from data_pipeline.recipe import structured
+from common.schema import from_plain
 from data_pipeline.tasks.registry import TASKS as SYNTHETIC_TASKS
 
 HERE = Path(__file__).parent
 KINDS = ("reasoning", "traced", "text")  # evaluated by eval/reasoning.py, thoughts.py, perplexity.py
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSpec:
     """What a cell of the task is tested on."""
 
@@ -34,22 +34,35 @@ class EvaluationSpec:
     votes: int = 0  # sampled chains of thought that vote, at most; 0: no vote
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        at_least(1, num_samples=self.num_samples, limit=self.limit, batch_size=self.batch_size)
+        at_least(1, steps=self.steps)
+        at_least(0, shots=self.shots, votes=self.votes)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    kind: str = MISSING  # of KINDS
-    recipe: str = MISSING  # data_pipeline/recipes/NAME.yaml
+    kind: str  # of KINDS
+    recipe: str  # data_pipeline/recipes/NAME.yaml
     data: list[str] = field(default_factory=list)  # overrides of the recipe
-    examples: int = MISSING  # generated training examples; 0: all that the recipe reads
-    vocab_size: int = MISSING  # pieces of the recipe's tokenizer
-    sequence_length: int = MISSING  # tokens per row
+    examples: int  # generated training examples; 0: all that the recipe reads
+    vocab_size: int  # pieces of the recipe's tokenizer
+    sequence_length: int  # tokens per row
     training: list[str] = field(default_factory=list)  # overrides of experiments/base.yaml
-    layers: int = MISSING  # k: distinct layers of a loop
-    steps: int = MISSING  # R: loop steps
+    layers: int  # k: distinct layers of a loop
+    steps: int  # R: loop steps
     trained_depth: int | None = None  # largest serial depth of a training example; None: no such axis
     learning_rates_of: str | None = None  # the task whose rates it takes, None: its own
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     gaps: dict[str, str] = field(default_factory=dict)  # name -> task_options of a test unlike the training
+
+
+def at_least(least: int, where: str = "", **given: int | Sequence[int] | None) -> None:
+    """Raises ValueError for the first number below `least`, by its name; None is not a number."""
+    for name, value in given.items():
+        for number in value if isinstance(value, Sequence) else (value,):
+            if number is not None and number < least:
+                raise ValueError(f"{where}{name}={number} must be at least {least}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def read_tasks(path: Path = HERE / "tasks.yaml") -> tuple[dict[str, Task], dict[
                 "or choose another name for a variant"
             )
     tasks = {
-        name: structured(Task, given, f"{path.name}, task {name}")
+        name: from_plain(Task, given, f"{path.name}, task {name}: ")
         for name, given in (recorded | values["tasks"]).items()
     }
     for name, task in tasks.items():

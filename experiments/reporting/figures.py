@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from common.files import replacing
 from eval.reports.comparisons import GUESS_COLOR, RUN_COLORS
 from experiments.groups import GROUPS
 from experiments.reporting.records import Record, Setting, budget_text, steps_of, value_of, values_of
@@ -48,7 +49,8 @@ def style(group: str) -> dict[str, Any]:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a PNG; the same figure gives the same bytes."""
-    figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     return path
 
 

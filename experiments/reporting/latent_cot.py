@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.files import write_json
+from common.files import replacing, write_file, write_json
 from eval.reports.runs import read_runs
 from eval.reports.thoughts import Arm, figures, read_arms, tables
 from eval.scoring.results import format_table
@@ -48,9 +48,10 @@ def write_results(matrix: LatentCotMatrix, out: Path, jobs: int, failed: Mapping
     for table in tables(file.latent_cot, arms):
         text += f"\n## {table.title}\n\n{format_table(table.header, table.rows)}\n"
     text += "".join(f"\nFailed: {name}: {problem}\n" for name, problem in failed.items())
-    (out / "table.md").write_text(text)
+    write_file(out / "table.md", text.encode())
     for name, figure in figures(file.latent_cot, arms).items():
-        figure.savefig(out / f"{name}.png", dpi=110)
+        with replacing(out / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=110)
     print(text)
     print(f"written: {out / 'results.json'}, table.md and pictures")
 

@@ -2,16 +2,19 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from common.schema import from_plain
 from experiments.groups import GROUPS
-from experiments.record import FAILED, RECORD
+from experiments.jobs import cell_folder
+from experiments.record import FAILED, MATRIX_CELLS, RECORD, CellRecord, FailedCell, MatrixCells
 
-Record = dict[str, Any]  # experiments/record.py says what is in it
-NAMES = ("matrix", "cell", "group", "task", "size", "seed", "budget", "examples", "parameters")
+T = TypeVar("T")
+Record = dict[str, Any]  # a CellRecord as it is stored
+RESTORE, RUN_AGAIN = "restore it", "remove it and run its cell again"
 
 
 class Setting(NamedTuple):
@@ -62,7 +65,8 @@ def read_runs(sources: Sequence[Path]) -> Runs:
         sources: NAME.jsonl of experiments/publish.py, or the --out of experiments/run.py.
 
     Raises:
-        ValueError: no cells at all, a damaged record, or a cell found twice.
+        ValueError: no cells at all, a damaged file of records, or a cell found twice. A damaged cell.json is
+            one of the failed cells.
         FileNotFoundError: a source does not exist.
     """
     runs, locations = Runs(), dict[tuple[Any, ...], str]()
@@ -96,14 +100,21 @@ def _found(source: Path) -> _Found:
             f"--runs {source} does not exist: give the --out of experiments/run.py or a file of records"
         )
     found = _Found()
+    for path in sorted(source.rglob(f"*{MATRIX_CELLS}")):
+        for cell in read_matrix_cells(path).cells:
+            if not (cell_folder(cell, path.parent) / RECORD).is_file():
+                found.missing.add(cell)
     for path in sorted(source.rglob(RECORD)):
-        found.records.append((str(path), read_cell(path)))
+        try:
+            found.records.append((str(path), read_cell(path)))
+        except ValueError as error:
+            found.failed[_cell_name(path)] = str(error)
     for path in sorted(source.rglob(FAILED)):
-        entry = _read(path, ("cell", "problem"))
-        found.failed[entry["cell"]] = entry["problem"]
-    for path in sorted(source.rglob("*.matrix.json")):
-        cells = _read(path, ("cells",))["cells"]
-        found.missing |= {cell for cell in cells if not (path.parent / "cells" / cell / RECORD).is_file()}
+        try:
+            entry = read_failed(path)
+            found.failed[entry.cell] = entry.problem
+        except ValueError as error:
+            found.failed[_cell_name(path)] = str(error)
     return found
 
 
@@ -111,17 +122,16 @@ def read_records(path: Path) -> tuple[list[str], list[Record]]:
     """The names of all cells of a matrix, and the records of those that are done.
 
     Args:
-        path: JSON lines: first {"matrix": NAME, "cells": [NAMES]}, then a record per line.
+        path: JSON lines: first a MatrixCells, then a CellRecord per line.
 
     Raises:
-        ValueError: a line is damaged or lacks a key; the message names it.
+        ValueError: a line is damaged, lacks a key or has a value of a wrong type; the message names it.
     """
-    lines = path.read_bytes().splitlines()
-    head, *records = (
-        _entry(f"{path}, line {number}", line, ("matrix", "cells") if number == 1 else NAMES, "restore it")
-        for number, line in enumerate(lines or [b""], 1)
-    )
-    return head["cells"], records
+    head, *lines = path.read_bytes().splitlines() or [b""]
+    cells = _parsed(MatrixCells, head, f"{path}, line 1", RESTORE).cells
+    return cells, [
+        _checked_record(line, f"{path}, line {number}", RESTORE) for number, line in enumerate(lines, 2)
+    ]
 
 
 def _variant_order(variant: Mapping[str, Any] | None) -> tuple[str, float, str]:
@@ -131,23 +141,42 @@ def _variant_order(variant: Mapping[str, Any] | None) -> tuple[str, float, str]:
 
 
 def read_cell(path: Path) -> Record:
-    """A cell.json. Raises ValueError if it is damaged or lacks a key."""
-    return _read(path, NAMES)
+    """A cell.json. Raises ValueError if it is damaged, lacks a key or has a value of a wrong type."""
+    return _checked_record(path.read_bytes(), str(path), RUN_AGAIN)
 
 
-def _read(path: Path, keys: Iterable[str]) -> Record:
-    return _entry(str(path), path.read_bytes(), keys, "remove it and run its cell again")
+def read_matrix_cells(path: Path) -> MatrixCells:
+    """A NAME.matrix.json. Raises ValueError, one line, if it is damaged."""
+    return _read(MatrixCells, path)
 
 
-def _entry(where: str, text: bytes, keys: Iterable[str], fix: str) -> Record:
+def read_failed(path: Path) -> FailedCell:
+    """A cell's failed.json. Raises ValueError, one line, if it is damaged."""
+    return _read(FailedCell, path)
+
+
+def _checked_record(text: bytes, where: str, fix: str) -> Record:
+    _parsed(CellRecord, text, where, fix)
+    return dict(json.loads(text))
+
+
+def _read(kind: type[T], path: Path) -> T:
+    return _parsed(kind, path.read_bytes(), str(path), RUN_AGAIN)
+
+
+def _parsed(kind: type[T], text: bytes, where: str, fix: str) -> T:
     try:
-        found = json.loads(text)
-        lacking = [key for key in keys if key not in found]
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError):
+        return from_plain(kind, json.loads(text), f"{where}: ")
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{where} is damaged; {fix}") from None
-    if lacking:
-        raise ValueError(f"{where} has no {', '.join(lacking)}; {fix}")
-    return dict(found)
+    except ValueError as error:
+        raise ValueError(f"{error}; {fix}") from None
+
+
+def _cell_name(path: Path) -> str:
+    """The cell of a file in OUT/cells/CELL."""
+    parts = path.parent.parts
+    return "/".join(parts[parts.index("cells") + 1 :]) if "cells" in parts else str(path.parent)
 
 
 def _add(runs: Runs, locations: dict[tuple[Any, ...], str], where: str, record: Record) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from common.schema import Limits, check_fields, checked_values, from_plain
+from common.schema import Limits, Measured, check_fields, checked_values, from_plain
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
     either: int | str | None = None
+    section: Inner | float = 0.0
     pairs: tuple[tuple[int, float], ...] = ()
     table: dict[str, int] = field(default_factory=dict)
     free: Any = None
@@ -41,7 +42,7 @@ def test_nested_values_are_built() -> None:
     }
     built = from_plain(Outer, values, "config")
     assert built == Outer(
-        3, False, "fast", Inner(1.0, ["a"]), Inner(), "x", ((1, 2.5), (2, 3.0)), {"a": 1}, [object]
+        3, False, "fast", Inner(1.0, ["a"]), Inner(), "x", 0.0, ((1, 2.5), (2, 3.0)), {"a": 1}, [object]
     )
     assert type(built.inner.rate) is float
 
@@ -66,9 +67,14 @@ def test_nested_values_are_built() -> None:
         ({"size": 1, "inner": None}, "config.inner=None is not a mapping of keys to values"),
         ({"size": 1, "maybe": 3}, "config.maybe=3 is not a mapping of keys to values"),
         ({"size": 1, "either": 2.5}, "config.either=2.5 is not an integer or text"),
+        ({"size": 1, "section": {"rate": "x"}}, "config.section.rate='x' is not a finite number"),
+        (
+            {"size": 1, "section": "x"},
+            "config.section='x' is not a mapping of keys to values or a finite number",
+        ),
         ({"size": 1, "pairs": [[1]]}, "config.pairs[0]=[1] has 1 entries instead of 2"),
         ({"size": 1, "table": {"a": "b"}}, "config.table.a='b' is not an integer"),
-        ({"size": 1, "table": {2: 1}}, "the key 2 of config.table=2 is not text"),
+        ({"size": 1, "table": {2: 1}}, "key of config.table=2 is not text"),
     ],
 )
 def test_wrong_values_are_one_line(values: Any, line: str) -> None:
@@ -131,3 +137,32 @@ def test_the_fields_of_an_instance() -> None:
     check_fields(Shapes(one=Square(2), count=3), "shapes")
     with pytest.raises(ValueError, match=re.escape("shapes.one.side=0.5 is not an integer")):
         check_fields(Shapes(one=Square(0.5)), "shapes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"size": "3"}, "matrix a.yaml: size='3' is not an integer"),
+        ({"sise": 1}, "matrix a.yaml: sise is not a known key; did you mean 'size'?"),
+        ({}, "matrix a.yaml: size is missing; add it"),
+        (3, "matrix a.yaml: 3 is not a mapping of keys to values"),
+        ({"size": 1, "inner": {"rate": "x"}}, "matrix a.yaml: inner.rate='x' is not a finite number"),
+    ],
+)
+def test_where_may_be_a_file(values: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        from_plain(Outer, values, "matrix a.yaml: ")
+
+
+@dataclass(frozen=True)
+class Result:
+    loss: Measured | None = None
+    by_depth: dict[str, Measured] = field(default_factory=dict)
+
+
+def test_a_measured_number_may_be_nan() -> None:
+    built = from_plain(Result, {"loss": math.inf, "by_depth": {"1": math.nan, "2": 1}}, "result")
+    assert built.loss == math.inf
+    assert math.isnan(built.by_depth["1"])
+    with pytest.raises(ValueError, match="^result.by_depth.1='x' is not a number$"):
+        from_plain(Result, {"by_depth": {"1": "x"}}, "result")

@@ -204,7 +204,7 @@ def test_a_study_varies_one_thing_and_keeps_the_rest(tmp_path):
         ({"groups": ["lop"]}, (0.1,), "unknown group 'lop'; did you mean 'loop'?"),
         ({"tasks": ["phop"]}, (0.1,), "unknown task 'phop'; did you mean 'p_hop'?"),
         ({"sizes": ["tiny"]}, (0.1,), "unknown size 'tiny'"),
-        ({"group": ["loop"]}, (0.1,), "Key 'group' not in 'Part'. Did you mean: 'groups'?"),
+        ({"group": ["loop"]}, (0.1,), "parts[0].group is not a known key; did you mean 'groups'?"),
         ({}, "tests/experiments/rates.yaml", None),
         ({"groups": ["ut"]}, "tests/experiments/rates.yaml", "group ut has no learning rate for p_hop/small"),
         (
@@ -273,6 +273,7 @@ def test_a_cell_keeps_its_settings_rather_than_its_command_lines(tmp_path):
 
 
 def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other_rates(tmp_path):
+    record = json.loads((ROOT / "tests/experiments/cells/p_hop_synthetic.json").read_text())[0]
     groups = ["loop", "mla", "ut", "plain"]
     matrix = read_matrix(write(tmp_path, (0.1, 0.2), groups=groups, seeds=[0, 1]))
     losses = {
@@ -289,7 +290,7 @@ def test_the_sweep_takes_the_lowest_mean_loss_of_complete_groups_and_keeps_other
         for seed, loss in enumerate(values):
             folder = tmp_path / "cells/p_hop/small/10" / name / str(seed)
             folder.mkdir(parents=True)
-            (folder / "cell.json").write_text(json.dumps({"validation_loss": loss}))
+            (folder / "cell.json").write_text(json.dumps({**record, "validation_loss": loss}))
     chosen = choose_rates(matrix.plans, tmp_path)
     assert chosen == {"p_hop/small": {"loop": 0.2, "ut": 0.2}}  # a cell of mla is missing
     rates = tmp_path / "rates.yaml"
