@@ -6,7 +6,7 @@ special token; the special token <step> is the space between two steps of a chai
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +16,17 @@ SECTION = "zeromodel"  # key of the file, see model/hf/special_tokens.py
 IDS = ("pad_id", "bos_id", "eos_id", "bot_id", "eot_id", "step_separator_id")
 # Spaces, case, and forms of Unicode that some tokenizers change.
 PROBE = " a  B\tc\n\n1234 <bot><|endoftext|></s> e\u0301 \ufb01 \u6771 \U0001f600 "
+
+
+def check_lossless(
+    path: Path, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
+) -> None:
+    """Raises DataError if PROBE does not come back."""
+    if (back := decode(encode(PROBE))) != PROBE:
+        raise DataError(
+            f"{path} gives {back!r} back for {PROBE!r}: use a tokenizer that loses nothing, such as one that "
+            "data_pipeline trained, or the byte-level BPE of GPT-2 and Llama 3"
+        )
 
 
 class JsonTokenizer:
@@ -53,11 +64,7 @@ class JsonTokenizer:
         self._special = {int(ids[name]) for name in IDS}
         core.encode_special_tokens = True  # text that looks like a special token stays text
         self._core = core
-        if (back := self.decode(self.encode(PROBE))) != PROBE:
-            raise DataError(
-                f"{path} gives {back!r} back for {PROBE!r}: only tokenizers that lose nothing can be used, "
-                "such as the byte-level BPE of GPT-2 and Llama 3"
-            )
+        check_lossless(path, self.encode, self.decode)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises DataError if it spells a special token."""
@@ -65,6 +72,9 @@ class JsonTokenizer:
         if not self._special.isdisjoint(ids):
             raise DataError(f"the text {text[:60]!r} gives a special token: use another tokenizer")
         return ids
+
+    def text_bytes(self) -> None:
+        """Not known for every such tokenizer, see tokenizer.Tokenizer."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens other than <step> are skipped."""

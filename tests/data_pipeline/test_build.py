@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_documents_come_back_shuffled_and_split(tmp_path, root, recipe_file):
     recipe = load_recipe(recipe_file)
     manifest = build(recipe, root, tmp_path / "out")
-    assert verify(tmp_path / "out") == manifest
+    assert verify(tmp_path / "out") == (manifest, 0)
     tokenizer = Tokenizer(manifest.tokenizer_path)
     for source in recipe.sources:
         options = {k: v for k, v in source.items() if k not in OWN_KEYS}
@@ -119,20 +119,27 @@ def test_second_build_into_the_same_folder(tmp_path, root, recipe_file, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
-def test_interrupted_build_is_built_anew(tmp_path, root, recipe_file):
-    out = tmp_path / "out"
-    recipe = load_recipe(recipe_file)
-    whole = contents(build(recipe, root, out).path)
-    (out / "manifest.json").unlink()  # the last file to be written
-    (out / "loops-train-00000.tar").write_bytes(b"half")
-    (out / "loops-train-00007.tar.tmp").write_bytes(b"half")
+def test_interrupted_build_goes_on_and_takes_nothing_else(tmp_path, root, recipe_file, monkeypatch):
+    out, recipe = tmp_path / "out", load_recipe(recipe_file)
+    whole = contents(build(recipe, root, tmp_path / "whole").path)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, root, out)
+    with pytest.raises(DataError, match="its build never finished"):
+        open_manifest(out)
+    (out / "work/loops-train-00007.tar.tmp").write_bytes(b"half")
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds 'thesis.txt' and no finished build: .* move it away"):
+        build(recipe, root, out)
+    assert (out / "thesis.txt").read_text() == "mine"
+    (out / "thesis.txt").unlink()
     build(recipe, root, out)
     assert contents(out) == whole
-    (out / "manifest.json").unlink()
-    (out / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds 'thesis.txt'"):
-        build(recipe, root, out)
-    assert set(contents(out)) == set(whole) - {"manifest.json"} | {"thesis.txt"}
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def many_files(root: Path) -> list[str]:
@@ -222,18 +229,6 @@ def test_options_that_do_not_fit(root, recipe_file, tmp_path, capsys, options, m
     with pytest.raises(SystemExit):
         main([str(a) for a in ["--recipe", recipe_file, "--out", tmp_path / "out", "--data", root, *options]])
     assert message in capsys.readouterr().err
-
-
-def test_killed_while_writing_leaves_no_manifest(tmp_path, root, recipe_file, monkeypatch):
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(build_module, "write_manifest", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build(load_recipe(recipe_file), root, out)
-    with pytest.raises(DataError, match="its build never finished"):
-        open_manifest(out)
 
 
 def test_cleaning_removes_what_is_planted_and_says_so(tmp_path, data_root):

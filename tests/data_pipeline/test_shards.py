@@ -177,4 +177,4 @@ def test_open_names_what_is_missing(tmp_path, copy):
 
 def test_moved_folder_still_opens(copy, tmp_path):
     shutil.move(copy, tmp_path / "elsewhere")
-    assert verify(tmp_path / "elsewhere").path == tmp_path / "elsewhere"
+    assert verify(tmp_path / "elsewhere").manifest.path == tmp_path / "elsewhere"
