@@ -15,7 +15,6 @@ process without further options finishes, including what a task may have left.
 
 import argparse
 import errno
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,6 +55,7 @@ from data_pipeline.staging.build_plan import (
     tokenizer_model,
 )
 from data_pipeline.staging.claim import (
+    REPORTS,
     WORK,
     claim,
     held,
@@ -146,9 +146,10 @@ def _disk_full(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        safe = f"what is done is kept in {out / WORK}: free some space and start the build again"
-        bare = OSError(error.errno, os.strerror(error.errno))
-        raise writing_failed(bare, Path(error.filename or out), safe) from error
+        path, safe = Path(error.filename or out), f"what is done is kept in {out / WORK}"
+        told = error if error.strerror != os.strerror(error.errno) else writing_failed(error, path)
+        fix = "free some space and start the build again"
+        raise OSError(error.errno, f"{told.strerror}, and {safe}: {fix}", str(path)) from error
 
 
 def _weights(recipe: Recipe) -> dict[str, float]:
@@ -196,12 +197,11 @@ def _plan(build: Build) -> None:
     plan, report = make_plan(build.recipe, units, build_hash(build, hashes), build.work)
     if any(source.get("cleaning") for source in build.recipe.sources):
         report.write(build.work)
-    model = tokenizer_model(build.recipe, units, plan, build.work)
-    write_file(build.work / TOKENIZER, model)
+    write_file(build.work / TOKENIZER, tokenizer_model(build.recipe, units, plan, build.work))
     _check_unchanged(build)
-    digest = hashlib.sha256(model).hexdigest()
-    plan = replace(plan, tokenizer_bytes=len(model), tokenizer_sha256=digest)
-    plan.save(build.work)  # last: its presence says that tokenizer and orders are complete
+    written = (build.work / name for name in (TOKENIZER, *REPORTS) if (build.work / name).is_file())
+    files = {path.name: str(sha256_of(path)) for path in written}
+    replace(plan, files=files).save(build.work)  # last: its presence says that all of it is complete
 
 
 def _check_unchanged(build: Build) -> None:
@@ -209,18 +209,20 @@ def _check_unchanged(build: Build) -> None:
     claim(build.out, identity_of(build), may_clear=False)
 
 
-def _tokenizer(build: Build, plan: BuildPlan) -> Tokenizer:
-    path = build.work / TOKENIZER
-    tokenizer = Tokenizer(path if path.is_file() else build.out / TOKENIZER)  # once it is published
-    if tokenizer.sha256 != plan.tokenizer_sha256:
-        raise damaged(path, "its checksum differs")
-    return tokenizer
+def _checked(build: Build, plan: BuildPlan, name: str) -> Path:
+    """A file that the plan came with, wherever it is by now. Raises DataError for a damaged one."""
+    path = build.work / name
+    if not path.is_file():
+        path = build.out / name  # once it is published
+    if not path.is_file() or sha256_of(path) != plan.files[name]:
+        raise damaged(path, "its checksum differs" if path.is_file() else "it is missing")
+    return path
 
 
 def _write(build: Build, planned: PlannedShard) -> None:
     """Encodes and writes one shard."""
     plan = BuildPlan.load(build.work)
-    tokenizer = _tokenizer(build, plan)
+    tokenizer = Tokenizer(_checked(build, plan, TOKENIZER))
     source = next(source for source in build.recipe.sources if source["name"] == planned.source)
     encode = encoder(source, plan.labelled[planned.source], tokenizer)
     units = build.units(planned.source)
@@ -240,7 +242,8 @@ def _merge(build: Build) -> Manifest:
     """Writes the manifest of the written shards; afterwards the folder holds the build and nothing else."""
     _check_unchanged(build)
     plan = BuildPlan.load(build.work)
-    tokenizer = _tokenizer(build, plan)
+    kept = {name: _checked(build, plan, name) for name in plan.files}
+    tokenizer = Tokenizer(kept[TOKENIZER])
     records = {shard: read_sealed(build.record(shard)) for shard in plan.shards}
     weights, sources = _weights(build.recipe), {}
     for name in build.files:
@@ -260,7 +263,7 @@ def _merge(build: Build) -> Manifest:
         sha256="",
         build_hash=plan.build_hash,
         recipe=build.recipe.as_dict(),
-        tokenizer_bytes=plan.tokenizer_bytes,
+        tokenizer_bytes=kept[TOKENIZER].stat().st_size,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=_dtype(plan, tokenizer),

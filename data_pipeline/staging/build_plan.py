@@ -5,7 +5,7 @@ One process makes it once every unit is read; from then on any process of any ma
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -52,8 +52,7 @@ class BuildPlan:
     build_hash: str  # of everything the bytes depend on
     labelled: dict[str, bool]  # by source
     shards: tuple[PlannedShard, ...]
-    tokenizer_bytes: int = 0
-    tokenizer_sha256: str = ""
+    files: dict[str, str] = field(default_factory=dict)  # tokenizer and reports: name -> sha256
 
     @staticmethod
     def load(work: Path) -> "BuildPlan":
