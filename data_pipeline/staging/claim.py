@@ -50,7 +50,8 @@ def held(out: Path, task: Task) -> Iterator[FolderLock]:
     """Holds `out`: a task together with other tasks, a build alone. Raises FolderInUseError."""
     if out.exists() and not out.is_dir():
         raise DataError(f"--out {out} is a file: give a folder")
-    with FolderLock(out, _purpose(task), "choose another --out", shared=task is not None) as lock:
+    purpose = "a build" if task is None else _tasks(task)
+    with FolderLock(out, purpose, "choose another --out", shared=task is not None) as lock:
         yield lock
 
 
@@ -62,21 +63,22 @@ def held_by_task(work: Path, task: Task) -> Iterator[list[FolderLock]]:
         return
     number, of = task
     with ExitStack() as stack:
-        purpose, name = _purpose(task), f"tasks-of-{of}.lock"
+        own, name = f"task {number} of {of} of a build", f"tasks-of-{of}.lock"
         locks = [
-            FolderLock(work, purpose, "give every task its own --task", name=f"task-{number}.lock"),
-            FolderLock(work, purpose, "-", shared=True, name=name),
+            FolderLock(work, own, "give every task its own --task", name=f"task-{number}.lock"),
+            FolderLock(work, _tasks(task), "-", shared=True, name=name),
         ]
         for lock in locks:
             stack.enter_context(lock)
         for path in work.glob("tasks-of-*.lock"):
             if path.name != name:  # shares of another number of tasks overlap with this one
-                FolderLock(work, purpose, "give every task the same --of", name=path.name).release()
+                FolderLock(work, own, "give every task the same --of", name=path.name).release()
         yield locks
 
 
-def _purpose(task: Task) -> str:
-    return "a build" if task is None else f"task {task[0]} of {task[1]} of a build"
+def _tasks(task: tuple[int, int]) -> str:
+    """Of a lock that many hold: it names the one that took it last, which may have ended."""
+    return f"tasks of a build, the last to start being {task[0]} of {task[1]}"
 
 
 # ---- whose the work is
