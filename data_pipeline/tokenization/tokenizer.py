@@ -126,7 +126,9 @@ class Tokenizer:
         """
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise DataError(f"token id {token} is not in 0..{self.vocab_size - 1}: wrong tokenizer?")
+                raise DataError(
+                    f"token id {token} is not in 0..{self.vocab_size - 1}: use the data's own tokenizer"
+                )
         return self._core.decode([int(token) for token in ids])
 
     def text_bytes(self) -> np.ndarray | None:
@@ -143,7 +145,7 @@ class _SentencePiece:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeError) as error:  # a message may quote bytes of the file
             raise DataError(
                 f"{path} is not a sentencepiece model ({len(content)} bytes): build it again"
             ) from error
@@ -159,15 +161,22 @@ class _SentencePiece:
         self.step_separator_id = STEP_SEPARATOR_ID if thought else None
         self._last_control_id = EOT_ID if thought else EOS_ID
         self._check_bytes(path)
-        scores = [self._processor.get_score(i) for i in range(self._last_control_id + 1, self.vocab_size)]
-        self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
         self._kept: dict[str, list[int]] = {}
         self._kept_characters = 0
         self._meta_space_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
         ]
-        self._check_normalizer(path)
-        check_lossless(path, self.encode, self.decode)
+        try:
+            pieces = list(range(self._last_control_id + 1, self.vocab_size))
+            self._processor.id_to_piece(pieces)  # fails where one is not text
+            scores = self._processor.get_score(pieces)
+            self._is_bpe = all(
+                score == int(score) for score in scores
+            )  # ranks; unigram has log-probabilities
+            self._check_normalizer(path)
+            check_lossless(path, self.encode, self.decode)
+        except (RuntimeError, UnicodeError, OverflowError) as error:
+            raise DataError(f"{path} is a damaged sentencepiece model ({error}): build it again") from error
 
     def _check_bytes(self, path: Path) -> None:
         """A character without a piece becomes bytes, and the step separator is one of them."""
