@@ -101,6 +101,8 @@ def _write(path: Path, text: str) -> None:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         path.write_text(text, encoding="utf-8")
         return
+    if not path.parent.is_dir():
+        raise DataError(f"folder {path.parent} does not exist: create it or fix --out")
     with (
         FolderLock(path.parent, "generate.py", "choose another --out", name=f".{path.name}.lock"),
         replacing(path) as temporary,

@@ -163,6 +163,15 @@ class _SentencePiece:
         self._check_bytes(path)
         self._kept: dict[str, list[int]] = {}
         self._kept_characters = 0
+        # Trained on text with hardly any space, it has no piece for one: sentencepiece would give a space the
+        # bytes of its own mark, which come back as that mark.
+        self._lacks_space = self._processor.piece_to_id(META_SPACE) == self._processor.unk_id()
+        self._space_id = self._last_control_id + 1 + ord(" ")
+        if thought and self._lacks_space:
+            raise DataError(
+                f"{path} has thought pieces, but none for a space, so that steps could not be told apart: "
+                "train it on text with spaces"
+            )
         self._meta_space_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
         ]
@@ -208,7 +217,10 @@ class _SentencePiece:
         for i, part in enumerate(text.split(META_SPACE)):
             if i:
                 ids += self._meta_space_ids
-            ids += self._encode_runs(part) if self._is_bpe else self._processor.encode(part)
+            for j, run in enumerate(part.split(" ") if self._lacks_space else [part]):
+                if j:
+                    ids.append(self._space_id)
+                ids += self._encode_runs(run) if self._is_bpe else self._processor.encode(run)
         return ids
 
     def _encode_runs(self, text: str) -> list[int]:

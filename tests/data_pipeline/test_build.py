@@ -299,6 +299,18 @@ def test_no_validation_documents(tmp_path, root, recipe_file):
         (["sources.0.name=prose"], "two sources are named 'prose'"),
         (["sources.0.name=../x"], "'../x'"),
         (["sources=[]"], "no sources"),
+        (["sources.0=5"], r"sources\[0\]=5 is not a mapping"),
+        (["sources.1.files=[]"], "kind 'text': files is empty: name at least one"),
+        (["sources.1.files=prose.txt"], "files='prose.txt' is not a list"),
+        (["sources.1.files=[1]"], r"files\[0\]=1 is not text"),
+        (["sources.0.num_samples=1.5"], "num_samples=1.5 is not an integer"),
+        (["sources.0.levels=3"], "levels=3 is not a list"),
+        (["sources.1.max_bytes=.nan"], "max_bytes=nan is not an integer"),
+        (["tokenizer=5"], "tokenizer=5 is not a mapping"),
+        (["validation_fraction=.nan"], "validation_fraction=nan is not a finite number"),
+        (["seed=true"], "seed=True is not an integer"),
+        (["cleaning.quality.min_words=few"], "cleaning.quality.min_words='few' is not an integer"),
+        (["=3"], "'=3' is not KEY=VALUE"),
         (["sources.0.num_samples=0"], "no training documents"),
         (["sources.1.files=[absent.txt]"], "absent.txt does not exist"),
     ],
@@ -314,7 +326,15 @@ def test_mistakes_end_with_one_line_and_code_2(root, recipe_file, tmp_path, caps
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", "3", "- 3", "just text", "a: [", "name: x", "\udcff"])
+def test_numbers_of_overrides_are_those_of_the_file(recipe_file):
+    assert load_recipe(recipe_file, ["validation_fraction=1e-3"]).validation_fraction == 0.001
+    assert load_recipe(recipe_file, ["validation_fraction=0"]).validation_fraction == 0
+    assert load_recipe(recipe_file, ["sources.0.levels=[2]"]).sources[0]["levels"] == [2]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "- 3", "just text", "a: [", "name: x", "\udcff", "name: x\nsources: {a: {kind: p_hop}}"]
+)
 def test_recipe_files_that_are_none(tmp_path, text):
     (tmp_path / "r.yaml").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match="r.yaml") as error:
