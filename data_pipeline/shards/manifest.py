@@ -170,7 +170,7 @@ def parse_manifest(folder: Path, data: bytes) -> Manifest:
     if version != FORMAT:
         raise DataError(f"{path} has format {version}, this code reads {FORMAT}: {REBUILD}")
     try:
-        stored = from_plain(_STORED, values, "manifest")
+        stored: Any = from_plain(_STORED, values, "manifest")
         _check_values(stored)
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}): {REBUILD}") from error

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -34,9 +34,7 @@ class Processes:
                     function(build, job)
                     bar.update()
                 return
-            # Spawned: a fork would copy the locks of this process's threads.
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, context, _end_with_parent, (self._locks,)) as pool:
+            with self._pool(workers) as pool:
                 running = [pool.submit(function, build, job) for job in jobs]
                 try:
                     for done in as_completed(running):
@@ -46,8 +44,13 @@ class Processes:
                     pool.shutdown(cancel_futures=True)
                     raise
 
+    def _pool(self, workers: int) -> ProcessPoolExecutor:
+        # Spawned: a fork would copy the locks of this process's threads.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(workers, context, initializer=_end_with_parent, initargs=(self._locks,))
 
-def _end_with_parent(locks: Sequence[int]) -> None:
+
+def _end_with_parent(locks: Any) -> None:
     """In a worker, which would wait for jobs forever after its parent was killed; `locks` hold the folder."""
     parent = multiprocessing.parent_process()
     assert parent is not None
