@@ -11,13 +11,16 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, needed: int | None = None) -> Iterator[Path]:
     """A temporary path beside `path`, to be written in the `with` block, then put on disk and renamed.
 
     If the block fails, the temporary file is deleted and `path` stays as it was, or absent.
 
+    Args:
+        needed: bytes that will be written, if they are known.
+
     Raises:
-        OSError: for a full or failing disk, with `path`, the room that is left and what is safe.
+        OSError: for a full or failing disk, with `path`, the room that is needed and left, and what is safe.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -30,16 +33,21 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         if error.filename not in (None, str(temporary)):
             raise  # about another file, such as one that was to be copied
-        raise writing_failed(error, path) from error
+        raise writing_failed(error, path, needed=needed) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def writing_failed(error: OSError, path: Path, safe: str = "nothing was replaced") -> OSError:
-    """`error` with the path that was being written, the room left there and what is safe."""
+def writing_failed(
+    error: OSError, path: Path, safe: str = "nothing was replaced", needed: int | None = None
+) -> OSError:
+    """`error` with the path that was being written, the room needed and left there, and what is safe."""
     folder = next(parent for parent in path.absolute().parents if parent.is_dir())
-    reason = f"{error.strerror or error} ({shutil.disk_usage(folder).free:,} bytes free); {safe}"
+    room = f"{shutil.disk_usage(folder).free:,} bytes free"
+    if needed is not None:
+        room = f"{needed:,} bytes needed, {room}"
+    reason = f"{error.strerror or error} ({room}); {safe}"
     return OSError(error.errno, reason, str(path))
 
 
@@ -49,7 +57,7 @@ def write_file(path: Path, data: bytes) -> None:
     Raises:
         OSError: see `replacing`.
     """
-    with replacing(path) as temporary:
+    with replacing(path, len(data)) as temporary:
         temporary.write_bytes(data)
 
 

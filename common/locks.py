@@ -2,13 +2,18 @@
 
 import errno
 import fcntl
+import multiprocessing.reduction
 import os
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
+
+from common.files import writing_failed
 
 LOCK_NAME = ".lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -24,7 +29,8 @@ class FolderLock:
     The operating system drops the lock (flock) with its holder, so that a crash never leaves a folder locked.
     On NFS, Linux turns it into a lock on the server, which other machines see too. A file system without
     locks is named in a warning. The file `name` exists while the lock is held, and after a crash, when it
-    means nothing.
+    means nothing. A lock among the arguments of a process that multiprocessing spawns is held by that process
+    too: the folder is free when all of them have ended (not on NFS, whose locks belong to one process).
 
     Args:
         folder: created if it is missing.
@@ -46,10 +52,15 @@ class FolderLock:
         self._file: IO[str] | None = None
         while self._file is None:
             self._file = self._acquire(folder, fix)
-        if not shared:
-            self._file.truncate(0)
-        self._file.write(f"{purpose}, process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
-        self._file.flush()
+        try:
+            if not shared:
+                self._file.truncate(0)
+            self._file.write(f"{purpose}, process {os.getpid()} on {socket.gethostname()}, since {_now()}\n")
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # closing writes once more
+                self._file.close()
+            raise writing_failed(error, self.path, "nothing was written") from error
 
     def _acquire(self, folder: Path, fix: str) -> IO[str] | None:
         """The locked file; None if its last holder deleted it before this process had the lock."""
@@ -89,6 +100,10 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
         file.close()
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        assert self._file is not None, "a released lock"
+        return _inherited, (multiprocessing.reduction.DupFd(self._file.fileno()),)
+
     def __enter__(self) -> "FolderLock":
         return self
 
@@ -99,6 +114,12 @@ class FolderLock:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _inherited(copy: Any) -> int:
+    """The file descriptor through which a spawned process holds the lock, to the end of the process."""
+    descriptor: int = copy.detach()
+    return descriptor
 
 
 def _now() -> str:

@@ -3,7 +3,8 @@
     python data_pipeline/build.py --recipe RECIPE.yaml --out DIR [--workers N] [a.b=c ...]
 
 The same recipe and input files give the same bytes, whatever the workers. A killed build
-resumes when started again: units of text and shards are whole or absent, and the manifest is written last.
+resumes when started again, after comparing everything that the bytes depend on: recipe, input files, test
+sets of the decontamination, tokenizer.file, code. Until it is whole, all of it lies in DIR/work.
 
 On several machines that share DIR, run the same command in four turns (slurm/build.sbatch does it): every
 task reads its share of the input files, one process plans, every task writes its share of the shards, and one
@@ -13,29 +14,24 @@ process without further options finishes, including what a task may have left.
 """
 
 import argparse
-import hashlib
-import json
-import multiprocessing
+import errno
 import os
-import re
-import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from common.errors import user_errors
-from common.files import write_file
+from common.files import write_file, writing_failed
+from common.locks import FolderInUseError
 from data_pipeline.cleaning.cleaner import Cleaner
-from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.errors import DataError
 from data_pipeline.loading.sample_order import mixture_table
 from data_pipeline.recipe import Recipe, load_recipe, source_options
-from data_pipeline.shards.format import FORMAT, token_dtype
+from data_pipeline.shards.format import token_dtype
 from data_pipeline.shards.manifest import (
     MANIFEST,
     SPLITS,
@@ -44,6 +40,7 @@ from data_pipeline.shards.manifest import (
     Shard,
     Source,
     Split,
+    check_size,
     open_manifest,
     write_manifest,
 )
@@ -54,45 +51,27 @@ from data_pipeline.staging.build_plan import (
     BuildPlan,
     PlannedShard,
     make_plan,
-    order_file,
+    read_order,
     tokenizer_model,
 )
-from data_pipeline.staging.units import Units, write_unit
+from data_pipeline.staging.claim import (
+    REPORTS,
+    WORK,
+    claim,
+    held,
+    held_by_task,
+    is_own,
+    publish,
+    remove_work,
+)
+from data_pipeline.staging.inputs import Build, build_hash, check_inputs, identity_of, sha256_of, stat_of
+from data_pipeline.staging.processes import Processes
+from data_pipeline.staging.sealed import damaged, read_sealed, write_sealed
+from data_pipeline.staging.units import write_unit
 from data_pipeline.tokenization.encode import encoder
 from data_pipeline.tokenization.tokenizer import Tokenizer
 
-WORK = "work"  # folder of what only the build needs
-OWN_FILES = re.compile(
-    r"(tokenizer\.model|cleaning\.(json|txt)|[a-z0-9_]+-[a-z]+-\d{5}\.(tar|idx))(\.tmp)?|manifest\.json\.tmp"
-)
-
-
-@dataclass(frozen=True)
-class Build:
-    """One build: its recipe, its folders and its input files."""
-
-    recipe: Recipe
-    out: Path
-    root: Path  # folder of the data sets
-    files: dict[str, list[Path | None]]  # of each source, one per unit; None: a generator's
-
-    @property
-    def work(self) -> Path:
-        return self.out / WORK
-
-    def all_units(self) -> list[tuple[str, int]]:
-        """(source, number) of every unit."""
-        return [(name, n) for name, files in self.files.items() for n in range(len(files))]
-
-    def unit(self, source: str, number: int) -> Path:
-        return self.work / f"{source}-{number:05d}"
-
-    def units(self, source: str) -> Units:
-        return Units([self.unit(name, number) for name, number in self.all_units() if name == source])
-
-    def record(self, shard: PlannedShard) -> Path:
-        """Holds a written shard's row of the manifest until all shards are written."""
-        return self.work / f"{shard.stem}.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build(
@@ -115,8 +94,10 @@ def build(
         plan_only: read what is unread, plan and return None.
 
     Raises:
-        DataError: `out` holds anything else, input is missing, a source has no documents, a labelled source
-            has a character without a piece of its own or a masked prompt.
+        DataError: `out` holds anything else, input is missing or changes meanwhile, a source has no
+            documents, a labelled source has a character without a piece of its own or a masked prompt.
+        FolderInUseError: another process builds into `out`.
+        OSError: `out` cannot be written; what it holds is used by the next start.
     """
     mixture_table(_weights(recipe))  # finds a weight too small to be drawn before hours of work
     files = {
@@ -124,21 +105,51 @@ def build(
         for source in recipe.sources
     }
     this = Build(recipe, out, root, files)
-    if (out / MANIFEST).is_file():
+    if (out / MANIFEST).is_file() and not (out / WORK).exists():
         return _finished(this)
-    _claim(this, alone=task is None)
-    planned = (this.work / PLAN).is_file()
+    with _disk_full(out), held(out, task) as lock:
+        if (out / MANIFEST).is_file():
+            manifest = _finished(this)
+            if task is None and is_own(this.work):  # killed while it was deleted
+                remove_work(this.work)
+            return manifest
+        claim(out, identity_of(this), may_clear=task is None and not plan_only)
+        with held_by_task(this.work, task) as locks:
+            return _resume(this, Processes(workers, (lock, *locks)), task, plan_only)
+
+
+def _resume(
+    build: Build, processes: Processes, task: tuple[int, int] | None, plan_only: bool
+) -> Manifest | None:
+    planned = (build.work / PLAN).is_file()
     number, of = task or (0, 1)
+    share = build.all_units()[number::of]
+    read = [unit for unit in share if build.unit(*unit).is_dir()]
+    check_inputs(build, read, processes)
     if not planned:
-        units = [unit for unit in this.all_units()[number::of] if not this.unit(*unit).is_dir()]
-        _in_processes(_read, this, units, workers, "read", " files")
+        processes.map(_read, build, [unit for unit in share if unit not in read], "read", " files")
     if task is None and not planned:
-        _plan(this)
+        check_inputs(build, share, processes)
+        _plan(build)
     if (task and not planned) or plan_only:
         return None
-    shards = [s for s in BuildPlan.load(this.work).shards[number::of] if not this.record(s).is_file()]
-    _in_processes(_write, this, shards, workers, "write", " shards")
-    return None if task else _merge(this)
+    shards = [s for s in BuildPlan.load(build.work).shards[number::of] if not build.record(s).is_file()]
+    processes.map(_write, build, shards, "write", " shards")
+    return None if task else _merge(build)
+
+
+@contextmanager
+def _disk_full(out: Path) -> Iterator[None]:
+    """Says of a full disk what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        path, safe = Path(error.filename or out), f"what is done is kept in {out / WORK}"
+        told = error if error.strerror != os.strerror(error.errno) else writing_failed(error, path)
+        fix = "free some space and start the build again"
+        raise OSError(error.errno, f"{told.strerror}, and {safe}: {fix}", str(path)) from error
 
 
 def _weights(recipe: Recipe) -> dict[str, float]:
@@ -150,8 +161,8 @@ def _finished(build: Build) -> Manifest:
     bar = tqdm(build.all_units(), desc="compare input", unit=" files", disable=None)
     hashes: dict[str, list[str | None]] = {name: [] for name in build.files}
     for name, number in bar:
-        hashes[name].append(_sha256(build.files[name][number]))
-    if manifest.build_hash != _build_hash(build, hashes):
+        hashes[name].append(sha256_of(build.files[name][number]))
+    if manifest.build_hash != build_hash(build, hashes):
         raise DataError(
             f"{build.out} holds a build of another recipe or data: choose another --out or delete it"
         )
@@ -159,123 +170,68 @@ def _finished(build: Build) -> Manifest:
     return manifest
 
 
-def _build_hash(build: Build, inputs: dict[str, list[str | None]]) -> str:
-    """Hash of everything the bytes of a build depend on; `inputs`: of each source, `_sha256` of its units."""
-    steps = {step for source in build.recipe.sources for step in source.get("cleaning", ())}
-    held_out = [build.root / file for file in EVALUATION_FILES] if "decontaminate" in steps else []
-    identity = {
-        "format": FORMAT,
-        "recipe": build.recipe.as_dict(),
-        "inputs": inputs,
-        "evaluation": [_sha256(file) for file in held_out],
-    }
-    if build.recipe.tokenizer.file is not None:
-        identity["tokenizer"] = _sha256(Path(build.recipe.tokenizer.file))
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path | None) -> str | None:
-    """Digest of a unit's file; None for a generator, which the recipe describes completely."""
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _claim(build: Build, alone: bool) -> None:
-    """Makes `out` this build's: empty, or holding a part of it.
-
-    Deletes what another recipe left unfinished, unless tasks share the folder; never touches files that do
-    not belong to a build.
-    """
-    build.out.mkdir(parents=True, exist_ok=True)
-    names = sorted(path.name for path in build.out.iterdir())
-    foreign = [name for name in names if name != WORK and not OWN_FILES.fullmatch(name)]
-    if foreign:
-        raise DataError(
-            f"{build.out} holds {foreign[0]!r} and no finished build: choose another --out or empty it"
-        )
-    stats = {str(file): file.stat() for files in build.files.values() for file in files if file}
-    inputs = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    identity = json.dumps({"format": FORMAT, "recipe": build.recipe.as_dict(), "inputs": inputs})
-    # A folder, because several tasks may create it at once.
-    claim = build.work / hashlib.sha256(identity.encode()).hexdigest()
-    if claim.is_dir():
-        return
-    if names and alone:
-        shutil.rmtree(build.work, ignore_errors=True)
-        for path in build.out.iterdir():
-            path.unlink()
-    elif names and (names != [WORK] or any(build.work.iterdir())):
-        raise DataError(f"{build.out} holds a part of another build: choose another --out or empty it")
-    claim.mkdir(parents=True, exist_ok=True)
-
-
-def _in_processes(
-    function: Callable[[Build, Any], None],
-    build: Build,
-    jobs: Sequence[Any],
-    workers: int,
-    what: str,
-    unit: str,
-) -> None:
-    """function(build, job) for every job, in this process or in worker processes."""
-    if not jobs:
-        return
-    with tqdm(total=len(jobs), desc=what, unit=unit, disable=None) as bar:
-        if min(workers, len(jobs)) == 1:
-            for job in jobs:
-                function(build, job)
-                bar.update()
-            return
-        # Spawned: a fork would copy the locks of this process's threads.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), context) as pool:
-            running = [pool.submit(function, build, job) for job in jobs]
-            try:
-                for done in as_completed(running):
-                    done.result()
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
 def _read(build: Build, unit: tuple[str, int]) -> None:
     """Reads one input file."""
     name, number = unit
     recipe, files = build.recipe, build.files[name]
+    path = files[number]
     source = next(source for source in recipe.sources if source["name"] == name)
+    before = stat_of(path)
+    about = {"source": name, "file": str(path), "sha256": sha256_of(path), "stat": before}
     documents = read_unit(source["kind"], source_options(source), files, number)
     bar = tqdm(documents, desc=f"read {name} {number}", unit=" documents", disable=None, leave=False)
-    about = {"source": name, "sha256": _sha256(files[number])}
+
+    def unchanged() -> Iterator[Any]:
+        yield from bar
+        if stat_of(path) != before:
+            raise DataError(f"{path} changed while it was read: start the build again")
+
     cleaner = Cleaner(source.get("cleaning", ()), recipe.cleaning, build.root)
-    write_unit(build.unit(name, number), bar, about, str(recipe.seed), recipe.validation_fraction, cleaner)
+    salt = str(recipe.seed)
+    write_unit(build.unit(name, number), unchanged(), about, salt, recipe.validation_fraction, cleaner)
 
 
 def _plan(build: Build) -> None:
     units = {name: build.units(name) for name in build.files}
     hashes = {name: [unit.about["sha256"] for unit in source.units] for name, source in units.items()}
-    plan, report = make_plan(build.recipe, units, _build_hash(build, hashes), build.work)
+    plan, report = make_plan(build.recipe, units, build_hash(build, hashes), build.work)
     if any(source.get("cleaning") for source in build.recipe.sources):
-        report.write(build.out)
-    write_file(build.out / TOKENIZER, tokenizer_model(build.recipe, units, build.work))
-    plan.save(build.work)  # last: its presence says that tokenizer and orders are complete
+        report.write(build.work)
+    write_file(build.work / TOKENIZER, tokenizer_model(build.recipe, units, plan, build.work))
+    _check_unchanged(build)
+    written = (build.work / name for name in (TOKENIZER, *REPORTS) if (build.work / name).is_file())
+    files = {path.name: str(sha256_of(path)) for path in written}
+    replace(plan, files=files).save(build.work)  # last: its presence says that all of it is complete
+
+
+def _check_unchanged(build: Build) -> None:
+    """Raises DataError if what the build depends on is not what it began with."""
+    claim(build.out, identity_of(build), may_clear=False)
+
+
+def _checked(build: Build, plan: BuildPlan, name: str) -> Path:
+    """A file that the plan came with, wherever it is by now. Raises DataError for a damaged one."""
+    path = build.work / name
+    if not path.is_file():
+        path = build.out / name  # once it is published
+    if not path.is_file() or sha256_of(path) != plan.files[name]:
+        raise damaged(path, "its checksum differs" if path.is_file() else "it is missing")
+    return path
 
 
 def _write(build: Build, planned: PlannedShard) -> None:
     """Encodes and writes one shard."""
-    plan, tokenizer = BuildPlan.load(build.work), Tokenizer(build.out / TOKENIZER)
+    plan = BuildPlan.load(build.work)
+    tokenizer = Tokenizer(_checked(build, plan, TOKENIZER))
     source = next(source for source in build.recipe.sources if source["name"] == planned.source)
     encode = encoder(source, plan.labelled[planned.source], tokenizer)
     units = build.units(planned.source)
-    order = np.load(order_file(build.work, planned.source, planned.split), mmap_mode="r")
-    numbers = order[planned.first : planned.last]
+    numbers = read_order(build.work, planned)
     bar = tqdm(numbers, desc=f"encode {planned.stem}", unit=" documents", disable=None, leave=False)
     documents = [encode(units[int(number)]) for number in bar]
-    shard = write_shard(build.out, planned.stem, documents, _dtype(plan, tokenizer))
+    shard = write_shard(build.work, planned.stem, documents, _dtype(plan, tokenizer))
     text_bytes = int(units.column("bytes")[numbers].sum())
-    write_file(build.record(planned), json.dumps({"text_bytes": text_bytes, "shard": asdict(shard)}).encode())
+    write_sealed(build.record(planned), {"text_bytes": text_bytes, "shard": asdict(shard)})
 
 
 def _dtype(plan: BuildPlan, tokenizer: Tokenizer) -> str:
@@ -284,8 +240,11 @@ def _dtype(plan: BuildPlan, tokenizer: Tokenizer) -> str:
 
 def _merge(build: Build) -> Manifest:
     """Writes the manifest of the written shards; afterwards the folder holds the build and nothing else."""
-    plan, tokenizer = BuildPlan.load(build.work), Tokenizer(build.out / TOKENIZER)
-    records = {shard: json.loads(build.record(shard).read_text()) for shard in plan.shards}
+    _check_unchanged(build)
+    plan = BuildPlan.load(build.work)
+    kept = {name: _checked(build, plan, name) for name in plan.files}
+    tokenizer = Tokenizer(kept[TOKENIZER])
+    records = {shard: read_sealed(build.record(shard)) for shard in plan.shards}
     weights, sources = _weights(build.recipe), {}
     for name in build.files:
         splits = {}
@@ -300,18 +259,22 @@ def _merge(build: Build) -> Manifest:
             )
         sources[name] = Source(weights[name], splits, plan.labelled[name])
     manifest = Manifest(
-        path=build.out,
+        path=build.work,
         sha256="",
         build_hash=plan.build_hash,
         recipe=build.recipe.as_dict(),
-        tokenizer_bytes=(build.out / TOKENIZER).stat().st_size,
+        tokenizer_bytes=kept[TOKENIZER].stat().st_size,
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         dtype=_dtype(plan, tokenizer),
         sources=sources,
     )
+    for shard in manifest.shards():
+        for name, size in ((shard.file, shard.bytes), (shard.index_file, shard.index_bytes)):
+            path = build.work / name
+            check_size(path if path.is_file() else build.out / name, size)
     write_manifest(manifest)
-    shutil.rmtree(build.work)
+    publish(build.out)
     return open_manifest(build.out)
 
 
@@ -342,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plan_only", action="store_true", help="read what is unread, plan, and stop")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. tokenizer.vocab_size=512")
     arguments = parser.parse_intermixed_args(argv)
-    with user_errors(DataError, OSError):
+    with user_errors(DataError, FolderInUseError, OSError):
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         task = _task(arguments)
         manifest = build(

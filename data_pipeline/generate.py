@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import user_errors
+from common.files import replacing
+from common.locks import FolderInUseError, FolderLock
 from data_pipeline.errors import DataError
 from data_pipeline.tasks.registry import TASKS
 from data_pipeline.tasks.splits import SPLITS
@@ -82,17 +84,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends with one line and exit code 2."""
     arguments = make_parser().parse_args(argv)
     task = TASKS[arguments.task]
-    with user_errors(DataError, OSError):
+    with user_errors(DataError, FolderInUseError, OSError):
         if arguments.out is None and not arguments.audit:
             raise DataError("nothing to do: give --out FILE.jsonl, --audit or both")
         options = parse_options(task, arguments)
         samples = list(task.samples(arguments.num_samples, options, arguments.seed, arguments.split))
         if arguments.out is not None:
-            with arguments.out.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(_as_dict(sample)) + "\n" for sample in samples)
+            _write(arguments.out, "".join(json.dumps(_as_dict(sample)) + "\n" for sample in samples))
             print(f"{arguments.out}: {len(samples)} samples")
         if arguments.audit:
             print(task.audit_text(samples, options))
+
+
+def _write(path: Path, text: str) -> None:
+    """The file is whole or as it was; one process writes it. A link, as /dev/stdout is, stays a link."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
+    if not path.parent.is_dir():
+        raise DataError(f"folder {path.parent} does not exist: create it or fix --out")
+    with (
+        FolderLock(path.parent, "generate.py", "choose another --out", name=f".{path.name}.lock"),
+        replacing(path) as temporary,
+    ):
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _as_dict(sample: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The recipe of a build: one YAML with dotted overrides, checked against the dataclasses below."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.nearest import nearest
+from common.schema import from_plain
 from data_pipeline.cleaning.quality import QualityLimits
 from data_pipeline.errors import DataError
 
@@ -82,39 +83,63 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         config = OmegaConf.load(path)
         for override in overrides:
             key, equals, value = override.partition("=")
-            if not equals:
+            if not equals or not key:
                 raise DataError(f"override {override!r} is not KEY=VALUE: write KEY=VALUE")
-            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"recipe {path}: {_one_line(error)}") from error
-    recipe = structured(Recipe, OmegaConf.to_container(config), f"recipe {path}")
+            # As in the file: 1e-3 is a number there, which YAML alone takes for text.
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            assert isinstance(parsed, dict)
+            OmegaConf.update(config, key, parsed["value"], force_add=True)
+        values = OmegaConf.to_container(config)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise DataError(f"recipe {path}: {_one_line(error)}: fix it") from error
+    recipe = structured(Recipe, values, f"recipe {path}")
     _check(recipe, path)
     return recipe
 
 
+# What a YAML file or an override that is none raises; OmegaConf asserts where a key leads through a value.
+_UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, AssertionError,
+               AttributeError, RecursionError)  # fmt: skip
+
+
 def structured(kind: type[T], values: Any, where: str) -> T:
     """An instance of the dataclass `kind` with `values`; unknown keys and wrong types are DataErrors at
-    `where`.
+    `where`. A field whose default is omegaconf.MISSING must be given.
     """
     if not isinstance(values, Mapping):
-        raise DataError(f"{where}: expected KEY: VALUE lines, found {type(values).__name__}")
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise DataError(f"{where}: unknown key {key!r}; {nearest(str(key), known)}")
+        raise DataError(
+            f"{where}: expected KEY: VALUE lines, found {type(values).__name__}: write such lines"
+        )
     try:
-        config = OmegaConf.merge(OmegaConf.structured(kind), dict(values))
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise DataError(f"{where}: no value for {missing[0]}: add it")
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise DataError(f"{where}: {_one_line(error)}") from error
+        found = from_plain(kind, values, "")
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{where}: {str(error).removeprefix('.').replace('key .', 'key ')}") from error
+    if missing := next(_missing(found), None):
+        raise DataError(f"{where}: no value for {missing}: add it")
+    return found
+
+
+def _missing(value: Any, name: str = "") -> Iterator[str]:
+    """The fields that have no value, nested ones too."""
+    if is_dataclass(value):
+        for member in fields(value):
+            yield from _missing(getattr(value, member.name), f"{name}.{member.name}".lstrip("."))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _missing(item, f"{name}[{number}]")
+    elif value == MISSING:
+        yield name
 
 
 def _check(recipe: Recipe, path: Path) -> None:
     if not 0 <= recipe.validation_fraction < 1:
-        raise DataError(f"recipe {path}: validation_fraction {recipe.validation_fraction} is not in [0, 1)")
+        raise DataError(
+            f"recipe {path}: validation_fraction {recipe.validation_fraction} is not in [0, 1): change it"
+        )
     if (recipe.tokenizer.file is None) == (recipe.tokenizer.vocab_size is None):
         raise DataError(
             f"recipe {path}: tokenizer has file {recipe.tokenizer.file!r} and vocab_size "
@@ -124,14 +149,16 @@ def _check(recipe: Recipe, path: Path) -> None:
     if recipe.tokenizer.file is not None and not Path(recipe.tokenizer.file).is_file():
         raise DataError(f"recipe {path}: tokenizer.file {recipe.tokenizer.file} does not exist: fix the path")
     if recipe.tokenizer.train_bytes < 1:
-        raise DataError(f"recipe {path}: tokenizer.train_bytes {recipe.tokenizer.train_bytes} is below 1")
+        raise DataError(
+            f"recipe {path}: tokenizer.train_bytes {recipe.tokenizer.train_bytes} is below 1: raise it"
+        )
     if not recipe.sources:
         raise DataError(f"recipe {path}: no sources: list at least one")
     names = [source.get("name") for source in recipe.sources]
     for name, source in zip(names, recipe.sources, strict=True):
         # The name becomes part of file names and of the keys inside the shards.
         if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
-            raise DataError(f"recipe {path}: source name {name!r} must be made of a-z, 0-9 and _")
+            raise DataError(f"recipe {path}: source name {name!r} must be made of a-z, 0-9 and _: rename it")
         if names.count(name) > 1:
             raise DataError(f"recipe {path}: two sources are named {name!r}: rename one")
         if not isinstance(source.get("kind"), str):

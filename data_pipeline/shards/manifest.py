@@ -2,15 +2,17 @@
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from common.files import write_file
+from common.schema import from_plain
 from data_pipeline.errors import DataError
 from data_pipeline.shards.format import EXTENSION, FORMAT
 
@@ -103,7 +105,7 @@ def open_manifest(path: str | Path) -> Manifest:
         check_size(folder / shard.file, shard.bytes)
         check_size(folder / shard.index_file, shard.index_bytes)
         check_sha256(folder / shard.index_file, shard.index_sha256)
-        _check_identity(folder, shard)
+        _check_index(folder, shard)
     return manifest
 
 
@@ -121,11 +123,20 @@ def check_sha256(path: Path, sha256: str) -> None:
         raise DataError(f"{path} has sha256 {found[:16]}..., the manifest says {sha256[:16]}...: {REBUILD}")
 
 
-def _check_identity(folder: Path, shard: Shard) -> None:
-    """A shard's members carry its name, which distinguishes shards of equal size without reading them."""
-    offset = int(read_index(folder, shard)[0]["offset"][0])
+def _check_index(folder: Path, shard: Shard) -> None:
+    """The index has as many members, documents and tokens as the manifest says, and the shard's members carry
+    its name, which distinguishes shards of equal size without reading them.
+    """
+    members, documents = read_index(folder, shard)
+    found = (len(members), len(documents), int(documents["length"].sum(dtype=np.int64)))
+    told = (shard.members, shard.documents, shard.tokens)
+    if found != told:
+        raise DataError(
+            f"{folder / shard.index_file} has {found} members, documents, tokens, the manifest says {told}: "
+            f"{REBUILD}"
+        )
     with (folder / shard.file).open("rb") as file:
-        file.seek(offset - tarfile.BLOCKSIZE)
+        file.seek(int(members["offset"][0]) - tarfile.BLOCKSIZE)
         name = file.read(100).split(b"\0")[0]
     if name != f"{shard.stem}-{0:06d}.{EXTENSION}".encode():
         raise DataError(f"{folder / shard.file} is another file: its first member is {name!r}: {REBUILD}")
@@ -137,28 +148,53 @@ def read_index(folder: Path, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
         return np.load(file, allow_pickle=False), np.load(file, allow_pickle=False)
 
 
+# What is in the file: a manifest without what is known of the file itself.
+_STORED = make_dataclass(
+    "_STORED",
+    [
+        (field.name, get_type_hints(Manifest)[field.name])
+        for field in fields(Manifest)
+        if field.name not in ("path", "sha256")
+    ],
+)
+
+
 def parse_manifest(folder: Path, data: bytes) -> Manifest:
     """The manifest in these bytes; looks at no file in `folder`. Raises DataError."""
+    path = folder / MANIFEST
     try:
-        fields = json.loads(data)
-        version = fields.pop("format")
-        if version != FORMAT:
-            raise DataError(f"{folder / MANIFEST} has format {version}, this code reads {FORMAT}: {REBUILD}")
-        sources = {
-            name: Source(
-                source["weight"],
-                {
-                    split: Split(**{**value, "shards": tuple(Shard(**shard) for shard in value["shards"])})
-                    for split, value in source["splits"].items()
-                },
-                source["labelled"],
-            )
-            for name, source in fields.pop("sources").items()
-        }
-        manifest = Manifest(path=folder, sha256=hashlib.sha256(data).hexdigest(), sources=sources, **fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / MANIFEST} is not a manifest ({error}): {REBUILD}") from error
-    for shard in manifest.shards():
-        if shard.file != f"{Path(shard.stem).name}.tar":  # nothing outside the folder is ever opened
-            raise DataError(f"{folder / MANIFEST} names a shard outside its folder: {shard.file!r}")
-    return manifest
+        values = json.loads(data)
+        version = values.pop("format")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path} is not a manifest ({error!r}): {REBUILD}") from error
+    if version != FORMAT:
+        raise DataError(f"{path} has format {version}, this code reads {FORMAT}: {REBUILD}")
+    try:
+        stored: Any = from_plain(_STORED, values, "manifest")
+        _check_values(stored)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): {REBUILD}") from error
+    return Manifest(path=folder, sha256=hashlib.sha256(data).hexdigest(), **vars(stored))
+
+
+def _check_values(stored: Any) -> None:
+    """Raises ValueError for values that no build writes, and for sums that are not those of their parts."""
+    if stored.dtype not in ("<u2", "<u4"):
+        raise ValueError(f"dtype {stored.dtype!r} is neither <u2 nor <u4")
+    if not 0 < stored.vocab_size <= np.iinfo(stored.dtype).max + 1:
+        raise ValueError(f"vocab_size {stored.vocab_size} is not one of {stored.dtype} tokens")
+    if not stored.sources:
+        raise ValueError("it has no sources")
+    for name, source in stored.sources.items():
+        if source.weight <= 0 or not {"train"} <= source.splits.keys() <= set(SPLITS):
+            raise ValueError(f"source {name!r} has weight {source.weight} and splits {list(source.splits)}")
+        for split, value in source.splits.items():
+            for number, shard in enumerate(value.shards):
+                # Nothing outside the folder is ever opened.
+                if shard.file != f"{name}-{split}-{number:05d}.tar" or not re.fullmatch("[a-z0-9_]+", name):
+                    raise ValueError(f"{name}, {split}: shard {number} is called {shard.file!r}")
+                if min(shard.members, shard.documents) < 1 or shard.tokens < 0:
+                    raise ValueError(f"{shard.file} has no members or documents")
+            sums = tuple(sum(getattr(s, what) for s in value.shards) for what in ("documents", "tokens"))
+            if (value.documents, value.tokens) != sums or value.text_bytes < 0:
+                raise ValueError(f"{name}, {split}: documents and tokens are not the sums of its shards")

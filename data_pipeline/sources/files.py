@@ -167,13 +167,15 @@ def json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
             if "\\ud" in line or "\\uD" in line:
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: half of a surrogate pair ({error.object[error.start]!r})") from error
+            raise DataError(
+                f"{where}: half of a surrogate pair ({error.object[error.start]!r}): fix it"
+            ) from error
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise DataError(f"{where}: not JSON ({reason}): download it again") from error
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
-            raise DataError(f"{where}: no field {missing[0]!r}: is this the right file?")
+            raise DataError(f"{where}: no field {missing[0]!r}: name another file or field")
         yield number, row
 
 
@@ -204,7 +206,9 @@ def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[st
             names = file.schema_arrow.names
             for key in keys:
                 if names.count(key) != 1:
-                    raise DataError(f"{path}: no column {key!r}, or several: it has {', '.join(names)}")
+                    raise DataError(
+                        f"{path}: no column {key!r}, or several: it has {', '.join(names)}: name one"
+                    )
                 _check_text_column(path, key, file.schema_arrow.field(key).type)
             for batch in file.iter_batches(batch_size=256, columns=list(keys), use_threads=False):
                 for values in zip(*(batch.column(key) for key in keys), strict=True):
@@ -212,7 +216,9 @@ def parquet_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[st
                     number += 1
                     yield number, row
             if number != file.metadata.num_rows:
-                raise DataError(f"{path} row {number + 1}: the end, after {file.metadata.num_rows} promised")
+                raise DataError(
+                    f"{path} row {number + 1}: the end, not row {file.metadata.num_rows}: download it again"
+                )
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} row {number + 1}: cannot be read ({reason}): download it again") from error

@@ -77,9 +77,13 @@ def read_arc(path: Path) -> Iterator[Problem]:
                 f"{path} line {number}: not an ARC problem ({error!r}): download it again"
             ) from error
         if row["answerKey"] not in labels:
-            raise DataError(f"{path} line {number}: answerKey {row['answerKey']!r} is not one of {labels}")
+            raise DataError(
+                f"{path} line {number}: answerKey {row['answerKey']!r} is not in {labels}: fix it"
+            )
         if not all(isinstance(x, str) for x in (row["id"], stem_text, *labels, *texts)):
             raise DataError(f"{path} line {number}: a field of this ARC problem is not text: fix the file")
+        if not all(text.strip() for text in texts):
+            raise DataError(f"{path} line {number}: this ARC problem has an empty choice: fix the file")
         choices = tuple(f" {text}" for text in texts)
         gold = labels.index(row["answerKey"])
         yield Problem(row["id"], f"Question: {stem_text}\nAnswer:", choices[gold], choices, gold, group)
@@ -187,7 +191,11 @@ def read_reclor(path: Path) -> Iterator[Problem]:
             raise DataError(f"{where} {lacks}: is this the published val.json or train.json?")
         context, question, name = text_fields(row, keys, where)
         answers, gold = row["answers"], row["label"]
-        if not isinstance(answers, list) or len(answers) != 4 or not all(isinstance(a, str) for a in answers):
+        if (
+            not isinstance(answers, list)
+            or len(answers) != 4
+            or not all(isinstance(a, str) and a.strip() for a in answers)
+        ):
             raise DataError(f"{where}: answers are not four texts: download it again")
         if isinstance(gold, bool) or gold not in range(4):
             raise DataError(f"{where}: label {gold!r} is not in 0..3: download it again")

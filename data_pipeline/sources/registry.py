@@ -166,6 +166,8 @@ def _parse(kind: str, options: Mapping[str, Any]) -> tuple[Kind, Any]:
     if kind not in KINDS:
         raise DataError(f"unknown source kind {kind!r}; {nearest(kind, list(KINDS))}")
     parsed: Any = structured(KINDS[kind].options, options, f"options of source kind {kind!r}")
+    if isinstance(parsed, FileOptions) and not parsed.files:
+        raise DataError(f"options of source kind {kind!r}: files is empty: name at least one")
     if isinstance(parsed, RowOptions):
         assert parsed.fields  # finds a wrong set of names before any file is read
     return KINDS[kind], parsed

@@ -3,9 +3,10 @@
 One process makes it once every unit is read; from then on any process of any machine can write shards.
 """
 
-import json
+import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,13 @@ from data_pipeline.recipe import Recipe, source_options
 from data_pipeline.shards.manifest import SPLITS
 from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.sources.registry import within_limits
+from data_pipeline.staging.sealed import damaged, read_sealed, write_sealed
 from data_pipeline.staging.units import Units
 from data_pipeline.tokenization.tokenizer import train_tokenizer
 
 PLAN = "plan.json"
 SHARD_TEXT_BYTES = 128 * 2**20  # UTF-8; tokens of two bytes, three characters each, make shards of 85 MB
+ORDER_DTYPE = np.dtype("<i8")
 LABELLED_FACTOR = 4  # a character of a labelled text becomes a token and a label, of two bytes each
 
 
@@ -37,6 +40,7 @@ class PlannedShard:
     number: int
     first: int
     last: int
+    crc32: int  # of these positions' part of the order
 
     @property
     def stem(self) -> str:
@@ -45,17 +49,19 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    build_hash: str  # of recipe and input files
+    build_hash: str  # of everything the bytes depend on
     labelled: dict[str, bool]  # by source
     shards: tuple[PlannedShard, ...]
+    files: dict[str, str] = field(default_factory=dict)  # tokenizer and reports: name -> sha256
 
     @staticmethod
     def load(work: Path) -> "BuildPlan":
-        fields = json.loads((work / PLAN).read_text())
+        """Raises DataError for a damaged file."""
+        fields = read_sealed(work / PLAN)
         return BuildPlan(**{**fields, "shards": tuple(PlannedShard(**shard) for shard in fields["shards"])})
 
     def save(self, work: Path) -> None:
-        write_file(work / PLAN, json.dumps(asdict(self)).encode())
+        write_sealed(work / PLAN, asdict(self))
 
 
 def make_plan(
@@ -82,16 +88,32 @@ def make_plan(
                 raise DataError(f"source {name!r} has no training documents: check its options and cleaning")
             key = key_of(recipe.seed, name, split)
             order = documents[permute(np.arange(len(documents)), max(1, len(documents)), key)]
-            np.save(order_file(work, name, split), order)
+            write_file(order_file(work, name, split), order.astype(ORDER_DTYPE).tobytes())
             limit = SHARD_TEXT_BYTES // (LABELLED_FACTOR if labelled[name] else 1)
             bounds = cut(sizes[name][order], limit)
-            shards += [PlannedShard(name, split, n, *bound) for n, bound in enumerate(bounds)]
+            for number, (first, last) in enumerate(bounds):
+                checksum = zlib.crc32(order[first:last].astype(ORDER_DTYPE).tobytes())
+                shards.append(PlannedShard(name, split, number, first, last, checksum))
     return BuildPlan(build_hash, labelled, tuple(shards)), report
 
 
 def order_file(work: Path, source: str, split: str) -> Path:
-    """Numbers of the documents of a split, in the order of its shards; int64."""
-    return work / f"{source}-{split}.npy"
+    """Numbers of the documents of a split, in the order of its shards, as ORDER_DTYPE."""
+    return work / f"{source}-{split}.order"
+
+
+def read_order(work: Path, shard: PlannedShard) -> np.ndarray:
+    """(documents,) int64: the numbers of the shard's documents. Raises DataError for a damaged file."""
+    path = order_file(work, shard.source, shard.split)
+    try:
+        with path.open("rb") as file:
+            file.seek(shard.first * ORDER_DTYPE.itemsize)
+            data = file.read((shard.last - shard.first) * ORDER_DTYPE.itemsize)
+    except FileNotFoundError as error:
+        raise damaged(path, "it is missing") from error
+    if zlib.crc32(data) != shard.crc32:
+        raise damaged(path, f"the checksum of shard {shard.number} differs")
+    return np.frombuffer(data, ORDER_DTYPE)
 
 
 def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
@@ -106,7 +128,7 @@ def cut(sizes: np.ndarray, limit: int) -> list[tuple[int, int]]:
     return bounds
 
 
-def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> bytes:
+def tokenizer_model(recipe: Recipe, units: dict[str, Units], plan: BuildPlan, work: Path) -> bytes:
     """The recipe's tokenizer, or one trained on training documents, with each source's share of the bytes set
     by its weight.
     """
@@ -121,7 +143,8 @@ def tokenizer_model(recipe: Recipe, units: dict[str, Units], work: Path) -> byte
             name = source["name"]
             left = recipe.tokenizer.train_bytes * float(source["weight"]) / total
             # Shuffled, because files are often sorted by topic.
-            for number in np.load(order_file(work, name, "train"), mmap_mode="r"):
+            own = (shard for shard in plan.shards if (shard.source, shard.split) == (name, "train"))
+            for number in chain.from_iterable(read_order(work, shard) for shard in own):
                 if left <= 0:
                     break
                 document = units[name][int(number)]

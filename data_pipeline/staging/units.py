@@ -2,13 +2,14 @@
 
 A unit is one input file of a source (a generator is one unit without a file). Reading it gives a folder of
 arrays under the build's `work/`, whole or absent; any document is then one access away, which the shuffle
-needs, and any process of any machine can read any unit.
+needs, and any process of any machine can read any unit. Everything that is read back is compared with a
+checksum first.
 """
 
 import hashlib
-import json
 import os
 import shutil
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.files import sync_folder
 from data_pipeline.errors import DataError
 from data_pipeline.sources.documents import (
     ANSWER_PREFIX,
@@ -24,9 +26,10 @@ from data_pipeline.sources.documents import (
     LabelledDocument,
     TracedDocument,
 )
+from data_pipeline.staging.sealed import damaged, read_array, read_sealed, write_array, write_sealed
 
-# bytes: of the text in UTF-8, of which `prompt` are the prompt's (a traced document's question)
-DOCUMENT_DTYPE = np.dtype([("prompt", "<u8"), ("bytes", "<u8"), ("held_out", "?")])
+# bytes: of the text in UTF-8, of which `prompt` are the prompt's (a traced document's question); crc32: its
+DOCUMENT_DTYPE = np.dtype([("prompt", "<u8"), ("bytes", "<u8"), ("held_out", "?"), ("crc32", "<u4")])
 LABEL_DTYPE = np.dtype([("document", "<u8"), ("index", "<u4"), ("character", "<u4")])
 # One row per step of a traced document; bytes: of the step in UTF-8
 STEP_DTYPE = np.dtype([("document", "<u8"), ("bytes", "<u8")])
@@ -54,23 +57,55 @@ def write_unit(
     Equal texts of one `salt` are held out together, a share `held_out` of all.
 
     Raises:
-        DataError: documents of several kinds.
+        DataError: documents of several kinds, or whose file cannot be read.
+        OSError: the folder cannot be written.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    prompts, sizes, held = array("Q"), array("Q"), array("b")
+    try:
+        temporary.mkdir(parents=True)
+        _write(temporary, _readable(documents, about), about, salt, held_out, cleaner)
+        sync_folder(temporary)
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _readable(documents: Iterable[AnyDocument], about: dict[str, Any]) -> Iterator[AnyDocument]:
+    """The documents, without an OSError that would read as one of the unit's folder."""
+    try:
+        yield from documents
+    except OSError as error:
+        where = error.filename or about.get("file")
+        raise DataError(f"{where} cannot be read ({error.strerror or error}): check its disk") from error
+
+
+def _write(
+    folder: Path,
+    documents: Iterable[AnyDocument],
+    about: dict[str, Any],
+    salt: str,
+    held_out: float,
+    cleaner: Judge,
+) -> None:
+    prompts, sizes, held, checksums = array("Q"), array("Q"), array("b"), array("Q")
     labels, steps = array("Q"), array("Q")
     kinds: set[type] = set()
     removals: list[Any] = []
     fingerprints: dict[str, list[np.ndarray]] = {}
-    with (temporary / TEXTS).open("wb") as file:
+    with (folder / TEXTS).open("wb") as file:
         for number, document in enumerate(documents):
             kinds.add(type(document))
             text = document.text.encode()
             digest = hashlib.sha256(f"{salt}/".encode() + text).digest()
             file.write(text)
             sizes.append(len(text))
+            checksums.append(zlib.crc32(text))
             prompts.append(len(_prompt(document).encode()))
             held.append(int.from_bytes(digest[:8], "big") < held_out * 2**64)
             if removal := cleaner.judge(number, document.text):
@@ -83,24 +118,23 @@ def write_unit(
             if isinstance(document, TracedDocument):
                 for step in document.steps:
                     steps.extend((number, len(step.encode())))
-    table = np.zeros(len(sizes), DOCUMENT_DTYPE)
-    table["prompt"], table["bytes"], table["held_out"] = prompts, sizes, held
-    np.save(temporary / DOCUMENTS, table)
-    if LabelledDocument in kinds:
-        np.save(temporary / LABELS, _table(labels, LABEL_DTYPE))
-    if TracedDocument in kinds:
-        np.save(temporary / STEPS, _table(steps, STEP_DTYPE))
-    for step, values in fingerprints.items():
-        np.save(temporary / f"{step}.npy", np.stack(values))
+        file.flush()
+        os.fsync(file.fileno())
     if len(kinds) > 1:
         raise DataError(
             f"source {about['source']!r} mixes documents with and without labels: make it two sources"
         )
-    (temporary / ABOUT).write_text(json.dumps({**about, "removals": removals}))
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, folder)
+    table = np.zeros(len(sizes), DOCUMENT_DTYPE)
+    table["prompt"], table["bytes"], table["held_out"], table["crc32"] = prompts, sizes, held, checksums
+    arrays = {DOCUMENTS: table}
+    if LabelledDocument in kinds:
+        arrays[LABELS] = _table(labels, LABEL_DTYPE)
+    if TracedDocument in kinds:
+        arrays[STEPS] = _table(steps, STEP_DTYPE)
+    for step, values in fingerprints.items():
+        arrays[f"{step}.npy"] = np.stack(values)
+    written = {name: write_array(folder / name, values) for name, values in arrays.items()}
+    write_sealed(folder / ABOUT, {**about, "removals": removals, "arrays": written})
 
 
 def _prompt(document: AnyDocument) -> str:
@@ -119,22 +153,40 @@ def _table(values: array, dtype: np.dtype) -> np.ndarray:
     return table
 
 
+def about_unit(folder: Path) -> dict[str, Any]:
+    """What `write_unit` was told of the unit. Raises DataError for a damaged one."""
+    about: dict[str, Any] = read_sealed(folder / ABOUT)
+    return about
+
+
 class Unit:
     """Random access to the documents of a unit folder."""
 
     def __init__(self, folder: Path) -> None:
+        """Raises DataError for a unit that was damaged; a text is compared when it is read."""
         self.folder = folder
-        self.about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
-        self.documents = np.load(folder / DOCUMENTS)
-        self.labelled = (folder / LABELS).is_file()
-        self.traced = (folder / STEPS).is_file()
+        self.about = about_unit(folder)
+        self.documents = self.array(DOCUMENTS)
+        self.labelled, self.traced = self.has(LABELS), self.has(STEPS)
         self._starts = np.concatenate([[0], np.cumsum(self.documents["bytes"], dtype=np.int64)])
-        empty = not self._starts[-1]  # nothing to map
-        self._texts = np.zeros(0, np.uint8) if empty else np.memmap(folder / TEXTS, np.uint8, mode="r")
+        texts, size = folder / TEXTS, int(self._starts[-1])
+        found = texts.stat().st_size if texts.is_file() else None
+        if found != size:
+            raise damaged(texts, f"it has {found} bytes, its documents {size}")
+        # nothing to map where all are empty
+        self._texts = np.memmap(texts, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
         if self.labelled or self.traced:
-            self._rows = np.load(folder / (LABELS if self.labelled else STEPS))
+            self._rows = self.array(LABELS if self.labelled else STEPS)
             every = np.arange(len(self.documents) + 1, dtype=np.uint64)
             self._row_starts = np.searchsorted(np.ascontiguousarray(self._rows["document"]), every)
+
+    def has(self, name: str) -> bool:
+        """Whether it has an array of that name."""
+        return name in self.about["arrays"]
+
+    def array(self, name: str) -> np.ndarray:
+        """The array, compared with its checksum."""
+        return read_array(self.folder / name, self.about["arrays"][name])
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -142,6 +194,8 @@ class Unit:
     def __getitem__(self, number: int) -> AnyDocument:
         start, stop = self._starts[number : number + 2].tolist()
         text = self._texts[start:stop].tobytes()
+        if zlib.crc32(text) != self.documents["crc32"][number]:
+            raise damaged(self.folder / TEXTS, f"the checksum of document {number} differs")
         prompt = int(self.documents["prompt"][number])
         if not self.labelled and not self.traced:
             return Document(text[:prompt].decode(), text[prompt:].decode())
@@ -182,11 +236,11 @@ class Units:
 
     def has(self, step: str) -> bool:
         """Whether there are fingerprints of that cleaning step."""
-        return any((unit.folder / f"{step}.npy").is_file() for unit in self.units)
+        return any(unit.has(f"{step}.npy") for unit in self.units)
 
     def fingerprints(self, step: str) -> np.ndarray:
         """(documents, ...) of a cleaning step."""
-        return np.concatenate([np.load(unit.folder / f"{step}.npy") for unit in self.units if len(unit)])
+        return np.concatenate([unit.array(f"{step}.npy") for unit in self.units if len(unit)])
 
     def removals(self) -> Iterator[tuple[int, str, str, str]]:
         """(document, step, reason, matched words) of what was found wrong while reading."""

@@ -6,16 +6,43 @@ special token; the special token <step> is the space between two steps of a chai
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from itertools import groupby
 from pathlib import Path
 
+from common.schema import from_plain
 from data_pipeline.errors import DataError
 
 SECTION = "zeromodel"  # key of the file, see model/hf/special_tokens.py
-IDS = ("pad_id", "bos_id", "eos_id", "bot_id", "eot_id", "step_separator_id")
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The section: the rows of the model's embedding, and those of the special tokens."""
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    bot_id: int
+    eot_id: int
+    step_separator_id: int
+
+
 # Spaces, case, and forms of Unicode that some tokenizers change.
 PROBE = " a  B\tc\n\n1234 <bot><|endoftext|></s> e\u0301 \ufb01 \u6771 \U0001f600 "
+
+
+def check_lossless(
+    path: Path, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
+) -> None:
+    """Raises DataError if PROBE does not come back."""
+    if (back := decode(encode(PROBE))) != PROBE:
+        raise DataError(
+            f"{path} gives {back!r} back for {PROBE!r}: use a tokenizer that loses nothing, such as one that "
+            "data_pipeline trained, or the byte-level BPE of GPT-2 and Llama 3"
+        )
 
 
 class JsonTokenizer:
@@ -46,18 +73,22 @@ class JsonTokenizer:
             raise DataError(
                 f"{path} does not name its special tokens: convert its folder with python -m model.hf import"
             )
-        self.vocab_size: int = ids["vocab_size"]
-        self.pad_id, self.bos_id, self.eos_id, self.bot_id, self.eot_id, self.step_separator_id = (
-            int(ids[name]) for name in IDS
-        )
-        self._special = {int(ids[name]) for name in IDS}
+        try:
+            special = from_plain(SpecialIds, ids, SECTION)
+        except ValueError as error:
+            raise DataError(f"{path}: {error}: import its folder again") from error
+        self.vocab_size, *numbers = astuple(special)
+        self.pad_id, self.bos_id, self.eos_id, self.bot_id, self.eot_id, self.step_separator_id = numbers
+        known = core.get_vocab_size(with_added_tokens=True)
+        if known > self.vocab_size or not 0 <= min(numbers) <= max(numbers) < self.vocab_size:
+            raise DataError(
+                f"{path}: its {known} tokens or its special ids {numbers} are not below vocab_size "
+                f"{self.vocab_size}: import its folder again"
+            )
+        self._special = set(numbers)
         core.encode_special_tokens = True  # text that looks like a special token stays text
         self._core = core
-        if (back := self.decode(self.encode(PROBE))) != PROBE:
-            raise DataError(
-                f"{path} gives {back!r} back for {PROBE!r}: only tokenizers that lose nothing can be used, "
-                "such as the byte-level BPE of GPT-2 and Llama 3"
-            )
+        check_lossless(path, self.encode, self.decode)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises DataError if it spells a special token."""
@@ -65,6 +96,9 @@ class JsonTokenizer:
         if not self._special.isdisjoint(ids):
             raise DataError(f"the text {text[:60]!r} gives a special token: use another tokenizer")
         return ids
+
+    def text_bytes(self) -> None:
+        """Not known for every such tokenizer, see tokenizer.Tokenizer."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens other than <step> are skipped."""

@@ -15,10 +15,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from data_pipeline.errors import DataError
-from data_pipeline.tokenization.json_tokenizer import JsonTokenizer
+from data_pipeline.tokenization.json_tokenizer import JsonTokenizer, check_lossless
 
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = 0, 1, 2, 3
 BOT_ID, EOT_ID = 4, 5  # begin and end of thought; with thought pieces only
@@ -125,8 +126,16 @@ class Tokenizer:
         """
         for token in ids:
             if not 0 <= token < self.vocab_size:
-                raise DataError(f"token id {token} is not in 0..{self.vocab_size - 1}: wrong tokenizer?")
+                raise DataError(
+                    f"token id {token} is not in 0..{self.vocab_size - 1}: use the data's own tokenizer"
+                )
         return self._core.decode([int(token) for token in ids])
+
+    def text_bytes(self) -> np.ndarray | None:
+        """(vocab_size,) int64: how many bytes of UTF-8 each token adds to a text; None if that depends on its
+        neighbours.
+        """
+        return self._core.text_bytes()
 
 
 class _SentencePiece:
@@ -136,7 +145,7 @@ class _SentencePiece:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(content)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeError) as error:  # a message may quote bytes of the file
             raise DataError(
                 f"{path} is not a sentencepiece model ({len(content)} bytes): build it again"
             ) from error
@@ -151,20 +160,67 @@ class _SentencePiece:
         self.eot_id = EOT_ID if thought else None
         self.step_separator_id = STEP_SEPARATOR_ID if thought else None
         self._last_control_id = EOT_ID if thought else EOS_ID
-        scores = [self._processor.get_score(i) for i in range(self._last_control_id + 1, self.vocab_size)]
-        self._is_bpe = all(score == int(score) for score in scores)  # ranks; unigram has log-probabilities
+        self._check_bytes(path)
         self._kept: dict[str, list[int]] = {}
         self._kept_characters = 0
+        # Trained on text with hardly any space, it has no piece for one: sentencepiece would give a space the
+        # bytes of its own mark, which come back as that mark.
+        self._lacks_space = self._processor.piece_to_id(META_SPACE) == self._processor.unk_id()
+        self._space_id = self._last_control_id + 1 + ord(" ")
+        if thought and self._lacks_space:
+            raise DataError(
+                f"{path} has thought pieces, but none for a space, so that steps could not be told apart: "
+                "train it on text with spaces"
+            )
         self._meta_space_ids = [
             self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
         ]
+        try:
+            pieces = list(range(self._last_control_id + 1, self.vocab_size))
+            self._processor.id_to_piece(pieces)  # fails where one is not text
+            scores = self._processor.get_score(pieces)
+            self._is_bpe = all(
+                score == int(score) for score in scores
+            )  # ranks; unigram has log-probabilities
+            self._check_normalizer(path)
+            check_lossless(path, self.encode, self.decode)
+        except (RuntimeError, UnicodeError, OverflowError) as error:
+            raise DataError(f"{path} is a damaged sentencepiece model ({error}): build it again") from error
+
+    def _check_bytes(self, path: Path) -> None:
+        """A character without a piece becomes bytes, and the step separator is one of them."""
+        first = self._last_control_id + 1
+        for byte in range(256):
+            number, piece = first + byte, f"<0x{byte:02X}>"
+            if number >= self.vocab_size or self._processor.id_to_piece(number) != piece:
+                break
+            if not self._processor.is_byte(number):
+                break
+        else:
+            return
+        raise DataError(
+            f"{path} has no byte piece {piece} at id {number}: train it with data_pipeline, which loses no "
+            "text (byte_fallback, no symbols of one's own)"
+        )
+
+    def _check_normalizer(self, path: Path) -> None:
+        """No character is changed on the way in, and none is added or dropped at the ends."""
+        changed = self._processor.normalize(text := _every_character())
+        if changed != text.replace(" ", META_SPACE):
+            raise DataError(
+                f"{path} changes text before encoding it (normalization, a dummy prefix, removed spaces): "
+                "train it with data_pipeline, which sets all of these off"
+            )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(text.split(META_SPACE)):
             if i:
                 ids += self._meta_space_ids
-            ids += self._encode_runs(part) if self._is_bpe else self._processor.encode(part)
+            for j, run in enumerate(part.split(" ") if self._lacks_space else [part]):
+                if j:
+                    ids.append(self._space_id)
+                ids += self._encode_runs(run) if self._is_bpe else self._processor.encode(run)
         return ids
 
     def _encode_runs(self, text: str) -> list[int]:
@@ -179,6 +235,20 @@ class _SentencePiece:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([token for token in ids if token > self._last_control_id])
         return text
+
+    def text_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, np.int64)
+        for token in range(self._last_control_id + 1, self.vocab_size):
+            piece: str = self._processor.id_to_piece(token)
+            is_byte = self._processor.is_byte(token)
+            sizes[token] = 1 if is_byte else len(piece.replace(META_SPACE, " ").encode())
+        return sizes
+
+
+def _every_character() -> str:
+    """Every character that a text may have, with spaces at both ends and doubled."""
+    points = np.concatenate([np.arange(1, 0xD800), np.arange(0xE000, 0x110000)]).astype("<u4")
+    return f"  {points.tobytes().decode('utf-32-le')}  "
 
 
 def _slices(texts: Iterable[str]) -> Iterator[str]:

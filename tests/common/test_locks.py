@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,24 @@ def test_deleting_the_file_never_lets_two_processes_in(tmp_path: Path) -> None:
         process.join()
         assert process.exitcode == 0
     assert (tmp_path / "number").read_text() == "600"
+
+
+def _wait(lock: object, ready: Connection, go: Connection) -> None:
+    ready.send(None)
+    go.recv()
+
+
+def test_a_spawned_process_holds_the_lock_too(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, child_ready = context.Pipe()
+    go, child_go = context.Pipe()
+    lock = FolderLock(tmp_path, "a test", "-", shared=True)
+    process = context.Process(target=_wait, args=(lock, child_ready, child_go))
+    process.start()
+    ready.recv()
+    lock.release()
+    with pytest.raises(FolderInUseError, match="in use by a test"):
+        FolderLock(tmp_path, "the next", "-")
+    go.send(None)
+    process.join()
+    FolderLock(tmp_path, "the next", "-").release()

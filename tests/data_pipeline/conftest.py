@@ -57,7 +57,9 @@ def make_folder() -> Callable[..., Path]:
             for split, texts in splits.items():
                 encoded = [EncodedDocument(text, prompt_length(name, text)) for text in texts]
                 shards = write_shards(folder, f"{name}-{split}", encoded, "<u2", shard_bytes)
-                written[split] = Split(len(texts), sum(map(len, texts)), 0, shards)
+                written[split] = Split(
+                    len(texts), sum(map(len, texts)), sum(len(text) - 2 for text in texts), shards
+                )  # each token but bos and eos is a byte
             sources[name] = Source(0.75 if name == "short" else 0.25, written)
         write_manifest(
             Manifest(

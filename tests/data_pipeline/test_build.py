@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_documents_come_back_shuffled_and_split(tmp_path, root, recipe_file):
     recipe = load_recipe(recipe_file)
     manifest = build(recipe, root, tmp_path / "out")
-    assert verify(tmp_path / "out") == manifest
+    assert verify(tmp_path / "out") == (manifest, 0)
     tokenizer = Tokenizer(manifest.tokenizer_path)
     for source in recipe.sources:
         options = {k: v for k, v in source.items() if k not in OWN_KEYS}
@@ -119,20 +119,27 @@ def test_second_build_into_the_same_folder(tmp_path, root, recipe_file, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in out.iterdir()}
 
 
-def test_interrupted_build_is_built_anew(tmp_path, root, recipe_file):
-    out = tmp_path / "out"
-    recipe = load_recipe(recipe_file)
-    whole = contents(build(recipe, root, out).path)
-    (out / "manifest.json").unlink()  # the last file to be written
-    (out / "loops-train-00000.tar").write_bytes(b"half")
-    (out / "loops-train-00007.tar.tmp").write_bytes(b"half")
+def test_interrupted_build_goes_on_and_takes_nothing_else(tmp_path, root, recipe_file, monkeypatch):
+    out, recipe = tmp_path / "out", load_recipe(recipe_file)
+    whole = contents(build(recipe, root, tmp_path / "whole").path)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "write_manifest", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, root, out)
+    with pytest.raises(DataError, match="its build never finished"):
+        open_manifest(out)
+    (out / "work/loops-train-00007.tar.tmp").write_bytes(b"half")
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(DataError, match="holds 'thesis.txt' and no finished build: .* move it away"):
+        build(recipe, root, out)
+    assert (out / "thesis.txt").read_text() == "mine"
+    (out / "thesis.txt").unlink()
     build(recipe, root, out)
     assert contents(out) == whole
-    (out / "manifest.json").unlink()
-    (out / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="holds 'thesis.txt'"):
-        build(recipe, root, out)
-    assert set(contents(out)) == set(whole) - {"manifest.json"} | {"thesis.txt"}
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def many_files(root: Path) -> list[str]:
@@ -224,18 +231,6 @@ def test_options_that_do_not_fit(root, recipe_file, tmp_path, capsys, options, m
     assert message in capsys.readouterr().err
 
 
-def test_killed_while_writing_leaves_no_manifest(tmp_path, root, recipe_file, monkeypatch):
-    def fail(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    monkeypatch.setattr(build_module, "write_manifest", fail)
-    with pytest.raises(KeyboardInterrupt):
-        build(load_recipe(recipe_file), root, out)
-    with pytest.raises(DataError, match="its build never finished"):
-        open_manifest(out)
-
-
 def test_cleaning_removes_what_is_planted_and_says_so(tmp_path, data_root):
     """Duplicates, near duplicates, junk and a test question inside a page, among real articles."""
     articles = list(itertools.islice(read_wiki(data_root / "text/enwiki2015-AA.tar.xz"), 300))
@@ -304,6 +299,18 @@ def test_no_validation_documents(tmp_path, root, recipe_file):
         (["sources.0.name=prose"], "two sources are named 'prose'"),
         (["sources.0.name=../x"], "'../x'"),
         (["sources=[]"], "no sources"),
+        (["sources.0=5"], r"sources\[0\]=5 is not a mapping"),
+        (["sources.1.files=[]"], "kind 'text': files is empty: name at least one"),
+        (["sources.1.files=prose.txt"], "files='prose.txt' is not a list"),
+        (["sources.1.files=[1]"], r"files\[0\]=1 is not text"),
+        (["sources.0.num_samples=1.5"], "num_samples=1.5 is not an integer"),
+        (["sources.0.levels=3"], "levels=3 is not a list"),
+        (["sources.1.max_bytes=.nan"], "max_bytes=nan is not an integer"),
+        (["tokenizer=5"], "tokenizer=5 is not a mapping"),
+        (["validation_fraction=.nan"], "validation_fraction=nan is not a finite number"),
+        (["seed=true"], "seed=True is not an integer"),
+        (["cleaning.quality.min_words=few"], "cleaning.quality.min_words='few' is not an integer"),
+        (["=3"], "'=3' is not KEY=VALUE"),
         (["sources.0.num_samples=0"], "no training documents"),
         (["sources.1.files=[absent.txt]"], "absent.txt does not exist"),
     ],
@@ -319,7 +326,15 @@ def test_mistakes_end_with_one_line_and_code_2(root, recipe_file, tmp_path, caps
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("text", ["", "3", "- 3", "just text", "a: [", "name: x", "\udcff"])
+def test_numbers_of_overrides_are_those_of_the_file(recipe_file):
+    assert load_recipe(recipe_file, ["validation_fraction=1e-3"]).validation_fraction == 0.001
+    assert load_recipe(recipe_file, ["validation_fraction=0"]).validation_fraction == 0
+    assert load_recipe(recipe_file, ["sources.0.levels=[2]"]).sources[0]["levels"] == [2]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "3", "- 3", "just text", "a: [", "name: x", "\udcff", "name: x\nsources: {a: {kind: p_hop}}"]
+)
 def test_recipe_files_that_are_none(tmp_path, text):
     (tmp_path / "r.yaml").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match="r.yaml") as error:

@@ -109,7 +109,7 @@ def test_files_that_are_none(path, tmp_path):
         ("{", "is not a tokenizer.json"),
         ("{}", "is not a tokenizer.json"),
         (tokenizer_json(GPT2_END), "does not name its special tokens: convert its folder with"),
-        (json.dumps({**json.loads(loses.to_str()), "zeromodel": values["zeromodel"]}), "that lose nothing"),
+        (json.dumps({**json.loads(loses.to_str()), "zeromodel": values["zeromodel"]}), "that loses nothing"),
     ):
         (tmp_path / "tokenizer.model").write_text(content)
         with pytest.raises(DataError, match=message) as caught:

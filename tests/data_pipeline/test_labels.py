@@ -71,7 +71,7 @@ def test_labels_come_back_across_members_and_shards(tmp_path, dtype, top):
     documents = random_documents(top, 1500)
     documents.append(EncodedDocument([top - 1, 0], 0, [top - 1, 0]))
     manifest = write_folder(tmp_path / "data", documents, dtype)
-    assert verify(tmp_path / "data") == manifest
+    assert open_manifest(tmp_path / "data") == manifest
     shards = manifest.sources["x"].splits["train"].shards
     assert len(shards) > 1
     assert shards[0].members > 1
@@ -166,7 +166,7 @@ def text_of(tokenizer: Tokenizer, tokens: np.ndarray, labels: np.ndarray) -> Lab
 
 @pytest.mark.parametrize("source", [P_HOP, ADDITION])
 def test_build_keeps_every_document_and_label(built, source):
-    manifest = verify(built)
+    manifest = verify(built).manifest
     assert {name: s.labelled for name, s in manifest.sources.items()} == {
         "hops": True, "sums": True, "loops": False,
     }  # fmt: skip
@@ -281,7 +281,7 @@ def test_recipes_build(tmp_path, capsys, name):
     path = Path(registry.__file__).parents[1] / "recipes" / f"{name}.yaml"
     main(["--recipe", str(path), "--out", str(tmp_path / "out"), "sources.0.num_samples=2000"])
     vocabulary = int(re.findall(r"vocabulary: (\d+) pieces", capsys.readouterr().out)[0])
-    manifest = verify(tmp_path / "out")
+    manifest = verify(tmp_path / "out").manifest
     stream = TokenStream(manifest, name, "train")
     ids = set(stream.read(0, stream.tokens).tolist())
     assert len(ids) == vocabulary - 260 + 2  # every piece is used: the characters, <s> and </s>

@@ -153,7 +153,7 @@ def test_mistakes_on_the_command_line_end_with_one_line(tmp_path):
         (["--num_samples", "3"], "nothing to do"),
         (["--num_samples", "0", "--audit"], "no samples"),
         (["--num_samples", "3", "--alphabet", "99", "--audit"], "alphabet 99"),
-        (["--num_samples", "3", "--out", str(tmp_path / "no" / "file")], "No such file"),
+        (["--num_samples", "3", "--out", str(tmp_path / "no" / "file")], "no does not exist: create it"),
     ):
         done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
         assert done.returncode == 2

@@ -177,4 +177,48 @@ def test_open_names_what_is_missing(tmp_path, copy):
 
 def test_moved_folder_still_opens(copy, tmp_path):
     shutil.move(copy, tmp_path / "elsewhere")
-    assert verify(tmp_path / "elsewhere").path == tmp_path / "elsewhere"
+    assert verify(tmp_path / "elsewhere").manifest.path == tmp_path / "elsewhere"
+
+
+def test_documents_without_text_are_counted_and_compared(tmp_path, make_folder, capsys):
+    """What two builds in one folder once wrote: whole shards of empty documents."""
+    documents = {"x": {"train": [[2, 70, 71, 3], [2, 3], [2, 72, 3]], "validation": [[2, 80, 3]]}}
+    folder = make_folder(tmp_path / "data", documents)
+    main([str(folder)])
+    assert "4 documents (1 of them empty), 12 tokens" in capsys.readouterr().out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    split = manifest["sources"]["x"]["splits"]["train"]
+    split["text_bytes"] += 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="train documents of 'x' have 3 bytes of text, the manifest says 4"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"documents": 1}, "documents and tokens are not the sums of its shards"),
+        ({"text_bytes": -1}, "documents and tokens are not the sums of its shards"),
+        ({"tokens": "8"}, "tokens='8' is not an integer"),
+        ({"shards": []}, "not the sums"),
+        ({"more": 1}, "more is not a known key"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(copy, change, message):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["sources"]["short"]["splits"]["train"].update(change)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"manifest.json is damaged .*{message}.*: build it again"):
+        open_manifest(copy)
+
+
+@pytest.mark.parametrize("what", ["members", "documents", "tokens"])
+def test_counts_of_a_shard_are_those_of_its_index(copy, what):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    split = manifest["sources"]["short"]["splits"]["train"]
+    split["shards"][0][what] += 1
+    if what in split:
+        split[what] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="short-train-00000.idx has .* members, documents, tokens, the manif"):
+        open_manifest(copy)

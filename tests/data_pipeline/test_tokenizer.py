@@ -1,3 +1,4 @@
+import io
 import random
 
 import pytest
@@ -174,3 +175,84 @@ def test_loading_refuses_what_is_no_tokenizer(tokenizer, tmp_path):
         (tmp_path / "bad.model").write_bytes(data)
         with pytest.raises(DataError, match="bad.model"):
             Tokenizer(tmp_path / "bad.model")
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("text", ["acgt" * 50, "".join(map(chr, range(20000, 20064))) * 99 + " "])
+def test_spaces_come_back_where_training_saw_hardly_any(tmp_path, model_type, text):
+    """sentencepiece leaves out rare characters (its coverage), and gives its own mark back for a space."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_tokenizer([text], 340, model_type))
+    tokenizer = Tokenizer(path)
+    for asked in (" ", "a  b", "\u2581 \u2581", text, "acg t "):
+        ids = tokenizer.encode(asked)
+        assert tokenizer.decode(ids) == asked
+        assert tokenizer.text_bytes()[ids].sum() == len(asked.encode())
+    path.write_bytes(train_tokenizer([text], 340, model_type, thought_pieces=True))
+    with pytest.raises(DataError, match="has thought pieces, but none for a space"):
+        Tokenizer(path)
+
+
+LOSSLESS = {
+    "vocab_size": 330, "model_type": "bpe", "hard_vocab_limit": False, "byte_fallback": True,
+    "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True, "pad_id": 0, "unk_id": 1, "bos_id": 2, "eos_id": 3,
+    "minloglevel": 2,
+}  # fmt: skip
+
+
+def stock_model(**options: object) -> bytes:
+    """What sentencepiece itself trains."""
+    model = io.BytesIO()
+    lines = iter(TEXT[0].split("\n"))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_writer=model, **{**LOSSLESS, **options}
+    )
+    return model.getvalue()
+
+
+def with_pieces_swapped(model: bytes, one: str, other: str) -> bytes:
+    """The pieces lie in the file with their lengths before them."""
+    a, b = (bytes([len(piece)]) + piece.encode() for piece in (one, other))
+    assert len(a) == len(b)
+    assert model.count(b"\n" + a) == model.count(b"\n" + b) == 1
+    return model.replace(b"\n" + a, b"\n?").replace(b"\n" + b, b"\n" + a).replace(b"\n?", b"\n" + b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"byte_fallback": False}, "no byte piece <0x00> at id 4: train it with data_pipeline"),
+        ({"user_defined_symbols": ["<x>"]}, "no byte piece <0x00> at id 4"),
+        ({"control_symbols": ["<y>"]}, "no byte piece <0x00> at id"),
+        ({"add_dummy_prefix": True}, "changes text before encoding it"),
+        ({"remove_extra_whitespaces": True}, "changes text before encoding it"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "changes text before encoding it"),
+        ({"normalization_rule_name": "nfkc_cf"}, "changes text before encoding it"),
+    ],
+)
+def test_sentencepiece_models_that_lose_text_are_refused(tmp_path, options, message):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(stock_model())
+    assert Tokenizer(path).decode(Tokenizer(path).encode(TEXT[0])) == TEXT[0]
+    path.write_bytes(stock_model(**options))
+    with pytest.raises(DataError, match=message) as error:
+        Tokenizer(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pair", [("<0x20>", "<0x21>"), ("<0x41>", "<0xC3>")])
+def test_swapped_byte_pieces_are_refused(tmp_path, pair):
+    """They would come back as they went in, but a chain's steps are told apart by the id of <0x20>."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(with_pieces_swapped(stock_model(), *pair))
+    with pytest.raises(DataError, match=f"no byte piece {pair[0]} at id"):
+        Tokenizer(path)
+
+
+def test_bytes_of_a_text_are_those_of_its_tokens(tokenizer, thinking):
+    for one in (tokenizer, thinking):
+        sizes = one.text_bytes()
+        for text in [*TEXT, "", " \u2581 x\0 \u6771 "]:
+            ids = one.encode(text, bos=True, eos=True)
+            assert sizes[ids].sum() == len(text.encode())

@@ -232,7 +232,7 @@ def built(tmp_path_factory, data_root) -> tuple[Path, list[dict]]:
 
 def test_a_build_gives_every_document_back(built, data_root):
     out, sources = built
-    manifest = verify(out)
+    manifest = verify(out).manifest
     assert manifest.recipe["tokenizer"]["thought_pieces"] is True
     tokenizer = Tokenizer(manifest.tokenizer_path)
     for source in sources:
@@ -280,7 +280,7 @@ def test_recipe_of_causal_loops(tmp_path, capsys):
     recipe = Path(build_module.__file__).parent / "recipes" / "distill_causal_loop.yaml"
     main(["--recipe", str(recipe), "--out", str(tmp_path / "out"), "sources.0.num_samples=800"])
     assert "vocabulary: 287 pieces" in capsys.readouterr().out
-    manifest = verify(tmp_path / "out")
+    manifest = verify(tmp_path / "out").manifest
     tokenizer = Tokenizer(manifest.tokenizer_path)
     stream = TokenStream(manifest, "causal_loop", "train")
     ids = set(stream.read(0, stream.tokens).tolist())
@@ -293,7 +293,7 @@ def test_recipe_of_gsm8k(tmp_path, data_root, caplog):
     recipe = Path(build_module.__file__).parent / "recipes" / "distill_gsm8k.yaml"
     overrides = ["sources.0.max_documents=150", "sources.0.cleaning=[]", "tokenizer.vocab_size=800"]
     main(["--recipe", str(recipe), "--data", str(data_root), "--out", str(tmp_path / "out"), *overrides])
-    splits = verify(tmp_path / "out").sources["gsm8k"].splits
+    splits = verify(tmp_path / "out").manifest.sources["gsm8k"].splits
     assert sum(split.documents for split in splits.values()) == 150
 
 
