@@ -19,8 +19,9 @@ import pytest
 from data_pipeline import download as download_module
 from data_pipeline.download import DATA_SETS, DataSet, File, download
 from data_pipeline.errors import DataError
+from data_pipeline.sources.http_download import download_http
 from data_pipeline.sources.registry import local_files, read_documents
-from data_pipeline.sources.remote import download_http, expand, fetch, is_url
+from data_pipeline.sources.remote import expand, fetch, is_url
 from tests.data_pipeline.http_server import CUT, Server, serving
 
 SCRIPT = Path(download_module.__file__)
