@@ -38,8 +38,10 @@ class OpenShard:
         self.seen = self._version()
         try:
             self.view = memoryview(mmap.mmap(self._descriptor, self.bytes, prot=mmap.PROT_READ))
-        except (ValueError, OSError) as error:  # it was cut since; not every file system has maps
+        except ValueError as error:  # it was cut since
             raise self._unreadable(str(error)) from error
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -108,7 +110,7 @@ class Gatherer:
 class ShardFiles:
     """The shards of a data folder, each opened at first use; the least recently used ones are closed.
 
-    `fix`: what the messages of damaged shards advise.
+    `limit`: how many are kept open, and how many a reader may hold. `fix`: what the messages of damaged shards advise.
     """
 
     fix = REBUILD
@@ -118,7 +120,7 @@ class ShardFiles:
         self._open: dict[str, OpenShard] = {}  # the last one is the newest
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         # A quarter of what the process may open, by two for each: a job has other files and sockets.
-        self._limit = max(limit // 8, 1) if limit != resource.RLIM_INFINITY else 1 << 16
+        self.limit = max(limit // 8, 1) if limit != resource.RLIM_INFINITY else 1 << 16
 
     def open(self, shard: Shard) -> OpenShard:
         """Raises DamagedError for a file that is gone or of another size."""
@@ -132,7 +134,7 @@ class ShardFiles:
 
     def _too_many(self, total: int) -> bool:
         """Whether one must be closed before one more is kept open; all of them have `total` bytes."""
-        return len(self._open) >= self._limit
+        return len(self._open) >= self.limit
 
     def _opened(self, shard: Shard) -> OpenShard:
         path = self.folder / shard.file

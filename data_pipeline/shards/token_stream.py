@@ -135,6 +135,9 @@ class TokenStream:
         """
         parts = reads.bytes.tolist()
         numbers = {part[0] for part in parts}
+        if len(numbers) > self._files.limit:
+            half = len(parts) // 2
+            return np.concatenate([self.copy(reads.part(0, half)), self.copy(reads.part(half, len(parts)))])
         for _ in range(ATTEMPTS):
             files = self._opened(numbers)
             self._verify(reads.members, files)

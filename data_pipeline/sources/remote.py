@@ -30,6 +30,8 @@ def is_url(file: str) -> bool:
         raise DataError(f"{file!r}: commands and chained protocols are refused: give a plain path or URL")
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", file):
         return False
+    if not file.isprintable():
+        raise DataError(f"{file!r} has control characters: fix it")
     try:
         urlsplit(file)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Wrong inputs, generated: configs with one thing wrong, files with some bytes wrong. Seeded, so repeatable."""
+"""Wrong inputs, generated: configs with one thing wrong, files with some bytes wrong. Seeded: repeatable."""
 
 import copy
 import random

@@ -27,7 +27,8 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """MODE/PATH below the root. Modes: range; plain, which ignores Range; cut, with ranges, and cutplain,
     which break off after CUT bytes; changed, which does so once and then has another file; hold, which stops
-    half-way, and holdtar, which does so in shards; wrong, another content of the same length; silent, without a length; error.
+    half-way, and holdtar, which does so in shards; wrong, another content of the same length; silent, without
+    a length; error.
     """
 
     server: Server
