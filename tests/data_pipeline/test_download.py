@@ -189,6 +189,22 @@ def test_members_come_out_of_an_archive_and_nothing_else_does(tmp_path, server):
         assert not (out / "d/x.bin").exists()
 
 
+def test_two_at_once_in_one_folder(tmp_path, server):
+    """Both take their files out of one archive, which each deletes when it is done."""
+    names = [f"V/{i}.bin" for i in range(8)]
+    with zipfile.ZipFile(server.root / "a.zip", "w") as members:
+        for name in names:
+            members.writestr(name, DATA)
+    sha256 = hashlib.sha256((server.root / "a.zip").read_bytes()).hexdigest()
+    source = File("d/a.zip", server.url("cut", "a.zip"), sha256)
+    both = DataSet(
+        "x", "", "", tuple(File(f"d/{i}.bin", name, SHA256) for i, name in enumerate(names)), source
+    )
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: download(both, tmp_path / "out"), range(4)))
+    assert contents(tmp_path / "out") == {f"d/{i}.bin": DATA for i in range(8)}
+
+
 # ---- the command, as a process
 
 
