@@ -110,7 +110,7 @@ class Gatherer:
 class ShardFiles:
     """The shards of a data folder, each opened at first use; the least recently used ones are closed.
 
-    `limit`: how many are kept open, and how many a reader may hold. `fix`: what the messages of damage advise.
+    `limit`: how many are kept open, and how many a reader may hold. `fix`: what its errors advise.
     """
 
     fix = REBUILD
