@@ -28,7 +28,10 @@ def user_errors(*kinds: type[Exception], from_every_rank: bool = False) -> Itera
 
 
 def _line(error: Exception) -> str:
-    """An OSError's own text begins with a number and ends with its path."""
+    """An OSError's own text begins with a number and ends with its path. What a terminal would obey, such as
+    escape sequences in names from damaged files, is spelt out.
+    """
+    text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+        text = f"{error.filename}: {error.strerror}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -18,9 +18,10 @@ from urllib.parse import quote
 from common.errors import user_errors
 from common.nearest import nearest
 from data_pipeline.errors import DataError
+from data_pipeline.sources.http_download import download_http
 from data_pipeline.sources.problems import PROBLEM_SETS
 from data_pipeline.sources.published import GITHUB, DataSet, File
-from data_pipeline.sources.remote import download_http, unfinished
+from data_pipeline.sources.remote import unfinished
 from data_pipeline.sources.traced import PROSQA
 
 TINYSHAKESPEARE = DataSet(
@@ -53,7 +54,7 @@ def download(data_set: DataSet, out: Path, mirror: str | None = None) -> int:
             _download(data_set.archive.source, data_set.archive, out)
         for file in missing:
             _extract(archive, file, out)
-        archive.unlink()
+        archive.unlink(missing_ok=True)  # another process may have done so
     else:
         for file in missing:
             _download(f"{mirror.rstrip('/')}/{quote(file.path)}" if mirror else file.source, file, out)
@@ -77,7 +78,7 @@ def _download(url: str, file: File, out: Path) -> None:
     with unfinished(out / file.path) as part:
         while part:
             resumed = part.seek(0, os.SEEK_END) > 0
-            download_http(url, part)
+            download_http(url, part, checked=True)
             part.seek(0)
             found = hashlib.file_digest(part, "sha256").hexdigest()
             if found == file.sha256:

@@ -6,18 +6,41 @@ of a labelled source the labels are listed instead.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from common.errors import user_errors
+from common.schema import from_plain
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import Batch, Loader
 from data_pipeline.loading.sample_order import Stage
 from data_pipeline.shards.format import IGNORE_INDEX
 from data_pipeline.tokenization.tokenizer import Tokenizer
+
+
+@dataclass
+class _Data:
+    path: str
+    sequence_length: int
+    packing: str = "concat"
+    stages: list[Stage] = field(default_factory=list)
+    shuffle_shards: int = 0
+    max_damaged_rows: int = 0
+    cache: str | None = None
+    cache_bytes: int | None = None
+    tokenizer: str | None = None
+
+
+@dataclass
+class _Run:
+    """The part of a run's config.yaml that decides its batches."""
+
+    seed: int
+    global_batch_size: int
+    data: _Data
 
 
 def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
@@ -30,20 +53,27 @@ def run_loader(run: Path, rank: int = 0, world_size: int = 1) -> Loader:
     if not path.is_file():
         raise DataError(f"{run} has no config.yaml, so no run started there: fix --run")
     try:
-        config: dict[str, Any] = yaml.safe_load(path.read_text())
-        data = dict(config["data"])
-        stages = [Stage(**stage) for stage in data.pop("stages", [])]
-        path_and_length = data.pop("path"), data.pop("sequence_length")
-        batch_and_seed = config["global_batch_size"], config["seed"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        config = yaml.safe_load(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it is not a mapping of keys to values")
+        known = {field.name for field in fields(_Run)}
+        settings = from_plain(_Run, {key: config[key] for key in known if key in config}, "config")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} is not the config of a run ({reason}): fix --run") from error
-    data.pop("tokenizer", None)  # only compared with the one of the data
-    loader = Loader(*path_and_length, *batch_and_seed, rank, world_size, stages=stages, **data)
+    data = vars(settings.data)
+    del data["tokenizer"]  # only compared with the one of the data
+    loader = Loader(
+        **data,
+        global_batch_size=settings.global_batch_size,
+        seed=settings.seed,
+        rank=rank,
+        world_size=world_size,
+    )
     saved = run / "tokenizer.model"
     if saved.is_file() and saved.read_bytes() != loader.tokenizer_path.read_bytes():
         raise DataError(
-            f"{path_and_length[0]} was built again after {run} with another tokenizer: build it as it was"
+            f"{settings.data.path} was built again after {run} with another tokenizer: build it as it was"
         )
     return loader
 

@@ -6,20 +6,24 @@ trainer calls `Loader.batch` in one thread, one step ahead.
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.nearest import nearest
+from common.schema import as_type
 from data_pipeline.errors import DataError
 from data_pipeline.loading.packing import Packing, PackingPlan, Rows, packing_of
-from data_pipeline.loading.sample_order import Order, Stage, stage_starts
+from data_pipeline.loading.sample_order import MAX_SAMPLES, Order, Stage, stage_starts
 from data_pipeline.loading.streaming import ShardCache, open_data
 from data_pipeline.shards.manifest import SPLITS, Manifest, Shard
-from data_pipeline.shards.token_stream import DamagedError, TokenStream
+from data_pipeline.shards.shard_files import DamagedError
+from data_pipeline.shards.token_stream import TokenStream
 
 PLANNED_ROWS = 512  # rows of this rank planned at once: planning one row costs nearly as much
 
@@ -87,11 +91,13 @@ class Loader:
                 damaged. A left-out row is padding without targets, so that no other row moves. One more
                 damaged row is a DataError.
 
-        Raises DataError for a folder that fails `open_manifest`, a global batch that does not divide among
-        the ranks, a source that does not fill one row and a cache too small for its blocks.
+        Raises DataError for an argument of another type, a folder that fails `open_manifest`, a global batch
+        that does not divide among the ranks or does not fit into memory, a source that does not fill one row
+        and a cache too small for its blocks.
         """
-        self._check(sequence_length, global_batch_size, world_size, split, shuffle_shards, max_damaged_rows)
-        assert 0 <= rank < world_size, (rank, world_size)
+        _check_types(locals())
+        _check(sequence_length, global_batch_size, rank, world_size, split)
+        _check_options(shuffle_shards, max_damaged_rows, cache_bytes)
         manifest, self._files = open_data(path, cache, cache_bytes)
         self.manifest = manifest
         self.tokenizer_path = manifest.tokenizer_path
@@ -125,32 +131,6 @@ class Loader:
         if stages or shuffle_shards:  # without them unchanged, so that older checkpoints still match
             identity += [[asdict(stage) for stage in stages], stages and global_batch_size, shuffle_shards]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    @staticmethod
-    def _check(
-        sequence_length: int,
-        global_batch_size: int,
-        world_size: int,
-        split: str,
-        shuffle_shards: int,
-        max_damaged_rows: int,
-    ) -> None:
-        if sequence_length < 1 or global_batch_size < 1:
-            raise DataError(
-                f"sequence_length {sequence_length} and global_batch_size {global_batch_size} must be above 0"
-            )
-        if global_batch_size % world_size:
-            raise DataError(
-                f"global_batch_size {global_batch_size} does not divide among {world_size} ranks: "
-                f"make it a multiple of {world_size}"
-            )
-        if split not in SPLITS:
-            raise DataError(f"unknown split {split!r}; {nearest(split, SPLITS)}")
-        if shuffle_shards < 0 or max_damaged_rows < 0:
-            raise DataError(
-                f"data.shuffle_shards={shuffle_shards} and data.max_damaged_rows={max_damaged_rows} must be "
-                "0 or above"
-            )
 
     def _add_source(self, manifest: Manifest, name: str, split: str, kind: str) -> None:
         stream = TokenStream(manifest, name, split, self._files)
@@ -194,6 +174,10 @@ class Loader:
         """
         if step < 0:
             raise DataError(f"step {step} is negative: steps count from 0")
+        if (step + 1 + PLANNED_ROWS) * self.global_batch_size > MAX_SAMPLES:
+            raise DataError(
+                f"step {step} is beyond the last sample that can be counted, {MAX_SAMPLES}: lower it"
+            )
         plans = self._plan(step)
         number = step - plans.first
         sources, rows = plans.sources[number], plans.rows[number]
@@ -278,3 +262,64 @@ class Loader:
         """Passes over each source before step `step`, e.g. 1.25 after one and a quarter."""
         drawn = self._order.drawn(step * self.global_batch_size)
         return {name: count / self.rows[name] for name, count in drawn.items()}
+
+
+# ---- what is refused before any file is opened
+
+_TYPES: dict[str, Any] = {
+    "sequence_length": int,
+    "global_batch_size": int,
+    "seed": int,
+    "rank": int,
+    "world_size": int,
+    "split": str,
+    "packing": str,
+    "stages": list[Stage],
+    "shuffle_shards": int,
+    "max_damaged_rows": int,
+    "cache_bytes": int | None,
+}
+
+
+def _check_types(arguments: dict[str, Any]) -> None:
+    try:
+        for name, hint in _TYPES.items():
+            as_type(hint, arguments[name], name)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    for name, given in (("data.path", arguments["path"]), ("data.cache", arguments["cache"] or "")):
+        if not isinstance(given, str | Path) or "\0" in str(given):
+            raise DataError(f"{name}={given!r} is not a path: fix it")
+
+
+def _check(sequence_length: int, global_batch_size: int, rank: int, world_size: int, split: str) -> None:
+    if sequence_length < 1 or global_batch_size < 1:
+        raise DataError(
+            f"sequence_length {sequence_length} and global_batch_size {global_batch_size} must be above 0"
+        )
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} is not in 0..{world_size - 1}: fix rank or world_size")
+    if global_batch_size % world_size:
+        raise DataError(
+            f"global_batch_size {global_batch_size} does not divide among {world_size} ranks: "
+            f"make it a multiple of {world_size}"
+        )
+    needed = 12 * sequence_length * global_batch_size // world_size  # stored, tokens, targets
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise DataError(
+            f"sequence_length {sequence_length} and global_batch_size {global_batch_size} make batches of "
+            f"{needed} bytes on each of {world_size} ranks, more than the {memory} of this machine: lower one"
+        )
+    if split not in SPLITS:
+        raise DataError(f"unknown split {split!r}; {nearest(split, SPLITS)}")
+
+
+def _check_options(shuffle_shards: int, max_damaged_rows: int, cache_bytes: int | None) -> None:
+    if shuffle_shards < 0 or max_damaged_rows < 0:
+        raise DataError(
+            f"data.shuffle_shards={shuffle_shards} and data.max_damaged_rows={max_damaged_rows} must be "
+            "0 or above"
+        )
+    if cache_bytes is not None and cache_bytes < 0:
+        raise DataError(f"data.cache_bytes={cache_bytes} must be 0 or above")

@@ -12,7 +12,7 @@ import numpy as np
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.shards.format import IGNORE_INDEX
-from data_pipeline.shards.token_stream import Spans, TokenStream
+from data_pipeline.shards.token_stream import Reads, TokenStream
 from data_pipeline.tokenization.tokenizer import PAD_ID
 
 
@@ -31,8 +31,9 @@ class PackingPlan(NamedTuple):
 
     lengths: np.ndarray  # (n,) int32, tokens before the padding
     cu_seqlens: np.ndarray  # (n, S) int32
-    spans: Spans  # to offsets row * (T + 1) + column: the target at a row's edge lies one token past it
-    first_spans: np.ndarray  # (n + 1,)
+    reads: Reads  # to offsets row * (T + 1) + column: the target at a row's edge lies one token past it
+    label_reads: Reads | None  # to the same offsets; of a labelled source
+    first_reads: np.ndarray  # (n + 1,)
     ignored: np.ndarray  # (i,) ascending row * T + column without target, padding excluded
     first_ignored: np.ndarray  # (n + 1,)
 
@@ -41,10 +42,7 @@ class Rows:
     """b rows of T tokens, to be filled in."""
 
     def __init__(self, count: int, sequence_length: int, cu_size: int) -> None:
-        self._buffer = np.empty((count, sequence_length + 1), dtype=np.int32)
-        self.tokens = self._buffer[:, :-1]  # (b, T) int32, PAD_ID behind the last document of a row
-        self.following = self._buffer[:, 1:]  # (b, T)
-        self.flat_tokens = self._buffer.reshape(-1)
+        self.tokens = np.empty((count, sequence_length), dtype=np.int32)
         self.targets = np.empty((count, sequence_length), dtype=np.int32)
         self.cu_seqlens = np.empty((count, cu_size), dtype=np.int32)
         self.lengths = np.empty(count, dtype=np.int32)
@@ -112,29 +110,31 @@ class Packing(ABC):
         return PackingPlan(
             lengths.astype(np.int32),
             cu,
-            spans,
+            stream.reads(spans, n * (T + 1)),
+            stream.reads(spans, n * (T + 1), labels=True) if stream.labelled else None,
             np.searchsorted(spans.offset, np.arange(n + 1) * (T + 1)),
             ignored,
             np.searchsorted(ignored, np.arange(n + 1) * T),
         )
 
     def read(self, plan: PackingPlan, first: int, stop: int, out: Rows, out_rows: np.ndarray) -> None:
-        """Fill rows `out_rows` (stop - first,) of `out` with the rows first..stop-1 of `plan`.
+        """Fill rows `out_rows` (stop - first,), ascending, of `out` with the rows first..stop-1 of `plan`.
 
         A target is the label at its position in a labelled source, else the next token. Padding is a
         segment of its own without targets. Raises DamagedError if a member that the rows touch is damaged;
         what was filled in by then is undefined.
         """
         T, stream = self._T, self._stream
-        spans = plan.spans.part(slice(plan.first_spans[first], plan.first_spans[stop]))
-        row, column = np.divmod(spans.offset, T + 1)
-        into = out_rows[row - first]
-        stream.copy(spans, out.flat_tokens, into * (T + 1) + column)
-        if stream.labelled:
-            stream.copy(spans, out.targets.reshape(-1), into * T + column, labels=True)
+        here = plan.first_reads[first], plan.first_reads[stop]
+        into = out_rows if len(out_rows) < len(out.lengths) else slice(None)  # faster for all of them
+        stored = stream.copy(plan.reads.part(*here)).reshape(-1, T + 1)
+        out.tokens[into] = stored[:, :-1]
+        if plan.label_reads is None:
+            out.targets[into] = stored[:, 1:]
+        else:
+            labels = stream.copy(plan.label_reads.part(*here)).reshape(-1, T + 1)[:, :-1]
+            out.targets[into] = np.where(labels == stream.no_label, IGNORE_INDEX, labels.astype(np.int32))
         for out_row, length in zip(out_rows.tolist(), plan.lengths[first:stop].tolist(), strict=True):
-            if not stream.labelled:
-                out.targets[out_row] = out.following[out_row]
             if length < T:
                 out.tokens[out_row, length:] = PAD_ID
                 out.targets[out_row, length:] = IGNORE_INDEX
@@ -142,8 +142,8 @@ class Packing(ABC):
         if len(ignored):
             row, column = np.divmod(ignored, T)
             out.targets[out_rows[row - first], column] = IGNORE_INDEX
-        out.cu_seqlens[out_rows] = plan.cu_seqlens[first:stop]
-        out.lengths[out_rows] = plan.lengths[first:stop]
+        out.cu_seqlens[into] = plan.cu_seqlens[first:stop]
+        out.lengths[into] = plan.lengths[first:stop]
 
 
 class ConcatPacking(Packing):

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.nearest import nearest
+from common.schema import from_plain
 from data_pipeline.errors import DataError
 
 MIXTURE_PERIOD = 4096
+MAX_SAMPLES = 2**62  # that can be counted in 64 bits
 FEISTEL_ROUNDS = 6
 
 
@@ -76,9 +78,13 @@ def mixture_table(weights: Mapping[str, float], period: int = MIXTURE_PERIOD) ->
     """Source numbers (period,) int64: in every prefix each source's count stays below its share + 1.
 
     The weights are quantised to n / period by largest remainder; each slot goes to the source with the
-    largest deficit. Raises DataError for a weight that is too small to get a slot.
+    largest deficit. Raises DataError for a weight that is too small to get a slot or not finite.
     """
     total = sum(weights.values())
+    if not 0 < total < math.inf:
+        raise DataError(
+            f"the weights {dict(weights)} add up to {total}, not a finite number above 0: fix them"
+        )
     shares = np.array([weight / total * period for weight in weights.values()])
     counts = np.floor(shares).astype(np.int64)
     remainder_order = np.argsort(-(shares - counts), kind="stable")
@@ -224,16 +230,23 @@ def stage_starts(
     """(first global sample, weights) of each stage, for `Order`. A stage starts with the first whole global
     batch (`batch_tokens` tokens, `batch_rows` rows) at or after its token.
 
-    Raises DataError, which names the stage, for a first stage not at 0, stages less than a global batch
-    apart, an unknown source, a weight that is not a finite number of 0 or more, and a stage whose weights are
-    all 0.
+    Raises DataError, which names the stage, for a value of another type, a first stage not at 0, stages less
+    than a global batch apart or too far away, an unknown source, a weight below 0 and weights that are all 0.
     """
     starts: list[tuple[int, dict[str, float]]] = []
-    for number, stage in enumerate(stages):
+    for number, given in enumerate(stages):
         where = f"data.stages[{number}]"
+        try:
+            stage = from_plain(Stage, vars(given), where)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         first = -(-stage.tokens // batch_tokens) * batch_rows
         if number == 0 and stage.tokens != 0:
             raise DataError(f"{where} starts at tokens={stage.tokens}: the first stage starts at 0")
+        if first > MAX_SAMPLES:
+            raise DataError(
+                f"{where} with tokens={stage.tokens} starts beyond {MAX_SAMPLES} samples: lower it"
+            )
         if number and first <= starts[-1][0]:
             raise DataError(
                 f"{where} with tokens={stage.tokens} does not start a global batch of {batch_tokens} tokens "
@@ -242,9 +255,9 @@ def stage_starts(
         for name, weight in stage.weights.items():
             if name not in sources:
                 raise DataError(f"{where}.weights: unknown source {name!r}; {nearest(name, sources)}")
-            if not 0 <= weight < math.inf:
-                raise DataError(f"{where}.weights: {name}={weight} must be a finite number, 0 or above")
+            if weight < 0:
+                raise DataError(f"{where}.weights: {name}={weight} must be 0 or above")
         if not any(stage.weights.values()):
             raise DataError(f"{where}.weights: no source has a weight above 0: raise one")
-        starts.append((first, {name: float(w) for name, w in stage.weights.items()}))
+        starts.append((first, stage.weights))
     return starts

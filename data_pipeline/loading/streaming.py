@@ -1,24 +1,26 @@
 """Data folders on object stores: any URL that remote.py reads, with a cache on the local disk.
 
 Manifest, tokenizer and indices are fetched at start, shards when they are needed: whole, compared with the
-manifest's sha256, and renamed when complete, so that every file in the cache is good. The ranks of a node
-share the cache; a shard that several want is fetched by one of them, while the others wait for its lock.
+manifest's sha256, and renamed when complete. Of what is in the cache already, manifest, tokenizer and indices
+are compared again at every start, shards by size when opened and by member when read, as in a local folder.
+The ranks of a node share the cache, and so may several runs; a shard that several want is fetched by one of
+them, while the others wait for its lock.
 """
 
 import hashlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
-import numpy as np
-
 from data_pipeline.errors import DataError
 from data_pipeline.shards.manifest import MANIFEST, TOKENIZER, Manifest, Shard, open_manifest, parse_manifest
-from data_pipeline.shards.token_stream import DamagedError, ShardFiles
-from data_pipeline.sources.remote import download, is_url, unfinished
+from data_pipeline.shards.shard_files import DamagedError, OpenShard, ShardFiles
+from data_pipeline.sources.remote import download, is_url, unfinished, writing
 
 ATTEMPTS = 2  # at a file that arrives damaged
 
@@ -34,22 +36,22 @@ def open_data(
     """
     if not is_url(str(path)):
         manifest = open_manifest(path)
-        return manifest, ShardFiles(manifest.path, manifest.dtype)
+        return manifest, ShardFiles(manifest.path)
     url = str(path).rstrip("/")
     if cache is None:
         raise DataError(f"data.path={url} is remote: set data.cache to a local folder for its shards")
     with tempfile.TemporaryDirectory() as folder_name:
         copy = Path(folder_name) / MANIFEST
-        with copy.open("a+b", buffering=0) as file:
+        with copy.open("a+b", buffering=0) as file, writing(copy):
             download(f"{url}/{MANIFEST}", file)
         data = copy.read_bytes()
     folder = Path(cache) / hashlib.sha256(data).hexdigest()[:16]
     manifest = parse_manifest(folder, data)
     files = ShardCache(url, manifest, cache_bytes)
-    files.fetch(MANIFEST, len(data), manifest.sha256)
-    files.fetch(TOKENIZER, manifest.tokenizer_bytes, manifest.tokenizer_sha256)
+    files.fetch_compared(MANIFEST, len(data), manifest.sha256)
+    files.fetch_compared(TOKENIZER, manifest.tokenizer_bytes, manifest.tokenizer_sha256)
     for shard in manifest.shards():
-        files.fetch(shard.index_file, shard.index_bytes, shard.index_sha256)
+        files.fetch_compared(shard.index_file, shard.index_bytes, shard.index_sha256)
     return manifest, files
 
 
@@ -59,36 +61,28 @@ class ShardCache(ShardFiles):
     fix = "delete it from the cache to fetch it again"
 
     def __init__(self, url: str, manifest: Manifest, cache_bytes: int | None) -> None:
-        super().__init__(manifest.path, manifest.dtype)
+        super().__init__(manifest.path)
         self.cache_bytes = cache_bytes
         self._url = url
         self._prefetching: Thread | None = None
 
-    def array(self, shard: Shard) -> np.ndarray:
-        """As in ShardFiles. Beyond `cache_bytes` the least recently used shards are unmapped, because a
-        deleted file occupies the disk while it is mapped. Also raises DamagedError for a shard that does not
-        arrive whole.
-        """
-        array = self._arrays.pop(shard.file, None)
-        if array is None:
-            path = self._newest(shard)
-            array = self._map(path, shard)
-            self._delete_oldest(keep=path)
-        self._arrays[shard.file] = array  # the last one is the newest
-        if self.cache_bytes is not None:
-            while sum(a.nbytes for a in self._arrays.values()) > self.cache_bytes:
-                del self._arrays[next(iter(self._arrays))]
-        return array
+    def _too_many(self, total: int) -> bool:
+        """Also beyond `cache_bytes`, because a deleted file occupies the disk while it is open."""
+        return super()._too_many(total) or (self.cache_bytes is not None and total > self.cache_bytes)
 
-    def _newest(self, shard: Shard) -> Path:
-        """The shard's file, marked as used now."""
+    def _opened(self, shard: Shard) -> OpenShard:
+        """From the URL, if it is not in the cache. Raises DamagedError also if it does not arrive whole."""
         while True:
             path = self.fetch(shard.file, shard.bytes, shard.sha256)
             try:
-                os.utime(path)
-            except FileNotFoundError:  # another rank made room in between
+                file = OpenShard(path, shard, self.fix)
+            except FileNotFoundError:  # another process made room in between
                 continue
-            return path
+            with suppress(FileNotFoundError, PermissionError):  # deleted meanwhile, or another user's
+                # The time of its last change stays: it tells whether checked members are still good.
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+            self._delete_oldest(keep=path)
+            return file
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
         """Fetch in a thread what is missing, unless the previous such thread is still running."""
@@ -117,15 +111,26 @@ class ShardCache(ShardFiles):
                 self._transfer(f"{self._url}/{name}", file, size, sha256)
         return path
 
+    def fetch_compared(self, name: str, size: int, sha256: str) -> None:
+        """`fetch` of a small file that is compared also if it was there. Raises DamagedError."""
+        data = self.fetch(name, size, sha256).read_bytes()
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256:
+            raise DamagedError(
+                f"{self.folder / name} has {len(data)} bytes and sha256 {found[:16]}..., the manifest says "
+                f"{size} and {sha256[:16]}...: {self.fix}"
+            )
+
     def _transfer(self, url: str, file: io.FileIO, size: int, sha256: str) -> None:
-        for _ in range(ATTEMPTS):
-            download(url, file)
+        for _ in range(ATTEMPTS):  # the first may continue what is of another version
+            download(url, file, checked=True)
             file.seek(0)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            found, arrived = hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
             if found == sha256:
                 return
+            file.truncate(0)
         raise DamagedError(
-            f"{url} has {file.tell()} bytes and sha256 {found[:16]}..., the manifest says {size} and "
+            f"{url} has {arrived} bytes and sha256 {found[:16]}..., the manifest says {size} and "
             f"{sha256[:16]}...: upload the built file again"
         )
 
@@ -139,7 +144,7 @@ class ShardCache(ShardFiles):
                 status = path.stat()
             except FileNotFoundError:  # another rank was faster
                 continue
-            found.append((status.st_mtime_ns, status.st_size, path))
+            found.append((status.st_atime_ns, status.st_size, path))
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total > self.cache_bytes and path != keep:

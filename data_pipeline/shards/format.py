@@ -9,7 +9,7 @@ build takes the wider type where that value is a piece). The `.idx` is two numpy
 INDEX_DTYPE for the members, DOCUMENT_DTYPE for all documents.
 
 manifest.py checks sizes, indices and the tokenizer when a folder is opened; token_stream.py checks a member's
-checksum when it first reads it; verify.py checks the sha256 of everything.
+checksum when it first reads it and again once its shard was written to; verify.py checks everything.
 """
 
 from collections.abc import Sequence

@@ -7,25 +7,20 @@ shell or chains protocols.
 import errno
 import fcntl
 import hashlib
-import http.client
 import io
 import os
 import re
-import ssl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
+from common.files import sync_folder
 from data_pipeline.errors import DataError
+from data_pipeline.sources.http_download import CHUNK, download_http, is_http, one_line, progress, write
 
-CHUNK = 1 << 16  # bytes; a download that is killed loses no more
-TIMEOUT = 60.0  # seconds without a byte
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -35,6 +30,8 @@ def is_url(file: str) -> bool:
         raise DataError(f"{file!r}: commands and chained protocols are refused: give a plain path or URL")
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", file):
         return False
+    if not file.isprintable():
+        raise DataError(f"{file!r} has control characters: fix it")
     try:
         urlsplit(file)
     except ValueError as error:
@@ -47,7 +44,7 @@ def expand(url: str) -> list[str]:
 
     Raises DataError for an unknown protocol, one that needs a package, and a pattern without a match.
     """
-    if _is_http(url) or not re.search(r"[*?]", url):
+    if is_http(url) or not re.search(r"[*?]", url):
         return [url]
     with _backend_errors(url):
         system, path = _open_system(url)
@@ -71,10 +68,20 @@ def fetch(url: str, cache: Path) -> Path:
     return path
 
 
-def download(url: str, file: io.FileIO) -> None:
-    """All of `url` into `file`, open for appending, from its start. Raises DataError if it cannot be read."""
-    file.truncate(0)  # what an earlier process left may be of another version
-    download_http(url, file) if _is_http(url) else _fetch_fsspec(url, file)
+def download(url: str, file: io.FileIO, checked: bool = False) -> None:
+    """All of `url` into `file`, open for appending.
+
+    Args:
+        checked: the caller compares the file with a known sha256, so that what `file` holds may be continued
+            and an answer without an announced end is taken. Otherwise the file starts empty, and nothing that
+            could be short or a mixture of two versions is taken.
+
+    Raises DataError if it cannot be read, or not safely.
+    """
+    if is_http(url):
+        download_http(url, file, checked)
+    else:
+        _fetch_fsspec(url, file)
 
 
 @contextmanager
@@ -90,7 +97,7 @@ def unfinished(path: Path) -> Iterator[io.FileIO | None]:
     part.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with part.open("a+b", buffering=0) as file:  # nothing buffered that closing would try to write again
-            fcntl.flock(file, fcntl.LOCK_EX)
+            _lock(file, part)
             mine = part.exists() and os.path.samestat(os.fstat(file.fileno()), part.stat())
             if path.exists():  # another process was faster
                 if mine:
@@ -98,97 +105,35 @@ def unfinished(path: Path) -> Iterator[io.FileIO | None]:
                 yield None
                 return
             if mine:
-                with _write_errors(part):
+                with writing(part):
                     yield file
                     os.fsync(file.fileno())
                 part.replace(path)
+                sync_folder(part.parent)
                 return
 
 
+def _lock(file: io.FileIO, part: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise DataError(
+            f"{part} cannot be locked ({error.strerror}), so two processes could mix their bytes: choose a "
+            "folder on another file system"
+        ) from error
+
+
 @contextmanager
-def _write_errors(part: Path) -> Iterator[None]:
+def writing(part: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
         raise DataError(
-            f"{part}: {error.strerror} after {part.stat().st_size} bytes: free some space and run it again"
+            f"{part}: {error.strerror} after {part.stat().st_size} bytes, "
+            f"{shutil.disk_usage(part.parent).free} are free: free some space and run it again"
         ) from error
-
-
-# ---- http
-
-
-def _is_http(url: str) -> bool:
-    return url.lower().startswith(("http://", "https://"))
-
-
-def download_http(url: str, file: io.FileIO) -> None:
-    """Append to `file`, open for appending, what it lacks of `url`; start over if the server cannot resume.
-
-    A broken connection is resumed as long as that brings new bytes. Raises DataError for other
-    protocols, an answer like 404, a server that cannot be reached and a download that stays cut.
-    """
-    if not _is_http(url):
-        raise DataError(f"{url!r} is not an http or https URL: fix it")
-    headers = {"User-Agent": "zeromodel", "Accept-Encoding": "identity"}
-    reached = -1
-    with _bar(url, None) as bar:
-        while reason := _transfer(url, file, headers, bar):
-            size = file.seek(0, os.SEEK_END)
-            if size <= reached:
-                got = f"cut after {size} bytes" if size else "cannot be reached"
-                raise DataError(f"{url}: {got} ({reason}): check the network and run it again")
-            reached = size
-
-
-def _transfer(url: str, file: io.FileIO, headers: dict[str, str], bar: Any) -> str:
-    """One request for the rest of `url`; returns why it broke off, "" if the file is complete."""
-    start = file.seek(0, os.SEEK_END)
-    try:
-        request = Request(url, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
-        with urlopen(request, timeout=TIMEOUT) as answer:
-            if answer.status == 206 and not answer.headers.get("Content-Range", "").startswith(
-                f"bytes {start}-"
-            ):
-                return f"it sent {answer.headers.get('Content-Range')!r} for a range from {start}"
-            if answer.status != 206:
-                start = 0
-                file.truncate(0)
-            if answer.headers.get("ETag", "").startswith('"'):  # a changed file is sent from the start
-                headers["If-Range"] = answer.headers["ETag"]
-            length = answer.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            bar.total, bar.n = total, start
-            while data := answer.read(CHUNK):
-                _write(file, data)
-                bar.update(len(data))
-        size = file.seek(0, os.SEEK_END)
-        return "" if total in (None, size) else f"{total} bytes were announced"
-    except HTTPError as error:
-        if error.code == 416 and start:  # nothing is left to send, or the file has become shorter
-            if error.headers.get("Content-Range") == f"bytes */{start}":
-                return ""
-            file.truncate(0)
-            return _transfer(url, file, headers, bar)
-        raise DataError(f"{url}: {error.code} {error.reason}: fix the URL, or give a mirror") from error
-    except URLError as error:
-        return str(error.reason)
-    except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
-        return str(error) or type(error).__name__
-
-
-def _write(file: io.FileIO, data: bytes) -> None:
-    """All of `data`: an unbuffered file may take less at a time."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
-
-
-def _bar(url: str, total: int | None) -> Any:
-    name = url.rsplit("/", 1)[-1]
-    return tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=None)
 
 
 # ---- fsspec
@@ -209,17 +154,23 @@ def _backend_errors(url: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = one_line(f"{type(error).__name__}: {error}")
         raise DataError(f"{url} cannot be fetched ({reason}): fix it") from error
 
 
 def _fetch_fsspec(url: str, file: io.FileIO) -> None:
+    file.truncate(0)
     with _backend_errors(url):
         system, path = _open_system(url)
-        size = system.size(path)
-        with system.open(path, "rb") as source, _bar(path, size) as bar:
+        size, version = system.size(path), system.ukey(path)
+        if size is None:
+            raise OSError("its size is unknown, so that a cut could not be told from its end")
+        with system.open(path, "rb") as source, progress(url, size) as bar:
             while data := source.read(CHUNK):
-                _write(file, data)
+                write(file, data)
                 bar.update(len(data))
-        if size is not None and file.tell() != size:
+        if file.tell() != size:
             raise OSError(f"{file.tell()} bytes of {size}")
+        system.invalidate_cache()
+        if system.ukey(path) != version:
+            raise OSError("it changed while it was read; run it again")

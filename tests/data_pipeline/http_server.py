@@ -27,7 +27,8 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """MODE/PATH below the root. Modes: range; plain, which ignores Range; cut, with ranges, and cutplain,
     which break off after CUT bytes; changed, which does so once and then has another file; hold, which stops
-    half-way; wrong, another content of the same length; silent, without a length; error.
+    half-way, and holdtar, which does so in shards; wrong, another content of the same length; silent, without
+    a length; error.
     """
 
     server: Server
@@ -61,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         rest = data[start:]
-        if mode == "hold" and not start:
+        if (mode == "hold" or (mode == "holdtar" and name.endswith(".tar"))) and not start:
             self.wfile.write(rest[: len(rest) // 2])
             self.wfile.flush()
             self.server.go_on.wait(60)

@@ -53,16 +53,16 @@ def write_folder(folder: Path, documents: list[EncodedDocument], dtype: str) -> 
     split = Split(len(documents), sum(shard.tokens for shard in shards), 0, shards)
     size = (folder / "tokenizer.model").stat().st_size
     sources = {"x": Source(1.0, {"train": split}, labelled=True)}
-    write_manifest(Manifest(folder, "", "", {}, size, tokenizer.sha256, tokenizer.vocab_size, dtype, sources))
+    pieces = max(tokenizer.vocab_size, *(1 + max(document.tokens) for document in documents))
+    write_manifest(Manifest(folder, "", "", {}, size, tokenizer.sha256, pieces, dtype, sources))
     return open_manifest(folder)
 
 
 def read_labels(stream: TokenStream, start: int, stop: int) -> np.ndarray:
     """Labels of the tokens [start, stop), as loaders read them."""
-    out = np.empty(stop - start, np.int32)
     spans = stream.spans(np.array([0]), np.array([start]), np.array([stop]))
-    stream.copy(spans, out, spans.offset, labels=True)
-    return out
+    stored = stream.copy(stream.reads(spans, stop - start, labels=True))
+    return np.where(stored == stream.no_label, IGNORE_INDEX, stored.astype(np.int32))
 
 
 @pytest.mark.parametrize(("dtype", "top"), [("<u2", 65_535), ("<u4", 200_000)])

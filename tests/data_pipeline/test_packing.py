@@ -55,7 +55,7 @@ def stream_of(folder: Path, documents: list[EncodedDocument], shard_bytes: int =
     split = Split(len(documents), sum(len(d.tokens) for d in documents), 0, shards)
     labelled = bool(documents) and documents[0].labels is not None
     sources = {"x": Source(1.0, {"train": split}, labelled)}
-    return TokenStream(Manifest(folder, "", "", {}, 0, "", 300, "<u2", sources), "x", "train")
+    return TokenStream(Manifest(folder, "", "", {}, 0, "", 5000, "<u2", sources), "x", "train")
 
 
 def numbered(lengths: list[int], labelled: bool = False) -> list[EncodedDocument]:

@@ -214,7 +214,7 @@ def test_stage_starts_are_whole_batches():
         ([Stage(0, {"a": 1}), Stage(5, {"a": 1}), Stage(9, {"a": 1})], r"stages\[2\] with tokens=9"),
         ([Stage(0, {"alpha": 1})], "unknown source 'alpha'"),
         ([Stage(0, {"a": -1.0})], "a=-1.0 must be"),
-        ([Stage(0, {"a": float("nan")})], "a=nan must be"),
+        ([Stage(0, {"a": float("nan")})], "a=nan is not a finite number"),
         ([Stage(0, {"a": 0.0})], "no source has a weight above 0"),
         ([Stage(0, {})], "no source has a weight above 0"),
     ],
