@@ -23,12 +23,12 @@ def user_errors(*kinds: type[Exception], from_every_rank: bool = False) -> Itera
         if os.environ.get("ZEROMODEL_TRACEBACK"):
             raise
         if from_every_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {_line(error)}", file=sys.stderr)
+            print(f"error: {error_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _line(error: Exception) -> str:
-    """An OSError's own text begins with a number and ends with its path."""
+def error_line(error: BaseException) -> str:
+    """An error in one line: an OSError's own text begins with a number and ends with its path."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return (str(error) or repr(error)).splitlines()[0]
