@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import error_line
-from common.files import sync_folder, write_file
+from common.files import sync_folder, write_file, writing_failed
 from common.schema import from_plain
 from model import ModelConfig
 
@@ -89,7 +89,10 @@ def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
 def seal(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest: from here on the folder is a checkpoint, if its files match it."""
     write_file(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-    sync_folder(folder.parent)
+    try:
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise writing_failed(error, folder) from error
 
 
 def _sha256(path: Path) -> str:

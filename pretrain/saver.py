@@ -127,13 +127,16 @@ class Saver:
 
 def _recreate(folder: Path) -> None:
     """An empty folder, instead of an earlier attempt at this step or one from before a resume."""
-    if folder.is_symlink():
-        folder.unlink()  # what it links to is not ours
-    elif folder.is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():  # a file in it cannot be deleted; rotate warns
-            folder.rename(folder.with_name(f"{REMOVING}{folder.name}"))
-    folder.mkdir(parents=True)
+    try:
+        if folder.is_symlink():
+            folder.unlink()  # what it links to is not ours
+        elif folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():  # a file in it cannot be deleted; rotate warns
+                folder.rename(folder.with_name(f"{REMOVING}{folder.name}"))
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise writing_failed(error, folder, "nothing was written") from error
 
 
 class _Digesting:
