@@ -74,7 +74,7 @@ class WandbRun:
         self._try(lambda: self.run.log(values, step=self._row))
 
     def finish(self) -> None:
-        self._try(self.run.finish)
+        self._try(lambda: self.run.finish())
 
     def _try(self, call: Callable[[], Any]) -> None:
         if self.run is None:

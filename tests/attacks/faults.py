@@ -1,4 +1,4 @@
-"""Faults at every point where a process changes files: kill -9, or an operation that fails as on a full disk."""
+"""Faults at every point where a process changes files: kill -9, or a failure as on a full disk."""
 
 import errno
 import os
@@ -77,7 +77,7 @@ class _Counted:
 
 
 def in_child(work: Callable[[], str]) -> tuple[int, str]:
-    """Runs `work` in a fork of this process: how it ended (as waitstatus_to_exitcode), and what it returned."""
+    """Runs `work` in a fork of this process. Returns its exit code, -9 if killed, and what `work` returned."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
