@@ -32,15 +32,21 @@ def require_room(run: Run, trained: int, step: int) -> None:
     saves = math.ceil((config.max_steps - step) / config.save_every)
     counted = min(len(there), config.keep_last)
     while_saving = each * min(saves, config.keep_last + 1 - counted)
-    at_the_end = each * min(saves, config.keep_last - counted) + missing
-    needed, free = max(while_saving, at_the_end), shutil.disk_usage(run.folder).free
-    if needed > free:
-        raise ValueError(
-            f"output_dir={run.folder} has {free:,} bytes free, but the run needs {needed:,} more: "
-            f"checkpoints of {each:,} bytes, of which keep_last={config.keep_last} and the one being written "
-            f"exist at once and {counted} are there, and {missing:,} for exports; free disk space, lower "
-            "keep_last or choose another output_dir"
-        )
+    at_the_end = each * min(saves, config.keep_last - counted)
+    place = run.folder / checkpoint.CHECKPOINTS
+    if place.exists() and place.stat().st_dev != run.folder.stat().st_dev:  # linked to another disk
+        needs = {place: while_saving, run.folder: missing}
+    else:
+        needs = {run.folder: max(while_saving, at_the_end + missing)}
+    for folder, needed in needs.items():
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise ValueError(
+                f"{folder} has {free:,} bytes free, but the run needs {needed:,} more: checkpoints of "
+                f"{each:,} bytes, of which keep_last={config.keep_last} and the one being written exist at "
+                f"once and {counted} are there, and {missing:,} for exports; free disk space, lower "
+                "keep_last or choose another output_dir"
+            )
 
 
 def checkpoint_bytes(run: Run, trained: int) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -45,12 +46,14 @@ def peak_tflops(config: RunConfig, model_config: ModelConfig) -> float | None:
 def environment() -> dict[str, Any]:
     """Versions, machine and git commit, for environment.json."""
     root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "python": platform.python_version(),
         "packages": {p: version(p) for p in ("torch", "deepspeed", "sentencepiece", "webdataset", "numpy")},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "machine": platform.platform(),
         "cpus": os.cpu_count(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -130,9 +133,10 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Puts the lines on disk; on any thread. Raises OSError if some cannot be written."""
+        problem = self.problem  # the other thread may solve it in the meantime
         try:
-            if self.problem is not None:
-                raise self.problem
+            if problem is not None:
+                raise problem
             os.fsync(self.file.fileno())
         except OSError as error:
             raise writing_failed(error, self.path, "a checkpoint needs the metrics up to its step") from error

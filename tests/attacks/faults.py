@@ -77,7 +77,7 @@ class _Counted:
 
 
 def in_child(work: Callable[[], str]) -> tuple[int, str]:
-    """Runs `work` in a fork of this process. Returns its exit code, -9 if killed, and what `work` returned."""
+    """Runs `work` in a fork of this process. Returns the exit code, -9 if killed, and what `work` returned."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:

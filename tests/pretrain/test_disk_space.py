@@ -78,6 +78,21 @@ def test_a_resumed_run_needs_less_by_what_is_there(tmp_path, monkeypatch):
     assert needed(monkeypatch, run_of(tmp_path), step=20) == 2 * each
 
 
+def test_checkpoints_that_are_linked_to_another_disk_need_their_room_there(tmp_path, monkeypatch):
+    elsewhere = Path("/dev/shm")
+    if elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("one file system")
+    (tmp_path / "checkpoints").symlink_to(elsewhere)
+    free = {tmp_path / "checkpoints": 36 * N, tmp_path: 4 * N}
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: Usage(0, 0, free[folder]))
+    require_room(run_of(tmp_path), N, 0)
+    for folder in free:
+        free[folder] -= 1
+        with pytest.raises(ValueError, match=f"^{folder} has {free[folder]:,} bytes free"):
+            require_room(run_of(tmp_path), N, 0)
+        free[folder] += 1
+
+
 def test_the_line_has_the_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
     with pytest.raises(

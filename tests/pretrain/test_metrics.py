@@ -127,6 +127,12 @@ def test_a_full_disk_under_the_output_does_not_end_the_run(tmp_path, monkeypatch
     assert steps_in(tmp_path / METRICS) == [1]
 
 
+def test_a_machine_without_git_can_train(monkeypatch):
+    assert "git_commit" in metrics.environment()
+    monkeypatch.setenv("PATH", "")
+    assert metrics.environment()["git_commit"] is None
+
+
 def test_a_folder_in_place_of_metrics_is_one_line(tmp_path):
     (tmp_path / METRICS).mkdir()
     with pytest.raises(IsADirectoryError):
