@@ -64,7 +64,7 @@ class Faults:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "full" and event in _FREES:
             return
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), None if event == "fsync" else path)
 
 
 class _Counted:
@@ -77,7 +77,7 @@ class _Counted:
 
 
 def in_child(work: Callable[[], str]) -> tuple[int, str]:
-    """Runs `work` in a fork of this process. Returns the exit code, -9 if killed, and what `work` returned."""
+    """Runs `work` in a fork of this process; returns the exit code (-9: killed) and what `work` returned."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
