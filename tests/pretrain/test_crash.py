@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain import checkpoint, universal
+from pretrain import checkpoint, elastic, universal
 from pretrain.export import export_run
 
 from .conftest import finish, seal, unlink_buffer
@@ -228,3 +228,21 @@ def test_a_start_that_fails_late_leaves_an_ended_run_as_it_was(six_steps, train,
         shutil.rmtree(run / "wandb_id", ignore_errors=True)
     (run / "wandb_id").unlink()
     assert "done: 8 steps" in train(run, "max_steps=8", "save_every=2").stdout
+
+
+def test_a_disk_too_full_to_convert_a_checkpoint_is_one_line(tmp_path, monkeypatch):
+    folder, scratch = tmp_path / "step-2", tmp_path / "converting"
+
+    def convert(checkpoint: Path, into: Path) -> Path:
+        (into / "part").write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(into / "part"))
+
+    monkeypatch.setattr(elastic, "convert_to_universal", convert)
+    with pytest.raises(
+        ValueError, match=r"part: No space left on device \([\d,]+ bytes free\); the checkpoint is"
+    ) as e:
+        elastic._convert(None, folder, scratch)  # type: ignore[arg-type]
+    assert str(e.value).startswith(
+        f"{folder} could not be converted to another layout in {scratch}: {scratch}/"
+    )
+    assert not scratch.exists()
