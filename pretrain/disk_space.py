@@ -39,8 +39,8 @@ def require_room(run: Run, trained: int, step: int) -> None:
     else:
         needs = {run.folder: max(while_saving, at_the_end + missing)}
     for folder, needed in needs.items():
-        free = shutil.disk_usage(folder).free
-        if needed > free:
+        total, _, free = shutil.disk_usage(folder)
+        if needed > free and total > 0:  # 0: a file system that does not know
             raise ValueError(
                 f"{folder} has {free:,} bytes free, but the run needs {needed:,} more: checkpoints of "
                 f"{each:,} bytes, of which keep_last={config.keep_last} and the one being written exist at "

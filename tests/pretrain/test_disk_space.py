@@ -34,7 +34,7 @@ def needed(monkeypatch, run: Any, step: int = 0) -> int:
     """The least room with which the run may start."""
 
     def fits(free: int) -> bool:
-        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(0, 0, free))
+        monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(10**12, 0, free))
         try:
             require_room(run, N, step)
         except ValueError:
@@ -84,7 +84,7 @@ def test_checkpoints_that_are_linked_to_another_disk_need_their_room_there(tmp_p
         pytest.skip("one file system")
     (tmp_path / "checkpoints").symlink_to(elsewhere)
     free = {tmp_path / "checkpoints": 36 * N, tmp_path: 4 * N}
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: Usage(0, 0, free[folder]))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda folder: Usage(10**12, 0, free[folder]))
     require_room(run_of(tmp_path), N, 0)
     for folder in free:
         free[folder] -= 1
@@ -93,8 +93,13 @@ def test_checkpoints_that_are_linked_to_another_disk_need_their_room_there(tmp_p
         free[folder] += 1
 
 
+def test_a_file_system_that_does_not_know_its_size_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(0, 0, 0))
+    require_room(run_of(tmp_path), N, 0)
+
+
 def test_the_line_has_the_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda _: Usage(10**12, 0, 1000))
     with pytest.raises(
         ValueError, match=f"has 1,000 bytes free, but the run needs {36 * N:,} more: checkpoints"
     ) as e:
