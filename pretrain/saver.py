@@ -118,11 +118,14 @@ class Saver:
                 "free disk space or make the folder writable, then run the same command again"
             ) from error
         if first:  # the checkpoint is whole: nothing from here on ends the run
-            for line in (*_name_latest(folder), *rotate(self.run, step, *self._keep())):
+            for line in _name_latest(folder):
                 self.warn(f"warning: {line}")
+            self.rotate(step)
 
-    def _keep(self) -> tuple[int, int, int | None]:
-        return self.keep_last, self.keep_every, self.in_use
+    def rotate(self, step: int) -> None:
+        """Deletes what is not kept beside the whole checkpoint of that step; a killed run may have left it."""
+        for line in rotate(self.run, step, self.keep_last, self.keep_every, self.in_use):
+            self.warn(f"warning: {line}")
 
 
 def _recreate(folder: Path) -> None:

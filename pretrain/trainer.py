@@ -101,6 +101,8 @@ class Trainer:
         self.log = MetricsLog(self.config, self.run, self.step)
         self.evaluator = Evaluator(self.config.evaluation, self.run, self.log.note)
         self.evaluator.resume(self.step)
+        if self.step > 0:
+            self.saver.rotate(self.step)
         if self.step < self.config.max_steps:
             (self.run / "DONE").unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,17 @@ def test_a_checkpoint_that_cannot_be_deleted_is_named_at_every_save_until_it_can
     undeletable.clear()
     save_step(writer, 4)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-4"]
+
+
+def test_what_a_kill_during_the_last_rotation_left_is_deleted_at_the_next_start(tmp_path):
+    writer = saver(tmp_path, keep_last=1)
+    for step in (1, 2, 3):
+        save_step(writer, step)
+        shutil.copytree(tmp_path / f"checkpoints/step-{step}", tmp_path / str(step))
+    shutil.copytree(tmp_path / "1", tmp_path / "checkpoints/removing-step-1")
+    shutil.copytree(tmp_path / "2", tmp_path / "checkpoints/step-2")
+    saver(tmp_path, keep_last=1).rotate(3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-3"]
 
 
 def test_a_checkpoint_that_cannot_be_renamed_stays_whole(tmp_path, monkeypatch):
