@@ -23,15 +23,18 @@ def user_errors(*kinds: type[Exception], from_every_rank: bool = False) -> Itera
         if os.environ.get("ZEROMODEL_TRACEBACK"):
             raise
         if from_every_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {_line(error)}", file=sys.stderr)
+            print(f"error: {error_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _line(error: Exception) -> str:
-    """An OSError's own text begins with a number and ends with its path. What a terminal would obey, such as
+def error_line(error: BaseException) -> str:
+    """An error in one line.
+
+    An OSError's own text begins with a number and ends with its path. What a terminal would obey, such as
     escape sequences in names from damaged files, is spelt out.
     """
-    text = str(error)
+    text = str(error) or repr(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)

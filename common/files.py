@@ -95,12 +95,18 @@ def read_json_lines(path: Path) -> JsonLines:
     *lines, torn = path.read_bytes().split(b"\n")
     found = JsonLines(path, torn=torn)
     for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            found.records.append(record)
-        else:
+        record = json_object(line)
+        if record is None:
             found.damaged.append((number, line))
+        else:
+            found.records.append(record)
     return found
+
+
+def json_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object that a line holds; None if it holds anything else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

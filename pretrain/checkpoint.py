@@ -1,35 +1,35 @@
-"""Checkpoints: whole or absent.
+"""Checkpoints: whole or absent. saver.py writes them.
 
 checkpoints/step-N/ holds DeepSpeed's files, buffers.safetensors, state.json, ema/ if the run averages its
 weights and, written last, manifest.json; `latest` names the newest. A folder without a matching manifest is
-not a checkpoint.
-
-Training pauses while the state is copied to memory; a background thread on each rank writes the files.
+not a checkpoint. Folders with other names (step-07) and files are nobody's business here.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
+import re
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from common.files import sync_folder, write_file
+from common.errors import error_line
+from common.files import sync_folder, write_file, writing_failed
+from common.schema import from_plain
 from model import ModelConfig
 
 T = TypeVar("T")
+CHECKPOINTS, LATEST = "checkpoints", "latest"  # folder of a run, and the file in it
 STATE, BUFFERS, MANIFEST = "state.json", "buffers.safetensors", "manifest.json"
 EMA = "ema"  # folder of the moving average, if the run keeps one: NAME.safetensors for every parameter
+STEP_NAME = re.compile("step-(0|[1-9][0-9]*)")
 Manifest = dict[str, dict[str, Any]]  # file -> bytes, sha256
 ALL, NONE = slice(None), slice(0)  # parts of a checkpoint's files
 
@@ -67,78 +67,6 @@ class TrainingState:
     lora: dict[str, Any] | None = None  # see lora.identity; None: all weights are trained
 
 
-class Saver:
-    """Writes the checkpoints of a run in the background, one at a time; all ranks call it together.
-
-    Args:
-        run: the run's folder.
-        keep_last: newest checkpoints to keep; older ones are deleted once a new one is whole.
-        keep_every: also keep checkpoints whose step is a multiple of this; 0: none.
-    """
-
-    def __init__(self, engine: Checkpointed, run: Path, keep_last: int, keep_every: int, rank: int) -> None:
-        self.engine, self.run, self.rank = engine, run, rank
-        self.keep_last, self.keep_every = keep_last, keep_every
-        # Python waits for the thread at exit, whatever ended the run, so a save that has begun finishes.
-        self.thread = ThreadPoolExecutor(1)
-        self.pending: Future[None] | None = None
-        self.in_use: int | None = None  # step of a checkpoint being read, which is kept as well
-
-    def save(self, state: TrainingState) -> None:
-        """Copies the training state and returns; the checkpoint is whole some time later.
-
-        Raises:
-            CheckpointError: the previous checkpoint could not be written.
-        """
-        self.wait()
-        files = self.engine.snapshot()
-        if self.rank == 0:
-            buffers = {
-                name: b.detach().cpu().contiguous() for name, b in self.engine.checkpoint_buffers().items()
-            }
-            files[BUFFERS] = to_safetensors(buffers)
-            files[STATE] = json.dumps(asdict(state), indent=2).encode()
-        self.pending = self.thread.submit(self._write, state.step, files)
-
-    def wait(self) -> None:
-        """Returns when the last checkpoint is whole.
-
-        Raises:
-            CheckpointError: it could not be written, on some rank.
-        """
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
-
-    def idle(self) -> bool:
-        """Whether the last checkpoint is whole."""
-        return self.pending is None or (self.pending.done() and self.pending.exception() is None)
-
-    def _write(self, step: int, files: dict[str, Any]) -> None:
-        folder = self.run / "checkpoints" / f"step-{step}"
-        first = self.rank == 0
-        try:
-            together(self.engine, lambda: _recreate(folder) if first else None)
-            written = together(
-                self.engine, lambda: {name: _write_digested(folder / name, files[name]) for name in files}
-            )
-            manifest = {name: entry for part in written for name, entry in part.items()}
-            together(self.engine, lambda: self._seal(folder, manifest) if first else None)
-        except CheckpointError as error:
-            if first and not (folder / MANIFEST).exists():
-                shutil.rmtree(folder, ignore_errors=True)  # a partial checkpoint only wastes disk space
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written: {error}; older ones are untouched: "
-                "free disk space or make the folder writable, then run the same command again"
-            ) from error
-
-    def _seal(self, folder: Path, manifest: Manifest) -> None:
-        """Makes a folder whose files are on disk a checkpoint."""
-        seal(folder, manifest)
-        write_file(folder.parent / "latest", f"{folder.name}\n".encode())
-        rotate(self.run, int(folder.name[5:]), self.keep_last, self.keep_every, self.in_use)
-
-
 def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
     """Runs `work`, which must not communicate, on every rank and returns all ranks' results.
 
@@ -149,8 +77,8 @@ def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
     problem, cause = None, None
     try:
         result = work()
-    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
-        problem, cause = (str(error) or repr(error)).splitlines()[0], error
+    except (OSError, ValueError, RuntimeError, MemoryError, UnpicklingError, SafetensorError) as error:
+        problem, cause = error_line(error), error
     outcomes = engine.gather((result, problem))
     problems = [text for _, text in outcomes if text is not None]
     if problems:
@@ -158,79 +86,13 @@ def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
     return [value for value, _ in outcomes]
 
 
-def _recreate(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)  # an earlier attempt at this step, or from before a resume
-    folder.mkdir(parents=True)
-
-
-class _Digesting:
-    """A file that hashes what is written to it.
-
-    An error is kept until the end: torch's writer crashes on one in the middle.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self.file.write(data)
-            except OSError as error:
-                self.error = error
-            self.sha256.update(data)
-            self.bytes += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """torch calls this; _write_digested flushes at the end."""
-
-
-def _write_digested(path: Path, content: Any) -> dict[str, Any]:
-    """Writes bytes as they are and anything else with torch.save; on disk on return.
-
-    Returns:
-        Its entry in the manifest.
-    """
-    try:
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            target: Any = _Digesting(file)
-            if isinstance(content, bytes):
-                target.write(content)
-            else:
-                torch.save(content, target)
-            if target.error is not None:
-                raise target.error
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    return {"bytes": target.bytes, "sha256": target.sha256.hexdigest()}
-
-
 def seal(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest: from here on the folder is a checkpoint, if its files match it."""
     write_file(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
-    sync_folder(folder.parent)
-
-
-def rotate(run: Path, step: int, keep_last: int, keep_every: int, in_use: int | None = None) -> None:
-    """Deletes checkpoints older than the newest keep_last up to `step`, and leftovers older than `step`.
-
-    The checkpoint of step `in_use` stays until a later call.
-    """
-    folders = [run / "checkpoints" / f"step-{n}" for n in steps(run) if n <= step]
-    sealed = [folder for folder in folders if (folder / MANIFEST).exists()]
-    for folder in folders:
-        number = int(folder.name[5:])
-        stays = number == in_use or (keep_every > 0 and number % keep_every == 0)
-        if folder in sealed[:keep_last] or (stays and folder in sealed):
-            continue
-        (folder / MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must not look whole
-        shutil.rmtree(folder)
+    try:
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise writing_failed(error, folder) from error
 
 
 def _sha256(path: Path) -> str:
@@ -239,28 +101,38 @@ def _sha256(path: Path) -> str:
 
 
 def damage(folder: Path, part: slice = ALL) -> str | None:
-    """Why the folder is not a whole checkpoint, in a few words; None if it is one.
+    """Why the folder is not a whole checkpoint, in a few words; None if it is one. Raises nothing.
 
     Args:
         part: the files, in name order, whose checksums are compared, besides the small files that are read
             first; sizes are always compared.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())
+        return _damage(folder, part)
+    except OSError as error:  # a failing disk damages a file as a flipped bit does
+        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror or error}"
+
+
+def _damage(folder: Path, part: slice) -> str | None:
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{MANIFEST} is not valid JSON"
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         return f"{MANIFEST} is not a table of files"
+    small = (STATE, BUFFERS)
+    for name in small:
+        if name not in files:
+            return f"{MANIFEST} does not list {name}"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected.get("bytes"):
             return f"{name} has {path.stat().st_size} bytes instead of {expected.get('bytes')}"
-    names = sorted(files)
-    for name in {*names[part], *(small for small in (STATE, BUFFERS) if small in files)}:
+    for name in {*sorted(files)[part], *small}:
         if _sha256(folder / name) != files[name].get("sha256"):
             return f"{name} does not match its checksum"
     return None
@@ -273,33 +145,49 @@ def damage_on_any_rank(engine: Checkpointed, folder: Path, rank: int, world_size
 
 
 def steps(run: Path) -> list[int]:
-    """Steps for which a folder exists, newest first, whole or not."""
-    folders = (run / "checkpoints").glob("step-*")
-    return sorted((int(f.name[5:]) for f in folders if f.name[5:].isdigit()), reverse=True)
+    """Steps for which a folder exists, newest first, whole or not.
+
+    Raises:
+        OSError: the folder of checkpoints cannot be read, or is a link to nothing, such as an unmounted disk.
+    """
+    folder = run / CHECKPOINTS
+    if not os.path.lexists(folder):
+        return []
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} is a link to nothing; mount what it links to, or delete the link")
+    with os.scandir(folder) as entries:
+        names = [STEP_NAME.fullmatch(entry.name) for entry in entries if entry.is_dir()]
+    return sorted((int(name[1]) for name in names if name), reverse=True)
 
 
-def newest(run: Path, below: float = math.inf, part: slice = ALL) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a warning for every newer folder that is damaged.
+def newest(run: Path, below: float = math.inf, part: slice = ALL) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of a run, and the damage of every newer folder.
 
     Args:
         below: only earlier steps.
         part: see `damage`.
     """
-    skipped: list[str] = []
+    damaged: dict[Path, str] = {}
     for step in steps(run):
-        folder = run / "checkpoints" / f"step-{step}"
+        folder = run / CHECKPOINTS / f"step-{step}"
         if step >= below:
             continue
         problem = damage(folder, part)
         if problem is None:
-            return folder, skipped
-        skipped.append(passed_over(folder, problem))
-    return None, skipped
+            return folder, damaged
+        damaged[folder] = problem
+    return None, damaged
 
 
 def passed_over(folder: Path, problem: str) -> str:
     """The warning for a damaged checkpoint that resume=auto skips."""
     return f"{folder} is not whole ({problem}); trying an older one"
+
+
+def never_saved(run: Path) -> bool:
+    """Whether no checkpoint has ever been whole: at most the first save was interrupted."""
+    sealed = (run / CHECKPOINTS / f"step-{step}" / MANIFEST for step in steps(run))
+    return not (run / CHECKPOINTS / LATEST).exists() and not any(path.exists() for path in sealed)
 
 
 def require_whole(folder: Path, problem: str | None) -> None:
@@ -309,9 +197,16 @@ def require_whole(folder: Path, problem: str | None) -> None:
 
 
 def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
-    """State and buffers of a checkpoint known to be whole."""
-    state = TrainingState(**json.loads((folder / STATE).read_text()))
-    return state, load_file(folder / BUFFERS)
+    """State and buffers of a checkpoint known to be whole.
+
+    Raises:
+        ValueError: one line; another version of the code may have written them.
+    """
+    try:
+        state = from_plain(TrainingState, json.loads((folder / STATE).read_bytes()), STATE)
+        return state, load_file(folder / BUFFERS)
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} cannot be used: {error_line(error)}") from None
 
 
 def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) -> None:

@@ -7,8 +7,9 @@ router biases. DeepSpeed's own files fit one layout; for another they become a U
 import shutil
 from pathlib import Path
 
+from common.errors import error_line
 from pretrain import checkpoint
-from pretrain.checkpoint import TrainingState, together
+from pretrain.checkpoint import CheckpointError, TrainingState, together
 from pretrain.engine import Engine
 from pretrain.process_group import rank
 from pretrain.universal import (
@@ -42,10 +43,12 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
         engine.load_average(folder)
         engine.barrier()  # until every rank has read its part
         if first:
-            shutil.rmtree(scratch)
+            shutil.rmtree(scratch, ignore_errors=True)  # what stays only wastes disk space
     else:
         engine.load(folder)
     for name, buffer in engine.checkpoint_buffers().items():
+        if name not in buffers or buffers[name].shape[:-1] != buffer.shape[:-1]:
+            raise CheckpointError(f"checkpoint {folder} does not hold the buffer {name}; choose another step")
         kept = min(buffer.shape[-1], buffers[name].shape[-1])  # the guard's window may have changed
         buffer[..., -kept:] = buffers[name][..., -kept:]
     return found.step
@@ -54,13 +57,20 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
 def _check(folder: Path, scratch: Path) -> None:
     require_no_pickle_code(folder)
     if scratch.exists():
-        shutil.rmtree(scratch)  # of a start that was killed while converting
+        shutil.rmtree(scratch, ignore_errors=True)  # of a start that was killed while converting
 
 
 def _convert(engine: Engine, folder: Path, scratch: Path) -> None:
     scratch.mkdir(parents=True)
     try:
         make_universal_complete(convert_to_universal(folder, scratch), engine.full_shapes())
-    except (OSError, RuntimeError):
-        shutil.rmtree(scratch)  # a partial conversion only wastes disk space
-        raise
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(scratch).free
+        raise ValueError(
+            f"{folder} could not be converted to another layout in {scratch}: {error_line(error)} ({free:,} "
+            "bytes free); the checkpoint is untouched: free disk space, or resume with its ranks, ep_size "
+            "and ZeRO stage"
+        ) from error
+    finally:
+        if not (scratch / "universal" / "zero" / "optimizer_state.pt").exists():
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -5,8 +5,6 @@
 """
 
 import argparse
-import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import user_errors
+from common.files import write_file, write_json
 from data_pipeline.errors import DataError
 from model.counts import num_parameters
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
 from pretrain import checkpoint, lora
-from pretrain.checkpoint import CheckpointError
+from pretrain.checkpoint import CheckpointError, together
+from pretrain.disk_space import require_room
 from pretrain.dry_run import describe
 from pretrain.export import describe_data, write_export
 from pretrain.launch import join_slurm_step
@@ -32,6 +32,7 @@ from pretrain.stopping import StopRequests
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
+    from pretrain.trainer import Trainer
 
 
 def main() -> None:
@@ -130,18 +131,14 @@ def _train(run: Run) -> None:
         resume_from = _verified(run, engine)
         if resume_from is not None:
             trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
-    if run.rank == 0:
-        with user_errors(OSError):
-            _write_run_folder(run, sum(shape.numel() for shape in engine.full_shapes().values()))
-            if run.config.lora is not None and weights is not None:
-                lora.save_base(run.folder, weights)
-    engine.barrier()
+        trained = sum(shape.numel() for shape in engine.full_shapes().values())
+        together(engine, lambda: _begin(run, trainer, trained, weights) if run.rank == 0 else None)
     # All ranks raise the first two errors together, but one rank alone may read a damaged shard.
     with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
-    if trainer.step == run.config.max_steps:
-        _finish(run, engine)
-    elif run.rank == 0:
+        if trainer.step == run.config.max_steps:
+            _finish(run, engine)
+    if trainer.step < run.config.max_steps and run.rank == 0:
         reason = stop_requests.reason() or "another rank's request"
         print(f"stopped after step {trainer.step} by {reason}; the same command continues")
     engine.barrier()
@@ -149,43 +146,60 @@ def _train(run: Run) -> None:
     trainer.close()
 
 
+def _begin(run: Run, trainer: "Trainer", trained: int, weights: dict[str, Tensor] | None) -> None:
+    """Everything that may still refuse the run, on rank 0; what an earlier run left is taken away last."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    require_room(run, trained, trainer.step)
+    _write_run_folder(run, trained, weights)
+    trainer.open()
+
+
 def _finish(run: Run, engine: "Engine") -> None:
-    """Writes the exports and DONE of a run that reached its last step."""
-    _export(run, "export", engine.full_weights())
+    """Writes the exports and DONE of a run that reached its last step.
+
+    Raises:
+        CheckpointError: on all ranks, if they cannot be written.
+    """
+    _export(run, engine, "export", engine.full_weights())
     if engine.average is not None:
-        _export(run, "export_ema", engine.averaged_weights())
+        _export(run, engine, "export_ema", engine.averaged_weights())
+    done = f"{run.config.max_steps}\n".encode()
+    together(engine, lambda: write_file(run.folder / "DONE", done) if run.rank == 0 else None)
     if run.rank == 0:
-        (run.folder / "DONE").write_text(f"{run.config.max_steps}\n")
         print(f"done: {run.config.max_steps} steps in {run.folder}, exported to {run.folder / 'export'}")
 
 
-def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _export(run: Run, engine: "Engine", name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
     """Gathers tensors on all ranks and exports them on rank 0 to a folder of the run."""
     weights = {}
     for key, value in tensors:
         if run.rank == 0:
             weights[key] = value.cpu()
-    if run.rank == 0:
+
+    def write() -> None:
+        whole = weights
         if run.config.lora is not None:
-            weights = lora.merged(run.folder, weights, run.config.lora.alpha / run.config.lora.r)
-        write_export(run.folder / name, run.model_config, weights, run.folder)
+            whole = lora.merged(run.folder, whole, run.config.lora.alpha / run.config.lora.r)
+        write_export(run.folder / name, run.model_config, whole, run.folder)
+
+    together(engine, lambda: write() if run.rank == 0 else None)
 
 
-def _write_run_folder(run: Run, trained: int) -> None:
-    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer.
+def _write_run_folder(run: Run, trained: int, weights: dict[str, Tensor] | None) -> None:
+    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer; LoRA's frozen weights.
 
     Args:
         trained: number of trained parameters.
+        weights: that the run started from.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "DONE").unlink(missing_ok=True)
-    resolved = {**asdict(run.config), "model": run.model_config.to_dict()}
-    OmegaConf.save(OmegaConf.create(resolved), run.folder / "config.yaml")
-    (run.folder / "ds_config.json").write_text(json.dumps(run.ds_config, indent=2))
-    (run.folder / "environment.json").write_text(json.dumps(environment(), indent=2))
-    shutil.copyfile(run.loader.tokenizer_path, run.folder / TOKENIZER_NAME)
-    described = json.dumps(describe_data(run.loader.manifest), indent=2)
-    (run.folder / TRAINING_DATA_NAME).write_text(described + "\n")
+    resolved = OmegaConf.create({**asdict(run.config), "model": run.model_config.to_dict()})
+    write_file(run.folder / "config.yaml", OmegaConf.to_yaml(resolved).encode())
+    write_json(run.folder / "ds_config.json", run.ds_config, indent=2)
+    write_json(run.folder / "environment.json", environment(), indent=2)
+    write_file(run.folder / TOKENIZER_NAME, run.loader.tokenizer_path.read_bytes())
+    write_json(run.folder / TRAINING_DATA_NAME, describe_data(run.loader.manifest), indent=2)
+    if run.config.lora is not None and weights is not None:
+        lora.save_base(run.folder, weights)
     counts = num_parameters(run.model_config), num_parameters(run.model_config, active=True)
     peak, how = peak_tflops(run.config, run.model_config), "" if run.config.lora is None else " (LoRA)"
     unknown = "no MFU" if run.config.peak_tflops else "no MFU: set peak_tflops"

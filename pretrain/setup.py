@@ -202,6 +202,7 @@ def choose_checkpoint(
     Its checksums are not compared yet: all ranks do that together. Only steps below `below` count.
     """
     run = Path(config.output_dir)
+    _check_names(run)
     if config.resume == "none":
         if checkpoint.steps(run):
             raise ValueError(
@@ -210,9 +211,16 @@ def choose_checkpoint(
             )
         return None
     if config.resume == "auto":
-        folder, skipped = checkpoint.newest(run, below, part=checkpoint.NONE)
-        for line in skipped if announce else ():
-            print(f"warning: {line}")
+        folder, damaged = checkpoint.newest(run, below, part=checkpoint.NONE)
+        if folder is None and not checkpoint.never_saved(run):
+            folders = (
+                run / checkpoint.CHECKPOINTS / f"step-{s}" for s in checkpoint.steps(run) if s >= below
+            )
+            raise ValueError(_all_damaged(run, {**dict.fromkeys(folders, "see above"), **damaged}))
+        for damaged_folder, problem in damaged.items() if announce else ():
+            print(f"warning: {checkpoint.passed_over(damaged_folder, problem)}")
+        if folder is None and damaged and announce:
+            print("no checkpoint was ever finished here; starting at the first step")
     else:
         folder = Path(config.resume)
         if not folder.is_dir():
@@ -237,3 +245,19 @@ def choose_checkpoint(
         changes = checkpoint.layout_changes(found, state)
         print(f"resuming from {folder}" + (f", converted: {', '.join(changes)}" if changes else ""))
     return folder
+
+
+def _check_names(run: Path) -> None:
+    """Raises ValueError if a file has the name of a checkpoint, which could then not be written."""
+    for path in (run / checkpoint.CHECKPOINTS).glob("step-*"):
+        if checkpoint.STEP_NAME.fullmatch(path.name) and not path.is_dir():
+            raise ValueError(f"{path} is not a folder, but checkpoints have such names; move it away")
+
+
+def _all_damaged(run: Path, damaged: dict[Path, str]) -> str:
+    each = [f"{folder.name} ({problem})" for folder, problem in damaged.items()]
+    shown = ", ".join(each[:5]) + (f" and {len(each) - 5} more" if len(each) > 5 else "")
+    return (
+        f"no checkpoint in {run / checkpoint.CHECKPOINTS} is whole: {shown or 'all are gone'}; restore one, "
+        f"or start over on purpose: give another output_dir, or delete {run}"
+    )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import error_line
+from common.files import replacing, write_file
 from data_pipeline.loading.loader import Batch, Loader
 from model import ModelConfig
 from model.counts import recomputed_flops_per_token, training_flops_per_token
@@ -21,13 +23,14 @@ from model.latent_cot.targets import loss_counts
 from model.loop_trace import loop_figures, loop_sums
 from model.losses import loss_terms, total_loss
 from model.recurrence import sample_depth
-from pretrain.checkpoint import Saver, TrainingState
+from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
-from pretrain.metrics import MetricsLog, peak_tflops
+from pretrain.metrics import MetricsLog, peak_tflops, say
 from pretrain.optim import learning_rate
 from pretrain.process_group import all_reduce_sum, device, peak_memory_bytes, rank, world_size
+from pretrain.saver import Saver
 from pretrain.stopping import StopRequests
 
 
@@ -45,7 +48,7 @@ class _Figures:
     applied: bool  # whether it changed the weights
     seconds: float
     waited: float  # seconds spent waiting for data
-    stop: Tensor  # (1,) number of ranks that request a stop
+    stop: Tensor  # (2,) numbers of ranks that request a stop, and that know of a failed save
     counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
     terms: Tensor  # (terms,) sums over all ranks
     loops: Tensor  # (3, depth), see loop_trace.loop_sums
@@ -73,7 +76,7 @@ class Trainer:
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
         self.stop_requests, self.stopped, self.skipped = stop_requests, False, 0
-        self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank())
+        self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank(), warn=say)
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
         self.peak, self.terms = peak_tflops(config, model_config), loss_terms(model_config)
@@ -82,22 +85,34 @@ class Trainer:
     def save(self) -> None:
         """Copies the state; the checkpoint is written while training continues."""
         started = time.perf_counter()
-        self.saver.save(dataclasses.replace(self.initial_state, step=self.step))
+        state = dataclasses.replace(self.initial_state, step=self.step)
+        self.saver.save(state, before=self.log.sync if self.log is not None else lambda: None)
         self.save_seconds = time.perf_counter() - started
         if self.evaluator is not None:
             self.evaluator.request(self.step)
             self.saver.in_use = self.evaluator.step
+
+    def open(self) -> None:
+        """Opens rank 0's reports, the last that may refuse a run, and takes away the mark of an earlier end.
+
+        Raises:
+            OSError, ValueError: one line; see MetricsLog.
+        """
+        self.log = MetricsLog(self.config, self.run, self.step)
+        self.evaluator = Evaluator(self.config.evaluation, self.run, self.log.note)
+        self.evaluator.resume(self.step)
+        if self.step > 0:
+            self.saver.rotate(self.step)
+        if self.step < self.config.max_steps:
+            (self.run / "DONE").unlink(missing_ok=True)
 
     def train(self) -> None:
         """Runs to max_steps, or until a rank is asked to stop, and saves a checkpoint of the last step.
 
         Raises:
             TrainingError: too many consecutive steps were skipped.
+            CheckpointError: a checkpoint could not be written; noticed at the next step.
         """
-        if rank() == 0:
-            self.log = MetricsLog(self.config, self.run, self.step)
-            self.evaluator = Evaluator(self.config.evaluation, self.run, self.log.note)
-            self.evaluator.resume(self.step)
         running: _Figures | None = None  # of the newest step, which may still run on the device
         with ThreadPoolExecutor(1) as reader:
             batch = reader.submit(self.loader.batch, self.step)
@@ -146,11 +161,15 @@ class Trainer:
             return
         with torch.profiler.profile(profile_memory=True) as profile:
             yield
-        folder = self.run / "profile"
-        folder.mkdir(exist_ok=True)
-        profile.export_chrome_trace(str(folder / f"step-{self.step}.json"))
+        path = self.run / "profile" / f"step-{self.step}.json"
         by_time = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-        (folder / f"step-{self.step}.txt").write_text(by_time + "\n")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                profile.export_chrome_trace(str(temporary))
+            write_file(path.with_suffix(".txt"), f"{by_time}\n".encode())
+        except (OSError, RuntimeError) as error:
+            say(f"warning: no profile: {error_line(error)}")
 
     def _train_step(self, pending: "Future[Batch]") -> "_Figures":
         """One optimizer step on this rank's rows; reads nothing from the device that DeepSpeed does not."""
@@ -172,9 +191,9 @@ class Trainer:
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
             if number < len(micro_batches):
                 self.engine.step(lr)
-        stop = sums.new_tensor([self.stop_requests.reason() is not None])
+        stop = sums.new_tensor([self.stop_requests.reason() is not None, self.saver.failed()])
         summed = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # the step's only exchange of sums
-        stop, sums, loops = summed.split([1, len(sums), loops.numel()])
+        stop, sums, loops = summed.split([2, len(sums), loops.numel()])
         self.engine.step(lr, total_loss(self.model_config, self._named(sums), counts))
         self.step += 1
         return _Figures(
@@ -204,7 +223,11 @@ class Trainer:
             record["save_seconds"], self.save_seconds = self.save_seconds, None
         if self.log is not None:
             self.log.write(record)
-        self.stopped = bool(figures.stop)
+        stop, failed = figures.stop.tolist()
+        if failed:  # some ranks may still wait for the others' part of the news
+            self.saver.wait()
+            raise CheckpointError("the last checkpoint could not be written by another rank")
+        self.stopped = bool(stop)
         self.skipped = 0 if figures.applied else self.skipped + 1
         if self.skipped >= self.config.stability.max_skipped:
             raise TrainingError(

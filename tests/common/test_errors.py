@@ -1,3 +1,5 @@
+"""How errors reach the user."""
+
 import pytest
 
 from common.errors import user_errors

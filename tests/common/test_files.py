@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import read_json_lines, replacing, write_file
+from common.files import json_object, read_json_lines, replacing, write_file
 
 
 def test_failed_write_keeps_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -68,3 +68,9 @@ def test_damaged_lines_are_set_apart_from_the_others(tmp_path: Path) -> None:
     assert found.damaged == [(2, b'{"step": 2'), (3, b"[3]"), (4, b"\xff\xfe"), (5, deep), (6, b"")]
     assert found.torn == b'{"ste'
     assert found.warnings()[0] == f"{path} line 2 is damaged and not used"
+
+
+def test_a_line_is_an_object_or_nothing() -> None:
+    assert json_object(b'{"a": [1]}') == {"a": [1]}
+    for line in (b"", b"[1]", b'{"a": ', b"\xff", b"null", b"[" * 100_000, b"1" * 5000):
+        assert json_object(line) is None

@@ -19,12 +19,13 @@ from deepspeed.utils import groups, safe_get_full_optimizer_state
 from model import ModelConfig, RecurrenceConfig
 from model.losses import IGNORE_INDEX, total_loss
 from pretrain import elastic
-from pretrain.checkpoint import Saver, TrainingState
+from pretrain.checkpoint import TrainingState
 from pretrain.config import RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.expert_parallel import gather_experts, is_expert
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
+from pretrain.saver import Saver
 from pretrain.trainer import update_router_biases
 
 ROOT = Path(__file__).parents[2]

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.losses import IGNORE_INDEX, total_loss
-from pretrain.checkpoint import EMA, Saver, TrainingState
+from pretrain.checkpoint import EMA, TrainingState
 from pretrain.config import OptimizerConfig, RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
+from pretrain.saver import Saver
 
 # Imported after pretrain.engine, which keeps it from being compiled.
 original_muon = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_another_run(start, tmp_path):
 
     def write(state: checkpoint.TrainingState) -> None:
         save_file({}, folder / checkpoint.BUFFERS)
-        (folder / checkpoint.STATE).write_text(json.dumps(checkpoint.asdict(state)))
+        (folder / checkpoint.STATE).write_text(json.dumps(asdict(state)))
         seal(folder)
 
     state = replace(start().state, step=4)
@@ -162,8 +162,24 @@ def test_a_checkpoint_of_another_run(start, tmp_path):
     with pytest.raises(ValueError, match=r"holds checkpoints of later steps \(6\) than .*step-4, which"):
         start(f"resume={folder}")
     later.rmdir()
+    later.write_text("a file")
+    with pytest.raises(ValueError, match="step-6 is not a folder, but checkpoints have such names; move it"):
+        start()
+    later.unlink()
+    values = json.loads((folder / checkpoint.STATE).read_text())
+    for key, value, message in (
+        ("steps", 4, "state.json.steps is not a known key; did you mean 'step'"),
+        ("step", "4", "state.json.step='4' is not an integer"),
+    ):
+        (folder / checkpoint.STATE).write_text(json.dumps({**values, key: value}))
+        seal(folder)
+        with pytest.raises(ValueError, match=f"checkpoint {folder} cannot be used: {message}"):
+            start()
     (folder / checkpoint.MANIFEST).write_text("{")
-    assert start().resume_from is None
+    with pytest.raises(
+        ValueError, match=r"is whole: step-4 \(manifest.json is not valid JSON\); restore one"
+    ):
+        start()
     with pytest.raises(ValueError, match="not a whole checkpoint: manifest.json is not valid JSON"):
         start(f"resume={folder}")
 

@@ -21,6 +21,7 @@ from pretrain.evaluate_checkpoint import main
 from pretrain.evaluation import Evaluator
 from pretrain.export import export_run
 from pretrain.run_config import load_run_config
+from pretrain.saver import rotate
 
 from ..conftest import ROOT
 from .conftest import finish
@@ -213,9 +214,9 @@ def test_a_checkpoint_in_use_outlives_the_rotation(tmp_path):
         folder = tmp_path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
         checkpoint.seal(folder, {})
-    checkpoint.rotate(tmp_path, step=6, keep_last=1, keep_every=0, in_use=2)
+    rotate(tmp_path, step=6, keep_last=1, keep_every=0, in_use=2)
     assert checkpoint.steps(tmp_path) == [6, 2]
-    checkpoint.rotate(tmp_path, step=6, keep_last=1, keep_every=0)
+    rotate(tmp_path, step=6, keep_last=1, keep_every=0)
     assert checkpoint.steps(tmp_path) == [6]
 
 
