@@ -31,9 +31,12 @@ def check_folder(folder: Path, stored: Mapping[str, Stored], trust_remote_code: 
         stored: the tensors, by the files' headers.
 
     Raises:
-        ValueError: an adapter, quantized weights, foreign kernels, or more layers than there are tensors.
+        ValueError: an adapter, quantized weights, foreign kernels, a damaged generation_config.json, or more
+            layers than there are tensors.
     """
-    path = folder / CONFIG_NAME
+    path, generation = folder / CONFIG_NAME, folder / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)  # transformers goes on without one that is damaged
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter: merge it into its model (merge_and_unload) and save that"
@@ -56,12 +59,16 @@ def check_folder(folder: Path, stored: Mapping[str, Stored], trust_remote_code: 
                 raise ValueError(f"{path} has {key}={value}, but its weights only {what}: {FIX}")
 
 
-def _items(values: Any) -> Iterator[tuple[str, Any]]:
+def _items(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Keys and values at any depth."""
-    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
-        yield from _items(value)
-    if isinstance(values, dict):
-        yield from values.items()
+    ahead: list[Any] = [values]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            ahead += value.values()
+        elif isinstance(value, list):
+            ahead += value
 
 
 def check_parameters(folder: Path, network: nn.Module, stored: Mapping[str, Stored]) -> None:
@@ -118,15 +125,15 @@ def probe(tokenizer: Any) -> str:
 def check_tokenizer(folder: Path, back: str) -> None:
     """Raises ValueError if a tokenizer loses letters; warns if it only loses spaces or forms of Unicode.
 
-    Many good models change those: what their tokenizer cannot give back, their training did not have either.
+    Many good models change those: their training did not see them either.
 
     Args:
         back: see probe.
     """
     if _letters(back) != _letters(PROBE):
         raise ValueError(
-            f"the tokenizer of {folder} gives {back!r} back for {PROBE!r}: it loses text, use the one that the"
-            " model was trained with"
+            f"the tokenizer of {folder} gives {back!r} back for {PROBE!r}: it loses text, use the one"
+            " that the model was trained with"
         )
     if back != PROBE and parent_process() is None:
         print(

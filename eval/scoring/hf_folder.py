@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.schema import as_type
 from eval.scoring.hf_checks import check_folder, check_loaded, check_parameters, check_tokenizer, probe
 from eval.scoring.inference import Engine, GenerateJob, ScoreJob, choose, pad, score_value
 from model import RecurrenceConfig
@@ -84,13 +85,18 @@ class HFTokenizer:
 
 
 class HFModel(nn.Module):
-    """The network of transformers, and the config that a Scorer reads."""
+    """The network of transformers, and the config that a Scorer reads.
+
+    Raises:
+        ValueError: the ends of a text are no ids.
+    """
 
     def __init__(self, network: nn.Module, config: HFConfig) -> None:
         super().__init__()
         self.network, self.config = network, config
         self.accepts = set(inspect.signature(network.forward).parameters)
         ends = getattr(network.generation_config, "eos_token_id", None)
+        ends = as_type(int | list[int] | None, ends, "generation_config.json: eos_token_id")
         self.eos_ids = set(ends if isinstance(ends, list) else [ends])
 
     def forward(
@@ -170,7 +176,7 @@ def is_hf_folder(folder: Path) -> bool:
     """Whether transformers wrote the folder's config.json; ours names no model_type."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False  # whatever it is, loading it as an export says what is wrong
     return isinstance(config, dict) and "model_type" in config
 
@@ -195,7 +201,7 @@ def load_hf_engine(folder: Path, device: torch.device, trust_remote_code: bool =
     if not _tokenizer_files(folder):  # for some kinds transformers would make an empty one
         raise ValueError(f"{folder} has no tokenizer files: save the tokenizer there with save_pretrained")
     given = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with unchanged(*sorted(folder.iterdir())):
+    with unchanged(*(path for path in folder.iterdir() if path.is_file())):
         stored = read_headers(folder)
         check_folder(folder, stored, trust_remote_code)
         with _one_line(folder, trust_remote_code):
@@ -217,11 +223,15 @@ def load_hf_engine(folder: Path, device: torch.device, trust_remote_code: bool =
                     **given,
                 )
                 network, info = loaded
+        if device.type != "meta":
+            check_loaded(folder, network, info)
+        with _one_line(folder, trust_remote_code):
+            if device.type != "meta":
+                with torch.inference_mode():  # fails here if config.json contradicts itself
+                    network(input_ids=torch.zeros(1, 2, dtype=torch.int64))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
             back = probe(tokenizer)
             known = _hf_config(network.config.get_text_config(), tokenizer)
-        if device.type != "meta":
-            check_loaded(folder, network, info)
         check_tokenizer(folder, back)
     model = HFModel(network.to(device), known)
     return HFEngine(model, HFTokenizer(tokenizer, known.vocab_size, folder))  # type: ignore[arg-type]
@@ -229,7 +239,7 @@ def load_hf_engine(folder: Path, device: torch.device, trust_remote_code: bool =
 
 @contextmanager
 def _one_line(folder: Path, trust_remote_code: bool) -> Iterator[None]:
-    """Turns errors of transformers and its parsers, which are of many kinds, into a ValueError of one line."""
+    """Turns the many kinds of errors of transformers and its parsers into a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -252,5 +262,5 @@ def _hf_config(text: Any, tokenizer: Any) -> HFConfig:
     sizes = {"vocab_size": text.vocab_size, "positions": (lengths or [DEFAULT_LENGTH])[0]}
     for name, size in sizes.items():
         if type(size) is not int or size < 2:
-            raise ValueError(f"it has {name}={size!r}, which must be an integer of at least 2")
+            raise ValueError(f"its {name} is {size!r}, not an integer of at least 2")
     return HFConfig(sizes["vocab_size"], sizes["positions"])

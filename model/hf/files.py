@@ -88,7 +88,7 @@ def take(tensors: dict[str, Tensor], name: str, shape: Size) -> Tensor:
     """Removes a tensor and returns it.
 
     Raises:
-        ValueError: it is missing, of another shape, quantized, or not finite.
+        ValueError: it is missing or of another shape.
     """
     if name not in tensors:
         raise ValueError(
@@ -99,7 +99,6 @@ def take(tensors: dict[str, Tensor], name: str, shape: Size) -> Tensor:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)}, expected {tuple(shape)}; config.json describes another model"
         )
-    check_values(name, tensor, "the weights", "convert the checkpoint, or choose another one")
     return tensor
 
 
@@ -130,13 +129,16 @@ def read_headers(hf: Path) -> dict[str, Stored]:
 
 
 def read_weights(hf: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all tensors in a folder, of one read_headers has accepted.
+    """(name, tensor) of all tensors in a folder that read_headers has accepted.
 
     Raises:
-        ValueError, FileNotFoundError: a file is missing or damaged.
+        ValueError, FileNotFoundError: a file is missing or damaged, or a tensor is not finite.
     """
     for path in _weight_files(hf):
-        yield from read_tensors(path, FIX)
+        for name, tensor in read_tensors(path, FIX):
+            if HARMLESS.search(name) is None:
+                check_values(name, tensor, path, FIX)
+            yield name, tensor
 
 
 def _weight_files(hf: Path) -> dict[Path, set[str] | None]:

@@ -55,9 +55,10 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
         vocabulary[content] = token_id
         if is_special:
             special[content] = token_id
-    if not vocabulary or min(vocabulary.values()) < 0:
-        raise ValueError(f"{path} has no tokens, or ids below 0; {FIX}")
-    known = size = max(vocabulary.values()) + 1
+    numbers = set(vocabulary.values())
+    if not numbers or min(numbers) < 0 or len(numbers) < len(vocabulary):
+        raise ValueError(f"{path} has no tokens, ids below 0, or two tokens of one id; {FIX}")
+    known = size = max(numbers) + 1
     if known > values["vocab_size"]:
         raise ValueError(
             f"{path} has {known} tokens, but config.json has vocab_size={values['vocab_size']}; use files of "
