@@ -243,14 +243,14 @@ def _one_line(folder: Path, trust_remote_code: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())
         fix = "save it there again with save_pretrained"
         if "trust_remote_code" in reason and not trust_remote_code:
             reason = "it needs Python code of its own, which is not run"
             fix = "if you have read that code and trust it, give --trust_remote_code"
         raise ValueError(
             f"{folder}: transformers cannot load it as a causal language model"
-            f" ({type(error).__name__}: {reason}): {fix}"
+            f" ({type(error).__name__}: {reason[:300]}): {fix}"
         ) from error
 
 

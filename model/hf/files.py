@@ -53,7 +53,7 @@ def read_fields(
     missing = [name for name in names.values() if name not in values and name not in defaults]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}; it does not describe a {kind} model")
-    hints = typing.get_type_hints(ModelConfig)
+    hints = typing.get_type_hints(ModelConfig, include_extras=True)
     given = {**defaults, **values}
     return {ours: as_type(hints[ours], given[name], f"config.json: {name}") for ours, name in names.items()}
 
