@@ -1,6 +1,7 @@
 """The files of an exported checkpoint: model.safetensors and config.json."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,23 @@ from torch import Tensor
 
 from common.files import replacing
 from model.config.model import ModelConfig
-from model.weight_files import check_size, read_header, write_tensors
+from model.weight_files import all_finite, check_size, read_header, write_tensors
 
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # Further files that evaluation needs; pretrain/export.py writes them.
 TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
 FIX = "export the checkpoint again"
+
+
+def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
+    """Raises ValueError, one line, for the first tensor that holds NaN or infinity.
+
+    Args:
+        where: what the tensors are, for the message.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not all_finite(value):
+            raise ValueError(f"{name} holds NaN or infinity in {where}; use an earlier checkpoint or export")
 
 
 def save_weights(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:

@@ -77,8 +77,13 @@ def check_values(name: str, tensor: Tensor, where: Path | str, fix: str) -> None
     kind = str(tensor.dtype).removeprefix("torch.")
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise ValueError(f"{where}: {name} is in {kind}, but weights are in bfloat16 or wider; {fix}")
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(f"{where}: {name} has values that are not finite (nan or infinity); {fix}")
+    if not all_finite(tensor):
+        raise ValueError(f"{where}: {name} holds NaN or infinity; {fix}")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinity; in one pass, without a copy."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def check_size(config: ModelConfig, stored: Mapping[str, Stored], where: Path, fix: str) -> None:

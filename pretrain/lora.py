@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.layers import Linear
-from model.weight_files import save_tensors
 from pretrain.config import LoraConfig
 
 NEW = "latent_thoughts."  # the parameters that the given weights lack
@@ -76,7 +75,9 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def save_base(run: Path, weights: dict[str, Tensor]) -> None:
     """Writes BASE into the run's folder."""
-    save_tensors(run / BASE, weights)
+    temporary = run / f"{BASE}.tmp"
+    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
+    temporary.replace(run / BASE)
 
 
 def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -111,7 +111,7 @@ def booleans(tensors: dict[str, torch.Tensor]) -> None:
         (renamed, "lacks {}:"),
         (extra, "has tensors that do not belong to the model, one_too_many.weight:"),
         (another_shape, "has tensors of another shape than config.json says, {} ("),
-        (not_finite, "{} has values that are not finite"),
+        (not_finite, "{} holds NaN or infinity"),
         (eight_bits, "{} is in I8"),
         (booleans, "{} is in BOOL"),
     ],
