@@ -169,7 +169,7 @@ class HFEngine(Engine):
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.startswith(TOKENIZER_FILES))
+    return sorted(p for p in folder.iterdir() if p.name.startswith(TOKENIZER_FILES) and p.is_file())
 
 
 def is_hf_folder(folder: Path) -> bool:

@@ -22,7 +22,7 @@ from common.files import write_file, write_json
 from common.locks import FolderLock
 from common.schema import from_plain
 from model.config.model import ModelConfig, YarnConfig
-from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
+from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_object, save_weights
 from model.hf.dense import DENSE, import_dense
 from model.hf.files import (
     FIX,
@@ -333,7 +333,8 @@ def _writing(out: Path, what: str, is_hf: bool) -> Iterator[None]:
     """
     with FolderLock(out, what, "choose another --out"):
         path = out / CONFIG_NAME
-        if path.is_file() and ("model_type" in read_json(path)) != is_hf:
+        fix = "delete it or choose another --out"
+        if path.is_file() and ("model_type" in read_object(path, fix)) != is_hf:
             other = "an export of ZeroModel" if is_hf else "a Hugging Face folder"
             raise ValueError(f"{out} is {other}, whose files would be overwritten; choose another --out")
         yield
