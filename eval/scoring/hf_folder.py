@@ -242,7 +242,9 @@ def _one_line(folder: Path, trust_remote_code: bool) -> Iterator[None]:
     """Turns the many kinds of errors of transformers and its parsers into a ValueError of one line."""
     try:
         yield
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust code under tokenizers is no Exception
         reason = " ".join(str(error).split())
         fix = "save it there again with save_pretrained"
         if "trust_remote_code" in reason and not trust_remote_code:

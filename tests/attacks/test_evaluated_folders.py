@@ -308,6 +308,16 @@ def test_a_tokenizer_that_loses_letters_is_refused_and_one_that_loses_spaces_is_
     assert warning.endswith("the model does not see prompts exactly as they are written")
 
 
+def test_a_panic_inside_the_tokenizer_library_is_one_line(copy):
+    folder = copy("llama")
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["continuing_subword_prefix"] = "longer than a token"
+    path.write_text(json.dumps(values))
+    found = refusal("panic", lambda: load(folder))
+    assert "PanicException: range end index" in (found or "accepted")
+
+
 def test_a_folder_that_changes_while_it_is_read_is_refused(copy, monkeypatch):
     folder = copy("llama")
     read = transformers.AutoTokenizer.from_pretrained
