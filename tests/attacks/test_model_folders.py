@@ -115,13 +115,19 @@ def test_wrong_values_in_the_tokenizers_files(copy, name, count):
 
 
 @few_or_all
-@pytest.mark.parametrize("kind", ["llama", "export"])
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "tokenizer.json"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("llama", CONFIG),
+        ("llama", WEIGHTS),
+        ("llama", "tokenizer.json"),
+        ("export", CONFIG),
+        ("export", WEIGHTS),
+    ],
+)
 def test_wrong_bytes(copy, kind, name, count):
     folder = copy(kind)
     path = folder / name
-    if not path.is_file():
-        pytest.skip("of imports alone")
     refusals(folder, path, byte_mutations(path.read_bytes(), count, seed=3))
 
 
