@@ -184,7 +184,7 @@ def build(name: str, config: ModelConfig, device: str, dtype: str) -> nn.Module:
         save_file({n: t.clone() for n, t in tensors.items()}, Path(folder) / "model.safetensors")
         (Path(folder) / "config.json").write_text(json.dumps(hf_config(config)))
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], attn_implementation="sdpa"
+            folder, dtype=DTYPES[dtype], attn_implementation="sdpa", trust_remote_code=False
         )
     model.generation_config.eos_token_id = None  # random weights may choose any token at any time
     model.to(device)

@@ -105,7 +105,7 @@ class Peer(Scorer):
         from lm_eval.models.huggingface import HFLM
 
         super().__init__(own.model, own.tokenizer, own.batch_size)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         # Our evaluation starts every prompt with bos, as every training document does.
         bos = (tokenizer.bos_token, tokenizer.bos_token_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

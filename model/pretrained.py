@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from model.export_files import CONFIG_NAME, WEIGHTS_NAME, load_config
+from model.export_files import CONFIG_NAME, FIX, WEIGHTS_NAME, load_config
 from model.transformer import ZeroModel
+from model.weight_files import check_values, read_header, read_tensors, unchanged
 
 
 def load_pretrained(directory: str | Path) -> ZeroModel:
@@ -14,24 +12,23 @@ def load_pretrained(directory: str | Path) -> ZeroModel:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the weights do not fit the config.
+        ValueError: a file is damaged or was written meanwhile, the weights do not fit the config, are not
+            finite, or are not floating-point numbers of 16 bits or more.
     """
-    config = load_config(directory)
     path = Path(directory) / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; export the checkpoint again")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); export the checkpoint again") from None
-    model = ZeroModel(config)
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
-    if expected != found:
-        name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
-        raise ValueError(
-            f"{path} does not fit {CONFIG_NAME}: {name} is {found.get(name, 'missing')}, "
-            f"expected {expected.get(name, 'no such tensor')}; use files of one export"
-        )
-    model.load_state_dict(state)
+    with unchanged(Path(directory) / CONFIG_NAME, path):
+        config = load_config(directory)
+        found = {name: tensor.shape for name, tensor in read_header(path, FIX).items()}
+        model = ZeroModel(config)  # not larger than the weights: see load_config
+        state = model.state_dict()
+        expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if expected != found:
+            name = next(n for n in sorted(expected | found) if expected.get(n) != found.get(n))
+            raise ValueError(
+                f"{path} does not fit {CONFIG_NAME}: {name} is {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}; use files of one export"
+            )
+        for name, tensor in read_tensors(path, FIX):
+            check_values(name, tensor, path, FIX)
+            state[name].copy_(tensor)
     return model.eval()

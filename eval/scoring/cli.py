@@ -118,6 +118,10 @@ def shared_flags() -> dict[str, dict[str, Any]]:
             "action": "store_true",
             "help": "also write samples_<task>_<timestamp>.jsonl there",
         },
+        "--trust_remote_code": {
+            "action": "store_true",
+            "help": "run the Python code of a Hugging Face folder that brings its own (default: refuse it)",
+        },
         "--seed": {"type": int, "default": 1234, "help": "of everything drawn at random (default: 1234)"},
     }
 
@@ -195,7 +199,9 @@ def evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> None:
         for n in shots
     ]
     training_data = read_training_data(args.checkpoint)
-    scorer = Scorer.from_checkpoint(args.checkpoint, args.batch_size, args.num_processes)
+    scorer = Scorer.from_checkpoint(
+        args.checkpoint, args.batch_size, args.num_processes, args.trust_remote_code
+    )
     start = time.monotonic()
     try:
         if args.output_path is not None:

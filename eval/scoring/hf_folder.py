@@ -1,7 +1,7 @@
 """Any causal language model from a Hugging Face folder, with what a Scorer asks of a model.
 
 transformers is imported only where such a folder is loaded: scores of our own exports do not need it. Weights
-are read from safetensors only, and no code of the folder is run.
+are read from safetensors only, and code of the folder is run with --trust_remote_code alone.
 
 Shapes: B rows, T tokens of the longest row, V vocabulary.
 """
@@ -9,7 +9,8 @@ Shapes: B rows, T tokens of the longest row, V vocabulary.
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.schema import as_type
+from eval.scoring.hf_checks import check_folder, check_loaded, check_parameters, check_tokenizer, probe
 from eval.scoring.inference import Engine, GenerateJob, ScoreJob, choose, pad, score_value
 from model import RecurrenceConfig
+from model.hf.files import read_headers
+from model.weight_files import unchanged
 
 # lm-eval's names for the number of positions, and its default for a model without any of these.
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -80,13 +85,18 @@ class HFTokenizer:
 
 
 class HFModel(nn.Module):
-    """The network of transformers, and the config that a Scorer reads."""
+    """The network of transformers, and the config that a Scorer reads.
+
+    Raises:
+        ValueError: the ends of a text are no ids.
+    """
 
     def __init__(self, network: nn.Module, config: HFConfig) -> None:
         super().__init__()
         self.network, self.config = network, config
         self.accepts = set(inspect.signature(network.forward).parameters)
         ends = getattr(network.generation_config, "eos_token_id", None)
+        ends = as_type(int | list[int] | None, ends, "generation_config.json: eos_token_id")
         self.eos_ids = set(ends if isinstance(ends, list) else [ends])
 
     def forward(
@@ -159,23 +169,30 @@ class HFEngine(Engine):
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.startswith(TOKENIZER_FILES))
+    return sorted(p for p in folder.iterdir() if p.name.startswith(TOKENIZER_FILES) and p.is_file())
 
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether transformers wrote the folder's config.json; ours names no model_type."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False  # whatever it is, loading it as an export says what is wrong
     return isinstance(config, dict) and "model_type" in config
 
 
-def load_hf_engine(folder: Path, device: torch.device) -> HFEngine:
+def load_hf_engine(folder: Path, device: torch.device, trust_remote_code: bool = False) -> HFEngine:
     """The folder's network, in the dtype of its weights as in lm-eval, and its tokenizer.
 
-    On the meta device the network has no weights. Raises ValueError, in one line, without transformers and
-    for a folder that transformers cannot load as a causal language model.
+    On the meta device the network has no weights.
+
+    Args:
+        trust_remote_code: run the folder's own Python where it brings some; otherwise it is refused.
+
+    Raises:
+        ValueError, OSError: one line, without transformers and for a folder that transformers cannot load as
+            a causal language model; whose weights are not all there, not all used, not finite or quantized;
+            whose config.json describes a larger model; or whose tokenizer loses text.
     """
     try:
         import transformers
@@ -183,25 +200,69 @@ def load_hf_engine(folder: Path, device: torch.device) -> HFEngine:
         raise ValueError(f"{folder} is a Hugging Face folder: pip install transformers ({error})") from None
     if not _tokenizer_files(folder):  # for some kinds transformers would make an empty one
         raise ValueError(f"{folder} has no tokenizer files: save the tokenizer there with save_pretrained")
+    given = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with unchanged(*(path for path in folder.iterdir() if path.is_file())):
+        stored = read_headers(folder)
+        check_folder(folder, stored, trust_remote_code)
+        with _one_line(folder, trust_remote_code):
+            config = transformers.AutoConfig.from_pretrained(folder, **given)
+            with torch.device("meta"):
+                network = transformers.AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code
+                )
+        check_parameters(folder, network, stored)
+        with _one_line(folder, trust_remote_code):
+            if device.type != "meta":
+                # What does not fit is named by check_loaded, which refuses it.
+                loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    use_safetensors=True,
+                    dtype="auto",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **given,
+                )
+                network, info = loaded
+        if device.type != "meta":
+            check_loaded(folder, network, info)
+        with _one_line(folder, trust_remote_code):
+            if device.type != "meta":
+                with torch.inference_mode():  # fails here if config.json contradicts itself
+                    network(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **given)
+            back = probe(tokenizer)
+            known = _hf_config(network.config.get_text_config(), tokenizer)
+        check_tokenizer(folder, back)
+    model = HFModel(network.to(device), known)
+    return HFEngine(model, HFTokenizer(tokenizer, known.vocab_size, folder))  # type: ignore[arg-type]
+
+
+@contextmanager
+def _one_line(folder: Path, trust_remote_code: bool) -> Iterator[None]:
+    """Turns the many kinds of errors of transformers and its parsers into a ValueError of one line."""
     try:
-        if device.type == "meta":
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            with device:
-                network = transformers.AutoModelForCausalLM.from_config(config)
-        else:
-            network = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype="auto"
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and its parsers raise errors of many kinds
-        reason = " ".join(str(error).split())[:300]
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust code under tokenizers is no Exception
+        reason = " ".join(str(error).split())
+        fix = "save it there again with save_pretrained"
+        if "trust_remote_code" in reason and not trust_remote_code:
+            reason = "it needs Python code of its own, which is not run"
+            fix = "if you have read that code and trust it, give --trust_remote_code"
         raise ValueError(
             f"{folder}: transformers cannot load it as a causal language model"
-            f" ({type(error).__name__}: {reason}): save it there again with save_pretrained"
+            f" ({type(error).__name__}: {reason[:300]}): {fix}"
         ) from error
-    text = network.config.get_text_config()
+
+
+def _hf_config(text: Any, tokenizer: Any) -> HFConfig:
+    """From the config of the text model. Raises ValueError for impossible sizes."""
     lengths = [getattr(text, name) for name in LENGTHS if getattr(text, name, None)]
     if tokenizer.model_max_length < UNBOUNDED:
         lengths.append(tokenizer.model_max_length)
-    model = HFModel(network.to(device), HFConfig(text.vocab_size, (lengths or [DEFAULT_LENGTH])[0]))
-    return HFEngine(model, HFTokenizer(tokenizer, text.vocab_size, folder))  # type: ignore[arg-type]
+    sizes = {"vocab_size": text.vocab_size, "positions": (lengths or [DEFAULT_LENGTH])[0]}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 2:
+            raise ValueError(f"its {name} is {size!r}, not an integer of at least 2")
+    return HFConfig(sizes["vocab_size"], sizes["positions"])

@@ -70,12 +70,19 @@ class Scorer:
         self._steps: list[float] = []
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Path, batch_size: int = 16, num_processes: int = 1) -> "Scorer":
+    def from_checkpoint(
+        cls,
+        checkpoint: Path,
+        batch_size: int = 16,
+        num_processes: int = 1,
+        trust_remote_code: bool = False,
+    ) -> "Scorer":
         """Loads an exported folder (model.safetensors, config.json, tokenizer.model), or a Hugging Face one,
         on a GPU if any.
 
         With several processes each loads it, on a GPU of its own where there are as many; `close` ends them.
         Results equal those of one process, up to rounding that the number of threads may change.
+        A Hugging Face folder's own Python runs only with `trust_remote_code`.
         Raises ValueError or OSError, with a one-line message, if a file is missing, cut or does not fit.
         """
         if not checkpoint.is_dir():
@@ -83,10 +90,10 @@ class Scorer:
         if num_processes < 1:
             raise ValueError(f"num_processes is {num_processes}, at least 1 is needed")
         if num_processes == 1:
-            engine = load_engine(checkpoint)
+            engine = load_engine(checkpoint, trust_remote_code=trust_remote_code)
             return cls(engine.model, engine.tokenizer, batch_size)
         if is_hf_folder(checkpoint):
-            engine = load_hf_engine(checkpoint, torch.device("meta"))
+            engine = load_hf_engine(checkpoint, torch.device("meta"), trust_remote_code)
             model, tokenizer = engine.model, engine.tokenizer
         else:
             with torch.device("meta"):
@@ -94,7 +101,7 @@ class Scorer:
             tokenizer = Tokenizer(checkpoint / TOKENIZER_NAME)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         scorer = cls(model, tokenizer, batch_size, device=device)
-        scorer.workers = Workers(checkpoint, num_processes)
+        scorer.workers = Workers(checkpoint, num_processes, trust_remote_code)
         return scorer
 
     def close(self) -> None:

@@ -16,7 +16,8 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.hf_folder import is_hf_folder, load_hf_engine
 from eval.scoring.inference import Answer, Engine, Job
 from model import load_pretrained
-from model.export_files import TOKENIZER_NAME
+from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from model.weight_files import unchanged
 
 
 class Workers:
@@ -26,13 +27,14 @@ class Workers:
     if one died.
     """
 
-    def __init__(self, checkpoint: Path, num_processes: int) -> None:
+    def __init__(self, checkpoint: Path, num_processes: int, trust_remote_code: bool = False) -> None:
         spawn = multiprocessing.get_context("spawn")
         threads = max(1, torch.get_num_threads() // num_processes)
         self.processes, self.connections = [], list[Connection]()
         for number in range(num_processes):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(theirs, checkpoint, number, threads), daemon=True)
+            arguments = (theirs, checkpoint, number, threads, trust_remote_code)
+            process = spawn.Process(target=_work, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -89,12 +91,14 @@ class Workers:
             process.join()
 
 
-def _work(connection: Connection, checkpoint: Path, number: int, threads: int) -> None:
+def _work(
+    connection: Connection, checkpoint: Path, number: int, threads: int, trust_remote_code: bool
+) -> None:
     """The life of a process: loads the checkpoint, then computes what it is sent until the pipe ends."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the process that asks, and that this one
     try:
-        engine = load_engine(checkpoint, number)
+        engine = load_engine(checkpoint, number, trust_remote_code)
         connection.send(("ready", None))
         while True:
             connection.send(("answers", engine.run(connection.recv())))
@@ -104,10 +108,11 @@ def _work(connection: Connection, checkpoint: Path, number: int, threads: int) -
         connection.send(("error", str(error)))
 
 
-def load_engine(checkpoint: Path, number: int = 0) -> Engine:
+def load_engine(checkpoint: Path, number: int = 0, trust_remote_code: bool = False) -> Engine:
     """An exported or a Hugging Face folder, ready to compute, on GPU `number` (counted round) if any."""
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     if is_hf_folder(checkpoint):
-        return load_hf_engine(checkpoint, device)
-    return Engine(load_pretrained(checkpoint).to(device), Tokenizer(checkpoint / TOKENIZER_NAME))
+        return load_hf_engine(checkpoint, device, trust_remote_code)
+    with unchanged(*(checkpoint / name for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME))):
+        return Engine(load_pretrained(checkpoint).to(device), Tokenizer(checkpoint / TOKENIZER_NAME))

@@ -9,30 +9,38 @@ Shapes: E experts, D hidden, V vocabulary.
 
 import dataclasses
 import re
-import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.files import write_json
+from common.files import write_file, write_json
+from common.locks import FolderLock
+from common.schema import from_plain
 from model.config.model import ModelConfig, YarnConfig
-from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
+from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_object, save_weights
 from model.hf.dense import DENSE, import_dense
 from model.hf.files import (
+    FIX,
+    INDEX_NAME,
     MTP_NAME,
     check_config,
+    check_rope_keys,
+    read_fields,
+    read_headers,
     read_json,
     read_weights,
     rope_parameters,
-    save_tensors,
     take,
 )
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
 from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
+from model.weight_files import check_size, save_tensors
 
 OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for
 
@@ -129,32 +137,37 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: another kind of model, or one that this network does not compute.
     """
-    needed = (*_SHARED, "first_k_dense_replace")
-    check_config(values, "DeepseekV3", _FIXED, [name for name in needed if name not in _DEFAULTS])
+    kind = "DeepseekV3"
+    check_config(values, kind, _FIXED)
+    names = (*_SHARED, "first_k_dense_replace")
+    given = read_fields(values, kind, {name: name for name in names}, _DEFAULTS)
+    heads = given["num_attention_heads"]
+    if values.get("num_key_value_heads", heads) != heads:
+        raise ValueError(
+            f"config.json has num_key_value_heads={values['num_key_value_heads']!r}, but latent attention "
+            f"has as many as num_attention_heads={heads}; choose another checkpoint"
+        )
     if OWN_CONFIG in values:
+        if not isinstance(values[OWN_CONFIG], dict):
+            raise ValueError(f"config.json: {OWN_CONFIG}={values[OWN_CONFIG]!r} is not a section; delete it")
         own = ModelConfig.from_dict(values[OWN_CONFIG])
         written = hf_config(own)
-        for name in needed:
-            if values.get(name, _DEFAULTS.get(name)) != written[name]:
+        for name in names:
+            if given[name] != written[name]:
                 raise ValueError(
-                    f"config.json has {name}={values.get(name)!r}, but its section {OWN_CONFIG!r} says "
+                    f"config.json has {name}={given[name]!r}, but its section {OWN_CONFIG!r} says "
                     f"{written[name]!r}; delete the section or make them agree"
                 )
         return own
-    values = _DEFAULTS | values
     theta, yarn = _rope_from_hf(values)
-    return ModelConfig(
-        **{name: values[name] for name in _SHARED},
-        first_k_dense_replace=values["first_k_dense_replace"],
-        rope_theta=theta,
-        rope_scaling=yarn,
-    )
+    return ModelConfig.from_dict({**given, "rope_theta": theta, "rope_scaling": yarn})
 
 
 _DEFAULTS: dict[str, Any] = {"num_nextn_predict_layers": 0, "q_lora_rank": None, "initializer_range": 0.02}
 
 
-def _rope_from_hf(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
+def _rope_from_hf(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """Base, and the section rope_scaling."""
     theta, kind, rope = rope_parameters(values)
     if kind == "default":
         return theta, None
@@ -165,7 +178,8 @@ def _rope_from_hf(values: dict[str, Any]) -> tuple[float, YarnConfig | None]:
         raise ValueError(f"config.json scales positions by {what}; only yarn with {', '.join(known)} is read")
     # transformers' defaults for absent keys.
     absent: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-    return theta, YarnConfig(**(absent | rope))
+    check_rope_keys(rope, ("factor", "original_max_position_embeddings"))
+    return theta, dataclasses.asdict(from_plain(YarnConfig, absent | rope, "config.json: rope_scaling"))
 
 
 def to_hf(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,50 +263,81 @@ def _empty_shared_experts(config: ModelConfig, prefix: str, dtype: torch.dtype) 
 
 
 def export_folder(checkpoint: Path, out: Path) -> None:
-    """Writes the Hugging Face folder of an export/ folder; the weights come last.
+    """Writes the Hugging Face folder of an export/ folder; config.json, without which nothing reads the
+    folder, comes last.
 
     Raises:
-        ValueError, FileNotFoundError: see load_pretrained, hf_config and write_tokenizer.
+        ValueError, OSError: see load_pretrained, hf_config, write_tokenizer and _writing.
     """
     model = load_pretrained(checkpoint)
     values, tokenizer = hf_config(model.config), checkpoint / TOKENIZER_NAME
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"{tokenizer} is missing; export the checkpoint again")
     tensors = to_hf(model.config, model.state_dict())
     dtype = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
-    out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer, out / TOKENIZER_NAME)
-    write_tokenizer(tokenizer, out, model.config.max_position_embeddings)
-    write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype}, indent=2)
-    first_mtp = model.config.num_hidden_layers
-    beyond = {name for name in tensors if _layer_number(name) >= first_mtp}
-    if beyond:
-        save_tensors(out / MTP_NAME, {name: tensors[name] for name in beyond})
-    save_tensors(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
+    beyond = {name for name in tensors if _layer_number(name) >= model.config.num_hidden_layers}
+    with _writing(out, "a Hugging Face export", is_hf=True):
+        others = [INDEX_NAME] if beyond else [INDEX_NAME, MTP_NAME]
+        if stale := [name for name in others if (out / name).exists()]:
+            raise ValueError(f"{out} holds {stale[0]} of another model; delete it or choose another --out")
+        (out / CONFIG_NAME).unlink(missing_ok=True)
+        if tokenizer.is_file():
+            write_tokenizer(tokenizer, out, model.config.max_position_embeddings)
+            write_file(out / TOKENIZER_NAME, tokenizer.read_bytes())
+        else:
+            values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+            print(f"note: {checkpoint} has no {TOKENIZER_NAME}; {out} gets no tokenizer", file=sys.stderr)
+        if beyond:
+            save_tensors(out / MTP_NAME, {name: tensors[name] for name in beyond})
+        save_tensors(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
+        write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype}, indent=2)
 
 
 def import_folder(hf: Path, out: Path) -> None:
-    """Writes an export/ folder from a Hugging Face folder.
+    """Writes an export/ folder from a Hugging Face folder. None of its code is run, no pickled file is read.
 
     Raises:
-        ValueError, FileNotFoundError: a file is missing or damaged, or the model is of another kind.
+        ValueError, OSError: a file is missing or damaged, the model is of another kind, see also _writing.
     """
     values = read_json(hf / CONFIG_NAME)
-    kind = str(values.get("model_type", _FIXED["model_type"]))
+    kind = values.get("model_type", _FIXED["model_type"])
     if kind not in (_FIXED["model_type"], *DENSE):
         known = ", ".join((_FIXED["model_type"], *DENSE))
         raise ValueError(f"config.json has model_type={kind!r}; only {known} can be imported")
+    tokenizer: bytes | None
     if kind in DENSE:
-        import_dense(values, hf, out)
-        return
-    config = config_from_hf(values)
-    state = from_hf(config, read_weights(hf))
-    if (hf / TOKENIZER_NAME).is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(hf / TOKENIZER_NAME, out / TOKENIZER_NAME)
+        config, state, tokenizer = import_dense(values, hf)
     else:
-        print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one next to the weights", file=sys.stderr)
-    save_weights(out, config, state)
+        config = config_from_hf(values)
+        check_size(config, read_headers(hf), hf / CONFIG_NAME, FIX)
+        state = from_hf(config, dict(read_weights(hf)))
+        path = hf / TOKENIZER_NAME
+        tokenizer = path.read_bytes() if path.is_file() else None
+    with _writing(out, "an import", is_hf=False):
+        if tokenizer is None:
+            print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one next to the weights", file=sys.stderr)
+        else:
+            (out / CONFIG_NAME).unlink(missing_ok=True)
+            write_file(out / TOKENIZER_NAME, tokenizer)
+        save_weights(out, config, state)
+
+
+@contextmanager
+def _writing(out: Path, what: str, is_hf: bool) -> Iterator[None]:
+    """Holds the folder that a command writes.
+
+    Args:
+        is_hf: whether it is to be a Hugging Face folder.
+
+    Raises:
+        ValueError: another command writes there, or it already is a folder of the other kind, which would be
+            lost.
+    """
+    with FolderLock(out, what, "choose another --out"):
+        path = out / CONFIG_NAME
+        fix = "delete it or choose another --out"
+        if path.is_file() and ("model_type" in read_object(path, fix)) != is_hf:
+            other = "an export of ZeroModel" if is_hf else "a Hugging Face folder"
+            raise ValueError(f"{out} is {other}, whose files would be overwritten; choose another --out")
+        yield
 
 
 def _layer_number(name: str) -> int:

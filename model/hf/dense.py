@@ -7,6 +7,8 @@ embedding, and an untied head, get rows for the special tokens that special_toke
 Shapes: D hidden, V vocabulary.
 """
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import write_json
+from common.schema import as_type, from_plain
 from model.config.model import ModelConfig
-from model.export_files import TOKENIZER_NAME, save_weights
-from model.hf.files import check_config, read_weights, rope_parameters, take
+from model.config.rope import Llama3RopeConfig
+from model.export_files import CONFIG_NAME
+from model.hf.files import (
+    FIX,
+    check_config,
+    check_rope_keys,
+    read_fields,
+    read_headers,
+    read_weights,
+    rope_parameters,
+    take,
+)
 from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
 from model.transformer import ZeroModel
+from model.weight_files import check_size
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NOISE_SEED = 0
@@ -39,7 +52,32 @@ _GPT2_LAYER = {
     "mlp.c_fc": "mlp.up_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
+_GPT2_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "initializer_range": "initializer_range",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+_GPT2_DEFAULTS: dict[str, Any] = {
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
 _LLAMA_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_LLAMA_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_LLAMA_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "num_key_value_heads": None,
+    "head_dim": None,
+}
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def gpt2_config(values: dict[str, Any]) -> ModelConfig:
@@ -50,24 +88,21 @@ def gpt2_config(values: dict[str, Any]) -> ModelConfig:
     """
     if values.get("activation_function") == "gelu_pytorch_tanh":  # the same function
         values = {**values, "activation_function": "gelu_new"}
-    needed = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
-    check_config(values, "GPT-2", _GPT2_FIXED, needed)
-    return ModelConfig(
-        vocab_size=values["vocab_size"],
-        hidden_size=values["n_embd"],
-        num_hidden_layers=values["n_layer"],
-        max_position_embeddings=values["n_positions"],
-        initializer_range=values.get("initializer_range", 0.02),
-        norm="layer_norm",
-        rms_norm_eps=values.get("layer_norm_epsilon", 1e-5),
-        position_embedding="learned",
-        tie_word_embeddings=values.get("tie_word_embeddings", True),
-        use_bias=True,
-        num_attention_heads=values["n_head"],
-        use_mla=False,
-        use_moe=False,
-        hidden_act="gelu",
-        intermediate_size=values.get("n_inner") or 4 * values["n_embd"],
+    kind = "GPT-2"
+    check_config(values, kind, _GPT2_FIXED)
+    given = read_fields(values, kind, _GPT2_NAMES, _GPT2_DEFAULTS)
+    inner = as_type(int | None, values.get("n_inner"), "config.json: n_inner")
+    return ModelConfig.from_dict(
+        {
+            **given,
+            "norm": "layer_norm",
+            "position_embedding": "learned",
+            "use_bias": True,
+            "use_mla": False,
+            "use_moe": False,
+            "hidden_act": "gelu",
+            "intermediate_size": 4 * given["hidden_size"] if inner is None else inner,
+        }
     )
 
 
@@ -77,25 +112,19 @@ def llama_config(values: dict[str, Any]) -> ModelConfig:
     Raises:
         ValueError: a size is missing, or this network does not compute this model.
     """
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    check_config(values, "Llama", _LLAMA_FIXED, needed)
-    theta, kind, rope = rope_parameters(values)
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json scales positions by rope_type={kind!r}; only llama3 is read")
+    kind = "Llama"
+    check_config(values, kind, _LLAMA_FIXED)
+    names = (*_LLAMA_SIZES, *_LLAMA_DEFAULTS)
+    given = read_fields(values, kind, {name: name for name in names}, _LLAMA_DEFAULTS)
+    theta, rope_type, rope = rope_parameters(values)
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(f"config.json scales positions by rope_type={rope_type!r}; only llama3 is read")
+    scaling = None
+    if rope_type == "llama3":
+        check_rope_keys(rope, _LLAMA3_KEYS)
+        scaling = dataclasses.asdict(from_plain(Llama3RopeConfig, rope, "config.json: rope_scaling"))
     return ModelConfig.from_dict(
-        {
-            **{name: values[name] for name in needed},
-            "max_position_embeddings": values.get("max_position_embeddings", 2048),
-            "initializer_range": values.get("initializer_range", 0.02),
-            "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
-            "rope_theta": theta,
-            "rope_scaling": {"rope_type": kind, **rope} if kind == "llama3" else None,
-            "tie_word_embeddings": values.get("tie_word_embeddings", False),
-            "num_key_value_heads": values.get("num_key_value_heads"),
-            "head_dim": values.get("head_dim"),
-            "use_mla": False,
-            "use_moe": False,
-        }
+        {**given, "rope_theta": theta, "rope_scaling": scaling, "use_mla": False, "use_moe": False}
     )
 
 
@@ -181,8 +210,8 @@ DENSE: dict[str, Importer] = {  # by model_type
 }
 
 
-def import_dense(values: dict[str, Any], hf: Path, out: Path) -> None:
-    """Writes an export/ folder, the tokenizer first.
+def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[str, Tensor], bytes]:
+    """Config, state and the content of the tokenizer file of an export/ folder.
 
     Args:
         values: config.json, of a model_type in DENSE.
@@ -192,12 +221,11 @@ def import_dense(values: dict[str, Any], hf: Path, out: Path) -> None:
     """
     read_config, read_state = DENSE[values["model_type"]]
     config = read_config(values)
+    check_size(config, read_headers(hf), hf / CONFIG_NAME, FIX)
     tokenizer, tokens = add_special_tokens(hf, values)
-    state = read_state(config, read_weights(hf))
+    state = read_state(config, dict(read_weights(hf)))
     for name in (EMBEDDING, HEAD):
         if name in state:
             state[name] = with_rows(state[name], tokens)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / TOKENIZER_NAME, tokenizer, indent=2)
-    grown = {**config.to_dict(), "vocab_size": tokens.ids[VOCAB_SIZE]}
-    save_weights(out, ModelConfig.from_dict(grown), state)
+    grown = ModelConfig.from_dict({**config.to_dict(), "vocab_size": tokens.ids[VOCAB_SIZE]})
+    return grown, state, (json.dumps(tokenizer, indent=2) + "\n").encode()

@@ -7,7 +7,8 @@ which task; data_pipeline/tokenization/json_tokenizer.py reads it.
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.hf.files import read_json
+from common.schema import as_type
+from model.hf.files import FIX, read_json
 
 SECTION = "zeromodel"  # key of the file
 VOCAB_SIZE = "vocab_size"
@@ -38,14 +39,26 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
             ".save_pretrained(DIR)"
         )
     tokenizer = read_json(path)
-    model = tokenizer.get("model") or {}
+    model = as_type(dict[str, Any], tokenizer.get("model"), f"{path}: model")
     kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's file of 2020 has no type
     if kind != "BPE":
         raise ValueError(f"{path} holds a tokenizer of type {kind!r}; only BPE is read")
-    listed = list(tokenizer.get("added_tokens") or [])
-    special = {token["content"]: int(token["id"]) for token in listed if token["special"]}
-    vocabulary = model["vocab"] | {token["content"]: int(token["id"]) for token in listed}
-    known = size = max(vocabulary.values()) + 1
+    vocabulary = as_type(dict[str, int], model.get("vocab"), f"{path}: model.vocab")
+    listed = as_type(list[dict[str, Any]], tokenizer.get("added_tokens") or [], f"{path}: added_tokens")
+    special: dict[str, int] = {}
+    for number, token in enumerate(listed):
+        where = f"{path}: added_tokens[{number}]"
+        content, token_id, is_special = (
+            as_type(hint, token.get(key), f"{where}.{key}")
+            for key, hint in (("content", str), ("id", int), ("special", bool))
+        )
+        vocabulary[content] = token_id
+        if is_special:
+            special[content] = token_id
+    numbers = set(vocabulary.values())
+    if not numbers or min(numbers) < 0 or len(numbers) < len(vocabulary):
+        raise ValueError(f"{path} has no tokens, ids below 0, or two tokens of one id; {FIX}")
+    known = size = max(numbers) + 1
     if known > values["vocab_size"]:
         raise ValueError(
             f"{path} has {known} tokens, but config.json has vocab_size={values['vocab_size']}; use files of "
@@ -71,11 +84,14 @@ def _document_ends(hf: Path, values: dict[str, Any], special: dict[str, int]) ->
     path, found = hf / "tokenizer_config.json", dict[str, int | None]()
     named = read_json(path) if path.is_file() else {}
     for end in ("bos", "eos"):
-        token, number = named.get(f"{end}_token"), values.get(f"{end}_token_id")
+        key = f"{end}_token"
+        token = as_type(str | dict[str, Any] | None, named.get(key), f"{path}: {key}")
         if token is None:
-            found[end] = number[0] if isinstance(number, list) else number
+            number = as_type(int | list[int] | None, values.get(f"{key}_id"), f"config.json: {key}_id")
+            found[end] = next(iter(number), None) if isinstance(number, list) else number
         else:
-            found[end] = special.get(token["content"] if isinstance(token, dict) else token)
+            content = token.get("content") if isinstance(token, dict) else token
+            found[end] = special.get(as_type(str, content, f"{path}: {key}.content"))
     eos = found["eos"]
     bos = eos if found["bos"] is None else found["bos"]
     if bos is None or eos is None or not {bos, eos} <= set(special.values()):

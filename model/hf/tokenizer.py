@@ -7,10 +7,13 @@ byte, `<0x41>`, as that byte if the tokenizer does not know one of its character
 
 import itertools
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from common.files import write_file, write_json
 
 PAD_TOKEN_ID, UNK_TOKEN_ID, BOS_TOKEN_ID, EOS_TOKEN_ID = 0, 1, 2, 3
 META_SPACE = "\u2581"
@@ -24,7 +27,8 @@ def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json for a sentencepiece tokenizer.model.
 
     Raises:
-        ValueError: the file is not a sentencepiece model, or not a kind that data_pipeline trains.
+        ValueError: the file is not a sentencepiece model of data_pipeline, or one that loses text.
+        OSError: see common.files.replacing.
     """
     pieces, model_type = _read_sentencepiece(model)
     leading = itertools.takewhile(lambda piece: piece[2] in (_CONTROL, _UNKNOWN), pieces)
@@ -76,8 +80,8 @@ def write_tokenizer(model: Path, out: Path, max_length: int) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    (out / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False))
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_file(out / "tokenizer.json", json.dumps(values, ensure_ascii=False).encode())
+    write_json(out / "tokenizer_config.json", settings, indent=2)
 
 
 def _unigram(vocabulary: list[str], scores: list[float]) -> dict[str, Any]:
@@ -107,20 +111,60 @@ def _bpe(vocabulary: list[str], scores: list[float], num_control: int) -> dict[s
 
 def _read_sentencepiece(path: Path) -> tuple[list[tuple[str, float, int]], int]:
     """(piece, score, type) of every piece, and the model type, of a sentencepiece ModelProto."""
-    pieces, model_type = [], _UNIGRAM
+    content = path.read_bytes()
+    if content[:1] == b"{":
+        raise ValueError(
+            f"{path} is a tokenizer.json, and only sentencepiece tokenizers of data_pipeline are exported; "
+            "move it out of the folder to export without a tokenizer"
+        )
+    pieces = list[tuple[str, float, int]]()
+    trainer, normalizer = dict[int, Any](), dict[int, Any]()
     try:
-        for number, value in _fields(path.read_bytes()):
+        for number, value in _fields(content):
             if number == 1:  # ModelProto.pieces: 1 piece, 2 score, 3 type
                 parts = dict(_fields(value))
                 score = struct.unpack("<f", parts[2])[0]
                 pieces.append((parts[1].decode(), score, parts.get(3, _NORMAL)))
-            elif number == 2:  # ModelProto.trainer_spec: 3 model_type
-                model_type = dict(_fields(value)).get(3, _UNIGRAM)
+            elif number == 2:  # ModelProto.trainer_spec
+                trainer |= dict(_fields(value))
+            elif number == 3:  # ModelProto.normalizer_spec
+                normalizer |= dict(_fields(value))
     except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error, AttributeError):
         raise ValueError(f"{path} is not a sentencepiece model; export the checkpoint again") from None
+    model_type = trainer.get(3, _UNIGRAM)
     if len(pieces) <= NUM_CONTROL_TOKENS or model_type not in (_UNIGRAM, _BPE):
         raise ValueError(f"{path} is not a unigram or BPE model with pieces; train it with data_pipeline")
+    if odd := _what_loses_text(pieces, trainer, normalizer):
+        raise ValueError(f"{path} {odd}, so that texts do not come back whole; train it with data_pipeline")
     return pieces, model_type
+
+
+def _what_loses_text(
+    pieces: list[tuple[str, float, int]], trainer: dict[int, Any], normalizer: dict[int, Any]
+) -> str | None:
+    """What of a sentencepiece model changes texts, or gives other ids here than there; None: nothing.
+
+    Fields and their defaults follow sentencepiece_model.proto.
+    """
+    names = {piece for piece, _, _ in pieces}
+    kinds = [kind for _, _, kind in pieces]
+    leading = [_CONTROL, _UNKNOWN, _CONTROL, _CONTROL]
+    bytes_ = {piece for piece, _, kind in pieces if kind == _BYTE}
+    problems = (
+        (not trainer.get(35, 0), "has no byte_fallback"),
+        (bytes_ != {f"<0x{byte:02X}>" for byte in range(256)}, "lacks pieces of bytes"),
+        (bool(trainer.get(24, 0)), "has treat_whitespace_as_suffix"),
+        (normalizer.get(1, b"") not in (b"", b"identity"), "has another normalization rule than identity"),
+        (bool(normalizer.get(2, b"")), "has normalization rules of its own"),
+        (bool(normalizer.get(3, 1)), "has add_dummy_prefix"),
+        (bool(normalizer.get(4, 1)), "has remove_extra_whitespaces"),
+        (not normalizer.get(5, 1), "has escape_whitespaces=false"),
+        (kinds[:NUM_CONTROL_TOKENS] != leading, "has other pieces than <pad>, <unk>, <s>, </s> first"),
+        (not set(kinds) <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE}, "has pieces of users or unused ones"),
+        (len(names) < len(pieces), "has the same piece twice"),
+        (not all(math.isfinite(score) for _, score, _ in pieces), "has a score that is not finite"),
+    )
+    return next((what for wrong, what in problems if wrong), None)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:

@@ -163,7 +163,7 @@ def damaged(folder: Path, name: str) -> str:
     if name == "cut weights":
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        return "SafetensorError"
+        return "model.safetensors is damaged"
     if name == "no tokenizer":
         for path in folder.glob("tokenizer*"):
             path.unlink()

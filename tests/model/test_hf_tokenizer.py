@@ -1,9 +1,12 @@
 """The exported tokenizer gives the same ids as data_pipeline's, and loses nothing."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -103,3 +106,44 @@ def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(ValueError, match="is not a"):
         write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 8)
+
+
+LOSSY: list[tuple[dict[str, Any], str]] = [
+    ({"byte_fallback": False}, "has no byte_fallback"),
+    ({"normalization_rule_name": "nmt_nfkc"}, "has another normalization rule than identity"),
+    ({"add_dummy_prefix": True}, "has add_dummy_prefix"),
+    ({"remove_extra_whitespaces": True}, "has remove_extra_whitespaces"),
+    ({"treat_whitespace_as_suffix": True}, "has treat_whitespace_as_suffix"),
+    ({"user_defined_symbols": ["cat"]}, "has pieces of users"),
+    ({"pad_id": -1}, "has other pieces than <pad>, <unk>, <s>, </s> first"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), LOSSY)
+def test_a_tokenizer_that_loses_text_is_not_exported(options, message, tmp_path):
+    model = io.BytesIO()
+    whole = {
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "pad_id": 0,
+        "unk_id": 1,
+        "bos_id": 2,
+        "eos_id": 3,
+    }
+    texts = iter(["the cat sat on the mat"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts, model_writer=model, vocab_size=300, hard_vocab_limit=False, minloglevel=2,
+        **whole | options,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match=f"{message}.*, so that texts do not come back whole"):
+        write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 1024)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+
+
+def test_a_tokenizer_of_another_library_is_not_taken_for_a_damaged_one(tmp_path):
+    (tmp_path / "tokenizer.model").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match=r"is a tokenizer.json, .* move it out of the folder to export"):
+        write_tokenizer(tmp_path / "tokenizer.model", tmp_path, 1024)

@@ -23,6 +23,9 @@ def test_damage_is_named_in_one_line(build, tmp_path):
     build().save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     values, whole = json.loads(config.read_text()), weights.read_bytes()
+    config.write_text(json.dumps({**values, "hidden_size": 96}))
+    with pytest.raises(ValueError, match="describes a model of .* parameters, but its weights have only"):
+        load_pretrained(tmp_path)
     config.write_text(json.dumps({**values, "hidden_size": 48}))
     with pytest.raises(ValueError, match="does not fit config.json: .* expected"):
         load_pretrained(tmp_path)
