@@ -72,8 +72,8 @@ class Section:
 
 
 def printable(text: str) -> str:
-    """`text` in one line that terminals, pages and fonts can show: foreign text may hold control characters."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """`text` in one line that terminals, pages and fonts can show: without control characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
 
 
 def plain(text: str) -> str:

@@ -1,8 +1,8 @@
 """The results files of a folder, in the order in which they were written: each says so itself.
 
-A results file is `results_<timestamp>.json`; the samples file of a task beside it has the same timestamp. Names
-hold local time, which a clock that is set back repeats, so that they order nothing: a file's key `written` holds
-a number above that of every file that was there, and the time with its zone.
+A results file is `results_<timestamp>.json`; the samples file of a task beside it has the same timestamp.
+Names hold local time, which a clock that is set back repeats, so that they order nothing: a file's key
+`written` holds a number above that of every file that was there, and the time with its zone.
 """
 
 import json
@@ -57,7 +57,7 @@ def _stamp(results: Path) -> str:
 
 
 def _order(path: Path) -> tuple[int, float, str]:
-    """Number, seconds and name; a damaged file counts as one without a number: its readers say what is wrong."""
+    """Number, seconds and name; a damaged file has number 0, and its readers say what is wrong."""
     try:
         written = json.loads(path.read_bytes())[WRITTEN]
         number, at = written["number"], datetime.fromisoformat(written["at"]).timestamp()

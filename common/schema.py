@@ -1,7 +1,7 @@
 """Plain values from a file, JSON or YAML, as a dataclass: the one place where their types are checked."""
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -106,7 +106,7 @@ def _as_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, where: str
 
 def _fits(hint: Any, value: Any) -> bool:
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
     return type(value) is hint
 
 

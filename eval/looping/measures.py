@@ -96,7 +96,8 @@ class MeasureJob(NamedTuple):
         loss = F.cross_entropy(logits, targets, reduction="none")
         if not loss.isfinite().all():
             raise ValueError(
-                f"at {self.num_steps} steps the model gives a cross-entropy of {loss.max().item()}: {OVERFLOW}"
+                f"at {self.num_steps} steps the model gives a cross-entropy of {loss.max().item()}:"
+                f" {OVERFLOW}"
             )
         value: dict[str, Any] = {
             "predictions": [chosen.tolist() for chosen in logits.argmax(-1).split(batch.counts)],

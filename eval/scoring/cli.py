@@ -191,7 +191,7 @@ def main(task: EvaluationTask, description: str | None) -> None:
 def evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> None:
     """Reads all data, loads the model once, runs the tasks at all shots and depths, prints and writes.
 
-    Raises ValueError or OSError for a user's mistake. A signal that stops it is one line, see interruption.py.
+    Raises ValueError or OSError for a user's mistake. A signal ends it with one line, see interruption.py.
     """
     if args.log_samples and args.output_path is None:
         raise ValueError("--log_samples needs --output_path, the folder to write them to")
@@ -215,7 +215,8 @@ def _evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace, kept: K
     finished = False
     try:
         if args.output_path is not None:
-            journal = scorer.journal = Journal.open(args.output_path, fingerprint(tasks, args, scorer))
+            journal = Journal.open(args.output_path, fingerprint(tasks, args, scorer))
+            scorer.journal = journal
             kept.text = lambda: journal.kept
         results = run_at_depths(scorer, loaded, options.num_steps, several_shots=len(shots) > 1)
         config = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
@@ -246,10 +247,8 @@ def _own_flags(task: EvaluationTask, given: dict[str, Any]) -> dict[str, Any]:
     return {_name(flag): given[_name(flag)] for flag in task.flags if _name(flag) in given}
 
 
-def fingerprint(
-    tasks: Sequence[EvaluationTask], args: argparse.Namespace, scorer: Scorer
-) -> dict[str, Any]:
-    """What the journal of an evaluation must match to be resumed: all that rounds an answer, and what was asked.
+def fingerprint(tasks: Sequence[EvaluationTask], args: argparse.Namespace, scorer: Scorer) -> dict[str, Any]:
+    """What the journal of an evaluation must match to be resumed: all that an answer's last bit depends on.
 
     Tasks and own flags are in it, so that other calls may use the folder at the same time, as the jobs of a
     SLURM array do.

@@ -367,10 +367,11 @@ def with_halting(model: ZeroModel, **changes: Any) -> ZeroModel:
 
 
 def require_finite(logits: Tensor) -> None:
-    """Raises ValueError if one of the distributions of logits (..., V) is none: -inf alone may be among them."""
+    """Raises ValueError if one of the logits (..., V) is NaN or +inf, or all of one distribution are -inf."""
     highest = logits.amax(-1)  # NaN where one is
     if not highest.isfinite().all():
-        raise ValueError(f"the model gives a logit of {highest[~highest.isfinite()][0].item()}: {OVERFLOW}")
+        wrong = highest[~highest.isfinite()][0].item()
+        raise ValueError(f"the model gives a logit of {wrong}: {OVERFLOW}")
 
 
 @contextmanager

@@ -220,12 +220,14 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 
 def _require_finite(value: Any) -> None:
     if place := next(_not_finite(value), None):
-        raise ValueError(f"{place} is not a finite number, and is not written as one: check the model's weights")
+        raise ValueError(
+            f"{place} is not a finite number, and is not written as one: check the model's weights"
+        )
 
 
 def _not_finite(value: Any, place: str = "") -> Iterator[str]:
     """`results > arc_easy > acc,none = nan` of each number that is not finite."""
-    items = value.items() if isinstance(value, Mapping) else ()
+    items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else ()
     if isinstance(value, list | tuple):
         items = enumerate(value)
     for key, item in items:
