@@ -200,7 +200,7 @@ def level_scores(report: dict[str, Any]) -> dict[str, dict[str, Score]]:
         for table, keys in ((metrics, LEVEL_METRICS), (report["baselines"][task], LEVEL_GUESSES)):
             for key in keys:
                 if key not in table:
-                    raise ValueError(f"a results file lacks {key} of {task}: run eval/causal_loop.py again")
+                    raise ValueError(f"lacks {key} of {task}: run eval/causal_loop.py again")
         scores = {}
         for name in ("trace", "direct"):
             stderr = metrics[f"exact_match_stderr,{name}"]
@@ -211,8 +211,14 @@ def level_scores(report: dict[str, Any]) -> dict[str, dict[str, Score]]:
 
 
 def newest_causal_loop(reports: dict[Path, dict[str, Any]]) -> Path | None:
-    """The newest results file, the last, that has causal-loop levels."""
-    return next((path for path, report in reversed(reports.items()) if level_scores(report)), None)
+    """The newest results file, the last, that has causal-loop levels. Raises ValueError for a damaged one."""
+    for path, report in reversed(reports.items()):
+        try:
+            if level_scores(report):
+                return path
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+    return None
 
 
 def level_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -32,7 +32,7 @@ class _Step:
 @dataclass(frozen=True)
 class _Guess:
     value: float
-    stderr: float | None = None
+    stderr: float | None
 
 
 @dataclass(frozen=True)
