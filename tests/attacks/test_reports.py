@@ -32,7 +32,7 @@ from ..eval.test_report_runs import babi, entry, results_file
 from ..eval.test_report_thoughts import COT, OWN, write_results
 from .mutations import byte_mutations, config_mutations, paths
 
-FAST_OR_ALL = [pytest.param(10, id="fast"), pytest.param(400, id="all", marks=pytest.mark.slow)]
+FAST_OR_ALL = [pytest.param(10, id="fast"), pytest.param(150, id="all", marks=pytest.mark.slow)]
 EVIL = (
     "<script>x</script>[l](javascript:alert)![i](http://e.x/i.png)<http://e.x>"
     "&amp;&#60;b&#62;`c`*e*|$x^$_\n# h"
