@@ -1,5 +1,6 @@
 """Evaluation under attack: hostile data, models that overflow, full disks, signals, damaged files, flags."""
 
+import errno
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from eval import causal_loop, gsm8k, gsm8k_cot, hendrycks_math
 from eval import run as evaluation
 from eval.looping.measures import PathJob, encode_rows
 from eval.looping.tasks import TASKS as LABELLED
+from eval.scoring import cli
 from eval.scoring.cli import make_parser
 from eval.scoring.core import Scorer
 from eval.scoring.inference import Answer
@@ -470,3 +473,48 @@ def test_a_signal_is_one_line_that_says_what_is_kept(command, tmp_path, monkeypa
         command(*flags)
         assert "2 answers of an interrupted evaluation are reused" in capsys.readouterr().out
         assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_full_disk_at_the_end_says_what_is_kept(command, tmp_path, monkeypatch, capsys):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device (0 bytes free)", "results.json")
+
+    flags = ["--tasks", "arc_easy", "--output_path", tmp_path]
+    monkeypatch.setattr(cli, "write_report", full)
+    with pytest.raises(SystemExit):
+        command(*flags)
+    said = (
+        r"error: results.json: No space left on device \(0 bytes free\); 2 answers are kept in .*, the same"
+    )
+    assert re.search(said, capsys.readouterr().err)
+    monkeypatch.undo()
+    command(*flags)
+    assert "2 answers of an interrupted evaluation are reused" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_all_processes(checkpoint, data, tmp_path, number):
+    """Those of --num_processes too; after SIGKILL they end with the batch that they compute."""
+    flags = ["--checkpoint", checkpoint, "--tasks", "causal_loop", "--limit", 200]
+    flags += ["--batch_size", 1, "--num_processes", 2]
+    command = [
+        sys.executable,
+        cli.__file__.replace("scoring/cli.py", "run.py"),
+        *flags,
+        "--output_path",
+        tmp_path,
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    process = subprocess.Popen(
+        list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    )
+    while sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("unfinished_*.jsonl")) < 4:
+        assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate()  # waits for all that hold the pipe: the processes too
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    if number != signal.SIGKILL:
+        lines = [line for line in re.split("[\r\n]", error) if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert f"stopped by {number.name}: " in lines[0]
