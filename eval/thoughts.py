@@ -89,10 +89,10 @@ def counts(text: str) -> list[int]:
 
 
 def tolerance(text: str) -> float:
-    """An argparse type: a finite number from 0."""
+    """An argparse type: a finite number."""
     value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"is {text}, a number from 0 is needed: 0.01")
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"is {text}, a finite number is needed: 0.01")
     return value
 
 

@@ -58,7 +58,7 @@ class Journal:
             if other != path:
                 print(f"{other} belongs to another checkpoint or command: not used, delete it if stale")
         fix = "choose another --output_path"
-        lock = FolderLock(folder, "an evaluation of the same settings", fix, name=f"{path.name}.lock")
+        lock = FolderLock(folder, "an evaluation of the same settings", fix, name=f".{path.name}.lock")
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
         lines = file.readall().split(b"\n")[:-1]  # what follows the last line's end is torn
         file.seek(sum(len(line) + 1 for line in lines))
