@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -70,9 +71,14 @@ class Section:
         return not self.blocks and all(part.empty for part in self.parts)
 
 
+def printable(text: str) -> str:
+    """`text` in one line that terminals, pages and fonts can show: without control characters."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\ufffd" for c in text)
+
+
 def plain(text: str) -> str:
-    """Markdown that shows `text` as it is."""
-    return _SPECIAL.sub(r"\\\1", text)
+    """Inline Markdown that shows `text` as it is, in one line."""
+    return _SPECIAL.sub(r"\\\1", printable(text))
 
 
 def to_markdown(title: str, opening: str, sections: Sequence[Section], folder: Path) -> str:
@@ -99,9 +105,10 @@ def _markdown_block(block: Block, folder: Path) -> list[str]:
         return table_lines(block)
     if isinstance(block, Picture):
         assert isinstance(block.image, Path)
-        return [f"![{block.description}]({block.image.relative_to(folder).as_posix()})"]
+        return [f"![{plain(block.description)}]({quote(block.image.relative_to(folder).as_posix())})"]
     if isinstance(block, Code):
-        return [f"```{block.kind}", *block.text.split("\n"), "```"]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+        return [f"{fence}{block.kind}", *block.text.split("\n"), fence]
     return [block.text if isinstance(block, Note) else block]
 
 

@@ -187,7 +187,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if hint == Measured:
         return type(value) is float or _fits(float, value)
     if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN
     return type(value) is hint
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline.tasks.causal_loop import LEVELS, Sample, generate, majority_answer, one_step_answer
-from eval.scoring.cli import main, positive_integer
+from eval.scoring.cli import main, positive_integer, problem_depth_list
 from eval.scoring.core import Score, Scorer, mean_score
 from eval.scoring.generation import Ballot, sample_votes, values_of
 from eval.scoring.results import TaskResult, taken
@@ -131,10 +131,6 @@ def _steps_of(samples: Sequence[Sample], level: int, counted: dict[str, Any]) ->
     return [steps for sample, steps in zip(asked, counted["steps"], strict=False) if sample.level == level]
 
 
-def _levels(text: str) -> list[int]:
-    return [int(level) for level in text.split(",")]
-
-
 TASK = EvaluationTask(
     "causal_loop",
     load,
@@ -146,7 +142,7 @@ TASK = EvaluationTask(
             "help": f"per level (default: {NUM_SAMPLES})",
         },
         "--levels": {
-            "type": _levels,
+            "type": problem_depth_list,
             "default": list(LEVELS),
             "metavar": "1,2,..",
             "help": "default: 1,2,3,4",

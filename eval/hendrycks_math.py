@@ -184,7 +184,10 @@ def _as_fraction(text: str) -> str | None:
         return text
     if not all(re.fullmatch(r"[+-]?\d+(_\d+)*", part) for part in parts):
         return None
-    numerator, denominator = (int(part) for part in parts)
+    try:
+        numerator, denominator = (int(part) for part in parts)
+    except ValueError:  # more digits than Python reads (4300): lm-eval's rules fail there too
+        return None
     if text != f"{numerator}/{denominator}":
         return text
     return f"\\frac{{{numerator}}}{{{denominator}}}"

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import user_errors
+from common.files import write_file
+from common.locks import FolderLock
 from common.pages import Block, Code, Note, Section, Table, plain, to_page
+from common.result_files import samples_file
 from eval.reports.comparisons import losses_figure
 from eval.reports.figures import accuracy_figure, expert_load_figure, loss_figure, picture, series
-from eval.reports.runs import Run, read_json_lines, read_runs
+from eval.reports.files import read_traces
+from eval.reports.runs import Run, read_runs
 from eval.reports.scores import (
     against_published,
     by_depth,
@@ -30,12 +34,14 @@ from eval.reports.scores import (
     votes_against_steps,
 )
 from eval.reports.thoughts import thoughts_section
-from eval.scoring.cli import USER_ERRORS, Parser
+from eval.scoring.cli import USER_ERRORS, Parser, show_any_text
 from eval.scoring.core import Score
 from eval.scoring.results import TABLE_HEADER, format_table, table_rows
 from model.counts import num_parameters
 
 LEVEL = re.compile(r"causal_loop_level(\d+)")
+LEVEL_METRICS = ("exact_match,trace", "exact_match,direct")
+LEVEL_GUESSES = ("majority", "one_step")
 LEVEL_HEADER = ("level", "n", "with trace", "without trace", "majority", "one step")
 BUDGET_KEYS = ("max_steps", "global_batch_size", "sequence_length", "seed")  # looked for in config.yaml
 RUN_HEADER = (
@@ -59,7 +65,7 @@ def build_page(runs: Sequence[Run]) -> str:
     losses = {run.name: run.steps for run in runs if run.steps}
     rows = [tuple(plain(cell) for cell in run_row(run)) for run in runs]
     sections = [
-        Section("Runs", [Table(RUN_HEADER, rows)]),
+        Section("Runs", [Table(RUN_HEADER, rows), *(note for run in runs for note in problem_notes(run))]),
         Section("Loss", [picture(losses_figure(losses), "losses against tokens")] if losses else []),
         Section("Scores", score_table(runs)),
         *score_sections(runs),
@@ -68,13 +74,17 @@ def build_page(runs: Sequence[Run]) -> str:
     return to_page(", ".join(plain(run.name) for run in runs), "ZeroModel report", sections)
 
 
+def problem_notes(run: Run) -> list[Block]:
+    return [Note(plain(problem), missing=True) for problem in run.problems]
+
+
 def one_run(run: Run, folder: Path) -> list[Section]:
     return [
         Section("Run", run_section(run, folder)),
         Section("Loss", loss_section(run.steps)),
         Section("Expert load", expert_section(run.steps)),
         Section("Causal-loop accuracy", accuracy_section(run.reports)),
-        traces_section("Sample traces", folder),
+        traces_section("Sample traces", run.reports),
         *score_sections([run], drawn=("causal_loop",)),
         results_section("All results", run.reports),
     ]
@@ -94,6 +104,10 @@ def score_sections(runs: Sequence[Run], drawn: Sequence[str] = ()) -> list[Secti
     ]
 
 
+def counted(size: int | None) -> str:
+    return "–" if size is None else f"{size:,}"
+
+
 def run_row(run: Run) -> tuple[str, ...]:
     """The row under RUN_HEADER; a dash where a value is unknown."""
 
@@ -107,7 +121,7 @@ def run_row(run: Run) -> tuple[str, ...]:
     said = [report["config"].get("decontamination") for report in run.reports.values()]
     return (
         run.name,
-        *("–" if size is None else f"{size:,}" for size in sizes),
+        *map(counted, sizes),
         last("step", ",d"),
         last("tokens", ",d"),
         last("loss", ".4f"),
@@ -119,22 +133,22 @@ def run_row(run: Run) -> tuple[str, ...]:
 def run_section(run: Run, folder: Path) -> list[Block]:
     """Sizes from the exported config, budget from the resolved config, progress from the metrics."""
     rows: list[tuple[str, str]] = []
-    notes: list[Block] = []
+    notes = problem_notes(run)
     config_path, metrics, config = folder / "config.yaml", run.steps, run.model
     if config is not None:
         rows += [
             ("parameters", f"{num_parameters(config):,}"),
             ("parameters active per token", f"{num_parameters(config, active=True):,}"),
-            ("parameters, loops unrolled", f"{run.unrolled_parameters():,}"),
+            ("parameters, loops unrolled", counted(run.unrolled_parameters())),
             ("recurrence", f"{config.recurrence.placement}, {config.recurrence.num_steps} steps"),
         ]
     else:
         notes.append(Note(plain(f"Model sizes: {run.model_problem}"), missing=True))
     if config_path.is_file():
-        text = config_path.read_text(encoding="utf-8")
+        text = config_path.read_text(encoding="utf-8", errors="replace")
         for key in BUDGET_KEYS:
             # The resolved config is OmegaConf's own output: one "key: value" per line.
-            found = re.search(rf"^\s*{key}:\s*(\S+)", text, re.MULTILINE)
+            found = re.search(rf"^[ ]*{key}:[ ]*(\S+)", text, re.MULTILINE)
             rows += [(key, plain(found.group(1)))] if found else []
         notes.append(Code(text, "yaml", title="Resolved config"))
     else:
@@ -166,8 +180,12 @@ def loss_section(metrics: list[dict[str, Any]]) -> list[Block]:
 def expert_section(metrics: list[dict[str, Any]]) -> list[Block]:
     if not any(series(metrics, "expert_load")[1]):
         return [Note("No expert load in metrics.jsonl (a dense model, or no metrics).", missing=True)]
+    try:
+        figure = expert_load_figure(metrics)
+    except ValueError as error:
+        return [Note(plain(str(error)), missing=True)]
     return [
-        picture(expert_load_figure(metrics), "expert load over time"),
+        picture(figure, "expert load over time"),
         Note("Share of the tokens routed to each expert; dark blue marks an idle expert."),
     ]
 
@@ -179,18 +197,28 @@ def level_scores(report: dict[str, Any]) -> dict[str, dict[str, Score]]:
         match = LEVEL.fullmatch(task)
         if not match:
             continue
+        for table, keys in ((metrics, LEVEL_METRICS), (report["baselines"][task], LEVEL_GUESSES)):
+            for key in keys:
+                if key not in table:
+                    raise ValueError(f"lacks {key} of {task}: run eval/causal_loop.py again")
         scores = {}
         for name in ("trace", "direct"):
             stderr = metrics[f"exact_match_stderr,{name}"]
             scores[name] = Score(metrics[f"exact_match,{name}"], None if stderr == "N/A" else stderr)
-        scores |= {name: Score(**report["baselines"][task][name]) for name in ("majority", "one_step")}
+        scores |= {name: Score(**report["baselines"][task][name]) for name in LEVEL_GUESSES}
         levels[match.group(1)] = scores
     return levels
 
 
 def newest_causal_loop(reports: dict[Path, dict[str, Any]]) -> Path | None:
-    """The newest results file (names sort by time) that has causal-loop levels."""
-    return max((path for path, report in reports.items() if level_scores(report)), default=None)
+    """The newest results file, the last, that has causal-loop levels. Raises ValueError for a damaged one."""
+    for path, report in reversed(reports.items()):
+        try:
+            if level_scores(report):
+                return path
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+    return None
 
 
 def level_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -222,24 +250,25 @@ def accuracy_section(reports: dict[Path, dict[str, Any]]) -> list[Block]:
     ]
 
 
-def traces_section(title: str, run: Path) -> Section:
+def traces_section(title: str, reports: dict[Path, dict[str, Any]]) -> Section:
     """A few right and wrong programs of the newest samples file, each with the model's own trace."""
-    paths = sorted((run / "eval").glob("samples_causal_loop_*.jsonl"))
-    if not paths:
+    paths = (samples_file(path, "causal_loop") for path in reversed(reports))
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
         said = "No samples_causal_loop_*.jsonl in eval/: eval/causal_loop.py --log_samples writes them."
         return Section(title, [Note(plain(said), missing=True)])
-    samples = read_json_lines(paths[-1])
+    traces, problems = read_traces(path)
     parts = []
     for value, label in ((1.0, "right"), (0.0, "wrong")):
-        chosen = [sample for sample in samples if sample["exact_match,trace"] == value]
+        chosen = [trace for trace in traces if trace.right == value]
         blocks: list[Block] = []
         # Spread over the file, since its levels alternate.
-        for sample in chosen[:: max(1, len(chosen) // TRACES)][:TRACES]:
-            text = f"{sample['prompt']}{sample['resps']['trace']}\n\nExpected: {sample['answer']}"
-            blocks += [Note(f"Level {sample['level']}"), Code(text, label)]
-        title_of_part = f"{label.capitalize()} ({len(chosen)} of {len(samples)})"
+        for trace in chosen[:: max(1, len(chosen) // TRACES)][:TRACES]:
+            text = f"{trace.prompt}{trace.resps['trace']}\n\nExpected: {trace.answer}"
+            blocks += [Note(f"Level {trace.level}"), Code(text, label)]
+        title_of_part = f"{label.capitalize()} ({len(chosen)} of {len(traces)})"
         parts.append(Section(title_of_part, blocks or [Note("None.")]))
-    return Section(title, parts=parts)
+    return Section(title, [Note(plain(problem), missing=True) for problem in problems], parts)
 
 
 def results_section(title: str, reports: dict[Path, dict[str, Any]]) -> Section:
@@ -261,17 +290,31 @@ def main() -> None:
         "--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page to write"
     )
     args = parser.parse_args()
+    show_any_text()
     with user_errors(*USER_ERRORS):
         runs, left_out = read_runs(args.runs)
-        args.out.write_text(build_page(runs), encoding="utf-8")
+        write_page(args.out, build_page(runs))
         newest = newest_causal_loop(runs[0].reports)
         if len(runs) > 1:
             print(format_table(RUN_HEADER, [run_row(run) for run in runs]))
         elif newest is not None:
             print(format_table(LEVEL_HEADER, level_rows(runs[0].reports[newest])))
-        for line in left_out:
+        for line in [*left_out, *(problem for run in runs for problem in run.problems)]:
             print(line)
         print(f"written: {args.out}")
+
+
+def write_page(path: Path, page: str) -> None:
+    """Whole or not at all; what UTF-8 cannot hold as `?`.
+
+    Raises OSError for a full disk; ValueError for a path that is something else than a file, and while
+    another process writes it.
+    """
+    target = path.resolve()  # of a link, which stays
+    if target.exists() and not target.is_file():
+        raise ValueError(f"--out {path} is not a file: name another")
+    with FolderLock(target.parent, "eval/report.py", "choose another --out", name=f".{target.name}.lock"):
+        write_file(target, page.encode("utf-8", "replace"))
 
 
 if __name__ == "__main__":

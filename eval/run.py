@@ -17,7 +17,7 @@ from pathlib import Path
 from common.errors import user_errors
 from common.nearest import nearest
 from eval.looping.answers import EVALUATION_TASKS
-from eval.scoring.cli import USER_ERRORS, evaluate, make_parser
+from eval.scoring.cli import USER_ERRORS, evaluate, make_parser, show_any_text
 from eval.scoring.task import EvaluationTask
 
 # Scripts of this folder that are not a task of this command; the last two must be told which of their own.
@@ -73,6 +73,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--tasks", required=True, metavar="A,B,...", help=f"of {', '.join(TASKS)}")
     args = parser.parse_args()
+    show_any_text()
     with user_errors(*USER_ERRORS):
         tasks = select_tasks(args.tasks)
         check_samples(tasks, args)

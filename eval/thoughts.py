@@ -13,6 +13,7 @@ batch, and the bytes of its cache. An answer is right if it is the reference's u
 """
 
 import argparse
+import math
 from typing import Any
 
 from eval.looping.tasks import TASKS as GENERATORS
@@ -87,6 +88,14 @@ def counts(text: str) -> list[int]:
     return values
 
 
+def tolerance(text: str) -> float:
+    """An argparse type: a finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"is {text}, a finite number is needed: 0.01")
+    return value
+
+
 TASK = EvaluationTask(
     "thoughts",
     load,
@@ -116,7 +125,7 @@ TASK = EvaluationTask(
             "help": "over the latents (default: the checkpoint's)",
         },
         "--tolerance": {
-            "type": float,
+            "type": tolerance,
             "default": 0.0,
             "metavar": "X",
             "help": "stop where latents change by less than this",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from common.files import read_json_lines
+from common.result_files import results_files, samples_file
 from common.schema import Measured
 from eval.looping.measures import unrolled_parameters
 from experiments.matrix import Matrix, PlannedCell
@@ -206,14 +207,12 @@ def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
 
 
 def _report(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(
-        sorted((folder / "eval" / name).glob("results_*.json"))[-1].read_text()
-    )
+    found: dict[str, Any] = json.loads(results_files(folder / "eval" / name)[-1].read_text())
     return found
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
-    (path,) = sorted((folder / "eval" / "main").glob("samples_*.jsonl"))[-1:]
+def _samples(folder: Path, name: str) -> list[dict[str, Any]]:
+    path = samples_file(results_files(folder / "eval" / "main")[-1], name)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -236,7 +235,7 @@ def _reasoning(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     return {
         "num_samples": report["n-samples"][name]["effective"],
         "accuracy": _at_steps(results[name]),
-        "correct": "".join(str(int(line["acc"][trained])) for line in _samples(folder)),
+        "correct": "".join(str(int(line["acc"][trained])) for line in _samples(folder, name)),
         "label_accuracy": _at_steps(results[f"{name}_labels"]),
         "by_depth": by_depth or None,
         "ood_accuracy": _beyond(by_depth, plan.task.trained_depth),
@@ -292,7 +291,7 @@ def _traced(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     return {
         "num_samples": report["n-samples"][whole]["effective"],
         "accuracy": {trained: results[whole]["acc,none"]},
-        "correct": "".join(str(int(line["acc"])) for line in _samples(folder)),
+        "correct": "".join(str(int(line["acc"])) for line in _samples(folder, whole)),
         "by_depth": by_depth,
         "ood_accuracy": _beyond(by_depth, plan.task.trained_depth),
         "guesses": {way: score["value"] for way, score in report["baselines"][whole].items()},

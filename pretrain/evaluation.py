@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.result_files import results_files
 from pretrain.config import EvaluationConfig
 
 PROCESS = Path(__file__).with_name("evaluate_checkpoint.py")
@@ -157,7 +158,7 @@ class Evaluator:
         return self.run / "eval" / f"step-{step}"
 
     def _results(self, step: int) -> list[Path]:
-        return sorted(self._folder(step).glob("results_*.json"))
+        return results_files(self._folder(step))
 
 
 def _numbers(entry: dict[str, Any]) -> dict[str, float]:

@@ -180,12 +180,21 @@ def json_lines(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str,
 
 
 def json_value(path: Path) -> Any:
-    """The value of a JSON file. Raises DataError, with the line, if it is not JSON."""
+    """The value of a JSON file.
+
+    Raises DataError if it is not JSON, with the line, or holds half of a surrogate pair, see `json_lines`.
+    """
+    text = decode(require_file(path).read_bytes(), str(path))
     try:
-        return json.loads(decode(require_file(path).read_bytes(), str(path)))
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg}): download it again") from error
-    except RecursionError as error:
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: half of a surrogate pair ({error.object[error.start]!r})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise DataError(f"{path}: not JSON of problems ({error}): download it again") from error
 
 

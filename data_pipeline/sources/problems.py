@@ -83,7 +83,7 @@ def read_arc(path: Path) -> Iterator[Problem]:
         if not all(isinstance(x, str) for x in (row["id"], stem_text, *labels, *texts)):
             raise DataError(f"{path} line {number}: a field of this ARC problem is not text: fix the file")
         if not all(text.strip() for text in texts):
-            raise DataError(f"{path} line {number}: this ARC problem has an empty choice: fix the file")
+            raise DataError(f"{path} line {number}: a choice of this ARC problem is empty: download it again")
         choices = tuple(f" {text}" for text in texts)
         gold = labels.index(row["answerKey"])
         yield Problem(row["id"], f"Question: {stem_text}\nAnswer:", choices[gold], choices, gold, group)
@@ -191,13 +191,11 @@ def read_reclor(path: Path) -> Iterator[Problem]:
             raise DataError(f"{where} {lacks}: is this the published val.json or train.json?")
         context, question, name = text_fields(row, keys, where)
         answers, gold = row["answers"], row["label"]
-        if (
-            not isinstance(answers, list)
-            or len(answers) != 4
-            or not all(isinstance(a, str) and a.strip() for a in answers)
-        ):
+        if not isinstance(answers, list) or len(answers) != 4 or not all(isinstance(a, str) for a in answers):
             raise DataError(f"{where}: answers are not four texts: download it again")
-        if isinstance(gold, bool) or gold not in range(4):
+        if not all(answer.strip() for answer in answers):
+            raise DataError(f"{where}: one of the answers is empty: download it again")
+        if type(gold) is not int or gold not in range(4):
             raise DataError(f"{where}: label {gold!r} is not in 0..3: download it again")
         choices = tuple(f" {answer}" for answer in answers)
         prompt = _passage_prompt(context, question, answers)
@@ -320,7 +318,10 @@ def read_babi(path: Path, split: str, size: str = "en-10k") -> Iterator[Problem]
                 f"{path} has no bAbI task {task} for size {size!r}, split {split!r}: change one of them"
             )
         where = f"{path}:{folder}/qa{task}_{split}"
-        yield from _babi_task(decode(members[f"{folder}/{task}"], where), where, f"qa{task}", split)
+        problems = list(_babi_task(decode(members[f"{folder}/{task}"], where), where, f"qa{task}", split))
+        if not problems:
+            raise DataError(f"{where} holds no question: download it again")
+        yield from problems
 
 
 def _babi_task(text: str, where: str, group: str, split: str) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.sources.documents import LabelledDocument
 from data_pipeline.tokenization.encode import CharacterIds, encode_labelled
 from eval.scoring.core import Scorer
-from eval.scoring.inference import Engine, pad, with_halting
+from eval.scoring.inference import OVERFLOW, Engine, pad, require_finite, with_halting
 from model import ZeroModel
 from model.cache import LatentCache
 from model.loop_trace import loop_figures, loop_sums
@@ -97,7 +97,7 @@ class MeasureJob(NamedTuple):
         if not loss.isfinite().all():
             raise ValueError(
                 f"at {self.num_steps} steps the model gives a cross-entropy of {loss.max().item()}:"
-                " its weights or activations overflow"
+                f" {OVERFLOW}"
             )
         value: dict[str, Any] = {
             "predictions": [chosen.tolist() for chosen in logits.argmax(-1).split(batch.counts)],
@@ -174,7 +174,9 @@ class PathJob(NamedTuple):
             out = engine.model(
                 batch.tokens, attention_mask=batch.mask, num_steps=self.num_steps, noise_seed=start
             )
-            chosen.append(out.logits[batch.labelled].argmax(-1))
+            logits = out.logits[batch.labelled]
+            require_finite(logits)
+            chosen.append(logits.argmax(-1))
             hidden.append(out.hidden[batch.labelled].float())  # (P, D)
         same = ((chosen[0] == chosen[1]) & (chosen[0] == chosen[2])).float()
         far = torch.stack([_distance(a, b) for a, b in combinations(hidden, 2)]).mean(0)
@@ -194,7 +196,7 @@ def path_independence(scorer: Scorer, rows: Sequence[Row], num_steps: int, seed:
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """(P, D), (P, D) -> (P,), from 0 for equal to 2 for opposite ones."""
-    return 2 * (a - b).norm(dim=-1) / (a.norm(dim=-1) + b.norm(dim=-1))
+    return 2 * (a - b).norm(dim=-1) / (a.norm(dim=-1) + b.norm(dim=-1)).clamp(min=1e-12)
 
 
 def fixed_depth(model: ZeroModel) -> ZeroModel:

@@ -1,6 +1,7 @@
 """Figures that compare runs."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -8,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from common.pages import printable
 from eval.reports.figures import series
 from eval.scoring.core import Score
 
@@ -42,6 +44,12 @@ def color_of(number: int) -> str:
     return RUN_COLORS[number % len(RUN_COLORS)]
 
 
+def label_of(name: str) -> str:
+    """A name as figures show it: a `$` starts no formula, and a `_` at its start hides no legend entry."""
+    lines = (printable(line).replace("$", r"\$") for line in name.split("\n"))
+    return re.sub("^_", " _", "\n".join(lines))
+
+
 def shortened(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
@@ -69,7 +77,7 @@ def bars_figure(
             yerr=[score.stderr or 0 for _, score in shown],
             capsize=min(3.0, 12 * width),
             color=color_of(i),
-            label=label,
+            label=label_of(label),
         )
     for kind, style in GUESS_STYLES.items():
         levels = [(g, guess[kind].value) for g, guess in enumerate(guesses) if kind in guess]
@@ -84,7 +92,10 @@ def bars_figure(
             )
     crowded = sum(map(len, groups)) > 9 * figure.get_figwidth()
     axis.set_xticks(
-        range(len(groups)), groups, rotation=35 if crowded else 0, ha="right" if crowded else "center"
+        range(len(groups)),
+        [label_of(group) for group in groups],
+        rotation=35 if crowded else 0,
+        ha="right" if crowded else "center",
     )
     axis.set_xlim(-0.6, len(groups) - 0.4)
     own = [score for scores in bars.values() for score in scores if score is not None]
@@ -111,7 +122,7 @@ def curves_figure(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (task, (curves, guesses)) in zip(axes, panels.items(), strict=False):
         for label, curve in curves.items():
-            _draw(axis, curve, label)
+            _draw(axis, curve, label_of(label))
         for kind, style in GUESS_STYLES.items():
             if kind in guesses:
                 axis.axhline(guesses[kind].value, color=GUESS_COLOR, linestyle=style, linewidth=1, label=kind)
@@ -121,7 +132,7 @@ def curves_figure(
         if whole and len(ticks) <= 10:
             axis.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
             axis.minorticks_off()
-        axis.set(title=task, xlabel=xlabel)
+        axis.set(title=label_of(task), xlabel=xlabel)
         _accuracy_axis(axis, [*_scores(curves), *guesses.values()])
         if not whole:
             axis.xaxis.set_major_formatter(EngFormatter())
@@ -178,11 +189,11 @@ def published_figure(
         )
         for y, (_, score, _) in enumerate(ordered):
             axis.text(score.value + (score.stderr or 0) + 0.008, y, f"{score.value:.3f}", va="center", size=8)
-        axis.set_yticks(range(len(ordered)), [name for name, _, _ in ordered])
+        axis.set_yticks(range(len(ordered)), [label_of(name) for name, _, _ in ordered])
         if chance.get(task):
             axis.axvline(chance[task], color=GUESS_COLOR, linestyle="--", linewidth=1, label="chance")
             axis.legend(loc="lower right", frameon=False)
-        axis.set(title=task, xlim=(0, 1.0))
+        axis.set(title=label_of(task), xlim=(0, 1.0))
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("accuracy")
     return figure
@@ -193,7 +204,8 @@ def losses_figure(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     figure = Figure(figsize=(8, 3.8))
     axis = figure.subplots()
     for i, (name, lines) in enumerate(runs.items()):
-        tokens = {line["step"]: line.get("tokens", line["step"]) for line in lines}
+        name = label_of(name)
+        tokens = {line["step"]: line.get("tokens") or line["step"] for line in lines}
         steps, values = series(lines, "loss")
         axis.plot(
             [tokens[n] for n in steps], values, color=color_of(i), linewidth=0.6, alpha=0.45, label=name

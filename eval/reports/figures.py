@@ -58,10 +58,16 @@ def expert_load_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
         ValueError: expert_load has another shape.
     """
     steps, loads = series(metrics, "expert_load")
-    shares = np.asarray(loads, dtype=np.float64)  # (S steps, L layers, E experts)
-    if shares.ndim != 3:
+    try:
+        shares = np.asarray(loads, dtype=np.float64)  # (S steps, L layers, E experts)
+    except ValueError:
+        raise ValueError(
+            "metrics.jsonl: expert_load has different numbers of layers or experts at different steps"
+        ) from None
+    if shares.ndim != 3 or not shares.size:
         raise ValueError(
             f"metrics.jsonl: expert_load must be [layer][expert], it has {shares.ndim - 1} levels"
+            f" and {shares.size} numbers"
         )
     num_layers, num_experts = shares.shape[1:]
     figure = Figure(figsize=(10, 1.5 * num_layers + 2.6), layout="constrained")
@@ -79,7 +85,8 @@ def expert_load_figure(metrics: Sequence[dict[str, Any]]) -> Figure:
             extent=(steps[0] - 0.5, steps[-1] + 0.5, num_experts - 0.5, -0.5),
         )
         axis.set(ylabel=f"MoE layer {layer}\nexpert")
-        axes[-1].plot(steps, shares[:, layer].max(-1) / shares[:, layer].mean(-1), label=f"MoE layer {layer}")
+        busiest = shares[:, layer].max(-1) / shares[:, layer].mean(-1).clip(min=1e-12)
+        axes[-1].plot(steps, busiest, label=f"MoE layer {layer}")
     axes[-1].set(xlabel="step", ylabel="busiest expert / mean", ylim=(0.9, None))
     axes[-1].axhline(1, color=COLORS[2], linewidth=0.8)
     axes[-1].margins(x=0)

@@ -1,14 +1,18 @@
 """Reads run folders and results files into runs with their results."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common.pages import printable
+from common.result_files import results_files
 from eval.looping.measures import unrolled_parameters
+from eval.reports.comparisons import shortened
+from eval.reports.files import read_json, read_metrics, read_results_file
 from eval.scoring.core import Score
 from model import ModelConfig, ZeroModel
 
@@ -22,6 +26,7 @@ MAIN_METRICS = (
     "exact_match,trace",
 )
 THOUGHTS = "thoughts_"  # prefix of the results of eval/thoughts.py, which have their own section
+MAX_LAYERS = 10_000  # of a model whose sizes are counted, layer by layer
 PARTS_OF_A_RUN = ("metrics.jsonl", "config.yaml", "export", "eval")
 
 
@@ -70,6 +75,12 @@ class Run:
     results: list[Result]  # of all reports; the newest where settings are equal
     model: ModelConfig | None
     model_problem: str | None = None  # why `model` is None
+    problems: Sequence[str] = ()  # a line for each that could not be used of metrics.jsonl
+    short_name: str = ""  # in legends; different for each run of a report
+
+    @property
+    def label(self) -> str:
+        return self.short_name or shortened(self.name)
 
     @property
     def steps(self) -> list[dict[str, Any]]:
@@ -85,11 +96,14 @@ class Run:
         return list({(r.task, r.num_fewshot): r for r in self.top_results() if r.is_plain}.values())
 
     def unrolled_parameters(self) -> int | None:
-        """Parameters if every loop step had its own weights; None if the model is unknown."""
+        """Parameters if every loop step had its own weights; None if the model is unknown or cannot exist."""
         if self.model is None:
             return None
-        with torch.device("meta"):
-            return unrolled_parameters(ZeroModel(self.model), self.model.recurrence.num_steps)
+        try:
+            with torch.device("meta"):
+                return unrolled_parameters(ZeroModel(self.model), self.model.recurrence.num_steps)
+        except (RuntimeError, OverflowError, TypeError):  # a tensor of more elements than 64 bits can count
+            return None
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -116,19 +130,19 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
 def _read_folder(folder: Path, alone: bool) -> Run | None:
     if not alone and not any((folder / part).exists() for part in PARTS_OF_A_RUN):
         return None
-    reports = {path: read_json(path) for path in sorted((folder / "eval").glob("results_*.json"))}
+    reports = {path: read_results_file(path) for path in results_files(folder / "eval")}
     model, problem = _read_model(folder / "export" / "config.json")
-    metrics = read_json_lines(folder / "metrics.jsonl")
+    metrics, problems = read_metrics(folder / "metrics.jsonl")
     results = newest_results(reports.values())
-    return Run(folder.resolve().name, folder, metrics, reports, results, model, problem)
+    name = printable(folder.resolve().name)
+    return Run(name, folder, metrics, reports, results, model, problem, problems)
 
 
 def _read_file(path: Path) -> Run | None:
-    report = read_json(path) if path.suffix == ".json" else {}
-    if "results" not in report:
+    if path.suffix != ".json" or "results" not in read_json(path):
         return None
-    folder = path.resolve().parent
-    name = folder.parent.name if folder.name == "eval" else folder.name
+    report, folder = read_results_file(path), path.resolve().parent
+    name = printable(folder.parent.name if folder.name == "eval" else folder.name)
     return Run(name, None, [], {path: report}, newest_results([report]), None)
 
 
@@ -137,19 +151,29 @@ def _read_model(path: Path) -> tuple[ModelConfig | None, str | None]:
         return None, "export/config.json is missing (the run has not exported yet)."
     values = read_json(path)
     try:
-        return ModelConfig.from_dict(values), None
+        model = ModelConfig.from_dict(values)
     except ValueError as error:  # of an older version; its scores are still worth showing
         return None, f"export/config.json cannot be read: {error}"
+    if model.num_hidden_layers > MAX_LAYERS:
+        return None, f"export/config.json has {model.num_hidden_layers:,} layers, more than {MAX_LAYERS:,}."
+    return model, None
 
 
 def _with_different_names(runs: list[Run]) -> list[Run]:
-    names: dict[str, int] = {}
+    names, labels = set[str](), set[str]()
     renamed = []
     for run in runs:
-        names[run.name] = count = names.get(run.name, 0) + 1
-        name = run.name if count == 1 else f"{run.name} ({count})"
-        renamed.append(Run(**{**vars(run), "name": name}))
+        name = _different(run.name, names)
+        renamed.append(replace(run, name=name, short_name=_different(shortened(name), labels)))
     return renamed
+
+
+def _different(name: str, taken: set[str]) -> str:
+    """`name`, or with the first number from 2 that makes it differ from all before."""
+    counted = (name if n == 1 else f"{name} ({n})" for n in count(1))
+    found = next(one for one in counted if one not in taken)
+    taken.add(found)
+    return found
 
 
 def newest_results(reports: Iterable[dict[str, Any]]) -> list[Result]:
@@ -214,29 +238,3 @@ def _read_result(report: dict[str, Any], name: str, group: str | None) -> Result
 def _num_steps(entry: dict[str, Any], unknown: Any) -> Any:
     """Loop steps of an entry of `results`, which older files call `depth`."""
     return entry.get("num_steps", entry.get("depth", unknown))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ValueError, naming the file, if it is not a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it or write it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(value).__name__}, not an object: delete it or write it again"
-        )
-    return value
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """One object per line; [] without a file. Raises ValueError, naming file and line, for a bad line."""
-    if not path.is_file():
-        return []
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}): fix or remove the line") from None
-    return lines

@@ -16,7 +16,6 @@ from eval.reports.comparisons import (
     bars_figure,
     curves_figure,
     published_figure,
-    shortened,
 )
 from eval.reports.figures import picture
 from eval.reports.runs import MAIN_METRICS, Result, Run
@@ -114,7 +113,7 @@ def _bars(
     if len(groups) < at_least:
         return []
     bars = {
-        shortened(run.name): [found[name].accuracy if name in found else None for name in groups]
+        run.label: [found[name].accuracy if name in found else None for name in groups]
         for run, found in zip(runs, results, strict=True)
         if found
     }
@@ -138,7 +137,7 @@ def by_depth(runs: Sequence[Run]) -> list[Block]:
                 own = " (own)" if r.is_own_depth else ""
                 measured = "–" if r.mean_steps is None else f"{r.mean_steps:.2f}"
                 rows.append(
-                    (plain(panel), plain(run.name), f"{r.num_steps}{own}", measured, show(r.accuracy))
+                    (plain(panel), plain(run.name), plain(f"{r.num_steps}{own}"), measured, show(r.accuracy))
                 )
     if not panels:
         return []
@@ -181,7 +180,7 @@ def votes_against_steps(runs: Sequence[Run]) -> list[Block]:
             cost = result.num_samples * _cost(run.model, result)
             votes = [Point(cost, result.vote)]
             _add(panels, panel, (number, run), votes, result.baselines, "majority vote", dashed=True)
-            if f"{shortened(run.name)}, loop steps" not in panels[panel][0]:
+            if f"{run.label}, loop steps" not in panels[panel][0]:
                 others = {r.num_steps: r for r in run.results if _panel(r) == panel}.values()
                 deeper = [
                     Point(_cost(run.model, r), r.accuracy, r.num_steps == "adaptive")
@@ -218,7 +217,7 @@ def during_training(runs: Sequence[Run]) -> list[Block]:
                 if key is not None:
                     metric, filter_name = key.split(",")
                     score = Score(scores[key], scores.get(f"{metric}_stderr,{filter_name}"))
-                    _add(panels, task, (number, run), [Point(line["tokens"], score)], {})
+                    _add(panels, task, (number, run), [Point(line.get("tokens") or line["step"], score)], {})
     blocks: list[Block] = []
     if panels:
         figure = curves_figure(panels, "tokens trained on", whole=False)
@@ -236,7 +235,7 @@ def against_published(title: str, runs: Sequence[Run]) -> Section:
             if result.accuracy is not None and result.main is not None:
                 metric, filter_name = result.main.split(",")
                 kind = metric if filter_name == "none" else filter_name
-                label = _label(shortened(run.name), kind, result.num_fewshot)
+                label = _label(run.label, kind, result.num_fewshot)
                 own.setdefault(result.task, []).append((label, result.accuracy, number))
                 chance[result.task] = result.baselines.get("chance", Score(0.0)).value
     panels: dict[str, list[tuple[str, Score, int | None]]] = {}
@@ -330,6 +329,6 @@ def _add(
 ) -> None:
     """Adds points to a run's curve in a panel; `what` tells two curves of one run apart."""
     curves, known = panels.setdefault(task, ({}, {}))
-    label = shortened(run[1].name) + (f", {what}" if what else "")
+    label = run[1].label + (f", {what}" if what else "")
     curves.setdefault(label, Curve(run[0], [], dashed)).points.extend(points)
     known.update({kind: score for kind, score in guesses.items() if kind in GUESS_STYLES})

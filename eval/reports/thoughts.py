@@ -9,12 +9,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from matplotlib.figure import Figure
 
 from common.pages import Block, Note, Section, Table, plain
-from eval.reports.comparisons import RUN_COLORS, Curve, Curves, Guesses, Point, color_of, curves_figure
+from common.schema import as_type
+from eval.reports.comparisons import (
+    RUN_COLORS,
+    Curve,
+    Curves,
+    Guesses,
+    Point,
+    color_of,
+    curves_figure,
+    label_of,
+)
 from eval.reports.figures import picture
 from eval.reports.runs import THOUGHTS, Result, Run, read_results
 from eval.reports.scores import PUBLISHED, show, source_of
@@ -23,6 +33,7 @@ from eval.thinking.answers import Way
 from model import ModelConfig
 
 SEED = re.compile(r"-\d+$")
+_WAY = {name: kind | None for name, kind in get_type_hints(Way).items()}
 ALONE = "latency_seconds,batch=1"
 
 
@@ -98,18 +109,23 @@ def read_measured(run: Run) -> dict[str, dict[Way, Measured]]:
                 continue
             config = report["configs"][name]
             try:
-                task, depth = config["problem_set"], config["problem_depth"]
-                given = {field: config[field] for field in Way._fields}
-            except KeyError as error:
+                task = as_type(str, config["problem_set"], "problem_set")
+                depth = as_type(int | None, config["problem_depth"], "problem_depth")
+                given = {field: as_type(kind, config[field], field) for field, kind in _WAY.items()}
+                way = Way(**{field: value for field, value in given.items() if value is not None})
+                score = result.metrics["acc,none"]
+                if depth is None:  # the whole comes before its parts
+                    found.setdefault(task, {})[way] = _measured(result, score)
+                else:
+                    found[task][way].by_depth[depth] = score
+            except (KeyError, TypeError) as error:
                 raise ValueError(
                     f"a results file of {run.name} lacks {error} of {name}: run eval/thoughts.py again"
                 ) from None
-            way = Way(**{field: value for field, value in given.items() if value is not None})
-            score = result.metrics["acc,none"]
-            if depth is None:  # the whole comes before its parts
-                found.setdefault(task, {})[way] = _measured(result, score)
-            else:
-                found[task][way].by_depth[depth] = score
+            except ValueError as error:
+                raise ValueError(
+                    f"a results file of {run.name}: {error} of {name}: run eval/thoughts.py again"
+                ) from None
     return found
 
 
@@ -126,7 +142,9 @@ def _arm(name: str, members: Sequence[tuple[Run, dict[Way, Measured]]]) -> Arm:
     run = members[0][0]
     own = next((way for way in ways if _is_own(way, run.model)), next(iter(ways)))
     steps = run.steps
-    trained = f"{steps[-1]['step']:,} steps, {steps[-1]['tokens']:,} tokens" if steps else "unknown"
+    trained = "unknown"
+    if steps and steps[-1].get("tokens") is not None:
+        trained = f"{steps[-1]['step']:,} steps, {steps[-1]['tokens']:,} tokens"
     return Arm(name, trained, own, ways)
 
 
@@ -319,12 +337,12 @@ def budget_figure(title: str, arms: Sequence[Arm]) -> Figure:
             marker="o",
             capsize=3,
             color=color,
-            label=arm.label,
+            label=label_of(arm.label),
         )
-        panels[1].plot(budgets, sizes, marker="o", color=color, label=arm.label)
+        panels[1].plot(budgets, sizes, marker="o", color=color, label=label_of(arm.label))
         panels[0].axhline(over_seeds([one.score for one in whole]).value, color=color, linestyle=":")
         panels[1].axhline(cost(whole, "peak_cache_bytes,none") or 0, color=color, linestyle=":")
-    panels[0].set(ylabel="accuracy ± standard error", ylim=(0, 1.05), title=title)
+    panels[0].set(ylabel="accuracy ± standard error", ylim=(0, 1.05), title=label_of(title))
     panels[1].set(ylabel="largest cache of an answer, bytes", ylim=(0, None))
     for panel in panels:
         panel.set_xlabel("tokens of the answer kept (dotted: all)")

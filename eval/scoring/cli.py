@@ -1,16 +1,19 @@
 """The one command line: shared flags, then evaluate, print and write. A script adds only flags of its own."""
 
 import argparse
+import io
 import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import user_errors
 from eval.scoring.core import Scorer
+from eval.scoring.interruption import Kept, interruptible
 from eval.scoring.journal import Journal, checkpoint_fingerprint
 from eval.scoring.results import Setting, TaskResult, build_report, results_table, write_report
 from eval.scoring.task import Evaluation, EvaluationTask, Options
@@ -25,6 +28,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
+
+
+def show_any_text() -> None:
+    """Lets print() write names that are not text, such as a folder's bytes in another encoding."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 # ---- the flags
@@ -178,6 +187,7 @@ def _name(flag: str) -> str:
 def main(task: EvaluationTask, description: str | None) -> None:
     """A task's script: parse, evaluate, report. A user's mistake is one line and exit code 2."""
     args = make_parser(description, task).parse_args()
+    show_any_text()
     with user_errors(*USER_ERRORS):
         evaluate([task], args)
 
@@ -185,10 +195,15 @@ def main(task: EvaluationTask, description: str | None) -> None:
 def evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> None:
     """Reads all data, loads the model once, runs the tasks at all shots and depths, prints and writes.
 
-    Raises ValueError or OSError for a user's mistake.
+    Raises ValueError or OSError for a user's mistake. A signal ends it with one line, see interruption.py.
     """
     if args.log_samples and args.output_path is None:
         raise ValueError("--log_samples needs --output_path, the folder to write them to")
+    with interruptible("nothing is kept; with --output_path it can be resumed") as kept:
+        _evaluate(tasks, args, kept)
+
+
+def _evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace, kept: Kept) -> None:
     given = vars(args)
     shots = given.get("num_fewshot") or [None]
     shared = {field.name for field in fields(Options)} - {"num_fewshot"}
@@ -203,19 +218,34 @@ def evaluate(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> None:
         args.checkpoint, args.batch_size, args.num_processes, args.trust_remote_code
     )
     start = time.monotonic()
+    finished = False
     try:
         if args.output_path is not None:
-            scorer.journal = Journal.open(args.output_path, fingerprint(tasks, args))
+            journal = Journal.open(args.output_path, fingerprint(tasks, args, scorer))
+            scorer.journal = journal
+            kept.text = lambda: journal.kept
         results = run_at_depths(scorer, loaded, options.num_steps, several_shots=len(shots) > 1)
+        config = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+        config["num_steps_tested"] = config.pop("num_steps", None)  # `num_steps` is the checkpoint's own
+        config |= {"total_evaluation_time_seconds": time.monotonic() - start}
+        config |= {"decontamination": decontamination(training_data), "training_data": training_data}
+        _report(tasks, results, build_report(results, scorer, config), args)
+        finished = True  # what the journal holds is written
+    except OSError as error:  # a full disk, a worker that died
+        if scorer.journal is None:
+            raise
+        raise _saying(error, kept.text()) from error
     finally:
         scorer.close()
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-    config["num_steps_tested"] = config.pop("num_steps", None)  # `num_steps` is the checkpoint's own
-    config |= {"total_evaluation_time_seconds": time.monotonic() - start}
-    config |= {"decontamination": decontamination(training_data), "training_data": training_data}
-    _report(tasks, results, build_report(results, scorer, config), args)
-    if scorer.journal is not None:
-        scorer.journal.close(finished=True)  # what it holds is written
+        if scorer.journal is not None:
+            scorer.journal.close(finished)
+
+
+def _saying(error: OSError, kept: str) -> OSError:
+    """The error with what is kept, unless it says so itself."""
+    told = error.strerror or str(error)
+    told = told if kept in told else f"{told}; {kept}"
+    return OSError(error.errno, told, error.filename) if error.errno else OSError(told)
 
 
 def _own_flags(task: EvaluationTask, given: dict[str, Any]) -> dict[str, Any]:
@@ -223,13 +253,17 @@ def _own_flags(task: EvaluationTask, given: dict[str, Any]) -> dict[str, Any]:
     return {_name(flag): given[_name(flag)] for flag in task.flags if _name(flag) in given}
 
 
-def fingerprint(tasks: Sequence[EvaluationTask], args: argparse.Namespace) -> dict[str, Any]:
-    """What the journal of an evaluation must match to be resumed. Tasks and own flags are in it, so that
-    other calls may use the folder at the same time, as the jobs of a SLURM array do.
+def fingerprint(tasks: Sequence[EvaluationTask], args: argparse.Namespace, scorer: Scorer) -> dict[str, Any]:
+    """What the journal of an evaluation must match to be resumed: all that an answer's last bit depends on.
+
+    Tasks and own flags are in it, so that other calls may use the folder at the same time, as the jobs of a
+    SLURM array do.
     """
     names = [[task.name, _own_flags(task, vars(args))] for task in tasks]
     command = [Path(sys.argv[0]).stem, *names]
-    return checkpoint_fingerprint(args.checkpoint) | {"batch_size": args.batch_size, "command": command}
+    computed_by = [*(version(name) for name in ("zeromodel", "torch")), scorer.device.type]
+    own = {"batch_size": args.batch_size, "command": command, "computed_by": computed_by}
+    return checkpoint_fingerprint(args.checkpoint) | own
 
 
 def run_at_depths(

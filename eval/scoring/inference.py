@@ -12,6 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +27,7 @@ ADAPTIVE = "adaptive"
 Depth = int | str | None  # loop steps, ADAPTIVE, or None: as the model is configured
 # Finished rows leave the batch once they are this share of it: copying the others costs about one step.
 LEAVING_SHARE = 0.25
+OVERFLOW = "its weights are not finite, or its activations overflow; it cannot be evaluated"
 
 
 class Job(Protocol):
@@ -116,9 +118,14 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, job: Job) -> list[Answer]:
-        """The job's answers. Raises ValueError if the model gives a log-probability that is not finite."""
+        """The job's answers. Raises ValueError if the model's outputs are not finite, or memory runs out."""
         start = self._now()
-        found = job.run(self)
+        try:
+            found = job.run(self)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise ValueError(f"the memory of {self.device} ran out: lower --batch_size") from error
+            raise
         seconds = (self._now() - start) / len(found)
         return [Answer(value, steps, seconds) for value, steps in found]
 
@@ -339,7 +346,7 @@ def score_value(log_probs: Tensor, likeliest: Tensor) -> list[Any]:
     """
     total = log_probs.sum().item()
     if not math.isfinite(total):
-        raise ValueError(f"the model gives a log-probability of {total}: its weights or activations overflow")
+        raise ValueError(f"the model gives a log-probability of {total}: {OVERFLOW}")
     return [total, bool(likeliest.all())]
 
 
@@ -359,8 +366,32 @@ def with_halting(model: ZeroModel, **changes: Any) -> ZeroModel:
     return variant.eval()
 
 
+def require_finite(logits: Tensor) -> None:
+    """Raises ValueError if one of the logits (..., V) is NaN or +inf, or all of one distribution are -inf."""
+    highest = logits.amax(-1)  # NaN where one is
+    if not highest.isfinite().all():
+        wrong = highest[~highest.isfinite()][0].item()
+        raise ValueError(f"the model gives a logit of {wrong}: {OVERFLOW}")
+
+
+@contextmanager
+def finite_logits(model: ZeroModel) -> Iterator[None]:
+    """A block in which every pass of the model is checked by `require_finite`."""
+    hook = model.register_forward_hook(
+        lambda _module, _inputs, output: None if output.logits is None else require_finite(output.logits)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def choose(logits: Tensor, temperature: float, draws: Tensor | None) -> Tensor:
-    """logits (B, V) -> tokens (B,): the likeliest, or where draws (B,) fall in the distribution's sums."""
+    """logits (B, V) -> tokens (B,): the likeliest, or where draws (B,) fall in the distribution's sums.
+
+    Raises ValueError if one of the logits is NaN or infinite.
+    """
+    require_finite(logits)
     if draws is None:
         return logits.argmax(-1)
     sums = (logits.double() / temperature).softmax(-1).cumsum(-1)

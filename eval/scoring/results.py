@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 import platform
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.files import replacing, write_file
+from common.pages import printable
+from common.result_files import WRITTEN, new_results_file, picture_file, samples_file, written_now
 from eval.scoring.core import Score, Scorer, mean_score
 from model import ZeroModel
 
@@ -87,8 +90,10 @@ def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str
         config          `num_steps` of the checkpoint, `num_steps_tested` and the other flags
 
     A task's `num_steps` is a number, "adaptive" (at most the checkpoint's) or None without recurrence.
+
+    Raises ValueError for a number that is not finite.
     """
-    return {
+    report = {
         "results": {result.name: _metrics(result) for result in results},
         "baselines": {
             result.name: {name: score._asdict() for name, score in result.baselines.items()}
@@ -129,6 +134,8 @@ def build_report(results: Sequence[TaskResult], scorer: Scorer, config: dict[str
             **{name: version(name) for name in ("torch", "numpy", "sentencepiece", "zeromodel")},
         },
     }
+    _require_finite(report)
+    return report
 
 
 def _model_facts(scorer: Scorer) -> dict[str, Any]:
@@ -171,29 +178,67 @@ def write_report(
 ) -> list[Path]:
     """Writes results_<timestamp>.json and samples_<task>_<timestamp>.jsonl, and a figure of the whole task as
     <task>_<timestamp>.png. Returns the paths of results and picture.
+
+    The results come last: they are there only with all that belongs to them. No file is replaced, also if
+    other processes write into the folder at the same time.
+
+    Raises:
+        OSError: for a full disk, see common.files.replacing; ValueError: a number is not finite.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    timestamp = datetime.now().isoformat().replace(":", "-")
-    path = directory / f"results_{timestamp}.json"
-    path.write_text(
-        json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    if log_samples:
-        for result in results:
-            if not result.samples:  # a subtask's samples are in the file of its group
-                continue
-            lines = [json.dumps(sample | _hashes(sample), ensure_ascii=False) for sample in result.samples]
-            samples_path = directory / f"samples_{result.name}_{timestamp}.jsonl"
-            samples_path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if figure is None:
-        return [path]
-    picture = directory / f"{results[0].name}_{timestamp}.png"
-    figure.savefig(picture, dpi=110, bbox_inches="tight")
-    return [path, picture]
+    path = new_results_file(directory)
+    beside: list[Path] = []
+    with replacing(path) as temporary:
+        try:
+            if log_samples:
+                for result in results:
+                    if not result.samples:  # a subtask's samples are in the file of its group
+                        continue
+                    lines = [_json(sample | _hashes(sample)) for sample in result.samples]
+                    beside.append(samples_file(path, result.name))
+                    write_file(beside[-1], b"".join(line + b"\n" for line in lines))
+            if figure is not None:
+                beside.append(picture_file(path, results[0].name))
+                with replacing(beside[-1]) as picture:
+                    figure.savefig(picture, format="png", dpi=110, bbox_inches="tight")
+            temporary.write_bytes(_json({**report, WRITTEN: written_now(directory)}, indent=2) + b"\n")
+        except BaseException:
+            for written in beside:
+                written.unlink(missing_ok=True)
+            raise
+    return [path] if figure is None else [path, beside[-1]]
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    """UTF-8; what it cannot hold, such as a byte of a file name that is not text, as JSON's own escape.
+
+    Raises ValueError for a number that is not finite.
+    """
+    _require_finite(value)
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _require_finite(value: Any) -> None:
+    if place := next(_not_finite(value), None):
+        raise ValueError(
+            f"{place} is not a finite number, and is not written as one: check the model's weights"
+        )
+
+
+def _not_finite(value: Any, place: str = "") -> Iterator[str]:
+    """`results > arc_easy > acc,none = nan` of each number that is not finite."""
+    items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, Mapping) else ()
+    if isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        yield from _not_finite(item, f"{place} > {key}".removeprefix(" > "))
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} = {value}"
 
 
 def _hashes(sample: dict[str, Any]) -> dict[str, str]:
-    return {f"{key}_hash": hashlib.sha256(sample[key].encode()).hexdigest() for key in ("prompt", "target")}
+    texts = {key: sample[key].encode("utf-8", "surrogatepass") for key in ("prompt", "target")}
+    return {f"{key}_hash": hashlib.sha256(text).hexdigest() for key, text in texts.items()}
 
 
 def results_table(report: dict[str, Any]) -> str:
@@ -235,7 +280,8 @@ def _percent(score: dict[str, float | None]) -> str:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal."""
+    """A Markdown table whose columns line up in a terminal, whatever the cells hold."""
+    header, *rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     rule = ["-" * width for width in widths]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.schema import as_type
 from model.export_files import TRAINING_DATA_NAME
 
 
@@ -17,9 +18,14 @@ def read_training_data(checkpoint: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        names = [source["decontaminated"] for source in found["sources"].values()]
-        found["decontaminated_against"] + [found["manifest_sha256"]] * len(names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        against, sources, sha256 = (
+            found[key] for key in ("decontaminated_against", "sources", "manifest_sha256")
+        )
+        as_type(list[str], against, "decontaminated_against")
+        as_type(str, sha256, "manifest_sha256")
+        for name, source in as_type(dict[str, dict[str, Any]], sources, "sources").items():
+            as_type(bool, source["decontaminated"], f"sources.{name}.decontaminated")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): export the checkpoint again") from None
     return dict(found)
 

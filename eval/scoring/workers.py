@@ -77,17 +77,20 @@ class Workers:
 
     def _dead(self, number: int) -> ChildProcessError:
         self.processes[number].join()
+        code = self.processes[number].exitcode or 0
+        ended = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+        hint = ": if memory ran out, lower --num_processes or --batch_size" if code == -signal.SIGKILL else ""
         return ChildProcessError(
-            f"evaluation process {number + 1} of {len(self.processes)} ended with exit code"
-            f" {self.processes[number].exitcode}: if memory ran out, lower --num_processes or --batch_size"
+            f"evaluation process {number + 1} of {len(self.processes)} ended {ended}{hint}"
         )
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes, which hold nothing that could be lost."""
         for connection in self.connections:
             connection.close()
         for process in self.processes:
-            process.terminate()
+            process.kill()
+        for process in self.processes:
             process.join()
 
 

@@ -17,7 +17,7 @@ from data_pipeline.sources.documents import ANSWER_PREFIX
 from data_pipeline.tokenization.encode import encode_question, encode_traced
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.core import Scorer
-from eval.scoring.inference import Engine, pad
+from eval.scoring.inference import Engine, finite_logits, pad
 from eval.thinking.tasks import QuestionSet
 from model import ZeroModel
 from model.cache import LatentCache
@@ -76,9 +76,10 @@ class ThinkJob(NamedTuple):
     alone: bool = False  # one question, for its seconds
 
     def run(self, engine: Engine) -> list[tuple[Any, float | None]]:
-        rows = answer_batch(
-            engine.model, engine.tokenizer, self.prompts, self.way, self.max_new_tokens, self.seed
-        )
+        with finite_logits(engine.model):
+            rows = answer_batch(
+                engine.model, engine.tokenizer, self.prompts, self.way, self.max_new_tokens, self.seed
+            )
         return [([list(row) for row in rows], None)]
 
 

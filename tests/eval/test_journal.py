@@ -59,7 +59,7 @@ def test_a_killed_evaluation_computes_nothing_twice(checkpoint, tmp_path, monkey
     process.wait()
     (path,) = tmp_path.glob("unfinished_*.jsonl")
     lines = path.read_bytes().split(b"\n")[:-1]
-    done = [key for line in lines[1:] for key in json.loads(line)]
+    done = [key for line in lines[1:] for key in json.loads(line)["answers"]]
     assert 12 <= len(done) < len(REQUESTS) + len(PROMPTS)
     with path.open("ab") as file:
         file.write(b'{"torn":[[-1.0')  # as the kill may have left it
@@ -72,7 +72,7 @@ def test_a_killed_evaluation_computes_nothing_twice(checkpoint, tmp_path, monkey
     assert capsys.readouterr().out == f"{path}: {len(done)} answers of an interrupted evaluation are reused\n"
     assert evaluate(scorer) == expected  # bit for bit
     assert scorer.take_seconds() > 0
-    written = [key for line in path.read_bytes().split(b"\n")[1:-1] for key in json.loads(line)]
+    written = [key for line in path.read_bytes().split(b"\n")[1:-1] for key in json.loads(line)["answers"]]
     assert len(set(written)) == len(written) == len(REQUESTS) + 2 * len(PROMPTS)
     assert written[: len(done)] == done
 
@@ -88,7 +88,7 @@ def test_a_killed_evaluation_computes_nothing_twice(checkpoint, tmp_path, monkey
 def test_another_fingerprint_and_another_process_are_kept_out(checkpoint, tmp_path, capsys):
     first = Journal.open(tmp_path / "new", {"model.safetensors": "a"})
     first.put({"key": Answer([-1.5, True], 2.0, 0.25)})
-    with pytest.raises(ValueError, match="is in use by another evaluation of the same settings"):
+    with pytest.raises(ValueError, match="is in use by an evaluation of the same settings"):
         Journal.open(tmp_path / "new", {"model.safetensors": "a"})
     assert capsys.readouterr().out == ""
     second = Journal.open(tmp_path / "new", {"model.safetensors": "b"})
@@ -107,13 +107,14 @@ def test_commands_share_a_folder_unless_their_tasks_are_the_same(
 ):
     flags = f"--checkpoint {checkpoint} --tasks causal_loop --limit 1 --output_path {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["eval/run.py", *flags.split()])
+    given = Namespace(checkpoint=checkpoint, batch_size=16)
     held = Journal.open(
-        tmp_path, fingerprint([evaluation.TASKS[other]], Namespace(checkpoint=checkpoint, batch_size=16))
+        tmp_path, fingerprint([evaluation.TASKS[other]], given, Scorer.from_checkpoint(checkpoint))
     )
     if refused:
         with pytest.raises(SystemExit):
             evaluation.main()
-        assert "is in use by another evaluation" in capsys.readouterr().err
+        assert "is in use by an evaluation" in capsys.readouterr().err
     else:
         evaluation.main()
     assert len(list(tmp_path.glob("results_*.json"))) == (not refused)

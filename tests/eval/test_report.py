@@ -198,7 +198,6 @@ def test_level_scores_of_a_single_sample():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl line 2 is not JSON"),
         ("eval/results_1.json", "[1]", "results_1.json holds a JSON list"),
         ("eval/results_1.json", "", "results_1.json is not JSON"),
         ("export/config.json", "{", "config.json is not JSON"),

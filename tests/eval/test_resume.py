@@ -44,7 +44,7 @@ def export(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def without_clocks(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    clocks = ("seconds", "latency", "time")
+    clocks = ("seconds", "latency", "time", "written")
     return {k: without_clocks(v) for k, v in value.items() if not any(clock in k for clock in clocks)}
 
 

@@ -39,7 +39,7 @@ def test_two_processes_answer_to_the_bit_as_one_and_a_dead_one_is_named(checkpoi
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        with pytest.raises(ChildProcessError, match=r"process 2 of 2 ended with exit code -9: if memory"):
+        with pytest.raises(ChildProcessError, match=r"process 2 of 2 ended by SIGKILL: if memory"):
             scorer.loglikelihood(REQUESTS)
     finally:
         scorer.close()
