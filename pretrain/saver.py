@@ -123,7 +123,7 @@ class Saver:
             self.rotate(step)
 
     def rotate(self, step: int) -> None:
-        """Deletes what is not kept beside the whole checkpoint of that step; a killed run may have left it."""
+        """Deletes what is not kept beside the whole checkpoint of that step, or was left by a kill."""
         for line in rotate(self.run, step, self.keep_last, self.keep_every, self.in_use):
             self.warn(f"warning: {line}")
 
