@@ -60,6 +60,7 @@ class MetricsLog:
 
     def __init__(self, config: RunConfig, run: Path, start_step: int) -> None:
         self.config, self.start_step, self.started = config, start_step, time.perf_counter()
+        self.run = run
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
         write_file(path, "".join(kept).encode())  # so that a run killed here keeps its history
@@ -93,6 +94,21 @@ class MetricsLog:
         if self.wandb is not None:
             flat = {f"eval/{task}/{name}": v for task, values in scores.items() for name, v in values.items()}
             self.wandb.log({**flat, "eval/step": step})
+
+    def has_validation(self, step: int) -> bool:
+        """Whether metrics.jsonl holds the validation loss of a step."""
+        with (self.run / "metrics.jsonl").open("rb") as lines:
+            own = [line for line in lines if line.startswith(b'{"step": %d,' % step)]
+        return any(b'"val_loss": ' in line for line in own)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Records a validation loss that the step's own line lacks."""
+        record = {"step": step, "tokens": step * self.config.tokens_per_step, "val_loss": loss}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        tqdm.write(f"validation of step {step}: val_loss {loss:.4f}", file=sys.stdout)
+        if self.wandb is not None:
+            self.wandb.log({"val_loss": loss}, step=step)
 
     def _step_line(self, r: dict[str, Any]) -> str:
         per_step = (time.perf_counter() - self.started) / (r["step"] - self.start_step)
