@@ -1,8 +1,9 @@
 """How ranks are started: by which processes, with which numbers, and where they meet.
 
 Rank numbers and the rendezvous address come in the variables that `deepspeed` and `torchrun` set: RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun starts one process per task and describes it in its own
-variables. Meanings: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun starts one process per task and describes it in its
+own variables:
+https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES
 """
 
 import os

@@ -103,8 +103,8 @@ def communication_problem(error: RuntimeError) -> str | None:
     if "EADDRINUSE" in reason:
         port = os.environ["MASTER_PORT"]
         return (
-            f"port {port} is in use, perhaps by another run; give the launcher another --master_port, or srun "
-            "another MASTER_PORT"
+            f"port {port} is in use, perhaps by another run; give the launcher another --master_port, "
+            "or srun another MASTER_PORT"
         )
     if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
         return f"rank {rank} lost another rank, whose own error says why if it had one ({reason})"

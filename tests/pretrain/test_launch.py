@@ -60,7 +60,10 @@ def test_a_port_in_use_and_a_lost_rank_have_different_errors(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(torch.distributed.DistError) as caught:
             torch.distributed.TCPStore("127.0.0.1", port, world_size=1, is_master=True)
-    problem = f"port {port} is in use, perhaps by another run; give the launcher another --master_port"
+    problem = (
+        f"port {port} is in use, perhaps by another run; give the launcher another --master_port, or srun "
+        "another MASTER_PORT"
+    )
     assert communication_problem(caught.value) == problem
     lost = communication_problem(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     assert lost is not None
