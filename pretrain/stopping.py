@@ -1,4 +1,5 @@
-"""What ends a run before max_steps: a signal, the end of its launcher, the stop file, the time limit.
+"""What ends a run before max_steps: a signal, the end of its launcher or of what reads its output, the stop
+file, the time limit.
 
 Each rank only notes a request. The trainer sums the notes of all ranks in the exchange that every step makes
 anyway, so that all ranks stop after the same step, with a checkpoint. Before the first step there is nothing
@@ -14,7 +15,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from pretrain import checkpoint
 from pretrain.launch import launchers
@@ -53,6 +56,8 @@ class StopRequests:
         for number in self._handled:
             signal.signal(number, lambda *_: None)  # the thread is woken before
         os.register_at_fork(after_in_child=self._uninstall)
+        for name in ("stdout", "stderr"):
+            setattr(sys, name, cast(TextIO, _Output(getattr(sys, name), self._note_lost_output)))
         threading.Thread(target=self._watch, args=(woken,), daemon=True).start()
 
     def _uninstall(self) -> None:
@@ -106,6 +111,9 @@ class StopRequests:
         elif self.cause is None:
             self.cause = number.name
 
+    def _note_lost_output(self) -> None:
+        self.cause = self.cause or "the loss of its output"
+
     def _note(self, cause: str, code: int) -> None:
         """A cause that does not wait for the first step."""
         if not self.stepping:
@@ -123,3 +131,37 @@ class StopRequests:
         if self.first:
             print(line, file=sys.stderr, flush=True)
         os._exit(code)
+
+
+class _Output:
+    """Standard output or error of a rank, for which it is no error if nobody reads it any more.
+
+    The end of a launcher, a terminal, `tee` or `head` meets the next line that is printed, perhaps before the
+    checkpoint. What cannot be written is dropped.
+    """
+
+    def __init__(self, stream: TextIO, lost: Callable[[], None]) -> None:
+        self._stream, self._lost = stream, lost
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """From now on, and with what the stream still holds."""
+        self._lost()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

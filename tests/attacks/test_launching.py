@@ -256,6 +256,26 @@ def test_an_urgent_request_that_cannot_be_met_names_the_safe_checkpoint(six_step
     assert done.stderr == f"error: 0 s after SIGTERM the step and its checkpoint are still unfinished; {safe}"
 
 
+def test_a_run_whose_output_nobody_reads_stops_with_a_checkpoint(training, tmp_path):
+    """`| head`, or Ctrl-C for `| tee`."""
+    run = tmp_path / "run"
+    command = [sys.executable, *training(run, "max_steps=100000", "log_every=1", *NEVER, "ep_size=1")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_buffered()
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    wait_for_step(run, 2, process)
+    process.stdout.close()
+    assert process.wait(DEADLINE) == 0, process.stderr.read()
+    assert "Traceback" not in process.stderr.read()
+    assert (run / f"checkpoints/step-{len(losses(run))}/manifest.json").is_file()
+
+
+def _buffered() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 def test_a_forked_process_is_no_part_of_the_run(tmp_path):
     """A signal to it is not one to the rank, and ends it."""
     code = (
