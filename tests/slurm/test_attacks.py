@@ -40,19 +40,21 @@ def _job(process: psutil.Process) -> str | None:
 
 
 @pytest.mark.parametrize("victim", ["slurmstepd", "srun"])
-def test_a_killed_daemon_costs_no_step(victim, cluster, training, tmp_path):
-    """The ranks notice the end of slurmstepd; SLURM ends those whose srun is gone by SIGTERM."""
+def test_no_rank_outlives_its_launcher(victim, cluster, training, tmp_path):
+    """Ranks notice the end of slurmstepd and save; SLURM itself ends those of a killed srun, at once."""
     job = train(cluster, training, tmp_path, *TWO_RANKS)
     cluster.until(lambda: len(losses(tmp_path)) >= 2, "two steps")
     ranks = [p for p in psutil.process_iter() if _is_rank(p, job)]
+    assert len(ranks) == 2
     running(victim, job).kill()
     cluster.until(lambda: not any(map(psutil.Process.is_running, ranks)), "the ranks have ended")
     stopped = len(losses(tmp_path))
-    assert 2 <= stopped < STEPS, cluster.output(job)
-    assert (tmp_path / f"checkpoints/step-{stopped}/manifest.json").is_file(), cluster.output(job)
+    assert 2 <= stopped < STEPS
+    saved = (tmp_path / f"checkpoints/step-{stopped}/manifest.json").is_file()
+    assert saved == (victim == "slurmstepd"), cluster.output(job)
     cluster.run("scancel", job)
-    again = train(cluster, training, tmp_path, *TWO_RANKS)
-    assert f"resuming from {tmp_path}/checkpoints/step-{stopped}" in cluster.ends(again, "COMPLETED")
+    output = cluster.ends(train(cluster, training, tmp_path, *TWO_RANKS), "COMPLETED")
+    assert (f"resuming from {tmp_path}/checkpoints/step-{stopped}" in output) == saved
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, STEPS + 1))
 
 
