@@ -58,6 +58,7 @@ class StopRequests:
         os.register_at_fork(after_in_child=self._uninstall)
         for name in ("stdout", "stderr"):
             setattr(sys, name, cast(TextIO, _Output(getattr(sys, name), self._note_lost_output)))
+        self._stderr = sys.stderr  # a conversion redirects sys.stderr for a while
         threading.Thread(target=self._watch, args=(woken,), daemon=True).start()
 
     def _uninstall(self) -> None:
@@ -129,7 +130,7 @@ class StopRequests:
     def _leave(self, line: str, code: int) -> None:
         """Ends the process: a rank that waits for a dead one would wait until killed."""
         if self.first:
-            print(line, file=sys.stderr, flush=True)
+            print(line, file=self._stderr, flush=True)
         os._exit(code)
 
 
