@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,10 @@ class Process:
 
     def runs(self) -> bool:
         """Whether it has not ended; one whose parent has not fetched its exit status yet has."""
-        found = _stat(self.pid)
+        try:
+            found = _stat(self.pid)
+        except OSError:  # too many open files, for example: no reason to end a run
+            return True
         return found is not None and found.started == self.started and found.state not in "ZX"
 
 
@@ -49,7 +53,7 @@ class _Stat:
 
 
 def _stat(pid: int) -> _Stat | None:
-    """From /proc/PID/stat, see proc(5); None: no such process."""
+    """From /proc/PID/stat, see proc(5); None: no such process. Raises OSError if it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -65,10 +69,11 @@ def launchers() -> list[Process]:
     itself; srun's are started by slurmstepd. Shells and other ancestors may end without ending a run.
     """
     found, pid = [], os.getppid()
-    while (status := _stat(pid)) is not None:
-        if _is_launcher(pid):
-            found.append(Process(pid, status.started))
-        pid = status.parent
+    with suppress(PermissionError):  # other users' processes may be hidden
+        while (status := _stat(pid)) is not None:
+            if _is_launcher(pid):
+                found.append(Process(pid, status.started))
+            pid = status.parent
     return found
 
 

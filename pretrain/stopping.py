@@ -98,7 +98,7 @@ class StopRequests:
             if self.give_up is not None and time.monotonic() >= self.give_up:
                 self._leave(
                     f"error: {GRACE_SECONDS:.0f} s after {self.cause} the step and its checkpoint are still "
-                    f"unfinished; {self._safe()}",
+                    "unfinished",
                     128 + signal.SIGTERM,
                 )
 
@@ -118,7 +118,7 @@ class StopRequests:
     def _note(self, cause: str, code: int) -> None:
         """A cause that does not wait for the first step."""
         if not self.stepping:
-            self._leave(f"stopped before the first step by {cause}; {self._safe()}", code)
+            self._leave(f"stopped before the first step by {cause}", code)
         self.cause = cause
 
     def _safe(self) -> str:
@@ -127,11 +127,13 @@ class StopRequests:
             return "no checkpoint was written; the same command starts again"
         return f"{folder} is whole; the same command continues from there"
 
-    def _leave(self, line: str, code: int) -> None:
+    def _leave(self, what: str, code: int) -> None:
         """Ends the process: a rank that waits for a dead one would wait until killed."""
-        if self.first:
-            print(line, file=self._stderr, flush=True)
-        os._exit(code)
+        try:
+            if self.first:
+                print(f"{what}; {self._safe()}", file=self._stderr, flush=True)
+        finally:
+            os._exit(code)
 
 
 class _Output:

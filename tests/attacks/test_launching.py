@@ -108,7 +108,7 @@ def listens(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.parametrize("attack", ["SIGTERM", "SIGINT", "launcher"])
+@pytest.mark.parametrize("attack", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow), "launcher"])
 def test_a_rank_that_waits_for_the_others_ends_with_a_line(attack, training, tmp_path):
     """It waits inside torch, where no Python code runs."""
     port = free_port()
@@ -152,7 +152,9 @@ def test_a_dry_run_takes_no_lock_and_makes_no_folder(train, tmp_path):
         assert "layout" in train(tmp_path / "run", "max_steps=8", "--dry-run").stdout
 
 
-@pytest.mark.parametrize("case", ["file", "below a file", "read-only", "STOP"])
+@pytest.mark.parametrize(
+    "case", ["file", pytest.param("below a file", marks=pytest.mark.slow), "read-only", "STOP"]
+)
 def test_a_folder_that_cannot_be_used_is_one_line(case, train, tmp_path):
     run = tmp_path / "run"
     if case == "STOP":
