@@ -1,6 +1,6 @@
-"""Scores one checkpoint of a run, for evaluation.py: exports it, then becomes eval/run.py.
+"""Scores one checkpoint of a run, for evaluation.py: exports it, then becomes eval/run.py with the FLAGS.
 
-python pretrain/evaluate_checkpoint.py --run runs/NAME --step N --folder DIR [-- FLAGS OF eval/run.py]
+python pretrain/evaluate_checkpoint.py --run runs/NAME --step N --folder DIR --trainer PID [-- FLAGS]
 """
 
 import argparse
@@ -22,10 +22,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="for the results")
+    parser.add_argument("--trainer", type=int, required=True, help="process with which this one ends")
     parser.add_argument("flags", nargs="*", help="after --: further flags of eval/run.py")
     arguments = parser.parse_args()
     if sys.platform == "linux":  # dies with a trainer that is killed; survives execv
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != arguments.trainer:  # it was killed before
+            sys.exit("error: the run that asked for this evaluation has ended")
     os.nice(NICENESS)
     export = arguments.folder / "work" / "export"
     with user_errors(ValueError, OSError):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.result_files import results_files
+from common.schema import as_type
 from pretrain.config import EvaluationConfig
 
 PROCESS = Path(__file__).with_name("evaluate_checkpoint.py")
@@ -42,7 +43,7 @@ class Evaluator:
 
     def request(self, step: int) -> None:
         """Requests scores of a checkpoint that is being written, if the step is due."""
-        if self.config.every_steps == 0 or step == 0 or step % self.config.every_steps:
+        if not self._due(step):
             return
         if self.step is None:
             self.step = step
@@ -50,9 +51,24 @@ class Evaluator:
             self._fail(step, f"skipped, the evaluation of step {self.step} is still running")
 
     def resume(self, step: int) -> None:
-        """Requests the scores of the checkpoint that a run resumes from, if it ended before they arrived."""
-        if (self.run / "checkpoints" / f"step-{step}").is_dir() and not self._results(step):
+        """Requests the scores of the checkpoint that a run resumes from, if it ended before they arrived.
+
+        Scores that arrived when the run no longer recorded them are recorded now.
+        """
+        if not self._due(step) or not (self.run / "checkpoints" / f"step-{step}").is_dir():
+            return
+        if not self._results(step):
             self.request(step)
+        elif not self._recorded(step):
+            self._record(step)
+
+    def _due(self, step: int) -> bool:
+        return self.config.every_steps > 0 and step > 0 and step % self.config.every_steps == 0
+
+    def _recorded(self, step: int) -> bool:
+        path = self.run / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return any(line.startswith(b'{"step": %d, "eval' % step) for line in lines)
 
     def poll(self, checkpoint_written: bool) -> None:
         """Starts, collects or kills the process when due; called once per step."""
@@ -111,6 +127,7 @@ class Evaluator:
     def _command(self, step: int, folder: Path) -> list[str]:
         c = self.config
         own = ["--run", str(self.run), "--step", str(step), "--folder", str(folder)]
+        own += ["--trainer", str(os.getpid())]
         flags = ["--tasks", c.tasks, "--limit", str(c.limit)]
         flags += [] if c.num_fewshot is None else ["--num_fewshot", str(c.num_fewshot)]
         flags += [] if c.data is None else ["--data", c.data]
@@ -130,11 +147,16 @@ class Evaluator:
             ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             self._fail(step, f"{ended}: {_last_words(folder / 'log.txt')}")
             return
+        self._record(step)
+
+    def _record(self, step: int) -> None:
+        results = self._results(step)
+        if not results:
+            self._fail(step, "it ended without results")
+            return
         try:
-            report = json.loads(self._results(step)[-1].read_text(encoding="utf-8"))
-            parts = {part for of_task in report["group_subtasks"].values() for part in of_task}
-            scores = {task: _numbers(e) for task, e in report["results"].items() if task not in parts}
-        except (OSError, ValueError, LookupError) as error:
+            scores = _scores(results[-1])
+        except (OSError, ValueError, RecursionError) as error:
             self._fail(step, f"its results cannot be read: {error}")
             return
         self.write({"step": step, "eval": scores})
@@ -161,9 +183,25 @@ class Evaluator:
         return results_files(self._folder(step))
 
 
-def _numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """Scores and standard errors of a task, without those that a single sample cannot have."""
-    return {key: v for key, v in entry.items() if "," in key and isinstance(v, int | float)}
+def _scores(path: Path) -> dict[str, dict[str, float]]:
+    """Task -> scores and standard errors, without subtasks and what a single sample cannot have.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file is damaged.
+    """
+    report = as_type(dict[str, Any], json.loads(path.read_text(encoding="utf-8")), path.name)
+    results = as_type(dict[str, dict[str, Any]], report.get("results"), f"results of {path.name}")
+    groups = as_type(dict[str, list[str]], report.get("group_subtasks"), f"group_subtasks of {path.name}")
+    parts = {part for of_task in groups.values() for part in of_task}
+    return {
+        task: {
+            key: as_type(float, value, f"{task}.{key} in {path.name}")
+            for key, value in entry.items()
+            if "," in key and not isinstance(value, str)
+        }
+        for task, entry in results.items()
+        if task not in parts
+    }
 
 
 def _last_words(log: Path) -> str:

@@ -5,9 +5,13 @@
 """
 
 import argparse
+import atexit
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from common.errors import user_errors
 from common.files import write_file, write_json
+from common.locks import FolderInUseError, FolderLock
 from data_pipeline.errors import DataError
 from model.counts import num_parameters
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
@@ -28,7 +33,7 @@ from pretrain.export import describe_data, write_export
 from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment, peak_tflops
 from pretrain.setup import Outline, Run, choose_checkpoint, prepare
-from pretrain.stopping import StopRequests
+from pretrain.stopping import STOP_FILE, StopRequests
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
@@ -44,6 +49,8 @@ def main() -> None:
 def start(arguments: argparse.Namespace, prepare_run: Callable[[], Outline]) -> None:
     """Prepares a run, then describes it (--dry-run) or trains it."""
     join_slurm_step()
+    stop_requests = StopRequests(int(os.environ.get("RANK", "0")))
+    stop_requests.install()  # before a large model's minutes of start-up
     with user_errors(ValueError, OSError):
         run = prepare_run()
     if arguments.dry_run:
@@ -51,8 +58,9 @@ def start(arguments: argparse.Namespace, prepare_run: Callable[[], Outline]) -> 
             print(describe(run))
         return
     assert isinstance(run, Run)
+    stop_requests.begin(run.folder, run.config.time_limit_minutes)
     try:
-        _train(run)
+        _train(run, stop_requests)
     except RuntimeError as error:
         # Imported late, as in _train.
         from pretrain.process_group import communication_problem
@@ -85,13 +93,54 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _join(run: Run) -> None:
+    """Joins the other ranks; rank 0 takes the run's folder and keeps it until its process ends.
+
+    Raises:
+        ValueError: on all ranks, if rank 0 cannot have the folder or the ranks differ in what they train.
+    """
+    from pretrain.process_group import equal_on_all_ranks, init_process_group, on_any_rank
+
+    init_process_group()
+    problem = _hold(run.folder) if run.rank == 0 else None
+    if on_any_rank(problem is not None):
+        raise ValueError(problem)
+    parts = (asdict(run.config), run.ds_config, asdict(run.state))
+    if not equal_on_all_ranks(json.dumps(parts, sort_keys=True, default=str)):
+        raise ValueError(
+            "the ranks have different configs, data or DeepSpeed JSONs; give all machines the same files and "
+            "arguments, and two runs different ports"
+        )
+
+
+def _hold(folder: Path) -> str | None:
+    """Locks the run's folder; returns the problem, if there is one."""
+    try:
+        lock = FolderLock(folder, "a training run", "choose another output_dir")
+    except FolderInUseError as error:
+        return str(error)
+    except OSError as error:
+        return (
+            f"output_dir={folder} cannot be used ({error.filename}: {error.strerror}); choose a folder that "
+            "can be created and written"
+        )
+    atexit.register(lock.release)  # when the thread that writes checkpoints has ended
+    if (folder / STOP_FILE).is_dir():
+        return f"{folder / STOP_FILE} is a folder, but a file of that name stops the run; remove or rename it"
+    return None
+
+
 def _verified(run: Run, engine: "Engine") -> Path | None:
     """The checkpoint to resume from, its checksums verified; with resume=auto perhaps an older one.
 
+    Rank 0 chooses: another run may have written to the folder until this one had it, and another machine may
+    not see its newest files yet.
+
     Raises:
-        ValueError: the checkpoint that the user named is damaged.
+        ValueError: the checkpoint that the user named is damaged, or the newest does not fit the run.
     """
-    folder = run.resume_from
+    choose = partial(choose_checkpoint, run.config, run.state, announce=True)
+    folder = together(engine, choose if run.rank == 0 else lambda: None)[0]
     while folder is not None:
         problem = checkpoint.damage_on_any_rank(engine, folder, run.rank, run.state.world_size)
         if problem is None:
@@ -100,21 +149,19 @@ def _verified(run: Run, engine: "Engine") -> Path | None:
             checkpoint.require_whole(folder, problem)
         if run.rank == 0:
             print(f"warning: {checkpoint.passed_over(folder, problem)}")
-        step = int(folder.name[5:])
-        folder = choose_checkpoint(run.config, run.state, announce=run.rank == 0, below=step)
+        choose_older = partial(choose, below=int(folder.name[5:]))
+        folder = together(engine, choose_older if run.rank == 0 else lambda: None)[0]
     return None
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, stop_requests: StopRequests) -> None:
     # Imported late: deepspeed takes seconds, and a misspelt key should fail sooner.
     from pretrain import elastic
     from pretrain.engine import Engine
-    from pretrain.process_group import init_process_group
     from pretrain.trainer import Trainer, TrainingError
 
-    stop_requests = StopRequests(run.folder, run.config.time_limit_minutes, watches_file=run.rank == 0)
-    stop_requests.install()  # before a large model's minutes of start-up
-    init_process_group()
+    with user_errors(ValueError):
+        _join(run)
     weights = None if run.weights is None else load_file(run.weights)
     engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
     trainer = Trainer(
@@ -133,17 +180,19 @@ def _train(run: Run) -> None:
             trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
         trained = sum(shape.numel() for shape in engine.full_shapes().values())
         together(engine, lambda: _begin(run, trainer, trained, weights) if run.rank == 0 else None)
+    stop_requests.stepping = True
     # All ranks raise the first two errors together, but one rank alone may read a damaged shard.
     with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
-        if trainer.step == run.config.max_steps:
+        if trainer.complete:
             _finish(run, engine)
-    if trainer.step < run.config.max_steps and run.rank == 0:
+    if not trainer.complete and run.rank == 0:
         reason = stop_requests.reason() or "another rank's request"
         print(f"stopped after step {trainer.step} by {reason}; the same command continues")
     engine.barrier()
     engine.close()
     trainer.close()
+    stop_requests.done()
 
 
 def _begin(run: Run, trainer: "Trainer", trained: int, weights: dict[str, Tensor] | None) -> None:

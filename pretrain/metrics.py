@@ -141,6 +141,20 @@ class MetricsLog:
         except OSError as error:
             raise writing_failed(error, self.path, "a checkpoint needs the metrics up to its step") from error
 
+    def has_validation(self, step: int) -> bool:
+        """Whether metrics.jsonl holds the validation loss of a step."""
+        with self.path.open("rb") as lines:
+            own = [line for line in lines if line.startswith(b'{"step": %d,' % step)]
+        return any(b'"val_loss": ' in line for line in own)
+
+    def validated(self, step: int, loss: float) -> None:
+        """Records a validation loss that the step's own line lacks."""
+        record = {"step": step, "tokens": step * self.config.tokens_per_step, "val_loss": loss}
+        self._append(record)
+        say(f"validation of step {step}: val_loss {loss:.4f}")
+        if self.wandb is not None:
+            self.wandb.log(None, {"val_loss": loss})
+
     def _step_line(self, r: dict[str, Any]) -> str:
         per_step = (time.perf_counter() - self.started) / (r["step"] - self.start_step)
         eta = round(per_step * (self.config.max_steps - r["step"]))

@@ -1,6 +1,5 @@
 """The group of ranks: how a process joins it, uses it, and explains its failures."""
 
-import atexit
 import fcntl
 import hashlib
 import logging
@@ -14,10 +13,11 @@ import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import logger
 from torch import Tensor
 
-from pretrain.launch import free_port
+from pretrain.launch import meeting_place, publish_port, published_port
 
 logger.setLevel(logging.WARNING)
 # Raised by DeepSpeed's own calls; users cannot act on them.
@@ -27,19 +27,46 @@ warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", c
 def init_process_group() -> None:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Without a launcher this process forms a group of one on a free port: DeepSpeed's buffer is named after the
-    port, and two concurrent runs must not share it.
+    Without a launcher this process forms a group of one. Ranks of one machine for which no port was named
+    meet on a free one, so that concurrent runs never meet.
     """
     prepare_extensions()
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    atexit.register(_remove_shared_memory)
+    alone = "RANK" not in os.environ
+    place = None if alone else meeting_place()
+    if alone:
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, MASTER_ADDR="127.0.0.1")
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if alone or place is not None:
+        _meet_on_a_free_port(place)
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+    dist.barrier()
+    _remove_shared_memory()
+
+
+def _meet_on_a_free_port(place: str | None) -> None:
+    """Forms torch's process group. The port also names DeepSpeed's buffer, which two runs must not share."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    port = 0 if rank == 0 or place is None else published_port(place)  # 0: any free one
+    store = torch.distributed.TCPStore(
+        "127.0.0.1", port, size, is_master=rank == 0, timeout=default_pg_timeout, wait_for_workers=False
+    )
+    os.environ["MASTER_PORT"] = str(store.port)
+    if rank == 0 and place is not None:
+        publish_port(place, store.port)
+    torch.distributed.init_process_group(
+        get_accelerator().communication_backend_name(),
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=default_pg_timeout,
+    )
 
 
 def _remove_shared_memory() -> None:
-    """Deletes this rank's communication buffer, 66 MiB of memory that DeepSpeed leaves behind on a CPU."""
+    """Deletes the name of this rank's communication buffer, which all ranks have opened by now.
+
+    DeepSpeed would leave its 66 MiB of memory behind on a CPU.
+    """
     parts = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"])
     name = "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))
     Path("/dev/shm", name).unlink(missing_ok=True)
@@ -75,7 +102,10 @@ def communication_problem(error: RuntimeError) -> str | None:
     reason, rank = str(error).splitlines()[0], os.environ["RANK"]
     if "EADDRINUSE" in reason:
         port = os.environ["MASTER_PORT"]
-        return f"port {port} is in use, perhaps by another run; give the launcher another --master_port"
+        return (
+            f"port {port} is in use, perhaps by another run; give the launcher another --master_port, "
+            "or srun another MASTER_PORT"
+        )
     if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
         return f"rank {rank} lost another rank, whose own error says why if it had one ({reason})"
     return None
@@ -93,6 +123,19 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all ranks, in place."""
     dist.all_reduce(values)
     return values
+
+
+def on_any_rank(flag: bool) -> bool:
+    """Whether the flag is set on some rank; all ranks take part."""
+    return bool(all_reduce_sum(torch.tensor([int(flag)], device=device())))
+
+
+def equal_on_all_ranks(text: str) -> bool:
+    """Whether all ranks gave the same text; all ranks take part."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    extremes = torch.tensor([number, -number], device=device())
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return bool(extremes[0] == -extremes[1])
 
 
 def device() -> torch.device:

@@ -107,7 +107,7 @@ def prepare(
         lora=None if config.lora is None else lora.identity(config.lora, weights),
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
-    resume_from = choose_checkpoint(config, state, announce=rank == 0)
+    resume_from = choose_checkpoint(config, state, announce=False)  # again when the folder is locked
     return Run(**vars(outline), loader=loader, validation=validation, state=state, resume_from=resume_from)
 
 

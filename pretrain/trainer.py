@@ -29,7 +29,14 @@ from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
 from pretrain.metrics import MetricsLog, peak_tflops, say
 from pretrain.optim import learning_rate
-from pretrain.process_group import all_reduce_sum, device, peak_memory_bytes, rank, world_size
+from pretrain.process_group import (
+    all_reduce_sum,
+    device,
+    on_any_rank,
+    peak_memory_bytes,
+    rank,
+    world_size,
+)
 from pretrain.saver import Saver
 from pretrain.stopping import StopRequests
 
@@ -76,6 +83,7 @@ class Trainer:
         self.loader, self.validation, self.micro_batch_size = loader, validation, micro_batch_size
         self.run, self.initial_state, self.step = Path(config.output_dir), initial_state, 0
         self.stop_requests, self.stopped, self.skipped = stop_requests, False, 0
+        self.validation_cut_short = False
         self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank(), warn=say)
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
@@ -113,6 +121,7 @@ class Trainer:
             TrainingError: too many consecutive steps were skipped.
             CheckpointError: a checkpoint could not be written; noticed at the next step.
         """
+        self._validate_again()
         running: _Figures | None = None  # of the newest step, which may still run on the device
         with ThreadPoolExecutor(1) as reader:
             batch = reader.submit(self.loader.batch, self.step)
@@ -140,15 +149,28 @@ class Trainer:
             self.evaluator.poll(checkpoint_written=self.saver.idle())
             self.saver.in_use = self.evaluator.step
 
+    @property
+    def complete(self) -> bool:
+        """Whether the run has done all its steps and their validations."""
+        return self.step == self.config.max_steps and not self.validation_cut_short
+
+    def _validate_again(self) -> None:
+        """Validates the step that the run resumes from, if a stop cut its validation short."""
+        if self.validation is None or self.step == 0 or self.step % self.config.eval_every:
+            return
+        if on_any_rank(self.log is not None and not self.log.has_validation(self.step)):
+            loss = self.validation_loss(self.validation)
+            if self.log is not None and loss is not None:
+                self.log.validated(self.step, loss)
+
     def close(self) -> None:
         """Waits for the last checkpoint's scores if the run is complete, and closes the log.
 
         Called after everything that ranks do together, so that the others need not wait for an evaluation.
         """
         if self.evaluator is not None:
-            whole = self.step == self.config.max_steps
             self.evaluator.finish(
-                self.stop_requests.reason if whole else lambda: "it has not reached its last step"
+                self.stop_requests.reason if self.complete else lambda: "it has not reached its last step"
             )
         if self.log is not None:
             self.log.close()
@@ -227,7 +249,7 @@ class Trainer:
         if failed:  # some ranks may still wait for the others' part of the news
             self.saver.wait()
             raise CheckpointError("the last checkpoint could not be written by another rank")
-        self.stopped = bool(stop)
+        self.stopped |= bool(stop)
         self.skipped = 0 if figures.applied else self.skipped + 1
         if self.skipped >= self.config.stability.max_skipped:
             raise TrainingError(
@@ -320,10 +342,14 @@ class Trainer:
         return real_tokens * c.positions_per_token * c.num_experts_per_tok * runs
 
     @torch.no_grad()
-    def validation_loss(self, loader: Loader) -> float:
-        """Mean cross-entropy per target over the first eval_batches batches of the validation split."""
+    def validation_loss(self, loader: Loader) -> float | None:
+        """Mean cross-entropy per target over the first eval_batches batches of the validation split.
+
+        None if a rank was asked to stop meanwhile.
+        """
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=device())
+        asked = [torch.zeros(1, device=device())]
         for step in range(self.config.eval_batches):
             batch = loader.batch(step)
             totals[1] += self._loss_counts(batch)["targets"]
@@ -331,6 +357,10 @@ class Trainer:
                 output = self.engine.forward(**inputs)
                 assert output.loss_sums is not None
                 totals[0] += output.loss_sums["cross_entropy"].double()
+            asked.append(all_reduce_sum(totals.new_tensor([self.stop_requests.reason() is not None])))
+            if bool(asked[-2]):  # the batch before: the device computes this one meanwhile
+                self.stopped = self.validation_cut_short = True
+                return None
         all_reduce_sum(totals)
         return float(totals[0] / totals[1].clamp(min=1))
 

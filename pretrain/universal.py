@@ -7,6 +7,7 @@ resumes from it, and the offline export reads it.
 import argparse
 import copy
 import copyreg
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
+from common.files import writing_failed
 from pretrain.checkpoint import read
 
 # Python 3.11.2 (Debian 12) would pickle an enumeration as a call to getattr, which no reader should allow.
@@ -75,6 +77,7 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
 
     Raises:
         ValueError: the run uses Muon; DeepSpeed converts only Adam's state.
+        OSError: the disk is full.
     """
     if read(checkpoint)[0].optimizer == "muon":
         raise ValueError(
@@ -91,8 +94,14 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         strict=True,
         inject_missing_state=True,
     )
-    with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
+    try:
+        with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            ds_to_universal.main(arguments)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        failed = OSError(errno.EIO, "torch could not write all of it")  # it does not say why
+        raise writing_failed(failed, folder, "the checkpoint is untouched") from error
     return folder
 
 

@@ -224,6 +224,7 @@ def test_a_missing_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(os, "nice", lambda increment: 0)  # would affect the test process
     monkeypatch.setattr("ctypes.CDLL", lambda name: type("libc", (), {"prctl": lambda *_: 0})())
     folders = ["--run", str(tmp_path), "--step", "2", "--folder", str(tmp_path / "eval")]
+    folders += ["--trainer", str(os.getppid())]
     monkeypatch.setattr(sys, "argv", ["evaluate_checkpoint.py", *folders])
     with pytest.raises(SystemExit):
         main()

@@ -2,13 +2,27 @@
 
 import os
 import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from pretrain.launch import first_host, join_slurm_step
+from pretrain.launch import (
+    Process,
+    first_host,
+    join_slurm_step,
+    launchers,
+    meeting_place,
+    publish_port,
+    published_port,
+)
 from pretrain.process_group import communication_problem
+
+from ..conftest import ROOT
 
 JOB = {"SLURM_JOB_ID": "70123", "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "gpu[1-4]"}
 STEP = {
@@ -60,12 +74,83 @@ def test_a_port_in_use_and_a_lost_rank_have_different_errors(monkeypatch):
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(torch.distributed.DistError) as caught:
             torch.distributed.TCPStore("127.0.0.1", port, world_size=1, is_master=True)
-    problem = f"port {port} is in use, perhaps by another run; give the launcher another --master_port"
+    problem = (
+        f"port {port} is in use, perhaps by another run; give the launcher another --master_port, or srun "
+        "another MASTER_PORT"
+    )
     assert communication_problem(caught.value) == problem
     lost = communication_problem(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
     assert lost is not None
     assert lost.startswith("rank 0 lost another rank, whose own error says why if it had one ([gloo/")
     assert communication_problem(RuntimeError("something else")) is None
+
+
+def test_steps_of_a_job_have_different_ports():
+    ports = {set_variables({**STEP, "SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(100)}
+    assert len(ports) == 100
+
+
+def test_ranks_of_one_machine_meet_where_nobody_else_does(monkeypatch):
+    launcher = Process(5, "77")
+    monkeypatch.setattr("pretrain.launch.launchers", lambda: [launcher, Process(4, "70")])
+    one_node = {**STEP, "SLURM_STEP_NUM_NODES": "1"}
+    assert "MASTER_PORT" not in set_variables(one_node)
+    for environment, place in (
+        (one_node, "70123.0.0"),
+        ({**one_node, "SLURM_STEP_ID": "1", "SLURM_RESTART_COUNT": "2"}, "70123.1.2"),
+        ({**one_node, "MASTER_PORT": "4000"}, None),
+        ({"MASTER_PORT": "29500", "CROSS_SIZE": "1"}, "5-77"),  # deepspeed without --master_port
+        ({"MASTER_PORT": "29501", "CROSS_SIZE": "1"}, None),
+        ({"MASTER_PORT": "29500", "CROSS_SIZE": "2"}, None),  # two machines
+        ({"MASTER_PORT": "29500"}, None),  # torchrun
+    ):
+        with mock.patch.dict(os.environ, environment, clear=True):
+            assert meeting_place() == place
+
+
+def test_a_port_is_found_by_those_who_come_first_and_last(tmp_path):
+    place = f"test-{tmp_path}"[:100]
+    with ThreadPoolExecutor(2) as ranks:
+        early = ranks.submit(published_port, place)
+        publish_port(place, 12345)
+        assert early.result(60) == 12345
+        assert published_port(place) == 12345
+
+
+ANCESTORS = """
+import subprocess, sys
+sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))
+"""
+
+
+def test_launchers_are_found_among_the_ancestors(tmp_path):
+    """By script and module, through shells, whatever their arguments are called."""
+    for name in ("deepspeed", "harness.py"):
+        (tmp_path / name).write_text(ANCESTORS)
+    found = "from pretrain.launch import launchers; print(len(launchers()))"
+    before = len(launchers())  # those of the tests themselves
+    for command, number in (
+        ([tmp_path / "deepspeed", "-c", found], 1),
+        (["-u", tmp_path / "harness.py", tmp_path / "deepspeed", "-c", found], 1),
+        ([tmp_path / "deepspeed", tmp_path / "deepspeed", "-c", found], 2),
+        ([tmp_path / "harness.py", "-c", found, "deepspeed", "torchrun"], 0),
+    ):
+        call = [sys.executable, *map(str, command)]
+        done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert int(done.stdout) == before + number, command
+
+
+def test_a_process_runs_until_it_has_ended_even_as_a_zombie():
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    stat = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+    process = Process(child.pid, stat[19])
+    assert process.runs()
+    assert not Process(child.pid, stat[19] + "0").runs()  # another process had this pid
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not process.runs()
+    child.communicate()
+    assert not process.runs()
 
 
 def test_a_given_address_is_kept():

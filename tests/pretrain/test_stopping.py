@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.stopping import StopRequests
-
 from .conftest import finish, start, unlink_buffer
 
 STEPS = 20
@@ -95,11 +93,3 @@ def test_a_time_limit_stops_the_run(train, tmp_path):
     run = tmp_path / "run"
     output = train(run, "max_steps=100000", "time_limit_minutes=0.02", "ep_size=1", ranks=1).stdout
     assert f"stopped after step {len(losses(run))} by time_limit_minutes" in output
-
-
-def test_reasons_concern_this_rank(tmp_path):
-    (tmp_path / "STOP").touch()
-    watching = StopRequests(tmp_path, None, watches_file=True)
-    assert watching.reason() == f"the file {tmp_path / 'STOP'}"
-    assert StopRequests(tmp_path, None, watches_file=False).reason() is None
-    assert StopRequests(tmp_path, 0.0, watches_file=False).reason() == "time_limit_minutes"
