@@ -57,6 +57,7 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
     values["train_micro_batch_size_per_gpu"] = micro
     values["gradient_accumulation_steps"] = accumulation
     values["gradient_clipping"] = config.optimizer.clip
+    values["zero_force_ds_cpu_optimizer"] = False  # the optimizer is ours, with offload too
     _fit_to_optimizer(values, config.optimizer, path)
     return values
 

@@ -39,7 +39,7 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
     if checkpoint.layout_changes(found, wanted):
         together(engine, lambda: _convert(engine, folder, scratch) if first else None)
         load_universal(engine.deepspeed, scratch / "universal", found.step)
-        engine.load_average(folder)
+        engine.finish_loading(folder)
         engine.barrier()  # until every rank has read its part
         if first:
             shutil.rmtree(scratch)
@@ -48,6 +48,8 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
     for name, buffer in engine.checkpoint_buffers().items():
         kept = min(buffer.shape[-1], buffers[name].shape[-1])  # the guard's window may have changed
         buffer[..., -kept:] = buffers[name][..., -kept:]
+    if wanted.optimizer == "muon" and (found.zero_stage == 3) != (wanted.zero_stage == 3):
+        engine.guard.forget()  # under ZeRO-3 its norms are of gradients, otherwise of Muon's updates
     return found.step
 
 

@@ -42,6 +42,7 @@ from pretrain.expert_parallel import (
     reduce_gradients_when_complete,
 )
 from pretrain.lora import adapt, seed_dropout
+from pretrain.muon import MOMENTUM, restore_momentum, store_momentum
 from pretrain.optim import parameter_groups
 from pretrain.process_group import device, rank, world_size
 from pretrain.stability import SpikeGuard
@@ -122,6 +123,7 @@ class Engine:
         set_z3_leaf_modules(model, [DecoderLayer])
         reduce_gradients_when_complete()
         optimizer = build_optimizer(model, config.optimizer)
+        self.muon = config.optimizer.kind == "muon"
         self.muon_lr_ratio = config.optimizer.muon_lr / config.optimizer.lr
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -216,6 +218,8 @@ class Engine:
             ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.lora is not None
         )
         files, self.snapshots.files = self.snapshots.files, {}
+        if self.muon:
+            store_momentum(self.deepspeed.optimizer, files)
         if self.average is not None:
             files.update(self._average_files())
         return files
@@ -228,6 +232,12 @@ class Engine:
             )
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+        self.finish_loading(checkpoint)
+
+    def finish_loading(self, checkpoint: Path) -> None:
+        """Loads of a checkpoint of any layout what DeepSpeed does not, or stores otherwise than it trains."""
+        if self.muon:
+            restore_momentum(self.deepspeed.optimizer)
         self.load_average(checkpoint)
 
     def _average_files(self) -> dict[str, bytes]:
@@ -330,20 +340,35 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
     DeepSpeed reads from the device, once per step, whether the norm is finite, and discards the step if not.
     A refused step gets an infinite norm, so that nothing more needs to be read, except for Muon under ZeRO-3:
     there gradients enter the momentum before DeepSpeed looks at a norm, so the decision, made on the
-    gradients' own norm, is read first.
+    gradients' own norm, is read first. With Muon, offload and ZeRO-1 or 2 they do too, but the norm covers
+    Muon's updates, as without offload: a refused step gets its old momentum back.
     """
 
     def infinite(refused: Tensor) -> Tensor:
         return torch.where(refused, math.inf, 0.0)
 
     if not hasattr(optimizer, "_get_norm_groups"):  # stages 1 and 2
-        total_norm = optimizer.scaled_global_norm
+        total_norm, offloaded_muon = optimizer.scaled_global_norm, optimizer._apply_muon_updates_cpu_offload
+        before: dict[int, Tensor] = {}
+
+        def momenta() -> dict[int, Tensor]:
+            states = enumerate(optimizer.optimizer.state.values())
+            return {number: state[MOMENTUM] for number, state in states if MOMENTUM in state}
+
+        def kept_momentum() -> None:
+            before.clear()
+            before.update((number, momentum.clone()) for number, momentum in momenta().items())
+            offloaded_muon()
 
         def judged_norm() -> Tensor:
             norm = total_norm()
-            return norm + infinite(refuses(norm))
+            refused = refuses(norm)
+            if optimizer.cpu_offload and momenta() and bool(refused):
+                for number, momentum in momenta().items():
+                    momentum.copy_(before.get(number, torch.zeros(())))
+            return norm + infinite(refused)
 
-        optimizer.scaled_global_norm = judged_norm
+        optimizer.scaled_global_norm, optimizer._apply_muon_updates_cpu_offload = judged_norm, kept_momentum
         return
 
     norm_groups, apply_muon = optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads
