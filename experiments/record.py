@@ -99,7 +99,7 @@ def _sizes(plan: PlannedCell) -> dict[str, Any]:
 def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if "loss" in record]
-    validation = [record["val_loss"] for record in steps if "val_loss" in record]
+    validation = [record["val_loss"] for record in steps if record.get("val_loss") is not None]
     if not validation:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")
     depths = {record["recurrence_depth"] for record in steps}

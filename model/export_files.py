@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,6 +14,17 @@ from model.config.model import ModelConfig
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # Further files that evaluation needs; pretrain/export.py writes them.
 TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
+
+
+def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
+    """Raises ValueError, one line, for the first tensor that holds NaN or infinity.
+
+    Args:
+        where: what the tensors are, for the message.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity in {where}; use an earlier checkpoint or export")
 
 
 def save_weights(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:

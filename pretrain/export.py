@@ -18,7 +18,7 @@ from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
-from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
+from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, require_finite, save_weights
 from pretrain import checkpoint, lora
 
 
@@ -46,7 +46,11 @@ def describe_data(manifest: Manifest) -> dict[str, Any]:
 def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], run: Path) -> None:
     """Writes the folder, with the run folder's tokenizer and data description (older runs have none); these
     come first, so that weights never lack them.
+
+    Raises:
+        ValueError: a weight is not finite; nothing is written.
     """
+    require_finite(weights, f"the weights to export to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
         if name == TOKENIZER_NAME or (run / name).is_file():
@@ -94,7 +98,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     for target, parameters in exports.items():
         values = parameters | own_buffers
         if state.lora is not None:
-            values = lora.merged(run, values, state.lora["alpha"] / state.lora["r"])
+            values = lora.merged(run, values, state.lora)
         assert values.keys() == expected.keys(), values.keys() ^ expected.keys()
         values = {name: values[name].view(expected[name].shape) for name in expected}
         write_export(target, config, values, run)

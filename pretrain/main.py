@@ -113,7 +113,8 @@ def _train(run: Run) -> None:
     stop_requests.install()  # before a large model's minutes of start-up
     init_process_group()
     weights = None if run.weights is None else load_file(run.weights)
-    engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
+    with user_errors(ValueError):
+        engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
     trainer = Trainer(
         run.config,
         run.model_config,
@@ -131,14 +132,15 @@ def _train(run: Run) -> None:
     if run.rank == 0:
         with user_errors(OSError):
             _write_run_folder(run, sum(shape.numel() for shape in engine.full_shapes().values()))
-            if run.config.lora is not None and weights is not None:
-                lora.save_base(run.folder, weights)
+            if run.config.lora is not None and run.weights is not None:
+                lora.save_base(run.folder, run.weights)
     engine.barrier()
     # All ranks raise the first two errors together, but one rank alone may read a damaged shard.
     with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
         trainer.train()
     if trainer.step == run.config.max_steps:
-        _finish(run, engine)
+        with user_errors(ValueError, OSError):
+            _finish(run, engine)
     elif run.rank == 0:
         reason = stop_requests.reason() or "another rank's request"
         print(f"stopped after step {trainer.step} by {reason}; the same command continues")
@@ -165,7 +167,8 @@ def _export(run: Run, name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
             weights[key] = value.cpu()
     if run.rank == 0:
         if run.config.lora is not None:
-            weights = lora.merged(run.folder, weights, run.config.lora.alpha / run.config.lora.r)
+            assert run.state.lora is not None
+            weights = lora.merged(run.folder, weights, run.state.lora)
         write_export(run.folder / name, run.model_config, weights, run.folder)
 
 

@@ -100,7 +100,7 @@ class MetricsLog:
         load = r["expert_load_max"]
         parts = [
             f"step {r['step']}/{self.config.max_steps}",
-            f"loss {_number(r['loss'], '.4f')}",
+            f"loss {_number(r['loss'], '.4f') if r['target_tokens'] else 'without targets'}",
             f"grad_norm {_number(r['grad_norm'], '.3f')}",
             f"lr {r['lr']:.2e}",
             f"tok/s {r['tokens_per_second']:,.0f}",
@@ -114,7 +114,7 @@ class MetricsLog:
         if "skipped" in r:
             parts.append(f"SKIPPED: {r['skipped']}")
         if "val_loss" in r:
-            parts.append(f"val_loss {r['val_loss']:.4f}")
+            parts.append(f"val_loss {'none' if r['val_loss'] is None else format(r['val_loss'], '.4f')}")
         return " | ".join([*parts, f"eta {eta // 60}:{eta % 60:02d}"])
 
     def close(self) -> None:

@@ -31,8 +31,13 @@ class SpikeGuard:
         self.history.fill_(math.nan)
 
     @torch.no_grad()
-    def refuses(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Scalars -> a boolean scalar, True: skip this step. Finite values enter the history."""
+    def refuses(self, loss: Tensor, grad_norm: Tensor, comparable: Tensor | bool = True) -> Tensor:
+        """Scalars -> a boolean scalar, True: skip this step. Finite values enter the history.
+
+        Args:
+            comparable: False for a step whose level says nothing about others, as one without targets: it is
+                no spike and does not enter the history.
+        """
         values = torch.stack((loss.to(self.history), grad_norm.to(self.history).log()))
         finite = values[0].isfinite() & grad_norm.isfinite()
         refused = ~finite
@@ -42,7 +47,7 @@ class SpikeGuard:
             self.zscores = (values - median) / spread
             known = 2 * (~self.history[0].isnan()).sum() >= self.config.window
             spikes = (self.zscores > self.config.max_zscore) & (spread > 0)
-            refused = refused | (known & spikes.any())
+            refused = refused | (known & spikes.any() & comparable)
         longer = torch.cat((self.history[:, 1:], values[:, None]), 1)
-        self.history.copy_(torch.where(finite, longer, self.history))
+        self.history.copy_(torch.where(finite & comparable, longer, self.history))
         return refused
