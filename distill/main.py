@@ -151,7 +151,8 @@ def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> di
         "step_id": tokenizer.step_separator_id,
     }
     if values["method"] == "coconut" and "stage_steps" not in values:
-        stages = model["latent_cot"]["num_latents"] // values["latents_per_step"] + 1
+        each = max(1, values["latents_per_step"])  # DistillationConfig refuses less
+        stages = model["latent_cot"]["num_latents"] // each + 1
         values["stage_steps"] = max(1, max_steps // stages)
     return {**model, "distillation": values}
 
