@@ -417,7 +417,8 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
     def judged_groups() -> list[Tensor]:
         if not judgement:
             judge()
-        return [*(norm.float() for norm in norm_groups()), judgement.pop()]
+        norms = [norm.float() for norm in norm_groups()]  # with offload in host memory
+        return [*norms, judgement.pop().to(norms[0].device)]
 
     optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads = judged_groups, judged_muon
 

@@ -164,7 +164,7 @@ def _check(config: RunConfig) -> None:
     if config.data.sequence_length < 2:
         raise ValueError(f"data.sequence_length={config.data.sequence_length} must be at least 2")
     _check_optimizer(config.optimizer, config.max_steps)
-    config.evaluation.check(config.save_every, config.optimizer.kind)
+    config.evaluation.check(config.save_every)
     if config.lora is not None:
         config.lora.check(config.ep_size, config.optimizer.kind)
 

@@ -38,7 +38,8 @@ class SpikeGuard:
             comparable: False for a step whose level says nothing about others, as one without targets: it is
                 no spike and does not enter the history.
         """
-        values = torch.stack((loss.to(self.history), grad_norm.to(self.history).log()))
+        grad_norm = grad_norm.to(self.history)  # with offload it comes from host memory
+        values = torch.stack((loss.to(self.history), grad_norm.log()))
         finite = values[0].isfinite() & grad_norm.isfinite()
         refused = ~finite
         if self.config.max_zscore is not None:

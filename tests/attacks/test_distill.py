@@ -1,4 +1,4 @@
-"""Attacks on distill/: traces that no data set should hold, teachers that are damaged, contradictory configs."""
+"""Attacks on distill/: traces that no data set should hold, damaged teachers, contradictory configs."""
 
 import argparse
 import re
@@ -90,12 +90,13 @@ def refused(teacher, traced_data, tmp_path, monkeypatch):
         given = argparse.Namespace(
             config=[config], ds_config="ds_configs/zero2.json", init=init, overrides=flags
         )
+        line = None
         try:
             prepare_distillation(given)
         except (ValueError, OSError) as error:
-            assert "\n" not in str(error)
-            return str(error)
-        return None
+            line = str(error)
+        assert line is None or "\n" not in line
+        return line
 
     return attempt
 
@@ -106,7 +107,7 @@ COUNT = [6, pytest.param(150, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("count", COUNT)
 @pytest.mark.parametrize("name", [CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME])
 def test_a_damaged_teacher_is_refused_in_a_line_or_fits(refused, teacher, tmp_path, name, count):
-    """No checksum covers an export: a bit of a weight that changed is read as it is, unless NaN or infinity."""
+    """No checksum covers an export: a weight whose bit changed is read, unless it is NaN or infinity."""
     damaged = tmp_path / "teacher"
     shutil.copytree(teacher, damaged)
     for _, content in byte_mutations((teacher / name).read_bytes(), count, seed=1):
