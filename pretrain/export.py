@@ -5,6 +5,7 @@ Offline, in one process: python pretrain/export.py --run runs/NAME [--step N] [-
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,18 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such run or step.
-        ValueError: the checkpoint is not whole, or holds pickled code.
+        ValueError: the checkpoint is not whole, holds pickled code, weights of another model than it says, or
+            NaN or infinity.
     """
     if step is None:
-        folder, _ = checkpoint.newest(run)
+        folder, skipped = checkpoint.newest(run)
         if folder is None:
-            raise FileNotFoundError(f"{run} holds no whole checkpoint; give --run a folder of a training run")
+            raise FileNotFoundError(
+                f"{run} holds no whole checkpoint; give --run a folder of a training run"
+                + (f" ({'; '.join(skipped)})" if skipped else "")
+            )
+        for line in skipped:
+            print(f"warning: {line}", file=sys.stderr)
     else:
         folder = run / "checkpoints" / f"step-{step}"
         if not folder.is_dir():
@@ -99,7 +106,14 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
         values = parameters | own_buffers
         if state.lora is not None:
             values = lora.merged(run, values, state.lora)
-        assert values.keys() == expected.keys(), values.keys() ^ expected.keys()
+        for name in sorted(values.keys() | expected.keys()):
+            found, wanted = (of[name].numel() if name in of else None for of in (values, expected))
+            if found != wanted:
+                raise ValueError(
+                    f"{folder} does not hold the model of its {checkpoint.STATE}: {name} has "
+                    f"{'no' if found is None else f'{found:,}'} numbers, expected "
+                    f"{'none' if wanted is None else f'{wanted:,}'}; export another checkpoint"
+                )
         values = {name: values[name].view(expected[name].shape) for name in expected}
         write_export(target, config, values, run)
     return folder

@@ -122,6 +122,33 @@ def test_a_damaged_checkpoint_is_never_exported(six_steps, tmp_path, count):
         shutil.rmtree(run)
 
 
+def test_the_export_of_an_older_checkpoint_is_a_warning(six_steps, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(six_steps, run)
+    (run / "checkpoints/step-6/state.json").write_text("{}")
+    assert export_run(run, None, tmp_path / "out").name == "step-4"
+    assert "warning: " in (said := capsys.readouterr().err)
+    assert "step-6 is not whole (state.json has 2 bytes" in said
+    shutil.rmtree(run / "checkpoints/step-4")
+    shutil.rmtree(run / "checkpoints/step-2")
+    with pytest.raises(FileNotFoundError, match=r"holds no whole checkpoint; .* \(.*step-6 is not whole"):
+        export_run(run, None, tmp_path / "other")
+
+
+def test_a_checkpoint_of_another_model_than_it_says_is_refused(six_steps, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(six_steps, run)
+    path = run / "checkpoints/step-6/state.json"
+    state = json.loads(path.read_text())
+    state["model"]["hidden_size"] *= 2
+    path.write_text(json.dumps(state))
+    seal(path.parent)
+    with pytest.raises(
+        ValueError, match=r"does not hold the model of its state.json: \S+ has [\d,]+ numbers"
+    ):
+        export_run(run, 6, tmp_path / "out")
+
+
 @pytest.mark.parametrize("count", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_a_damaged_base_of_adapters_is_refused(tmp_path, count):
     content = random.Random(1).randbytes(4000)

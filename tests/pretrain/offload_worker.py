@@ -2,8 +2,8 @@
 
     offload_worker.py KIND ...
 
-Each run accumulates two micro-batches, has one step refused, and is resumed from a checkpoint. Prints one
-line of JSON per optimizer KIND, ZeRO stage and offload.
+Each run accumulates two micro-batches, has one step refused, and is resumed from a checkpoint, with the same
+offload and with another. Prints one line of JSON per optimizer KIND, ZeRO stage and offload.
 """
 
 import json
@@ -83,7 +83,11 @@ def run(kind: str, stage: int, offload: tuple[str, ...], folder: Path) -> dict[s
     again = train(resumed, range(SAVED, STEPS))
     ours, theirs = weights(engine), weights(resumed)
     alike = again == history[SAVED:] and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    return {"history": history, "weights": ours, "resumed_alike": alike}
+    switched, _ = build(kind, stage, () if offload else (OPTIMIZER,))
+    elastic.load(switched, folder / f"checkpoints/step-{SAVED}", state, folder)
+    pairs = zip(train(switched, range(SAVED, STEPS)), history[SAVED:], strict=True)
+    apart = max(abs(one - other) for steps in pairs for one, other in zip(*steps, strict=True))
+    return {"history": history, "weights": ours, "resumed_alike": alike, "switched": apart}
 
 
 def main() -> None:
@@ -101,6 +105,7 @@ def main() -> None:
             report = {
                 "case": [kind, stage, *offload],
                 "resumed_alike": done["resumed_alike"],
+                "switched": done["switched"],
                 "applied": [step[2] for step in done["history"]],
                 "loss": max(abs(ours[0] - theirs[0]) for ours, theirs in pairs),
                 "norm": max(abs(ours[1] - theirs[1]) for ours, theirs in pairs),

@@ -16,6 +16,7 @@ def test_offload_changes_no_loss_and_resumes(launch, kind):
     assert len(reports) == 8
     for report in reports:
         assert report["resumed_alike"], report  # bit-exactly
+        assert report["switched"] < 1e-5, report
         assert report["applied"] == [1, 1, 0, 1, 1, 1], report
         assert report["loss"] < 1e-5, report
         assert report["norm"] < 1e-5, report
