@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from data_pipeline.loading.loader import Loader
 from model.losses import IGNORE_INDEX
+from pretrain.checkpoint import MANIFEST
 from pretrain.export import export_run
 from pretrain.lora import BASE, merged
 
@@ -113,7 +114,10 @@ def test_a_damaged_checkpoint_is_never_exported(six_steps, tmp_path, count):
         run = tmp_path / str(number)
         shutil.copytree(six_steps, run)
         file = run / "checkpoints/step-4" / draw.choice(files).name
-        [(_, damaged)] = byte_mutations(file.read_bytes(), 1, seed=number)
+        content = file.read_bytes()
+        [(_, damaged)] = byte_mutations(content, 1, seed=number)
+        if file.name == MANIFEST and damaged.split() == content.split():
+            continue  # a space between words of JSON
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a whole checkpoint") as error:
             export_run(run, 4, tmp_path / "out")
