@@ -116,8 +116,8 @@ def test_a_damaged_checkpoint_is_never_exported(six_steps, tmp_path, count):
         file = run / "checkpoints/step-4" / draw.choice(files).name
         content = file.read_bytes()
         [(_, damaged)] = byte_mutations(content, 1, seed=number)
-        if file.name == MANIFEST and damaged.split() == content.split():
-            continue  # a space between words of JSON
+        if file.name == MANIFEST and b"".join(damaged.split()) == b"".join(content.split()):
+            continue  # a space of JSON
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a whole checkpoint") as error:
             export_run(run, 4, tmp_path / "out")
