@@ -27,6 +27,8 @@ from pretrain.lora import NEW
 from pretrain.main import argument_parser, start
 from pretrain.setup import Outline, Run, prepare
 
+FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors names them
+
 
 def main() -> None:
     parser = argument_parser("Teach a ZeroModel latent chain of thought.")
@@ -153,20 +155,32 @@ def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> di
         "step_id": tokenizer.step_separator_id,
     }
     if values["method"] == "coconut" and "stage_steps" not in values:
-        stages = model["latent_cot"]["num_latents"] // values["latents_per_step"] + 1
+        each = max(1, values["latents_per_step"])  # DistillationConfig refuses less
+        stages = model["latent_cot"]["num_latents"] // each + 1
         values["stage_steps"] = max(1, max_steps // stages)
     return {**model, "distillation": values}
 
 
 def check_weights(path: Path, config: ModelConfig) -> None:
-    """Raises ValueError or FileNotFoundError unless the file has all of the model's weights but new ones."""
+    """Raises ValueError or FileNotFoundError unless the file has all of the model's weights but new ones.
+
+    That they are finite is checked when they are read.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give --init the export/ folder of a run")
     try:
         with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+            types = {name: tensor.get_dtype() for name, tensor in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); export the checkpoint again") from None
+    for name, kind in types.items():
+        if kind not in FLOATING:
+            raise ValueError(
+                f"{path} is not a file of weights: {name} has type {kind}, expected one of "
+                f"{', '.join(FLOATING)}; export the checkpoint again"
+            )
     with torch.device("meta"):
         own = {name: tuple(value.shape) for name, value in Student(config).state_dict().items()}
     for name in sorted(own | found):

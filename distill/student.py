@@ -185,6 +185,8 @@ class Student(ZeroModel):
     def _kv(self, traces: Traces, thoughts: Thoughts | None, teacher: LatentCache) -> Tensor:
         """KaVa: the latents' keys and values against those kept from the teacher's trace."""
         assert thoughts is not None, "DistillationConfig.check"
+        if (traces.eot == traces.bot + 1).all():  # no trace has a token that could be kept
+            return torch.zeros((), device=traces.eot.device)
         M = thoughts.hidden.shape[1]
         assert thoughts.attention_mask is not None
         positions = thoughts.attention_mask.long().cumsum(1)[:, -M:] - 1

@@ -188,7 +188,7 @@ def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     if metrics.damaged:
         raise ValueError(f"{metrics.warnings()[0]}, but a record needs every step; move the folder away")
     steps = [record for record in metrics.records if "loss" in record]
-    validation = [record["val_loss"] for record in metrics.records if "val_loss" in record]
+    validation = [r["val_loss"] for r in metrics.records if r.get("val_loss") is not None]
     if not validation:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")
     depths = {record["recurrence_depth"] for record in steps}

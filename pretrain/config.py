@@ -90,7 +90,7 @@ class EvaluationConfig:
     # ranks would wait for the one that shares its GPU.
     device: str = "cpu"
 
-    def check(self, save_every: int, optimizer: str) -> None:
+    def check(self, save_every: int) -> None:
         """Raises ValueError, one line, for what does not go together."""
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"evaluation.device={self.device!r} must be cpu or cuda")
@@ -98,11 +98,6 @@ class EvaluationConfig:
             raise ValueError(
                 f"evaluation.every_steps={self.every_steps} is not a multiple of save_every={save_every}, "
                 "but only checkpoints are evaluated; change one of them"
-            )
-        if self.every_steps and optimizer == "muon":
-            raise ValueError(
-                "evaluation.every_steps does not go with optimizer.kind=muon, whose checkpoints cannot be "
-                "exported during the run; set it to 0 and evaluate the export at the end"
             )
 
 

@@ -40,7 +40,7 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
     if checkpoint.layout_changes(found, wanted):
         together(engine, lambda: _convert(engine, folder, scratch) if first else None)
         load_universal(engine.deepspeed, scratch / "universal", found.step)
-        engine.load_average(folder)
+        engine.finish_loading(folder)
         engine.barrier()  # until every rank has read its part
         if first:
             shutil.rmtree(scratch, ignore_errors=True)  # what stays only wastes disk space
@@ -51,6 +51,8 @@ def load(engine: Engine, folder: Path, wanted: TrainingState, run: Path) -> int:
             raise CheckpointError(f"checkpoint {folder} does not hold the buffer {name}; choose another step")
         kept = min(buffer.shape[-1], buffers[name].shape[-1])  # the guard's window may have changed
         buffer[..., -kept:] = buffers[name][..., -kept:]
+    if wanted.optimizer == "muon" and (found.zero_stage == 3) != (wanted.zero_stage == 3):
+        engine.guard.forget()  # under ZeRO-3 its norms are of gradients, otherwise of Muon's updates
     return found.step
 
 

@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
+from model.export_files import require_finite
 from model.moe import MoE
-from pretrain.checkpoint import EMA
+from pretrain.checkpoint import EMA, CheckpointError
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage
 from pretrain.expert_parallel import (
@@ -42,8 +43,9 @@ from pretrain.expert_parallel import (
     reduce_gradients_when_complete,
 )
 from pretrain.lora import adapt, seed_dropout
+from pretrain.muon import MOMENTUM, restore_momentum, store_momentum
 from pretrain.optim import parameter_groups
-from pretrain.process_group import device, rank, world_size
+from pretrain.process_group import all_reduce_sum, device, rank, world_size
 from pretrain.stability import SpikeGuard
 from pretrain.universal import no_pickle_code
 
@@ -122,6 +124,7 @@ class Engine:
         set_z3_leaf_modules(model, [DecoderLayer])
         reduce_gradients_when_complete()
         optimizer = build_optimizer(model, config.optimizer)
+        self.muon = config.optimizer.kind == "muon"
         self.muon_lr_ratio = config.optimizer.muon_lr / config.optimizer.lr
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -133,13 +136,19 @@ class Engine:
         self.saving_group = torch.distributed.new_group(backend="gloo")
         self.guard = SpikeGuard(config.stability, device())
         self._loss = self._grad_norm = torch.zeros((), device=device())
+        self._comparable: Tensor | bool = True
         judge_grad_norm(self.deepspeed.optimizer, self._judge)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else MovingAverage(self._shards, decay)
 
     @torch.no_grad()
     def _start_from(self, model: ZeroModel, weights: dict[str, Tensor]) -> None:
-        """Copies whole tensors into a model that is not sharded yet; of the experts, only this rank's."""
+        """Copies whole tensors into a model that is not sharded yet; of the experts, only this rank's.
+
+        Raises:
+            ValueError: a tensor is not finite.
+        """
+        require_finite(weights, "the weights to start from")
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         for name, value in weights.items():
             if name in buffers:
@@ -164,18 +173,19 @@ class Engine:
         # DeepSpeed averages gradients over ranks; the factor turns that mean into the sum.
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
-    def step(self, lr: float, loss: Tensor | None = None) -> None:
+    def step(self, lr: float, loss: Tensor | None = None, comparable: Tensor | bool = True) -> None:
         """Ends a micro-batch; on the last one of the step clips and updates the weights, unless `guard`
         refuses.
 
         Args:
             lr: of AdamW; Muon's scales with it.
             loss: of the global batch, a scalar on the device; the guard needs it on the last micro-batch.
+            comparable: see SpikeGuard.refuses.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * self.muon_lr_ratio if group.get("use_muon") else lr
         if loss is not None:
-            self._loss = loss
+            self._loss, self._comparable = loss, comparable
         self.deepspeed.step()
         if self.average is not None and self.step_applied():
             self.average.update()
@@ -190,7 +200,7 @@ class Engine:
 
     def _judge(self, grad_norm: Tensor) -> Tensor:
         self._grad_norm = grad_norm
-        return self.guard.refuses(self._loss, grad_norm)
+        return self.guard.refuses(self._loss, grad_norm, self._comparable)
 
     def train(self, step: int = 0) -> None:
         """Enters training mode for optimizer step `step` (from 0), which a model with a curriculum reads."""
@@ -211,11 +221,23 @@ class Engine:
         return values
 
     def snapshot(self) -> dict[str, Any]:
-        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
+        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part.
+
+        Raises:
+            CheckpointError: a weight is not finite; on all ranks.
+        """
+        broken = self.not_finite()
+        if broken is not None:
+            raise CheckpointError(
+                f"nothing is saved any more, since {broken} holds NaN or infinity; the older checkpoints are "
+                "untouched: lower optimizer.lr, then run the same command again"
+            )
         self.deepspeed.save_checkpoint(
             ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.lora is not None
         )
         files, self.snapshots.files = self.snapshots.files, {}
+        if self.muon:
+            store_momentum(self.deepspeed.optimizer, files)
         if self.average is not None:
             files.update(self._average_files())
         return files
@@ -228,7 +250,26 @@ class Engine:
             )
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
+        self.finish_loading(checkpoint)
+
+    def finish_loading(self, checkpoint: Path) -> None:
+        """Loads of a checkpoint of any layout what DeepSpeed does not, or stores otherwise than it trains."""
+        if self.muon:
+            restore_momentum(self.deepspeed.optimizer)
         self.load_average(checkpoint)
+        broken = self.not_finite()
+        if broken is not None:
+            raise ValueError(
+                f"{broken} holds NaN or infinity in checkpoint {checkpoint}; resume from an older one "
+                "(resume=PATH, with another output_dir)"
+            )
+
+    def not_finite(self) -> str | None:
+        """Name of the first trained parameter that holds NaN or infinity; all ranks take part."""
+        broken = sum((~shard.isfinite().all()).float().to(device()) for shard in self._shards())
+        if not bool(all_reduce_sum(torch.as_tensor(broken, device=device()))):
+            return None
+        return next(name for name, value in self._full_parameters() if not value.isfinite().all())
 
     def _average_files(self) -> dict[str, bytes]:
         """The moving average as checkpoint files: whole tensors by name, so that any layout can read them.
@@ -330,20 +371,35 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
     DeepSpeed reads from the device, once per step, whether the norm is finite, and discards the step if not.
     A refused step gets an infinite norm, so that nothing more needs to be read, except for Muon under ZeRO-3:
     there gradients enter the momentum before DeepSpeed looks at a norm, so the decision, made on the
-    gradients' own norm, is read first.
+    gradients' own norm, is read first. With Muon, offload and ZeRO-1 or 2 they do too, but the norm covers
+    Muon's updates, as without offload: a refused step gets its old momentum back.
     """
 
     def infinite(refused: Tensor) -> Tensor:
         return torch.where(refused, math.inf, 0.0)
 
     if not hasattr(optimizer, "_get_norm_groups"):  # stages 1 and 2
-        total_norm = optimizer.scaled_global_norm
+        total_norm, offloaded_muon = optimizer.scaled_global_norm, optimizer._apply_muon_updates_cpu_offload
+        before: dict[int, Tensor] = {}
+
+        def momenta() -> dict[int, Tensor]:
+            states = enumerate(optimizer.optimizer.state.values())
+            return {number: state[MOMENTUM] for number, state in states if MOMENTUM in state}
+
+        def kept_momentum() -> None:
+            before.clear()
+            before.update((number, momentum.clone()) for number, momentum in momenta().items())
+            offloaded_muon()
 
         def judged_norm() -> Tensor:
             norm = total_norm()
-            return norm + infinite(refuses(norm))
+            refused = refuses(norm)
+            if optimizer.cpu_offload and momenta() and bool(refused):
+                for number, momentum in momenta().items():
+                    momentum.copy_(before.get(number, torch.zeros(())))
+            return norm + infinite(refused)
 
-        optimizer.scaled_global_norm = judged_norm
+        optimizer.scaled_global_norm, optimizer._apply_muon_updates_cpu_offload = judged_norm, kept_momentum
         return
 
     norm_groups, apply_muon = optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads
@@ -361,7 +417,8 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
     def judged_groups() -> list[Tensor]:
         if not judgement:
             judge()
-        return [*(norm.float() for norm in norm_groups()), judgement.pop()]
+        norms = [norm.float() for norm in norm_groups()]  # with offload in host memory
+        return [*norms, judgement.pop().to(norms[0].device)]
 
     optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads = judged_groups, judged_muon
 

@@ -5,6 +5,7 @@ Offline, in one process: python pretrain/export.py --run runs/NAME [--step N] [-
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
-from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, save_weights
+from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, require_finite, save_weights
 from pretrain import checkpoint, lora
 
 
@@ -46,7 +47,11 @@ def describe_data(manifest: Manifest) -> dict[str, Any]:
 def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], run: Path) -> None:
     """Writes the folder, with the run folder's tokenizer and data description (older runs have none); these
     come first, so that weights never lack them.
+
+    Raises:
+        ValueError: a weight is not finite; nothing is written.
     """
+    require_finite(weights, f"the weights to export to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
         if name == TOKENIZER_NAME or (run / name).is_file():
@@ -61,12 +66,19 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
 
     Raises:
         FileNotFoundError: no such run or step.
-        ValueError: the checkpoint is not whole, or holds pickled code.
+        ValueError: the checkpoint is not whole, holds pickled code, weights of another model than it says, or
+            NaN or infinity.
     """
     if step is None:
-        folder, _ = checkpoint.newest(run)
+        folder, damaged = checkpoint.newest(run)
+        skipped = [checkpoint.passed_over(path, problem) for path, problem in damaged.items()]
         if folder is None:
-            raise FileNotFoundError(f"{run} holds no whole checkpoint; give --run a folder of a training run")
+            raise FileNotFoundError(
+                f"{run} holds no whole checkpoint; give --run a folder of a training run"
+                + (f" ({'; '.join(skipped)})" if skipped else "")
+            )
+        for line in skipped:
+            print(f"warning: {line}", file=sys.stderr)
     else:
         folder = run / "checkpoints" / f"step-{step}"
         if not folder.is_dir():
@@ -94,8 +106,15 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     for target, parameters in exports.items():
         values = parameters | own_buffers
         if state.lora is not None:
-            values = lora.merged(run, values, state.lora["alpha"] / state.lora["r"])
-        assert values.keys() == expected.keys(), values.keys() ^ expected.keys()
+            values = lora.merged(run, values, state.lora)
+        for name in sorted(values.keys() | expected.keys()):
+            found, wanted = (of[name].numel() if name in of else None for of in (values, expected))
+            if found != wanted:
+                raise ValueError(
+                    f"{folder} does not hold the model of its {checkpoint.STATE}: {name} has "
+                    f"{'no' if found is None else f'{found:,}'} numbers, expected "
+                    f"{'none' if wanted is None else f'{wanted:,}'}; export another checkpoint"
+                )
         values = {name: values[name].view(expected[name].shape) for name in expected}
         write_export(target, config, values, run)
     return folder

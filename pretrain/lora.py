@@ -9,13 +9,15 @@ Checkpoints hold only what is trained. BASE holds the frozen weights, once per r
 
 import hashlib
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from common.files import replacing
 from model.layers import Linear
 from pretrain.config import LoraConfig
 
@@ -42,9 +44,12 @@ def identity(config: LoraConfig, weights: Path | None) -> dict[str, Any]:
         raise ValueError("lora needs peft, which is not installed: pip install -e '.[lora]'")
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} is missing; give --init the export/ folder of a run")
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"r": config.r, "alpha": config.alpha, "base": digest[:16]}
+    return {"r": config.r, "alpha": config.alpha, "base": _digest(weights)}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def adapt(model: nn.Module, config: LoraConfig, seed: int) -> None:
@@ -73,28 +78,35 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def save_base(run: Path, weights: dict[str, Tensor]) -> None:
-    """Writes BASE into the run's folder."""
-    temporary = run / f"{BASE}.tmp"
-    save_file({name: value.contiguous() for name, value in weights.items()}, temporary)
-    temporary.replace(run / BASE)
+def save_base(run: Path, weights: Path) -> None:
+    """Copies the weights that training starts from to BASE, in the run's folder."""
+    with replacing(run / BASE) as temporary:
+        shutil.copyfile(weights, temporary)
 
 
-def merged(run: Path, trained: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The plain model's weights, fp32: W + scale B A instead of W.
+def merged(run: Path, trained: dict[str, Tensor], adapters: dict[str, Any]) -> dict[str, Tensor]:
+    """The plain model's weights, fp32: W + alpha/r B A instead of W.
 
     Args:
         run: folder that holds BASE.
         trained: name -> fp32 value of what was trained, perhaps flat, and of buffers.
-        scale: alpha / r.
+        adapters: see `identity`.
 
     Raises:
         FileNotFoundError: BASE is missing.
+        ValueError: BASE is damaged.
     """
     if not (run / BASE).is_file():
         raise FileNotFoundError(
-            f"{run / BASE} is missing, the weights that the run's adapters adapt; start the run again"
+            f"{run / BASE} is missing, the weights that the run's adapters adapt; copy --init's "
+            "model.safetensors there"
         )
+    if _digest(run / BASE) != adapters["base"]:
+        raise ValueError(
+            f"{run / BASE} is damaged: it does not hold the weights that the run's adapters adapt; copy "
+            "--init's model.safetensors over it"
+        )
+    scale = adapters["alpha"] / adapters["r"]
     weights = {name: value.float() for name, value in load_file(run / BASE).items()}
     for name, value in trained.items():
         if name.endswith(_A):

@@ -163,7 +163,8 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
     with user_errors(ValueError):
         _join(run)
     weights = None if run.weights is None else load_file(run.weights)
-    engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
+    with user_errors(ValueError):
+        engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
     trainer = Trainer(
         run.config,
         run.model_config,
@@ -179,7 +180,7 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
         if resume_from is not None:
             trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
         trained = sum(shape.numel() for shape in engine.full_shapes().values())
-        together(engine, lambda: _begin(run, trainer, trained, weights) if run.rank == 0 else None)
+        together(engine, lambda: _begin(run, trainer, trained) if run.rank == 0 else None)
     stop_requests.stepping = True
     # All ranks raise the first two errors together, but one rank alone may read a damaged shard.
     with user_errors(TrainingError, CheckpointError), user_errors(DataError, from_every_rank=True):
@@ -195,11 +196,11 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
     stop_requests.done()
 
 
-def _begin(run: Run, trainer: "Trainer", trained: int, weights: dict[str, Tensor] | None) -> None:
+def _begin(run: Run, trainer: "Trainer", trained: int) -> None:
     """Everything that may still refuse the run, on rank 0; what an earlier run left is taken away last."""
     run.folder.mkdir(parents=True, exist_ok=True)
     require_room(run, trained, trainer.step)
-    _write_run_folder(run, trained, weights)
+    _write_run_folder(run, trained)
     trainer.open()
 
 
@@ -228,18 +229,18 @@ def _export(run: Run, engine: "Engine", name: str, tensors: Iterator[tuple[str, 
     def write() -> None:
         whole = weights
         if run.config.lora is not None:
-            whole = lora.merged(run.folder, whole, run.config.lora.alpha / run.config.lora.r)
+            assert run.state.lora is not None
+            whole = lora.merged(run.folder, whole, run.state.lora)
         write_export(run.folder / name, run.model_config, whole, run.folder)
 
     together(engine, lambda: write() if run.rank == 0 else None)
 
 
-def _write_run_folder(run: Run, trained: int, weights: dict[str, Tensor] | None) -> None:
+def _write_run_folder(run: Run, trained: int) -> None:
     """config.yaml and ds_config.json as resolved, environment.json, the tokenizer; LoRA's frozen weights.
 
     Args:
         trained: number of trained parameters.
-        weights: that the run started from.
     """
     resolved = OmegaConf.create({**asdict(run.config), "model": run.model_config.to_dict()})
     write_file(run.folder / "config.yaml", OmegaConf.to_yaml(resolved).encode())
@@ -247,8 +248,8 @@ def _write_run_folder(run: Run, trained: int, weights: dict[str, Tensor] | None)
     write_json(run.folder / "environment.json", environment(), indent=2)
     write_file(run.folder / TOKENIZER_NAME, run.loader.tokenizer_path.read_bytes())
     write_json(run.folder / TRAINING_DATA_NAME, describe_data(run.loader.manifest), indent=2)
-    if run.config.lora is not None and weights is not None:
-        lora.save_base(run.folder, weights)
+    if run.config.lora is not None and run.weights is not None:
+        lora.save_base(run.folder, run.weights)
     counts = num_parameters(run.model_config), num_parameters(run.model_config, active=True)
     peak, how = peak_tflops(run.config, run.model_config), "" if run.config.lora is None else " (LoRA)"
     unknown = "no MFU" if run.config.peak_tflops else "no MFU: set peak_tflops"

@@ -147,11 +147,11 @@ class MetricsLog:
             own = [line for line in lines if line.startswith(b'{"step": %d,' % step)]
         return any(b'"val_loss": ' in line for line in own)
 
-    def validated(self, step: int, loss: float) -> None:
+    def validated(self, step: int, loss: float | None) -> None:
         """Records a validation loss that the step's own line lacks."""
         record = {"step": step, "tokens": step * self.config.tokens_per_step, "val_loss": loss}
         self._append(record)
-        say(f"validation of step {step}: val_loss {loss:.4f}")
+        say(f"validation of step {step}: {_validation(loss)}")
         if self.wandb is not None:
             self.wandb.log(None, {"val_loss": loss})
 
@@ -161,7 +161,7 @@ class MetricsLog:
         load = r["expert_load_max"]
         parts = [
             f"step {r['step']}/{self.config.max_steps}",
-            f"loss {_number(r['loss'], '.4f')}",
+            f"loss {_number(r['loss'], '.4f') if r['target_tokens'] else 'without targets'}",
             f"grad_norm {_number(r['grad_norm'], '.3f')}",
             f"lr {r['lr']:.2e}",
             f"tok/s {r['tokens_per_second']:,.0f}",
@@ -175,7 +175,7 @@ class MetricsLog:
         if "skipped" in r:
             parts.append(f"SKIPPED: {r['skipped']}")
         if "val_loss" in r:
-            parts.append(f"val_loss {r['val_loss']:.4f}")
+            parts.append(_validation(r["val_loss"]))
         return " | ".join([*parts, f"eta {eta // 60}:{eta % 60:02d}"])
 
     def close(self) -> None:
@@ -186,6 +186,10 @@ class MetricsLog:
             say(f"warning: the last {count} lines of {self.path} could not be written: {self.problem}")
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _validation(loss: float | None) -> str:
+    return f"val_loss {'none' if loss is None else format(loss, '.4f')}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -103,7 +103,7 @@ def _check(config: RunConfig) -> None:
             f"output_dir={config.output_dir} is also data.path, the folder of the data; give the run its own"
         )
     _check_optimizer(config.optimizer, config.max_steps)
-    config.evaluation.check(config.save_every, config.optimizer.kind)
+    config.evaluation.check(config.save_every)
     if config.lora is not None:
         config.lora.check(config.ep_size, config.optimizer.kind)
 

@@ -31,9 +31,15 @@ class SpikeGuard:
         self.history.fill_(math.nan)
 
     @torch.no_grad()
-    def refuses(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Scalars -> a boolean scalar, True: skip this step. Finite values enter the history."""
-        values = torch.stack((loss.to(self.history), grad_norm.to(self.history).log()))
+    def refuses(self, loss: Tensor, grad_norm: Tensor, comparable: Tensor | bool = True) -> Tensor:
+        """Scalars -> a boolean scalar, True: skip this step. Finite values enter the history.
+
+        Args:
+            comparable: False for a step whose level says nothing about others, as one without targets: it is
+                no spike and does not enter the history.
+        """
+        grad_norm = grad_norm.to(self.history)  # with offload it comes from host memory
+        values = torch.stack((loss.to(self.history), grad_norm.log()))
         finite = values[0].isfinite() & grad_norm.isfinite()
         refused = ~finite
         if self.config.max_zscore is not None:
@@ -42,7 +48,7 @@ class SpikeGuard:
             self.zscores = (values - median) / spread
             known = 2 * (~self.history[0].isnan()).sum() >= self.config.window
             spikes = (self.zscores > self.config.max_zscore) & (spread > 0)
-            refused = refused | (known & spikes.any())
+            refused = refused | (known & spikes.any() & comparable)
         longer = torch.cat((self.history[:, 1:], values[:, None]), 1)
-        self.history.copy_(torch.where(finite, longer, self.history))
+        self.history.copy_(torch.where(finite & comparable, longer, self.history))
         return refused

@@ -62,7 +62,7 @@ class _Figures:
     loads: Tensor | None  # (MoE layers, E) tokens
     grad_norm: Tensor  # scalar
     zscores: Tensor  # (2,) of loss and grad_norm
-    val_loss: float | None = None
+    val_loss: float | None = None  # NaN: nothing was scored, or the model's outputs are not finite
 
 
 class Trainer:
@@ -88,6 +88,7 @@ class Trainer:
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
         self.peak, self.terms = peak_tflops(config, model_config), loss_terms(model_config)
+        self.without_targets = False  # whether a step without any target was met
         self.save_seconds: float | None = None  # for which the last checkpoint paused training
 
     def save(self) -> None:
@@ -161,7 +162,7 @@ class Trainer:
         if on_any_rank(self.log is not None and not self.log.has_validation(self.step)):
             loss = self.validation_loss(self.validation)
             if self.log is not None and loss is not None:
-                self.log.validated(self.step, loss)
+                self.log.validated(self.step, _finite(loss))
 
     def close(self) -> None:
         """Waits for the last checkpoint's scores if the run is complete, and closes the log.
@@ -216,7 +217,8 @@ class Trainer:
         stop = sums.new_tensor([self.stop_requests.reason() is not None, self.saver.failed()])
         summed = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # the step's only exchange of sums
         stop, sums, loops = summed.split([2, len(sums), loops.numel()])
-        self.engine.step(lr, total_loss(self.model_config, self._named(sums), counts))
+        loss = total_loss(self.model_config, self._named(sums), counts)
+        self.engine.step(lr, loss, comparable=counts["targets"] > 0)
         self.step += 1
         return _Figures(
             step=self.step,
@@ -244,6 +246,7 @@ class Trainer:
         if self.save_seconds is not None:  # reported with the next step
             record["save_seconds"], self.save_seconds = self.save_seconds, None
         if self.log is not None:
+            self._warn_without_targets(record)
             self.log.write(record)
         stop, failed = figures.stop.tolist()
         if failed:  # some ranks may still wait for the others' part of the news
@@ -258,11 +261,22 @@ class Trainer:
                 "metrics.jsonl names their samples: lower optimizer.lr or fix the data, then resume"
             )
 
+    def _warn_without_targets(self, record: dict[str, Any]) -> None:
+        """Once per run: the other steps are to be found in metrics.jsonl."""
+        if record["target_tokens"] == 0 and not self.without_targets:
+            self.without_targets = True
+            print(
+                f"warning: no token of step {record['step']} is a target, so that its loss is null and it "
+                "teaches nothing; metrics.jsonl shows how often (target_tokens 0): if often, raise "
+                "global_batch_size or look at the data with show_step.py",
+                flush=True,
+            )
+
     def _record(self, f: "_Figures") -> dict[str, Any]:
         """A step's line in metrics.jsonl."""
         counts = {name: int(count) for name, count in f.counts.items()}
-        terms = {
-            term.name: float(value) / max(counts[term.counted_in], 1)
+        terms = {  # None where there was nothing to average over
+            term.name: float(value) / counts[term.counted_in] if counts[term.counted_in] else None
             for term, value in zip(self.terms, f.terms, strict=True)
         }
         tokens = self.config.tokens_per_step
@@ -271,10 +285,10 @@ class Trainer:
         losses = {
             "loss" if name == "cross_entropy" else f"loss_{name}": value for name, value in terms.items()
         }
-        measured = {**losses, "grad_norm": float(f.grad_norm)}
+        measured: dict[str, float | None] = {**losses, "grad_norm": float(f.grad_norm)}
         return {
             "step": f.step,
-            **{name: value if math.isfinite(value) else None for name, value in measured.items()},
+            **{name: _finite(value) for name, value in measured.items()},
             "lr": f.lr,
             "tokens": f.step * tokens,
             "target_tokens": counts["targets"],
@@ -291,13 +305,13 @@ class Trainer:
             "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
             "dropped_tokens": self._routed_tokens(counts["real_tokens"], f.depth) - sum(map(sum, loads)),
             "expert_load": shares,
-            **({} if f.val_loss is None else {"val_loss": f.val_loss}),
+            **({} if f.val_loss is None else {"val_loss": _finite(f.val_loss)}),
             **({} if f.applied else self._skipped(f, measured)),
         }
 
-    def _skipped(self, f: "_Figures", measured: dict[str, float]) -> dict[str, Any]:
+    def _skipped(self, f: "_Figures", measured: dict[str, float | None]) -> dict[str, Any]:
         """Why a step was skipped, and which rows of which sources it consisted of."""
-        wrong = [f"{name} is {value}" for name, value in measured.items() if not math.isfinite(value)]
+        wrong = [f"{name} is {v}" for name, v in measured.items() if v is not None and not math.isfinite(v)]
         names = ("loss", "grad_norm")
         high = [f"z-score of {n} is {z:.1f}" for n, z in zip(names, f.zscores.tolist(), strict=True)]
         return {
@@ -345,7 +359,7 @@ class Trainer:
     def validation_loss(self, loader: Loader) -> float | None:
         """Mean cross-entropy per target over the first eval_batches batches of the validation split.
 
-        None if a rank was asked to stop meanwhile.
+        NaN, with a warning, if none of them has a target. None if a rank was asked to stop meanwhile.
         """
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=device())
@@ -362,7 +376,13 @@ class Trainer:
                 self.stopped = self.validation_cut_short = True
                 return None
         all_reduce_sum(totals)
-        return float(totals[0] / totals[1].clamp(min=1))
+        if rank() == 0 and not totals[1]:
+            print(
+                f"warning: none of the {self.config.eval_batches} validation batches has a target, so that "
+                f"val_loss of step {self.step} is null; raise eval_batches or build other data",
+                flush=True,
+            )
+        return float(totals[0] / totals[1])
 
     def _utilisation(self, tokens_per_second: float, depth: int) -> dict[str, float | None]:
         """FLOPs relative to the devices' peak: `mfu` the model's, `hfu` with those recomputed.
@@ -376,6 +396,10 @@ class Trainer:
         twice = recomputed_flops_per_token(self.model_config, checkpointing, length, depth)
         share = tokens_per_second / (world_size() * self.peak * 1e12)
         return {"mfu": share * model, "hfu": share * (model + twice)}
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value
 
 
 @torch.no_grad()

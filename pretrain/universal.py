@@ -26,6 +26,7 @@ from torch import Tensor
 
 from common.files import writing_failed
 from pretrain.checkpoint import read
+from pretrain.muon import MOMENTUM, optimizer_states
 
 # Python 3.11.2 (Debian 12) would pickle an enumeration as a call to getattr, which no reader should allow.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
@@ -76,13 +77,13 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         The folder, inside scratch.
 
     Raises:
-        ValueError: the run uses Muon; DeepSpeed converts only Adam's state.
+        ValueError: an older version stored Muon's momentum, which DeepSpeed does not convert.
         OSError: the disk is full.
     """
-    if read(checkpoint)[0].optimizer == "muon":
+    if read(checkpoint)[0].optimizer == "muon" and _holds_momentum(checkpoint):
         raise ValueError(
-            f"checkpoint {checkpoint} holds Muon's momentum, which DeepSpeed's Universal Checkpoint lacks; "
-            "resume the run with the same ranks, ep_size and ZeRO stage: it exports when it ends"
+            f"checkpoint {checkpoint} of an older version stores Muon's momentum for one layout; resume the "
+            "run with the same ranks, ep_size and ZeRO stage: its next checkpoint can be converted"
         )
     folder = scratch / "universal"
     arguments = argparse.Namespace(
@@ -103,6 +104,13 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         failed = OSError(errno.EIO, "torch could not write all of it")  # it does not say why
         raise writing_failed(failed, folder, "the checkpoint is untouched") from error
     return folder
+
+
+def _holds_momentum(checkpoint: Path) -> bool:
+    [zero, *_] = sorted(checkpoint.glob("*_optim_states.pt"))
+    with no_pickle_code():
+        held = torch.load(zero, map_location="cpu", mmap=True, weights_only=True)["optimizer_state_dict"]
+    return any(MOMENTUM in state for state in optimizer_states(held).values())
 
 
 def make_universal_complete(folder: Path, shapes: dict[str, torch.Size]) -> None:

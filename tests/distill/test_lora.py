@@ -7,11 +7,11 @@ from typing import TypeVar
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from model import ModelConfig, ZeroModel
 from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
+from model.export_files import WEIGHTS_NAME, save_weights
 from model.latent_cot.thoughts import generate_with_thoughts, think
 from model.layers import Linear, whole_weight
 from pretrain.config import LoraConfig
@@ -47,9 +47,10 @@ def with_adapters(plain: Model, config: LoraConfig) -> Model:
 
 def exported(start: ZeroModel, adapted: ZeroModel, folder: Path) -> dict[str, torch.Tensor]:
     """The weights of its export, in fp32."""
-    save_base(folder, dict(start.state_dict()))
+    save_weights(folder / "start", start.config, dict(start.state_dict()))
+    save_base(folder, folder / "start" / WEIGHTS_NAME)
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
-    return merged(folder, trained, CONFIG.alpha / CONFIG.r)
+    return merged(folder, trained, identity(CONFIG, folder / "start" / WEIGHTS_NAME))
 
 
 def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
@@ -182,15 +183,27 @@ def test_lora_needs_weights_and_peft(tmp_path, monkeypatch):
         identity(CONFIG, None)
     with pytest.raises(FileNotFoundError, match="give --init the export/ folder"):
         identity(CONFIG, tmp_path / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match="start the run again"):
-        merged(tmp_path, {}, 1.0)
+    with pytest.raises(FileNotFoundError, match="copy --init's model.safetensors there"):
+        merged(tmp_path, {}, {"r": 4, "alpha": 4, "base": ""})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[lora\]'"):
         identity(CONFIG, tmp_path)
 
 
-def test_the_base_is_written_whole(tmp_path):
-    weights = dict(model("plain", None).state_dict())
-    save_base(tmp_path, weights)
-    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
-    assert all(torch.equal(value, weights[name]) for name, value in load_file(*tmp_path.iterdir()).items())
+def test_the_base_is_a_copy_and_a_damaged_one_is_refused(tmp_path):
+    start = model("plain", None)
+    save_weights(tmp_path / "start", start.config, dict(start.state_dict()))
+    weights, run = tmp_path / "start" / WEIGHTS_NAME, tmp_path / "run"
+    run.mkdir()
+    save_base(run, weights)
+    assert [path.name for path in run.iterdir()] == ["base.safetensors"]
+    base = run / "base.safetensors"
+    assert base.read_bytes() == weights.read_bytes()
+    adapters = identity(CONFIG, weights)
+    whole = merged(run, {}, adapters)
+    assert all(torch.equal(value, whole[name]) for name, value in start.state_dict().items())
+    damaged = bytearray(base.read_bytes())
+    damaged[-1] ^= 64  # a bit of a weight, which no header shows
+    base.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"base\.safetensors is damaged: .* copy --init's model"):
+        merged(run, {}, adapters)

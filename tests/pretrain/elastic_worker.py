@@ -1,15 +1,17 @@
 """Run by test_resume under the deepspeed launcher: layouts write checkpoints, other layouts load them.
 
-    elastic_worker.py FOLDER save|each|all ...
+    elastic_worker.py adamw|muon FOLDER save|each|all ...
 
 save: each layout of these ranks trains, saves, and continues. each: each of them loads one of those
 checkpoints; all: every one. Loaded states are compared bit-exactly, the steps after them up to rounding.
-Prints one line of JSON per pair.
+Some of the layouts offload the optimizer. Prints one line of JSON per pair.
 """
 
+import importlib
 import itertools
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from pretrain.expert_parallel import gather_experts, is_expert
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.saver import Saver
 from pretrain.trainer import update_router_biases
+from pretrain.universal import convert_to_universal
 
 ROOT = Path(__file__).parents[2]
 ROWS, T, LR, BEFORE, AFTER = 8, 13, 1e-2, 3, 3
@@ -55,15 +58,22 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[mine], targets[mine]
 
 
-def build(stage: int, ep_size: int) -> tuple[Engine, TrainingState]:
+def offloads(stage: int, ep_size: int) -> bool:
+    return (stage + ep_size) % 2 == 1
+
+
+def build(kind: str, stage: int, ep_size: int) -> tuple[Engine, TrainingState]:
     """An engine of a layout; an earlier layout's groups are forgotten, as in a new process."""
     for name in ("_EXPERT_PARALLEL_GROUP", "_EXPERT_DATA_PARALLEL_GROUP"):
         getattr(groups, name).clear()
     config = RunConfig(ep_size=ep_size, global_batch_size=ROWS, micro_batch_size=ROWS)
-    config.optimizer.clip, config.optimizer.weight_decay = 0.3, 0.5
+    config.optimizer.kind, config.optimizer.weight_decay = kind, 0.5
+    config.optimizer.clip = 0.3 if kind == "adamw" else 0.0
     micro, accumulation = check_layout(config, MODEL, world_size())
     ds_config = load_ds_config(str(ROOT / "ds_configs" / DS_CONFIGS[stage]), config, micro, accumulation)
-    state = TrainingState(0, MODEL.to_dict(), "", 0, ROWS, world_size(), ep_size, stage)
+    if offloads(stage, ep_size):
+        ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    state = TrainingState(0, MODEL.to_dict(), "", 0, ROWS, world_size(), ep_size, stage, kind)
     return Engine(config, MODEL, ds_config), state
 
 
@@ -83,7 +93,7 @@ def train(engine: Engine, steps: range) -> list[list[float]]:
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Weights, both Adam moments and buffers of the whole run."""
+    """Weights, both moments of what Adam updates, and buffers of the whole run."""
     if not engine.deepspeed.zero_optimization_partition_weights():
         # DeepSpeed links the optimizer's state to its parameters after the first GROUP of the first step.
         engine.deepspeed.optimizer._hp_optimizer_states_linked = False
@@ -91,6 +101,8 @@ def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     tensors = [*engine.full_weights(), *engine.checkpoint_buffers().items()]
     state = {name: value.clone() for name, value in tensors}
     for name, parameter in engine.model.named_parameters():
+        if getattr(parameter, "use_muon", False):
+            continue
         for key in ("exp_avg", "exp_avg_sq"):
             value = safe_get_full_optimizer_state(parameter, key).view(
                 getattr(parameter, "ds_shape", parameter.shape)
@@ -100,28 +112,54 @@ def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(folder: Path) -> None:
+def momenta(engine: Engine, state: TrainingState) -> dict[str, torch.Tensor]:
+    """Muon's, of the whole run, from a checkpoint of it."""
+    found = [name for name, p in engine.model.named_parameters() if getattr(p, "use_muon", False)]
+    if not found:
+        return {}
+    with tempfile.TemporaryDirectory() as scratch:
+        shared = [scratch]
+        torch.distributed.broadcast_object_list(shared)
+        saver = Saver(engine, Path(shared[0]), keep_last=1, keep_every=0, rank=rank())
+        saver.save(state)
+        saver.wait()
+        files = Path(shared[0]) / "checkpoints" / f"step-{state.step}"
+        universal = convert_to_universal(files, Path(scratch) / "own")
+        stored = {name: torch.load(universal / "zero" / name / "exp_avg.pt") for name in found}
+        engine.barrier()
+    return {
+        f"{name}.momentum": (value["param"] if isinstance(value, dict) else value).flatten()
+        for name, value in stored.items()
+    }
+
+
+def save(kind: str, folder: Path) -> None:
     for stage, ep_size in itertools.product(DS_CONFIGS, [n for n in (1, 2) if n <= world_size()]):
         run = folder / f"zero{stage}_ep{ep_size}"
-        engine, state = build(stage, ep_size)
+        engine, state = build(kind, stage, ep_size)
         train(engine, range(BEFORE))
         saver = Saver(engine, run, keep_last=2, keep_every=0, rank=rank())
-        saver.save(TrainingState(**{**state.__dict__, "step": BEFORE}))
-        expected = state_of(engine)
+        state = TrainingState(**{**state.__dict__, "step": BEFORE})
+        momentum = momenta(engine, state)
+        saver.save(state)
+        expected = state_of(engine) | momentum
         history = train(engine, range(BEFORE, BEFORE + AFTER))  # while the files are written
         saver.wait()
         if rank() == 0:
             torch.save({"state": expected, "history": history}, run / "expected.pt")
 
 
-def load(folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
+def load(kind: str, folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
     """One layout loads another's checkpoint and continues: how far its steps are from the other's."""
     run = folder / source
     expected: dict[str, Any] = torch.load(run / "expected.pt")
-    engine, state = build(stage, ep_size)
+    engine, state = build(kind, stage, ep_size)
     step = elastic.load(engine, run / "checkpoints" / f"step-{BEFORE}", state, run)
-    loaded = state_of(engine)
+    loaded = state_of(engine) | momenta(engine, state)
     assert loaded.keys() == expected["state"].keys()
+    other_norms = kind == "muon" and ("zero3" in source) != (stage == 3)
+    if other_norms:  # of gradients under ZeRO-3, of Muon's updates under 1 and 2
+        assert loaded.pop("spike_guard.history").isnan().all()
     different = [
         name  # the spike guard's history holds NaN where there was no step yet
         for name in loaded
@@ -133,7 +171,7 @@ def load(folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
         "pair": f"{source} -> {world_size()} ranks, zero{stage}_ep{ep_size}",
         "different": different,
         "loss": max(abs(ours[0] - theirs[0]) for ours, theirs in pairs),
-        "norm": max(abs(ours[1] - theirs[1]) for ours, theirs in pairs),
+        "norm": 0.0 if other_norms else max(abs(ours[1] - theirs[1]) for ours, theirs in pairs),
         "smallest_norm": min(norm for _, norm in history),
         "left": sorted(path.name for path in (run / "checkpoints").iterdir()),
     }
@@ -141,9 +179,12 @@ def load(folder: Path, source: str, stage: int, ep_size: int) -> dict[str, Any]:
 
 def main() -> None:
     init_process_group()
-    folder, actions = Path(sys.argv[-2]), sys.argv[-1].split(",")
+    kind, folder, actions = sys.argv[-3], Path(sys.argv[-2]), sys.argv[-1].split(",")
+    if kind == "muon":  # its iteration in bf16 magnifies rounding
+        original = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        original.ns_compute_dtype = lambda method: torch.float32
     if "save" in actions:
-        save(folder)
+        save(kind, folder)
     sources = sorted(path.name for path in folder.iterdir())
     targets = [(stage, n) for stage in DS_CONFIGS for n in (1, 2, 4) if world_size() % n == 0]
     if "all" in actions:
@@ -151,7 +192,7 @@ def main() -> None:
     else:  # shifted by one, so that every checkpoint is converted
         pairs = list(zip(sources[1:] + sources[:1], itertools.cycle(targets), strict=False))
     for source, (stage, ep_size) in pairs:
-        report = load(folder, source, stage, ep_size)
+        report = load(kind, folder, source, stage, ep_size)
         if rank() == 0:
             print("REPORT " + json.dumps(report), flush=True)
 

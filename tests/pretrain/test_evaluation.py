@@ -204,9 +204,6 @@ def test_wrong_values(tmp_path, override, message):
     path.write_text("save_every: 100\ndata: {path: somewhere}\n")
     with pytest.raises(ValueError, match=message):
         load_run_config(str(path), [override])
-    muon = ["optimizer.kind=muon", "optimizer.clip=0", "evaluation.every_steps=100"]
-    with pytest.raises(ValueError, match="does not go with optimizer.kind=muon"):
-        load_run_config(str(path), muon)
 
 
 def test_a_checkpoint_in_use_outlives_the_rotation(tmp_path):

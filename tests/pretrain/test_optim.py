@@ -16,10 +16,11 @@ from model.config.recurrence import HaltingConfig
 from pretrain.config import OptimizerConfig
 from pretrain.ds_config import load_ds_config
 from pretrain.export import export_run
+from pretrain.muon import optimizer_states
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.run_config import load_run_config
 
-from .conftest import ROOT
+from .conftest import ROOT, seal
 
 WORKER = Path(__file__).with_name("optim_worker.py")
 DEMO = str(ROOT / "pretrain/configs/demo.yaml")
@@ -206,10 +207,40 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_exactly(runs):
         assert [r[key] for r in records[0]][2:] == [r[key] for r in records[1]], key
 
 
-def test_offline_export_refuses_muon(runs, tmp_path):
-    with pytest.raises(ValueError, match="holds Muon's momentum, which DeepSpeed's Universal"):
-        export_run(runs[0], 2, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_offline_export_equals_the_runs_own(runs, tmp_path):
+    export_run(runs[0], 4, tmp_path / "export")
+    for name in ("export", "export_ema"):
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, runs[0]))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[n], theirs[n]) for n in theirs), name
+
+
+def older(checkpoint: Path) -> None:
+    """Rewrites a checkpoint with Muon's momentum as older versions stored it."""
+    for path in checkpoint.glob("*_optim_states.pt"):
+        contents = torch.load(path, weights_only=False)
+        for state in optimizer_states(contents["optimizer_state_dict"]).values():
+            if state["exp_avg_sq"].stride() == (0,) and len(state["exp_avg_sq"]) > 1:
+                momentum = state["exp_avg"]
+                state.clear()
+                state["momentum_buffer"] = momentum
+        torch.save(contents, path)
+    seal(checkpoint)
+
+
+def test_a_momentum_of_an_older_version_resumes_in_its_layout_alone(train, runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0] / "checkpoints/step-2", run / "checkpoints/step-2")
+    older(run / "checkpoints/step-2")
+    options = ["max_steps=4", "save_every=2", "eval_every=0", "optimizer.kind=muon", "optimizer.clip=0"]
+    options.append("optimizer.ema_decay=0.5")
+    refused = train(run, *options, "ep_size=1", check=False).stderr
+    assert "error: checkpoint " in refused
+    assert "of an older version stores Muon's momentum for one layout; resume" in refused
+    assert "Traceback" not in refused
+    train(run, *options)
+    ours, theirs = (load_file(folder / "export/model.safetensors") for folder in (run, runs[0]))
+    assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
 
 
 def test_the_average_of_a_run_averages_its_weights(train, tmp_path):

@@ -47,6 +47,18 @@ def test_spikes_match_a_plain_robust_zscore(steps, limit):
         seen.append(values)
 
 
+def test_a_step_that_is_not_comparable_is_no_spike_and_not_remembered():
+    guard = SpikeGuard(StabilityConfig(max_zscore=1.0, window=8), torch.device("cpu"))
+    for number in range(8):
+        judged(guard, 1 + number / 8, 1 + number / 8)
+    before = guard.history.clone()
+    values = torch.tensor(100.0), torch.tensor(100.0)
+    assert not guard.refuses(*values, comparable=torch.tensor(False))
+    assert guard.history.equal(before)
+    assert guard.refuses(*values, comparable=torch.tensor(True))
+    assert guard.refuses(torch.tensor(math.nan), torch.tensor(1.0), comparable=torch.tensor(False))
+
+
 @pytest.mark.parametrize(
     ("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)]
 )
