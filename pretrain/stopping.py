@@ -55,7 +55,11 @@ class StopRequests:
         ]
         for number in self._handled:
             signal.signal(number, lambda *_: None)  # the thread is woken before
-        os.register_at_fork(after_in_child=self._uninstall)
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, self._handled),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handled),
+            after_in_child=self._uninstall,
+        )
         for name in ("stdout", "stderr"):
             setattr(sys, name, cast(TextIO, _Output(getattr(sys, name), self._note_lost_output)))
         self._stderr = sys.stderr  # a conversion redirects sys.stderr for a while
@@ -66,6 +70,7 @@ class StopRequests:
         signal.set_wakeup_fd(-1)
         for number in self._handled:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handled)  # what came since the fork arrives now
 
     def begin(self, run: Path, time_limit_minutes: float | None) -> None:
         """Also watches the run's stop file and its time limit, in minutes since construction."""

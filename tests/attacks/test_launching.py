@@ -278,18 +278,20 @@ def _buffered() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
-def test_a_forked_process_is_no_part_of_the_run(tmp_path):
-    """A signal to it is not one to the rank, and ends it."""
+def test_a_forked_process_is_no_part_of_the_run():
+    """A signal to it is not one to the rank, and ends it, however early it comes."""
     code = (
         "import os, signal\nfrom pretrain.stopping import StopRequests\n"
         "stop = StopRequests(0)\nstop.install()\nstop.stepping = True\n"
-        "child = os.fork()\n"
-        "if not child:\n    signal.pause()\n"
-        "os.kill(child, signal.SIGTERM)\n"
-        "print(os.waitpid(child, 0)[1], stop.reason())"
+        "for _ in range(100):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n        signal.pause()\n"
+        "    os.kill(child, signal.SIGTERM)\n"
+        "    assert os.waitpid(child, 0)[1] == signal.SIGTERM\n"
+        "print(stop.reason())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{int(signal.SIGTERM)} None\n"
+    assert done.stdout == "None\n"
 
 
 def test_reasons_concern_this_rank(tmp_path):
