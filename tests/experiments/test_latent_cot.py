@@ -82,7 +82,7 @@ def test_only_the_teachers_that_have_students_are_trained_and_each_once(tmp_path
         ({"parts": [{"methods": [], "seeds": [0]}]}, "parts name no cells: give one or more methods"),
         ({"latent_cot": "causal_loop"}, "unknown task 'causal_loop'; did you mean 'causal_loop_v2'?"),
         ({"student_steps": 0}, "student_steps 0 must be at least 1"),
-        ({"method": ["kava"]}, "unknown key 'method'"),
+        ({"method": ["kava"]}, "method is not a known key"),
     ],
 )
 def test_a_mistake_in_a_matrix_is_one_line(changes, message, tmp_path):
