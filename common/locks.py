@@ -96,9 +96,11 @@ class FolderLock:
         file, self._file = self._file, None
         if file is None:
             return
-        if not self._shared:  # deleted while it is held: whoever opened it meanwhile opens it again
-            self.path.unlink(missing_ok=True)
-        file.close()
+        try:
+            if not self._shared:  # deleted while it is held: whoever opened it meanwhile opens it again
+                self.path.unlink(missing_ok=True)
+        finally:
+            file.close()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         assert self._file is not None, "a released lock"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.errors import user_errors
 from common.files import write_file, writing_failed
-from common.locks import FolderInUseError
+from common.locks import LOCK_NAME, FolderInUseError
 from data_pipeline.cleaning.cleaner import Cleaner
 from data_pipeline.errors import DataError
 from data_pipeline.loading.sample_order import mixture_table
@@ -105,8 +105,9 @@ def build(
         for source in recipe.sources
     }
     this = Build(recipe, out, root, files)
-    if (out / MANIFEST).is_file() and not (out / WORK).exists():
-        return _finished(this)
+    left = (out / WORK).exists() or (out / LOCK_NAME).exists()  # by a build that was killed at its very end
+    if (out / MANIFEST).is_file() and not left:
+        return _finished(this)  # also where nothing may be written
     with _disk_full(out), held(out, task) as lock:
         if (out / MANIFEST).is_file():
             manifest = _finished(this)

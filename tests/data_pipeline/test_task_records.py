@@ -64,7 +64,7 @@ def test_source_kinds_give_the_documents_of_the_record(name, tmp_path):
         traced = list(read_documents(f"{name}_traced", tmp_path, given))
         assert traced == [task.traced(sample) for sample in samples]
         assert all(isinstance(document, TracedDocument) for document in traced)
-    with pytest.raises(DataError, match="unknown key 'num_sample'"):
+    with pytest.raises(DataError, match="num_sample is not a known key"):
         list(read_documents(name, tmp_path, {"num_sample": 20}))
 
 
