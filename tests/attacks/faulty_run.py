@@ -8,7 +8,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from tests.attacks.faults import Faults
+from faults import Faults
 
 if __name__ == "__main__":
     kind, at, root = sys.argv[1:4]

@@ -88,7 +88,7 @@ def refused(teacher, traced_data, tmp_path, monkeypatch):
         flags = [f"data.path={traced_data}", f"output_dir={tmp_path / 'run'}", "data.sequence_length=240"]
         flags += ["global_batch_size=4", "micro_batch_size=1", "max_steps=4", *overrides]
         given = argparse.Namespace(
-            config=[config], ds_config="ds_configs/zero2.json", init=init, overrides=flags
+            config=[config], ds_config="ds_configs/zero2.json", init=init, overrides=flags, dry_run=False
         )
         line = None
         try:

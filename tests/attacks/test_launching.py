@@ -197,7 +197,7 @@ def test_a_request_during_validation_stops_there_and_validation_is_made_up_for(
 ):
     run = tmp_path / "run"
     options = ("max_steps=3", "save_every=1000", "eval_every=2")
-    process = begin(2, *training(run, *options, "eval_batches=1000000000"))
+    process = begin(2, *training(run, *options, "eval_batches=1000000"))
     wait_for_step(run, 1, process)  # the next thing is the validation of step 2
     process.rank(1).send_signal(signal.SIGUSR1)
     done = finish(process)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from model.losses import total_loss
 from pretrain import elastic
-from pretrain.checkpoint import Saver, TrainingState
+from pretrain.checkpoint import TrainingState
 from pretrain.config import RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
+from pretrain.saver import Saver
 from pretrain.trainer import update_router_biases
 
 REFUSED, SAVED, STEPS, LR, EP_SIZE = 2, 4, 6, 1e-2, 2

@@ -214,19 +214,14 @@ def test_a_start_that_fails_late_leaves_an_ended_run_as_it_was(six_steps, train,
     shutil.copytree(six_steps, run)
     (run / "wandb_id").mkdir()
     more = ("max_steps=8", "save_every=2", "wandb.mode=offline")
-    for wrong, message in (
-        ((), f"error: {run}/wandb_id: Is a directory"),
-        (("wandb.project=a/b",), "error: wandb.project='a/b', wandb.mode=offline cannot be started: Invalid"),
-    ):
-        done = train(run, *more, *wrong, check=False)
-        assert done.returncode
-        assert done.stderr.count("error: ") == 1, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-        assert (run / "DONE").read_text() == "6\n"
-        assert len(metrics(run)) == 6
-        shutil.rmtree(run / "wandb_id", ignore_errors=True)
-    (run / "wandb_id").unlink()
+    done = train(run, *more, check=False)
+    assert done.returncode
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert f"error: {run}/wandb_id: Is a directory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (run / "DONE").read_text() == "6\n"
+    assert len(metrics(run)) == 6
+    (run / "wandb_id").rmdir()
     assert "done: 8 steps" in train(run, "max_steps=8", "save_every=2").stdout
 
 

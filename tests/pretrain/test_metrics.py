@@ -16,7 +16,8 @@ from pretrain.config import RunConfig
 from pretrain.metrics import DROPPED, METRICS, MetricsLog, set_aside
 
 STEP = {
-    "loss": 1.0, "grad_norm": 1.0, "lr": 0.1, "tokens_per_second": 1.0, "data_wait_fraction": 0.0,
+    "loss": 1.0, "target_tokens": 8, "grad_norm": 1.0, "lr": 0.1,
+    "tokens_per_second": 1.0, "data_wait_fraction": 0.0,
     "memory_bytes": 1, "recurrence_depth": 1, "expert_load_max": None, "mfu": None,
 }  # fmt: skip
 
@@ -236,7 +237,7 @@ def test_the_real_wandb_takes_the_settings(tmp_path):
         log.write({"step": start + 1, **STEP})
         log.close()
     name = (tmp_path / "wandb_id").read_text().strip()
-    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))) == 2
+    assert list((tmp_path / "wandb").glob(f"offline-run-*-{name}"))  # one folder if both began in one second
     with pytest.raises(ValueError, match="cannot be started: Invalid project name"):
         log_of(tmp_path, 2, **online("offline", "a/b"))
     assert os.path.exists(tmp_path / METRICS)
