@@ -204,7 +204,7 @@ def test_a_study_varies_one_thing_and_keeps_the_rest(tmp_path):
         ({"groups": ["lop"]}, (0.1,), "unknown group 'lop'; did you mean 'loop'?"),
         ({"tasks": ["phop"]}, (0.1,), "unknown task 'phop'; did you mean 'p_hop'?"),
         ({"sizes": ["tiny"]}, (0.1,), "unknown size 'tiny'"),
-        ({"group": ["loop"]}, (0.1,), "Key 'group' not in 'Part'. Did you mean: 'groups'?"),
+        ({"group": ["loop"]}, (0.1,), "group is not a known key; did you mean 'groups'"),
         ({}, "tests/experiments/rates.yaml", None),
         ({"groups": ["ut"]}, "tests/experiments/rates.yaml", "group ut has no learning rate for p_hop/small"),
         (
