@@ -176,7 +176,7 @@ def test_a_mutated_config_is_prepared_or_refused_in_a_line(refused, tmp_path, co
             "must be at least 1",
         ),
         (("model.distillation.method=coconut", "model.distillation.kv_weight=1"), "set hidden_weight"),
-        (("model.latent_cot.num_latents=1000000000",), "may be too short for a question and an answer"),
+        (("model.latent_cot.num_latents=100000",), "may be too short for a question and an answer"),
         (("lora.r=0",), "lora.r=0 must be at least 1"),
     ],
 )
