@@ -39,6 +39,7 @@ def _job(process: psutil.Process) -> str | None:
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["slurmstepd", "srun"])
 def test_no_rank_outlives_its_launcher(victim, cluster, training, tmp_path):
     """Ranks notice the end of slurmstepd and save; SLURM itself ends those of a killed srun, at once."""
@@ -67,6 +68,7 @@ def test_a_second_job_in_a_folder_fails_with_one_line(cluster, training, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_job_do_not_meet(cluster, training, tmp_path):
     """Nor do two jobs of an array on one node: the ranks of a step meet on a port that nobody chose."""
     runs = [tmp_path / "first", tmp_path / "second"]
