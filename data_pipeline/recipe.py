@@ -1,13 +1,13 @@
 """The recipe of a build: one YAML with dotted overrides, checked against the dataclasses below."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.nearest import nearest
@@ -44,7 +44,7 @@ class CleaningRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str = MISSING
+    name: str
     seed: int = 0  # of the shuffle and of the choice of validation documents
     validation_fraction: float = 0.01  # of the documents, chosen by their hash
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
@@ -105,34 +105,11 @@ _UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, Type
 
 
 def structured(kind: type[T], values: Any, where: str) -> T:
-    """An instance of the dataclass `kind` with `values`; unknown keys and wrong types are DataErrors at
-    `where`. A field whose default is omegaconf.MISSING must be given.
-    """
-    if not isinstance(values, Mapping):
-        raise DataError(
-            f"{where}: expected KEY: VALUE lines, found {type(values).__name__}: write such lines"
-        )
+    """common.schema.from_plain, with DataErrors that begin with `where`."""
     try:
-        found = from_plain(kind, values, "")
-    except DataError:
-        raise
+        return from_plain(kind, values, f"{where}: ")
     except ValueError as error:
-        raise DataError(f"{where}: {str(error).removeprefix('.').replace('key .', 'key ')}") from error
-    if missing := next(_missing(found), None):
-        raise DataError(f"{where}: no value for {missing}: add it")
-    return found
-
-
-def _missing(value: Any, name: str = "") -> Iterator[str]:
-    """The fields that have no value, nested ones too."""
-    if is_dataclass(value):
-        for member in fields(value):
-            yield from _missing(getattr(value, member.name), f"{name}.{member.name}".lstrip("."))
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _missing(item, f"{name}[{number}]")
-    elif value == MISSING:
-        yield name
+        raise DataError(str(error)) from error
 
 
 def _check(recipe: Recipe, path: Path) -> None:

@@ -15,8 +15,6 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import MISSING
-
 from common.nearest import nearest
 from data_pipeline.errors import DataError
 from data_pipeline.recipe import structured
@@ -36,9 +34,9 @@ CACHE = "cache"  # below the data folder: local copies of URLs
 # ---- options of text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FileOptions(FixedOptions):
-    files: list[str] = MISSING  # paths relative to the data folder, URLs, or patterns of either with *
+    files: list[str]  # paths relative to the data folder, URLs, or patterns of either with *
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,11 @@ def _problem_kind(problems: ProblemSet) -> Kind:
 # ---- kinds of synthetic tasks: from their records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """What a recipe may set for every synthetic task, in addition to its sizes."""
 
-    num_samples: int = MISSING
+    num_samples: int
     seed: int = 0
     split: str = "train"
 

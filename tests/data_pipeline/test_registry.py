@@ -84,7 +84,7 @@ def test_eval_reads_problems_without_the_readers_of_corpora():
         ("gsm8k", {"max_document": 3}, "did you mean 'max_documents'"),
         ("gsm8k", {"files": ["gsm8k/test.jsonl"]}, "files is not a known key"),
         ("gsm8k", {"max_documents": "many"}, "many"),
-        ("text", {}, "no value for files"),
+        ("text", {}, "files is missing; add it"),
         ("text", {"files": ["absent.txt"]}, "absent.txt does not exist"),
         ("text", {"files": ["a*.txt"]}, "a*.txt matches no file"),
         ("text", {"files": ["pipe:echo x"]}, "commands and chained protocols are refused"),
@@ -93,7 +93,7 @@ def test_eval_reads_problems_without_the_readers_of_corpora():
         ("jsonl", {"files": ["x"], "prompt": "q"}, "name either the field `text` or both"),
         ("jsonl", {"files": ["x"], "completion": "q"}, "name either the field `text` or both"),
         ("parquet", {"files": ["x"], "text": "t", "prompt": "q", "completion": "a"}, "name either the field"),
-        ("causal_loop", {}, "no value for num_samples"),
+        ("causal_loop", {}, "num_samples is missing; add it"),
         ("causal_loop", {"num_samples": 1, "levels": [7]}, "[7]"),
     ],
 )
