@@ -142,7 +142,7 @@ class StopRequests:
 
 
 class _Output:
-    """Standard output or error of a rank, for which it is no error if nobody reads it any more.
+    """Standard output or error of a rank that does not fail when nobody reads it any more.
 
     The end of a launcher, a terminal, `tee` or `head` meets the next line that is printed, perhaps before the
     checkpoint. What cannot be written is dropped.

@@ -36,7 +36,7 @@ def check_folder(folder: Path, stored: Mapping[str, Stored], trust_remote_code: 
     """
     path, generation = folder / CONFIG_NAME, folder / "generation_config.json"
     if generation.is_file():
-        read_json(generation)  # transformers goes on without one that is damaged
+        read_json(generation)  # transformers ignores one that is damaged
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{folder} holds an adapter: merge it into its model (merge_and_unload) and save that"

@@ -244,7 +244,7 @@ def _one_line(folder: Path, trust_remote_code: bool) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of the Rust code under tokenizers is no Exception
+    except BaseException as error:  # a panic of the Rust code under tokenizers is not an Exception
         reason = " ".join(str(error).split())
         fix = "save it there again with save_pretrained"
         if "trust_remote_code" in reason and not trust_remote_code:

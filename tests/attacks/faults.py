@@ -38,7 +38,7 @@ class Faults:
         os.fsync = counted
 
     def in_writes_of(self, kind: type) -> None:
-        """Counts the writes, of which there is no audit event, of a class that wraps its attribute `file`."""
+        """Counts the writes of a class that wraps its attribute `file`; writes have no audit event."""
         begin = kind.__init__
 
         def wrapped(this: Any, file: Any) -> None:
