@@ -130,6 +130,8 @@ class CellRecord:
             for count in getattr(self, name) or ():
                 if not count.isdecimal():
                     raise ValueError(f"{name}: the key {count!r} is not a number")
+        if str(self.trained_steps) not in self.inference_flops_per_token:
+            raise ValueError(f"inference_flops_per_token lacks trained_steps={self.trained_steps}")
         for key, value in (self.convergence or {}).items():
             if isinstance(value, Curve) != key.isdecimal():
                 raise ValueError(

@@ -3,13 +3,14 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from common.files import read_json_lines
-from common.schema import as_type, from_plain
+from common.schema import Limits, as_type, from_plain
 
 MAX_INTEGER = 2**53  # the largest that figures, which compute with doubles, tell apart
 MAX_NUMBER = 1e39  # beyond fp32, in which models compute
+StandardError = Annotated[float, Limits(least=0)]
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,17 @@ class _Step:
     eval: dict[str, dict[str, float]] | None = None  # task -> "metric,filter"
     eval_failed: str | None = None
 
+    def __post_init__(self) -> None:
+        for task, scores in (self.eval or {}).items():
+            for key, value in scores.items():
+                if "_stderr," in key:
+                    as_type(StandardError, value, f"eval.{task}.{key}")
+
 
 @dataclass(frozen=True)
 class _Guess:
     value: float
-    stderr: float | None
+    stderr: StandardError | None
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ def _check_scores(name: str, entry: dict[str, Any], higher: dict[str, bool]) -> 
         if not comma:
             continue
         if metric.endswith("_stderr"):
-            as_type(float | Literal["N/A"], value, where)
+            as_type(StandardError | Literal["N/A"], value, where)
             continue
         as_type(float, value, where)
         if f"{metric}_stderr,{filter_name}" not in entry or metric not in higher:

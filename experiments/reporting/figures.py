@@ -43,7 +43,7 @@ Groups = Mapping[str, Sequence[Record]]
 
 
 def style(group: str) -> dict[str, Any]:
-    i = ORDER.index(group)
+    i = ORDER.index(group) if group in ORDER else len(ORDER)  # of a group that no longer exists
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i // len(COLORS) % len(MARKERS)]}
 
 

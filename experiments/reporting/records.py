@@ -170,7 +170,8 @@ def _parsed(kind: type[T], text: bytes, where: str, fix: str) -> T:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         raise ValueError(f"{where} is damaged; {fix}") from None
     except ValueError as error:
-        raise ValueError(f"{error}; {fix}") from None
+        line = str(error) if where in str(error) else f"{where}: {error}"
+        raise ValueError(f"{line}; {fix}") from None
 
 
 def _cell_name(path: Path) -> str:
