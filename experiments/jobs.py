@@ -1,7 +1,6 @@
 """What is run for a cell of any matrix: a job builds data, trains, evaluates and writes the cell's record."""
 
 import fcntl
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import json_object, write_json
 from experiments.record import FAILED, RECORD
 
 ROOT = Path(__file__).parents[1]
@@ -209,11 +208,8 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _stored_settings(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_bytes())
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict):
+    stored = json_object(path.read_bytes())
+    if stored is None:
         raise ValueError(
             f"{path} is damaged, so nobody knows what {path.parent} was made with; move that folder away"
         )

@@ -174,10 +174,10 @@ class TokenStream:
         return files
 
     def _verify(self, members: np.ndarray, files: dict[int, OpenShard]) -> None:
-        todo = members[~self._verified[members]]
-        if not len(todo):
+        unverified = members[~self._verified[members]]
+        if not len(unverified):
             return
-        for member in np.unique(todo).tolist():
+        for member in np.unique(unverified).tolist():
             entry, number = self._members[member], int(self._shard_of[member])
             payload = files[number].read(int(entry["offset"]), int(entry["size"]))
             place = member - int(np.searchsorted(self._shard_of, number))
