@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # One of every type, and the values that arithmetic does not expect.
@@ -79,3 +79,16 @@ def byte_mutations(data: bytes, count: int, seed: int) -> Iterator[tuple[str, by
         if damaged != data:
             count -= 1
             yield what, damaged
+
+
+def refusal(read: Callable[[], Any]) -> str | None:
+    """The line that refuses an input; None: it is accepted. Any other error is the test's failure."""
+    try:
+        read()
+    except (ValueError, OSError) as error:
+        line = str(error)
+    else:
+        return None
+    assert line
+    assert "\n" not in line, line
+    return line

@@ -18,27 +18,15 @@ from pretrain.dry_run import describe
 from pretrain.ds_config import load_ds_config
 from pretrain.run_config import load_run_config
 from pretrain.setup import check_host_memory, prepare
-from tests.attacks.mutations import byte_mutations, config_mutations, paths
-from tests.conftest import ROOT
+
+from ..conftest import ROOT
+from .mutations import byte_mutations, config_mutations, paths, refusal
 
 CONFIGS = sorted((ROOT / "pretrain/configs").rglob("*.yaml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 # (in all, of them as text with damaged bytes) by default and in `make test-slow`
 YAML_COUNTS = [(130, 40), pytest.param((800, 400), marks=pytest.mark.slow)]
 JSON_COUNTS = [(100, 30), pytest.param((600, 300), marks=pytest.mark.slow)]
-
-
-def refusal(read: Callable[[], Any]) -> str | None:
-    """The line that refuses an input; None: it is accepted. Any other error is the test's failure."""
-    try:
-        read()
-    except (ValueError, OSError) as error:
-        line = str(error)
-    else:
-        return None
-    assert line
-    assert "\n" not in line, line
-    return line
 
 
 def finite(values: Any) -> bool:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from experiments import report
 from experiments.run import jobs_of, read
 
 from ..conftest import ROOT
-from .mutations import byte_mutations, config_mutations
+from .mutations import byte_mutations, config_mutations, refusal
 
 MATRICES = (
     "tests/experiments/tiny.yaml",
@@ -26,18 +25,6 @@ MATRICES = (
     "experiments/matrices/quick.yaml",
 )
 COUNTS = [pytest.param(25, id="few"), pytest.param(250, id="many", marks=pytest.mark.slow)]
-
-
-def refusal(work: Callable[[], object]) -> str | None:
-    """The line with which `work` refuses; None if it succeeds."""
-    try:
-        work()
-    except (ValueError, OSError) as error:
-        lines = str(error).splitlines()
-    else:
-        return None
-    (line,) = lines
-    return line
 
 
 @pytest.mark.parametrize("count", COUNTS)
