@@ -34,7 +34,7 @@ from model.layers import Linear, attention_scale, rotations
 _DAMPING = 1e-3  # least energy of a direction, as a share of the mean
 # How much an error in the scores, as a share of their energy, counts against one in the values, as a share
 # of theirs; the best of those tried.
-_KEY_WEIGHT = 4.0
+_KEY_WEIGHT = 8.0
 
 
 @dataclass(frozen=True)
