@@ -34,6 +34,7 @@ class AttentionContext:
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document per row, without padding
     token_mask: Tensor | None = None  # (B, T) booleans, False: padding; None: every token is real
     cache: LatentCache | None = None
+    recurrence: RecurrenceConfig = RecurrenceConfig()  # the model's, with the halting of this pass
     num_steps: int = 1  # of every loop
     loop: "LoopStep | None" = None  # inside a looped layer
     statistics: bool = False  # whether there are targets: experts report balance and load
@@ -115,7 +116,7 @@ def build_context(
             offsets = torch.arange(repeats, device=tokens.device)
             position_ids = (position_ids[..., None] * repeats + offsets).flatten(1)
     B, S = len(tokens), past + tokens.shape[1]
-    context = AttentionContext(cache=cache)
+    context = AttentionContext(cache=cache, recurrence=config.recurrence)
     if attention_mask is not None or cu_seqlens is not None:
         real = full_mask(attention_mask, B, S, tokens.device)
         context.segment = segments(real, cu_seqlens)

@@ -27,9 +27,9 @@ class HaltingUnit(nn.Module):
 
     def __init__(self, width: int, config: HaltingConfig) -> None:
         super().__init__()
-        if config.granularity != "sequence":
+        if "token" in config.heads:
             self.token = Linear(width, 1, initial_bias=HALTING_BIAS)
-        if config.granularity != "token":
+        if "sequence" in config.heads:
             self.sequence = Linear(width, 1, initial_bias=HALTING_BIAS)
 
 

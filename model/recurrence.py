@@ -106,7 +106,7 @@ class LatentReasoningUnit(nn.Module):
             predict: normed states (B, T, W) -> logits, for exits by divergence.
             first_state: (B, T, W), a different initial state.
         """
-        r, N = self.config, context.num_steps
+        r, N = context.recurrence, context.num_steps
         active = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
         readout = None if predict is None else lambda state: predict(self.output_norm(state))
         halting = Halting(r.halting, self.halting, active, context, self.name, N, readout)
@@ -124,7 +124,7 @@ class LatentReasoningUnit(nn.Module):
             states.append(state)
             extras.append(out.extra)
             kept = out.kept
-        result = self._read_out(states, halting)
+        result = self._read_out(states, halting, r.expectation)
         trace = loop_trace(
             r.halting,
             halting.probabilities,
@@ -182,8 +182,8 @@ class LatentReasoningUnit(nn.Module):
         kept = self.config.backprop_steps
         return self.training and kept is not None and step < num_steps - kept
 
-    def _read_out(self, states: list[Tensor], halting: Halting) -> Tensor:
-        if self.config.expectation != "state":
+    def _read_out(self, states: list[Tensor], halting: Halting, expectation: str) -> Tensor:
+        if expectation != "state":
             return self.output_norm(states[-1])
         weighted = [p[..., None] * s for p, s in zip(halting.probabilities, states[1:], strict=True)]
         return self.output_norm(torch.stack(weighted).sum(0).to(states[-1].dtype))

@@ -1,9 +1,9 @@
 """RecurrenceConfig and HaltingConfig: what is looped, how the state is carried, and when a token stops."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from common.schema import Count, CountOrZero, Limits, Share, Weight
+from common.schema import Count, CountOrZero, Limits, Share, Weight, check_fields
 
 Steps = Annotated[int, Limits(least=1, most=10_000)]
 LEARNED = ("act", "ponder", "entropy")
@@ -34,6 +34,12 @@ class HaltingConfig:
     @property
     def learned(self) -> bool:
         return self.kind in LEARNED
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Learned heads that decide: see halting.HaltingUnit."""
+        both = {"token": ("token",), "sequence": ("sequence",), "mixed": ("token", "sequence")}
+        return both[self.granularity] if self.learned else ()
 
     @property
     def limit(self) -> float:
@@ -126,7 +132,7 @@ class RecurrenceConfig:
         return [(first, last) for first, last in self.ranges]
 
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "placement": ("none", "kv", "post_attention", "block"),
     "depth_sampling": ("fixed", "poisson"),
     "injection": ("none", "add", "concat", "gate"),
@@ -134,7 +140,7 @@ _CHOICES = {
     "cache": ("per_step", "parallel", "ema", "average", "last", "first"),
     "k_rope_source": (None, "hidden", "latent", "hidden_plus_latent"),
 }
-_HALTING_CHOICES = {
+_HALTING_CHOICES: dict[str, tuple[str | None, ...]] = {
     "kind": ("fixed", *LEARNED, "threshold"),
     "granularity": ("token", "sequence", "mixed"),
     "measure": ("cosine", "kl"),
@@ -148,20 +154,45 @@ def check_recurrence(r: RecurrenceConfig, num_layers: int, use_mla: bool) -> Non
     Raises:
         ValueError: names the key, its value, the limit and the fix.
     """
-    for section, where, choices in (
-        (r, "recurrence", _CHOICES),
-        (r.halting, "recurrence.halting", _HALTING_CHOICES),
-    ):
-        for name, allowed in choices.items():
-            if getattr(section, name) not in allowed:
-                raise ValueError(
-                    f"model.{where}.{name}={getattr(section, name)!r} is unknown; "
-                    f"choose one of {', '.join(map(str, allowed))}"
-                )
+    _check_choices(r, "recurrence", _CHOICES)
+    _check_choices(r.halting, "recurrence.halting", _HALTING_CHOICES)
     _check_ranges(r, num_layers)
     _check_counts(r)
     _check_placement(r, use_mla)
     _check_halting(r)
+
+
+def with_halting(r: RecurrenceConfig, halting: HaltingConfig, num_steps: int) -> RecurrenceConfig:
+    """The loop of a trained model with another kind of halting, for inference with num_steps loop steps.
+
+    Raises:
+        ValueError: the model has no loop or lacks the learned heads, or the values do not fit together.
+    """
+    check_fields(halting, "model.recurrence.halting")
+    _check_choices(halting, "recurrence.halting", _HALTING_CHOICES)
+    if r.placement == "none":
+        raise ValueError(f"halting.kind={halting.kind} is for a loop, but the model has none; leave it out")
+    lacking = [head for head in halting.heads if head not in r.halting.heads]
+    if lacking:
+        raise ValueError(
+            f"halting.kind={halting.kind} with granularity={halting.granularity} needs a learned "
+            f"{lacking[0]} head, but the model was trained with kind={r.halting.kind} and granularity="
+            f"{r.halting.granularity}; choose kind=threshold or fixed"
+        )
+    called = replace(r, halting=halting)
+    _check_halting(called)
+    if halting.kind != "fixed":
+        _check_counts(replace(called, num_steps=num_steps, max_steps=max(num_steps, r.max_steps)))
+    return called
+
+
+def _check_choices(section: object, where: str, choices: dict[str, tuple[str | None, ...]]) -> None:
+    for name, allowed in choices.items():
+        if getattr(section, name) not in allowed:
+            raise ValueError(
+                f"model.{where}.{name}={getattr(section, name)!r} is unknown; "
+                f"choose one of {', '.join(map(str, allowed))}"
+            )
 
 
 def _check_ranges(r: RecurrenceConfig, num_layers: int) -> None:
