@@ -1,0 +1,277 @@
+"""ZeroModel as a causal language model of Hugging Face: loss, generation, saving.
+
+Shapes: B batch, T new tokens, S cached and new tokens, D hidden, V vocabulary, U loops.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from model.cache import LatentCache
+from model.config.execution import ExecutionConfig
+from model.config.recurrence import HaltingConfig
+from model.generate import without_padding
+from model.hf.remote.configuration_zeromodel import ZeroModelConfig
+from model.hf.remote.latent_layer import latent_layer
+from model.initialization import initialize
+from model.latent_cot.thoughts import think
+from model.moe import MoE
+from model.transformer import ZeroModel
+
+# transformers' names of attention -> ExecutionConfig's; all others, `eager` too, run as the latter's default.
+ATTENTION = {"flash_attention_2": "flash_attn", "flex_attention": "flex"}
+
+
+@dataclass
+class ZeroModelOutput(CausalLMOutputWithPast):
+    """Also says how many loop steps each token took."""
+
+    num_iterations: Tensor | None = None  # (U, B, T) int64; None without recurrence
+
+
+class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
+    """The network, `network`, behind the interface of transformers.
+
+    A looped model takes `num_steps` (loop steps; default: the config's) and, at inference, `exit_threshold`
+    and `exit_measure`, in forward and in generate. Keep them the same while a cache is in use.
+    """
+
+    config_class = ZeroModelConfig
+    base_model_prefix = "network"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    # What the layers share in a pass lies on one device.
+    _no_split_modules = ["ZeroModel"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init__(self, config: ZeroModelConfig) -> None:
+        super().__init__(config)
+        execution = ExecutionConfig(attention=ATTENTION.get(str(config._attn_implementation), "auto"))
+        self.network = ZeroModel(config.network_config(), execution=execution)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_steps: int | None = None,
+        exit_threshold: float | None = None,
+        exit_measure: str | None = None,
+        num_latents: int | None = None,
+        num_iterations: int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ZeroModelOutput | tuple[Any, ...]:
+        """Logits, and with labels their loss.
+
+        The loss is Hugging Face's: the mean cross-entropy of each next token, or its sum over
+        `num_items_in_batch`. The terms for balance, halting and multi-token prediction belong to this project's
+        own training and are not in it.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S), 1 where a token is real; S includes cached tokens.
+            position_ids: (B, T); default: counted without padding.
+            past_key_values: a DynamicCache, extended in place.
+            inputs_embeds: (B, T, D) instead of input_ids.
+            labels: (B, T), input_ids or -100 where nothing is to be learned; shifted here.
+            use_cache: default: the config's, and never in training.
+            logits_to_keep: form logits only for this many last positions, or for these positions; 0: all.
+            num_steps: loop steps; default: the config's.
+            exit_threshold: a token stops looping at this cosine of successive states (default 0.95), or at
+                this divergence of successive predictions in nats (5e-4); replaces the config's halting.
+            exit_measure: cosine (default) or kl, which needs placement=block.
+            num_latents: input_ids end in as many placeholders and <eot>, as generate makes them; think.
+            num_iterations: of thinking; default: the config's.
+            output_hidden_states: also return the output of every run of a layer, in order, and the normed
+                state that the head reads.
+
+        Raises:
+            ValueError: one line for arguments that do not fit together.
+        """
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions=True: ZeroModel's attention keeps no weights; leave it out")
+        if past_key_values is None and (not self.training if use_cache is None else use_cache):
+            past_key_values = DynamicCache() if use_cache or self.config.use_cache else None
+        cache = None
+        if past_key_values is not None:
+            repeats = self.network.config.positions_per_token
+            layer = latent_layer(past_key_values, repeats, torch.is_grad_enabled())
+            cache = layer.latent
+        loop: dict[str, Any] = {
+            "num_steps": num_steps,
+            "halting": self._exits(exit_threshold, exit_measure),
+        }
+        mask = without_padding(attention_mask)
+        if num_latents and not (cache is not None and cache.length):
+            if cache is None or input_ids is None or labels is not None:
+                raise ValueError(
+                    f"num_latents={num_latents}: thoughts live in the cache and come from tokens; give "
+                    "input_ids and use_cache=True, and no labels"
+                )
+            layer.latent = cache = self._think(input_ids, mask, num_latents, num_iterations, loop)
+            input_ids, position_ids = input_ids[:, -1:], None
+        states = (
+            list[Tensor]() if output_hidden_states or self._returns_states(output_hidden_states) else None
+        )
+        out, _ = self.network.read(
+            input_ids,
+            mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            states=states,
+            **loop,
+        )
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.network.lm_head(out.hidden[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        result = ZeroModelOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=None if states is None else (*states, out.hidden),
+            num_iterations=_iterations(out.traces),
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' generate, which documents the arguments; further ones are forward's.
+
+        A model with latent thoughts thinks after prompts that all end in <bot>, and the answer follows
+        <eot>: [bos] Q <bot> -> [bos] Q <bot> <eot> A. `num_latents` is the number of thoughts (default: the
+        config's, 0: none), `num_iterations` that of their iterations.
+
+        Raises:
+            ValueError: one line for arguments that do not fit together.
+        """
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        count = kwargs.pop("num_latents", None)
+        if count is None:
+            count = self._default_latents(tokens)
+        if not count:
+            return super().generate(inputs, *args, **kwargs)
+        if self.config.eot_token_id is None or tokens is None:
+            raise ValueError(
+                f"num_latents={count} needs input_ids and the token <eot>; set model.config.eot_token_id to its "
+                "id, or give num_latents=0"
+            )
+        kwargs.pop("input_ids", None)
+        B, T = tokens.shape
+        room = tokens.new_zeros(B, count)  # read as thoughts, whatever the ids
+        prompt = torch.cat((tokens, room, tokens.new_full((B, 1), self.config.eot_token_id)), 1)
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(tokens) if mask is None else mask
+        kwargs["attention_mask"] = nn.functional.pad(mask, (0, count + 1), value=1)
+        for limit in ("max_length", "min_length"):
+            if kwargs.get(limit) is not None:
+                kwargs[limit] += count
+        out = super().generate(prompt, *args, num_latents=count, **kwargs)
+        if isinstance(out, Tensor):
+            return torch.cat((out[:, :T], out[:, T + count :]), 1)
+        out.sequences = torch.cat((out.sequences[:, :T], out.sequences[:, T + count :]), 1)
+        return out
+
+    def _default_latents(self, tokens: Tensor | None) -> int:
+        """The config's thoughts if every prompt ends in <bot>."""
+        if tokens is None or self.config.bot_token_id is None:
+            return 0
+        ends = tokens.shape[1] > 0 and bool((tokens[:, -1] == self.config.bot_token_id).all())
+        return self.network.config.latent_cot.num_latents if ends else 0
+
+    def _think(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        num_latents: int,
+        num_iterations: int | None,
+        loop: dict[str, Any],
+    ) -> LatentCache:
+        """The cache of a question (B, T) and its thoughts; tokens (B, T + num_latents + 1)."""
+        last = -num_latents - 1
+        thoughts = think(
+            self.network,
+            tokens[:, :last],
+            None if mask is None else mask[:, :last],
+            num_latents=num_latents,
+            num_iterations=num_iterations,
+            **loop,
+        )
+        return thoughts.cache
+
+    def _exits(self, threshold: float | None, measure: str | None) -> HaltingConfig | None:
+        """The halting that these arguments ask for; None: the config's."""
+        if threshold is None and measure is None:
+            return None
+        least = self.network.config.recurrence.virtual_layers or 1  # every token fills as many steps
+        return HaltingConfig(
+            kind="threshold", measure=measure or "cosine", threshold=threshold, min_steps=least
+        )
+
+    def _returns_states(self, asked: bool | None) -> bool:
+        return asked is None and bool(self.config.output_hidden_states)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Gives initial values to what no file gave, as ZeroModel does when it is built."""
+        initialize(self.network, 0, lambda parameter: getattr(parameter, "_is_hf_initialized", False))
+        for module in self.network.modules():
+            if isinstance(module, MoE):
+                module.load.zero_()  # no file has it
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.network.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.network.model.embed_tokens = value
+        if self.network.lm_head.tied:
+            self.network.lm_head.tied = (value,)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The embedding, if the head is tied to it; else an nn.Linear around the head's matrix."""
+        head = self.network.lm_head
+        if head.tied:
+            return self.get_input_embeddings()
+        linear = nn.Linear(*head.weight.shape[::-1], bias=False, device="meta")
+        linear.weight = head.weight
+        return linear
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if not self.network.lm_head.tied:
+            self.network.lm_head.weight = new_embeddings.weight
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.network.model.execution.checkpointing != "none"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        """Layer by layer, keeping the routers' choices."""
+        self.network.model.execution = ExecutionConfig(
+            attention=self.network.execution.attention, checkpointing="block" if enable else "none"
+        )
+
+
+def _iterations(traces: list[Any]) -> Tensor | None:
+    return torch.stack([trace.num_iterations for trace in traces]) if traces else None
