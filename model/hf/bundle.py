@@ -74,13 +74,13 @@ def _rewritten(module: str, source: str) -> str:
     """
     tree, lines = ast.parse(source), source.split("\n")
     own = _own_imports(tree)
-    for node in own:
-        if node.level or not _path(node.module or "").is_file():
-            raise AssertionError(f"{module} has {ast.unparse(node)!r}; write `from the.module import name`")
-        line = lines[node.lineno - 1]
-        start = node.col_offset
-        before, after = line[:start], line[start:].removeprefix(f"from {node.module} ")
-        lines[node.lineno - 1] = f"{before}from .{flat_name(node.module or '')} {after}"
+    for found in own:
+        name = found.module or ""
+        if found.level or not _path(name).is_file():
+            raise AssertionError(f"{module} has {ast.unparse(found)!r}; write `from the.module import name`")
+        line, start = lines[found.lineno - 1], found.col_offset
+        after = line[start:].removeprefix(f"from {name} ")
+        lines[found.lineno - 1] = f"{line[:start]}from .{flat_name(name)} {after}"
     for node in _imports(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
         roots = {name.split(".")[0] for name in names}

@@ -8,12 +8,14 @@ import torch
 from common.files import write_file
 from common.pages import plain
 from common.result_files import results_files
+from common.schema import as_type
 from model.config.model import ModelConfig
 from model.counts import num_parameters
 from model.export_files import TRAINING_DATA_NAME, read_object
 from model.transformer import ZeroModel
 
 FIX = "delete the file, or write it again"
+_SOURCE = ("kind", "weight", "tokens", "decontaminated")  # of a source in training_data.json
 
 
 def write_card(config: ModelConfig, checkpoint: Path, out: Path, scores: Path | None, own_code: bool) -> None:
@@ -35,10 +37,10 @@ def write_card(config: ModelConfig, checkpoint: Path, out: Path, scores: Path | 
     ]
     data = checkpoint / TRAINING_DATA_NAME
     if data.is_file():
-        parts.append("## Training data\n\n" + _training_data(read_object(data, FIX)))
+        parts.append("## Training data\n\n" + _training_data(data))
     folder = checkpoint.resolve().parent / "eval" if scores is None else scores
-    if rows := [row for path in results_files(folder) for row in _scores(read_object(path, FIX))]:
-        header = ("task", "n", "shots", "loop steps", "metric", "value", "standard error")
+    if rows := [row for path in results_files(folder) for row in _scores(path)]:
+        header = ("task", "n", "loop steps", "metric (filter)", "value", "standard error")
         parts.append("## Scores\n\nBy this project's `eval/`.\n\n" + _table(header, rows))
     write_file(out / "README.md", ("\n\n".join(parts) + "\n").encode())
 
@@ -102,51 +104,46 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
         ("if every run of a layer had its own", f"{total + repeated:,}"),
         ("layers", f"{L}"),
         ("runs of layers per token", f"{sum(runs)}"),
-        (
-            "loop steps",
-            f"{R} ({config.recurrence.placement})" if config.recurrence.placement != "none" else "none",
-        ),
+        ("loop steps", str(R) if config.recurrence.placement != "none" else "none"),
         ("longest sequence, in tokens", f"{config.max_position_embeddings:,}"),
         ("vocabulary", f"{config.vocab_size:,}"),
     ]
 
 
-def _training_data(values: dict[str, Any]) -> str:
-    sources: dict[str, dict[str, Any]] = values.get("sources", {})
+def _training_data(path: Path) -> str:
+    sources = _section(path, "sources")
     rows = [
-        (
-            name,
-            str(s.get("kind")),
-            str(s.get("weight")),
-            f"{s.get('tokens', 0):,}",
-            str(s.get("decontaminated")),
-        )
-        for name, s in sources.items()
+        (plain(name), *(plain(str(source.get(key, ""))) for key in _SOURCE))
+        for name, source in sources.items()
     ]
-    cleaned = ", ".join(values.get("decontaminated_against", [])) or "nothing"
-    table = _table(("source", "kind", "weight", "tokens", "decontaminated"), rows)
-    return f"{table}\n\nDecontaminated against: {cleaned}."
+    return _table(("source", *_SOURCE), rows)
 
 
-def _scores(report: dict[str, Any]) -> list[tuple[str, ...]]:
+def _scores(path: Path) -> list[tuple[str, ...]]:
     """Rows of a results file of eval/."""
-    rows = []
-    for task, entry in report.get("results", {}).items():
-        n = report.get("n-samples", {}).get(task, {}).get("effective", "")
-        shots = report.get("n-shot", {}).get(task, "")
-        steps = entry.get("num_steps")
+    results, samples = _section(path, "results"), _section(path, "n-samples")
+    rows = list[tuple[str, ...]]()
+    for task, entry in results.items():
+        n, steps = samples.get(task, {}).get("effective", ""), entry.get("num_steps")
         for key, value in entry.items():
             metric, _, which = key.partition(",")
-            if not which or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not which or metric.endswith("_stderr") or type(value) not in (int, float):
                 continue
             error = entry.get(f"{metric}_stderr,{which}")
-            shown = f"{error:.4f}" if isinstance(error, int | float) else ""
-            rows.append(
-                (task, str(n), str(shots), "" if steps is None else str(steps), metric, f"{value:.4f}", shown)
-            )
+            shown = f"{error:.4f}" if type(error) is float else ""
+            cells = (task, n, "" if steps is None else steps, f"{metric} ({which})")
+            rows.append((*(plain(str(cell)) for cell in cells), f"{value:.4f}", shown))
     return rows
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _section(path: Path, key: str) -> dict[str, dict[str, Any]]:
+    """A section of sections; an absent one is empty."""
+    values = read_object(path, FIX).get(key, {})
+    found: dict[str, dict[str, Any]] = as_type(dict[str, dict[str, Any]], values, f"{path}: {key}")
+    return found
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Cells are Markdown."""
     lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(plain(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

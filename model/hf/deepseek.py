@@ -335,8 +335,8 @@ def export_folder(
     if beyond is None:
         return "in the DeepseekV3 format, for transformers and vLLM"
     return (
-        "with its own code, for transformers with trust_remote_code=True: the DeepseekV3 format cannot express "
-        f"{beyond}"
+        f"with its own code, since the DeepseekV3 format cannot express {beyond}; load it with "
+        "trust_remote_code=True"
     )
 
 

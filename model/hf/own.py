@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.files import write_file, write_json
+from common.files import write_json
 from model.config.model import ModelConfig
 from model.export_files import CONFIG_NAME, FIX, WEIGHTS_NAME, load_config
 from model.hf import bundle
@@ -52,8 +52,8 @@ def export_own(checkpoint: Path, out: Path, max_shard_size: int) -> dict[str, An
         refuse_stale_weights(out, plan.written)
         (out / CONFIG_NAME).unlink(missing_ok=True)
         ids = export_tokenizer(checkpoint, out, config.max_position_embeddings, begins=True)
-        for name, text in files.items():
-            write_file(out / name, text.encode())
+        for name, text in files.items():  # whole once config.json is there, which comes last
+            (out / name).write_bytes(text.encode())
         write_json(out / "generation_config.json", {name: ids[name] for name in ENDS}, indent=2)
         plan.write(path, out, lambda name: PREFIX + name)
     return {

@@ -56,9 +56,8 @@ def _write_json_tokenizer(path: Path, out: Path, max_length: int) -> dict[str, i
     values = read_object(path, FIX)
     section = as_type(dict[str, int], values.pop(SECTION, None), f"{path}: {SECTION}")
     names = {token["id"]: token["content"] for token in values["added_tokens"]}
-    missing = [
-        key for key in ("bos_id", "eos_id", "pad_id", "bot_id", "eot_id") if section.get(key) not in names
-    ]
+    ids = ("bos_id", "eos_id", "pad_id", "bot_id", "eot_id")
+    missing = [key for key in ids if section.get(key) not in names]
     if missing:
         raise ValueError(f"{path}: {SECTION}.{missing[0]} is not one of its special tokens; {FIX}")
     settings: dict[str, Any] = {

@@ -38,13 +38,13 @@ class ZeroModelConfig(PretrainedConfig):
         self.bos_token_id, self.eos_token_id, self.pad_token_id = bos_token_id, eos_token_id, pad_token_id
         self.bot_token_id, self.eot_token_id = bot_token_id, eot_token_id
         self.use_cache = use_cache
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=self.tie_word_embeddings,
-            **kwargs,
-        )
+        named: dict[str, Any] = {  # transformers 4 would set its own defaults
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+        super().__init__(**named, **kwargs)
 
     def network_config(self) -> ModelConfig:
         """The network's own config.

@@ -44,7 +44,7 @@ class LatentLayer(CacheLayerMixin):
         return self.get_seq_length() + int(query_length), 0
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """A recurrent memory keeps no tokens that could be taken back."""
         return self.latent.memory is None
 
@@ -66,8 +66,8 @@ class LatentLayer(CacheLayerMixin):
             raise ValueError(f"crop({tokens_to_remove}): give minus the number of tokens to take back")
         if tokens_to_remove and not self.is_croppable:
             raise ValueError(
-                f"crop({tokens_to_remove}): a recurrent memory cannot forget single tokens; leave out assisted "
-                "decoding"
+                f"crop({tokens_to_remove}): a recurrent memory cannot forget single tokens; leave out "
+                "assisted decoding"
             )
         self.latent.crop(-tokens_to_remove * self.positions_per_token)
 
@@ -100,8 +100,8 @@ def latent_layer(cache: Cache, positions_per_token: int, differentiable: bool) -
     if foreign or getattr(cache, "offloading", False) or cache.get_seq_length():
         kind = type(foreign[0]).__name__ if foreign else type(cache).__name__
         raise ValueError(
-            f"past_key_values is a cache of {kind} with {cache.get_seq_length()} tokens, but ZeroModel fills an "
-            "empty DynamicCache itself; leave out past_key_values and cache_implementation"
+            f"past_key_values is a cache of {kind} with {cache.get_seq_length()} tokens, but ZeroModel fills "
+            "an empty DynamicCache itself; leave out past_key_values and cache_implementation"
         )
     layer = LatentLayer(positions_per_token, differentiable)
     cache.layers[:] = [layer]

@@ -79,9 +79,9 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> ZeroModelOutput | tuple[Any, ...]:
         """Logits, and with labels their loss.
 
-        The loss is Hugging Face's: the mean cross-entropy of each next token, or its sum over
-        `num_items_in_batch`. The terms for balance, halting and multi-token prediction belong to this project's
-        own training and are not in it.
+        The loss is Hugging Face's: the mean cross-entropy of the next tokens, or its sum divided by
+        `num_items_in_batch`. The terms for balance, halting and multi-token prediction belong to this
+        project's own training and are not in it.
 
         Args:
             input_ids: (B, T) int64.
@@ -106,8 +106,10 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True: ZeroModel's attention keeps no weights; leave it out")
-        if past_key_values is None and (not self.training if use_cache is None else use_cache):
-            past_key_values = DynamicCache() if use_cache or self.config.use_cache else None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
         cache = None
         if past_key_values is not None:
             repeats = self.network.config.positions_per_token
@@ -126,9 +128,7 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             layer.latent = cache = self._think(input_ids, mask, num_latents, num_iterations, loop)
             input_ids, position_ids = input_ids[:, -1:], None
-        states = (
-            list[Tensor]() if output_hidden_states or self._returns_states(output_hidden_states) else None
-        )
+        states = list[Tensor]() if self._asked(output_hidden_states, "output_hidden_states") else None
         out, _ = self.network.read(
             input_ids,
             mask,
@@ -152,8 +152,7 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=None if states is None else (*states, out.hidden),
             num_iterations=_iterations(out.traces),
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
-        return result if as_dict else result.to_tuple()
+        return result if self._asked(return_dict, "return_dict") else result.to_tuple()
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -170,12 +169,13 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         count = kwargs.pop("num_latents", None)
         if count is None:
             count = self._default_latents(tokens)
+        generate: Any = super().generate  # its type asks for a protocol that no model of transformers meets
         if not count:
-            return super().generate(inputs, *args, **kwargs)
+            return generate(inputs, *args, **kwargs)
         if self.config.eot_token_id is None or tokens is None:
             raise ValueError(
-                f"num_latents={count} needs input_ids and the token <eot>; set model.config.eot_token_id to its "
-                "id, or give num_latents=0"
+                f"num_latents={count} needs input_ids and the token <eot>; set model.config.eot_token_id to "
+                "its id, or give num_latents=0"
             )
         kwargs.pop("input_ids", None)
         B, T = tokens.shape
@@ -187,7 +187,7 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         for limit in ("max_length", "min_length"):
             if kwargs.get(limit) is not None:
                 kwargs[limit] += count
-        out = super().generate(prompt, *args, num_latents=count, **kwargs)
+        out = generate(prompt, *args, num_latents=count, **kwargs)
         if isinstance(out, Tensor):
             return torch.cat((out[:, :T], out[:, T + count :]), 1)
         out.sequences = torch.cat((out.sequences[:, :T], out.sequences[:, T + count :]), 1)
@@ -229,8 +229,9 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
             kind="threshold", measure=measure or "cosine", threshold=threshold, min_steps=least
         )
 
-    def _returns_states(self, asked: bool | None) -> bool:
-        return asked is None and bool(self.config.output_hidden_states)
+    def _asked(self, given: bool | None, name: str) -> bool:
+        """An argument, or the config's value for it."""
+        return bool(getattr(self.config, name) if given is None else given)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -243,7 +244,7 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.network.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.network.model.embed_tokens = value
         if self.network.lm_head.tied:
             self.network.lm_head.tied = (value,)
@@ -253,11 +254,12 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         head = self.network.lm_head
         if head.tied:
             return self.get_input_embeddings()
-        linear = nn.Linear(*head.weight.shape[::-1], bias=False, device="meta")
+        V, D = head.weight.shape
+        linear = nn.Linear(D, V, bias=False, device="meta")
         linear.weight = head.weight
         return linear
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         if not self.network.lm_head.tied:
             self.network.lm_head.weight = new_embeddings.weight
 

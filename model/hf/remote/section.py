@@ -1,4 +1,4 @@
-"""The part of an exported config.json that describes the network, for readers with and without transformers."""
+"""The part of an exported config.json that describes the network; read with and without transformers."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ def described_model(values: dict[str, Any]) -> ModelConfig:
     section = values.get(SECTION)
     if not isinstance(section, dict):
         raise ValueError(
-            f"config.json has {SECTION}={section!r} instead of the section that describes the network; export "
-            "the checkpoint again"
+            f"config.json has {SECTION}={section!r} instead of the section that describes the network; "
+            "export the checkpoint again"
         )
     config = ModelConfig.from_dict({**section, "vocab_size": values.get("vocab_size")})
     for name in SHARED:
