@@ -1,5 +1,6 @@
 """The model card of an exported folder, README.md, from what is known and nothing else."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 

@@ -169,7 +169,7 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         count = kwargs.pop("num_latents", None)
         if count is None:
             count = self._default_latents(tokens)
-        generate: Any = super().generate  # its type asks for a protocol that no model of transformers meets
+        generate: Any = super().generate  # type: ignore[misc]  # its self is a protocol
         if not count:
             return generate(inputs, *args, **kwargs)
         if self.config.eot_token_id is None or tokens is None:
