@@ -27,4 +27,5 @@ def left_mask(tokens: Tensor) -> Tensor:
 def assert_close(a: Tensor, b: Tensor) -> None:
     """To 1e-5 x max(1, the largest)."""
     assert a.shape == b.shape
+    a, b = a.detach(), b.detach()
     assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
