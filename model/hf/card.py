@@ -83,7 +83,7 @@ def _usage(config: ModelConfig, own_code: bool) -> str:
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("DIR"{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("DIR")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("DIR"{trust})\n'
         'inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)\n'
         f"tokens = model.generate(**inputs, max_new_tokens=32{steps})\n"
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n"

@@ -11,7 +11,7 @@ from model.latent_cot.thoughts import generate_with_thoughts
 from .conftest import SMALL, VARIANTS
 from .loops import COVERING, EVERY
 from .own_classes import assert_close, left_mask, wrapped
-from .thoughts import BOT, C, EOT, FEEDBACKS, make, questions
+from .thoughts import BOT, EOT, FEEDBACKS, C, make, questions
 
 LONG = {"max_position_embeddings": 128}
 # Each kind of cache and placement, and what is not a loop but changes positions or the cache.
@@ -80,7 +80,9 @@ def test_greedy_text_is_that_of_our_model(name, tokens):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "top_k": 9}], ids=["beams", "sample"])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "top_k": 9}], ids=["beams", "sample"]
+)
 @pytest.mark.parametrize("name", ["block-fixed-token-parallel", "kv-act-token-per_step", "pause", "memory"])
 def test_the_cache_does_not_change_what_is_generated(name, options, tokens):
     theirs, mask = wrapped(named(name)), left_mask(tokens)
@@ -136,9 +138,7 @@ def test_thoughts_come_before_the_answer(feedback):
         answer, _ = generate_with_thoughts(
             ours, tokens, EOT, 9, mask, thinking, eos_token_id=7, num_steps=steps
         )
-        found = theirs.generate(
-            tokens, attention_mask=mask, max_new_tokens=9, do_sample=False, **options
-        )
+        found = theirs.generate(tokens, attention_mask=mask, max_new_tokens=9, do_sample=False, **options)
         assert torch.equal(found[:, : tokens.shape[1]], tokens)
         assert (found[:, tokens.shape[1]] == EOT).all()
         assert torch.equal(found[:, tokens.shape[1] + 1 :], answer)

@@ -117,7 +117,10 @@ def test_adapters_learn_and_nothing_else(tokens):
         optimizer.zero_grad()
         losses.append(float(loss))
     assert losses[-1] < losses[0]
-    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
 
 
 @pytest.mark.parametrize("name", ["loop", "gpt2"])
