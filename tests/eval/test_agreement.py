@@ -198,7 +198,9 @@ def test_the_same_model_scores_the_same_in_both(checkpoint, data_root):
 
 @live
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate, which lm-eval's hf needs, is missing")
+@pytest.mark.skipif(
+    find_spec("accelerate") is None, reason="accelerate, which lm-eval's hf needs, is missing"
+)
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "gsm8k"])
 def test_an_exported_looped_model_scores_the_same_under_lm_evals_own_hf(

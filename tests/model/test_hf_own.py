@@ -160,6 +160,7 @@ def test_impossible_arguments_are_one_line(tokens):
         (lambda: loop(tokens, past_key_values=other), "DynamicCache with 4 tokens"),
         (lambda: loop(tokens, past_key_values=static), "StaticLayer with 0 tokens"),
         (lambda: loop(tokens, output_attentions=True), "output_attentions=True"),
+        (lambda: loop(tokens, labels=tokens, num_latents=2), "leave out labels"),
         (lambda: loop.generate(tokens, num_latents=2), "eot_token_id"),
         (lambda: loop(tokens, attention_mask=torch.ones(3, 4).tril()), "attention_mask has shape"),
         (lambda: memory(tokens).past_key_values.crop(-1), "cannot forget single tokens"),

@@ -8,20 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
-from model.config.recurrence import HaltingConfig
-from model.generate import without_padding
+from model.hf.remote.backbone import Backbone
 from model.hf.remote.configuration_zeromodel import ZeroModelConfig
-from model.hf.remote.latent_layer import latent_layer
 from model.initialization import initialize
-from model.latent_cot.thoughts import think
 from model.moe import MoE
-from model.transformer import ZeroModel
 
 # transformers' names of attention -> ExecutionConfig's; all others, `eager` too, run as the latter's default.
 ATTENTION = {"flash_attention_2": "flash_attn", "flex_attention": "flex"}
@@ -48,14 +43,14 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     # What the layers share in a pass lies on one device.
-    _no_split_modules = ["ZeroModel"]
+    _no_split_modules = ["Backbone"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init__(self, config: ZeroModelConfig) -> None:
         super().__init__(config)
         execution = ExecutionConfig(attention=ATTENTION.get(str(config._attn_implementation), "auto"))
-        self.network = ZeroModel(config.network_config(), execution=execution)
+        self.network = Backbone(config, execution)
         self.post_init()
 
     def forward(
@@ -104,42 +99,27 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: one line for arguments that do not fit together.
         """
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions=True: ZeroModel's attention keeps no weights; leave it out")
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
-        cache = None
-        if past_key_values is not None:
-            repeats = self.network.config.positions_per_token
-            layer = latent_layer(past_key_values, repeats, torch.is_grad_enabled())
-            cache = layer.latent
-        loop: dict[str, Any] = {
-            "num_steps": num_steps,
-            "halting": self._exits(exit_threshold, exit_measure),
-        }
-        mask = without_padding(attention_mask)
-        if num_latents and not (cache is not None and cache.length):
-            if cache is None or input_ids is None or labels is not None:
-                raise ValueError(
-                    f"num_latents={num_latents}: thoughts live in the cache and come from tokens; give "
-                    "input_ids and use_cache=True, and no labels"
-                )
-            layer.latent = cache = self._think(input_ids, mask, num_latents, num_iterations, loop)
-            input_ids, position_ids = input_ids[:, -1:], None
-        states = list[Tensor]() if self._asked(output_hidden_states, "output_hidden_states") else None
-        out, _ = self.network.read(
-            input_ids,
-            mask,
+        if num_latents and labels is not None:
+            raise ValueError(
+                f"num_latents={num_latents} gives the state at <eot> alone; leave out labels, or num_latents"
+            )
+        out = self.network(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             position_ids=position_ids,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            cache=cache,
-            states=states,
-            **loop,
+            use_cache=use_cache,
+            num_steps=num_steps,
+            exit_threshold=exit_threshold,
+            exit_measure=exit_measure,
+            num_latents=num_latents,
+            num_iterations=num_iterations,
+            output_hidden_states=output_hidden_states,
+            output_attentions=kwargs.pop("output_attentions", None),
         )
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.network.lm_head(out.hidden[:, rows])
+        logits = self.network.lm_head(out.last_hidden_state[:, rows])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -148,11 +128,12 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         result = ZeroModelOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=None if states is None else (*states, out.hidden),
-            num_iterations=_iterations(out.traces),
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            num_iterations=out.num_iterations,
         )
-        return result if self._asked(return_dict, "return_dict") else result.to_tuple()
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -200,39 +181,6 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         ends = tokens.shape[1] > 0 and bool((tokens[:, -1] == self.config.bot_token_id).all())
         return self.network.config.latent_cot.num_latents if ends else 0
 
-    def _think(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None,
-        num_latents: int,
-        num_iterations: int | None,
-        loop: dict[str, Any],
-    ) -> LatentCache:
-        """The cache of a question (B, T) and its thoughts; tokens (B, T + num_latents + 1)."""
-        last = -num_latents - 1
-        thoughts = think(
-            self.network,
-            tokens[:, :last],
-            None if mask is None else mask[:, :last],
-            num_latents=num_latents,
-            num_iterations=num_iterations,
-            **loop,
-        )
-        return thoughts.cache
-
-    def _exits(self, threshold: float | None, measure: str | None) -> HaltingConfig | None:
-        """The halting that these arguments ask for; None: the config's."""
-        if threshold is None and measure is None:
-            return None
-        least = self.network.config.recurrence.virtual_layers or 1  # every token fills as many steps
-        return HaltingConfig(
-            kind="threshold", measure=measure or "cosine", threshold=threshold, min_steps=least
-        )
-
-    def _asked(self, given: bool | None, name: str) -> bool:
-        """An argument, or the config's value for it."""
-        return bool(getattr(self.config, name) if given is None else given)
-
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Gives initial values to what no file gave, as ZeroModel does when it is built."""
@@ -246,22 +194,24 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: Any) -> None:
         self.network.model.embed_tokens = value
-        if self.network.lm_head.tied:
+        if self._tied:
             self.network.lm_head.tied = (value,)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The embedding, if the head is tied to it; else an nn.Linear around the head's matrix."""
-        head = self.network.lm_head
-        if head.tied:
-            return self.get_input_embeddings()
-        V, D = head.weight.shape
+        """An nn.Linear around the head's matrix, which may be the embedding's."""
+        weight = self.network.model.embed_tokens.weight if self._tied else self.network.lm_head.weight
+        V, D = weight.shape
         linear = nn.Linear(D, V, bias=False, device="meta")
-        linear.weight = head.weight
+        linear.weight = weight
         return linear
 
     def set_output_embeddings(self, new_embeddings: Any) -> None:
-        if not self.network.lm_head.tied:
+        if not self._tied:
             self.network.lm_head.weight = new_embeddings.weight
+
+    @property
+    def _tied(self) -> bool:
+        return self.network.config.tie_word_embeddings
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -273,7 +223,3 @@ class ZeroModelForCausalLM(PreTrainedModel, GenerationMixin):
         self.network.model.execution = ExecutionConfig(
             attention=self.network.execution.attention, checkpointing="block" if enable else "none"
         )
-
-
-def _iterations(traces: list[Any]) -> Tensor | None:
-    return torch.stack([trace.num_iterations for trace in traces]) if traces else None
