@@ -84,7 +84,7 @@ def _usage(config: ModelConfig, own_code: bool) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("DIR"{trust})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("DIR"{trust})\n'
-        'inputs = tokenizer("The", return_tensors="pt", return_token_type_ids=False)\n'
+        'inputs = tokenizer("The", return_tensors="pt")\n'
         f"tokens = model.generate(**inputs, max_new_tokens=32{steps})\n"
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))\n"
     )

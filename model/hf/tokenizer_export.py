@@ -75,7 +75,7 @@ def _put_bos_first(out: Path, bos_id: int) -> None:
     """Adds bos to what the tokenizer does after splitting, unless it already adds special tokens there."""
     values = _tokenizer(out)
     before = values.get("post_processor")
-    if "TemplateProcessing" in json.dumps(before):
+    if '"SpecialToken"' in json.dumps(before):
         return
     bos = next(token["content"] for token in values["added_tokens"] if token["id"] == bos_id)
     first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
