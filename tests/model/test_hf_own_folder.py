@@ -51,6 +51,15 @@ def export(folder: Path, **changes: Any) -> ZeroModel:
     return model
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose tests must not change it, and the export/ folder that it was made from."""
+    root = tmp_path_factory.mktemp("shared")
+    export(root / "run/export")
+    export_folder(root / "run/export", root / "hf")
+    return root
+
+
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers copies the code that it runs into a folder of this test."""
@@ -120,7 +129,7 @@ def test_the_example_of_the_guide(tmp_path, capsys):
     code = re.search(r"```python\n(.*?)```", section, flags=re.S)
     assert code
     exec(code[1].replace("runs/adaptive/hf", str(tmp_path / "hf")), {})
-    assert "A=3;" in capsys.readouterr().out
+    assert "A=3" in capsys.readouterr().out
 
 
 def test_large_weights_are_written_in_several_files(tmp_path):
@@ -229,9 +238,8 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), [case[1:] for case in BROKEN], ids=[c[0] for c in BROKEN])
-def test_a_contradictory_folder_is_one_line(changes, message, tmp_path):
-    export(tmp_path / "run/export")
-    export_folder(tmp_path / "run/export", tmp_path / "hf")
+def test_a_contradictory_folder_is_one_line(changes, message, shared, tmp_path):
+    shutil.copytree(shared / "hf", tmp_path / "hf")
     path = tmp_path / "hf/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ValueError, match=message) as caught:
@@ -240,9 +248,8 @@ def test_a_contradictory_folder_is_one_line(changes, message, tmp_path):
     assert not (tmp_path / "back/config.json").exists()
 
 
-def test_code_in_a_folder_is_never_run_by_an_import(tmp_path):
-    export(tmp_path / "run/export")
-    export_folder(tmp_path / "run/export", tmp_path / "hf")
+def test_code_in_a_folder_is_never_run_by_an_import(shared, tmp_path):
+    shutil.copytree(shared / "hf", tmp_path / "hf")
     for path in (tmp_path / "hf").glob("*.py"):
         path.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     import_folder(tmp_path / "hf", tmp_path / "back")
@@ -258,9 +265,9 @@ def test_an_odd_shard_size_is_one_line(size, tmp_path, capsys):
     assert f"--max_shard_size='{size}' is not a size" in capsys.readouterr().err
 
 
-def test_the_code_is_whole_flat_and_asks_for_no_other_package():
+def test_the_code_is_whole_flat_and_the_same_each_time(shared):
     files = bundle()
-    assert files == bundle()
+    assert files == {path.name: path.read_text() for path in (shared / "hf").glob("*.py")}
     assert {"modeling_zeromodel.py", "configuration_zeromodel.py", "model_transformer.py"} <= files.keys()
     for name, text in files.items():
         compile(text, name, "exec")
@@ -269,21 +276,20 @@ def test_the_code_is_whole_flat_and_asks_for_no_other_package():
         assert not re.search(r"^\s*(from|import)\s+(model|common)\b", text, flags=re.M), name
 
 
-def test_transformers_finds_all_the_code_and_no_missing_package(tmp_path):
+def test_transformers_finds_all_the_code_and_no_missing_package(shared):
     """On the Hub it checks every file, not only the first."""
-    for name, text in bundle().items():
-        (tmp_path / name).write_text(text)
-    for path in tmp_path.glob("*.py"):
+    files = {path.name: path for path in (shared / "hf").glob("*.py")}
+    for path in files.values():
         assert set(transformers.dynamic_module_utils.get_imports(path)) <= INSTALLED, path
-    reached = transformers.dynamic_module_utils.get_relative_import_files(tmp_path / "modeling_zeromodel.py")
-    assert {Path(name).name for name in reached} | {"modeling_zeromodel.py"} == bundle().keys()
+    entry = files["modeling_zeromodel.py"]
+    reached = transformers.dynamic_module_utils.get_relative_import_files(entry)
+    assert {Path(name).name for name in reached} | {entry.name} == files.keys()
 
 
 @pytest.mark.usefixtures("modules")
-def test_the_config_alone_loads(tmp_path):
-    ours = export(tmp_path / "run/export")
-    export_folder(tmp_path / "run/export", tmp_path / "hf")
-    config = AutoConfig.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+def test_the_config_alone_loads(shared):
+    ours = load_pretrained(shared / "run/export")
+    config = AutoConfig.from_pretrained(shared / "hf", trust_remote_code=True)
     assert all(getattr(config, name) == getattr(ours.config, name) for name in SHARED)
     assert config.zeromodel == ours.config.to_dict()
     assert set(config.zeromodel_code) == {"version", "sha256"}

@@ -115,7 +115,7 @@ def test_adapters_learn_and_nothing_else(tokens):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad} == {
         "lora_A",
