@@ -348,7 +348,7 @@ def import_folder(hf: Path, out: Path) -> None:
     """
     values = read_json(hf / CONFIG_NAME)
     kind = values.get("model_type", _FIXED["model_type"])
-    kinds = (_FIXED["model_type"], MODEL_TYPE, *DENSE)
+    kinds = (_FIXED["model_type"], *DENSE, MODEL_TYPE)
     if kind not in kinds:
         known = ", ".join(kinds)
         raise ValueError(f"config.json has model_type={kind!r}; only {known} can be imported")
