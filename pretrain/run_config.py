@@ -104,6 +104,7 @@ def _check(config: RunConfig) -> None:
         )
     _check_optimizer(config.optimizer, config.max_steps)
     config.evaluation.check(config.save_every)
+    config.init.check(lora=config.lora is not None)
     if config.lora is not None:
         config.lora.check(config.ep_size, config.optimizer.kind)
 
