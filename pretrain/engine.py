@@ -425,11 +425,19 @@ def build_optimizer(
     sqrt(max(1, rows / columns)). DeepSpeed replaces the gradient with that update before it takes
     the norm: under ZeRO-1 and 2 grad_norm covers Muon's updates and AdamW's gradients together, under ZeRO-3
     the gradients, see judge_grad_norm.
+
+    Raises:
+        ValueError: Muon would have nothing to train, or nothing else to train would be left.
     """
     groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config, start))
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
         return torch.optim.AdamW(groups)
+    if len({group["use_muon"] for group in groups}) < 2:
+        raise ValueError(
+            "optimizer.kind=muon needs hidden matrices for Muon and other parameters for AdamW, but "
+            "init.frozen leaves only one of the two to train; freeze less, or set optimizer.kind=adamw"
+        )
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # after compiler.compile is set
 
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)

@@ -2,9 +2,9 @@
 
     init_worker.py CASES.json FOLDER
 
-FOLDER/start is an export of another seed without a loop. Every case turns a loop on, whose parameters are new,
-trains on the engine and in one plain process, then saves; a second engine of its `resumed` layout loads the
-checkpoint, and both go on. Prints one JSON line per case.
+FOLDER/start is an export of another seed without a loop. Every case turns a loop on, whose parameters are
+new, trains on the engine and in one plain process, then saves; a second engine of its `resumed` layout loads
+the checkpoint, and both go on. Prints one JSON line per case.
 """
 
 import copy
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from deepspeed.utils import groups
+from optim_worker import HIDDEN, original_muon, orthogonalised
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from pretrain.saver import Saver
 from pretrain.trainer import update_router_biases
 
 ROWS, T, LR, STEPS, DECAY, CLIP = 8, 13, 1e-2, 3, 0.3, 0.3
+MUON_LR = 0.02
 DS_CONFIGS = {1: "ds_configs/zero1.json", 2: "ds_configs/zero2.json", 3: "ds_configs/zero3_ep.json"}
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -66,7 +68,7 @@ def batch(step: int, whole: bool = False) -> tuple[Tensor, Tensor]:
 def run_config(case: dict[str, Any]) -> RunConfig:
     config = RunConfig(ep_size=case["ep_size"], global_batch_size=ROWS, micro_batch_size=ROWS)
     config.optimizer.weight_decay, config.optimizer.clip = DECAY, CLIP
-    config.optimizer.ema_decay = 0.5
+    config.optimizer.ema_decay, config.optimizer.lr, config.optimizer.muon_lr = 0.5, LR, MUON_LR
     config.optimizer.kind = case.get("kind", "adamw")
     if config.optimizer.kind == "muon":
         config.optimizer.clip = 0.0
@@ -102,34 +104,50 @@ def train(engine: Engine, steps: range) -> list[list[float]]:
 
 
 def plain(case: dict[str, Any], config: RunConfig, folder: Path, steps: int) -> tuple[Any, dict[str, Tensor]]:
-    """AdamW in plain torch on whole batches; a frozen parameter has no place in the optimizer."""
+    """AdamW, and Muon for hidden matrices, in plain torch on whole batches; what is frozen is in neither."""
     model = ZeroModel(MODEL, seed=config.seed).train()
     result = model.load_state_dict(load_file(folder / "start/model.safetensors"), strict=False)
     assert not result.unexpected_keys
     assert all(NEW.match(name) for name in result.missing_keys)
-    chosen = []
+    chosen, muon = [], []
     frozen = re.compile(case["frozen_regex"]) if case["frozen"] else None
     for name, parameter in model.named_parameters():
         if frozen is not None and frozen.search(name):
             parameter.requires_grad_(False)
             continue
-        rate = LR if NEW.match(name) else LR * case["scale"]
+        scale = 1.0 if NEW.match(name) else case["scale"]
+        if config.optimizer.kind == "muon" and HIDDEN.search(name):
+            muon.append((parameter, MUON_LR * scale, torch.zeros_like(parameter)))
+            continue
         decay = 0.0 if UNDECAYED.search(name) else DECAY
-        chosen.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+        chosen.append({"params": [parameter], "lr": LR * scale, "weight_decay": decay})
     optimizer = torch.optim.AdamW(chosen, betas=(0.9, 0.95), eps=1e-8)
     history = []
     for step in range(steps):
         tokens, targets = batch(step, whole=True)
         loss = model(tokens, targets=targets, num_steps=1 + step % 3).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], CLIP)
+        trained = [p for p in model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip or float("inf"))
         optimizer.step()
-        optimizer.zero_grad()
+        for weight, rate, momentum in muon:
+            muon_step(weight, rate, momentum)
+        model.zero_grad()
         for layer in model.moe_layers():
             layer.update_bias(layer.load)
             layer.load.zero_()
         history.append([loss.item(), norm.item()])
     return history, {name: value.detach() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def muon_step(weight: torch.nn.Parameter, rate: float, momentum: Tensor) -> None:
+    """Jordan et al. 2024: Nesterov momentum of 0.95, orthogonalised, and decoupled weight decay."""
+    assert weight.grad is not None
+    momentum.lerp_(weight.grad, 0.05)
+    update = orthogonalised(weight.grad.lerp(momentum, 0.95))
+    update *= max(1.0, weight.shape[-2] / weight.shape[-1]) ** 0.5
+    weight.mul_(1 - rate * DECAY).sub_(rate * update)
 
 
 def largest(ours: Any, theirs: Any) -> float:
@@ -167,7 +185,7 @@ def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     report = {
         "case": case,
         "layout": case["resumed"],
-        "resumed": largest(again, further),
+        "resumed": largest([[loss] for loss, _ in again], [[loss] for loss, _ in further]),
         "resumed_weights": largest(same, dict(tensors)),
         "resumed_averages": largest(averages_again, averages),
         "trained": sorted(dict(tensors)),
@@ -178,17 +196,20 @@ def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
         ),
         "file_bytes": sum(f.stat().st_size for f in (out / f"checkpoints/step-{STEPS}").rglob("*.pt")),
     }
-    if config.optimizer.kind == "adamw":
-        expected_history, expected = plain(case, config, folder, 2 * STEPS)
-        report["loss"] = largest(history + further, expected_history)
-        report["weights"] = largest(weights, expected)
-        report["moved"] = largest(weights, plain(case, config, folder, 0)[1])
+    expected_history, expected = plain(case, config, folder, 2 * STEPS)
+    report["loss"] = largest(
+        [[loss] for loss, _ in history + further], [[loss] for loss, _ in expected_history]
+    )
+    report["norm"] = largest(history + further, expected_history)
+    report["weights"] = largest(weights, expected)
+    report["moved"] = largest(weights, plain(case, config, folder, 0)[1])
     return report
 
 
 def main() -> None:
     *_, cases, folder = sys.argv
     init_process_group()
+    original_muon.ns_compute_dtype = lambda method: torch.float32  # bf16 magnifies rounding
     for number, case in enumerate(json.loads(Path(cases).read_text())):
         report = run(case, Path(folder), Path(folder) / f"run{number}")
         if rank() == 0:
