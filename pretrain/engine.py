@@ -261,7 +261,9 @@ class Engine:
     def not_finite(self) -> str | None:
         """Name of the first trained parameter that holds NaN or infinity; all ranks take part."""
         # A sum is the quickest pass: finite only if every term is, and otherwise every value is looked at.
-        total = torch.stack([shard.sum().to(device(), torch.float64) for shard in self._shards()]).sum()
+        total = torch.stack(
+            [shard.detach().sum().to(device(), torch.float64) for shard in self._shards()]
+        ).sum()
         if math.isfinite(all_reduce_sum(total)):
             return None
         return next((name for name, value in self._full_parameters() if not value.isfinite().all()), None)

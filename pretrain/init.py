@@ -59,7 +59,7 @@ class Start:
     unused: tuple[str, ...]  # tensors of the source that the model does without
     frozen: tuple[str, ...]  # parameters of the source that are not trained
     old_lr_scale: float  # learning rate of the source's parameters, in units of the others'
-    counts: dict[str, int]  # numbers of parameters: trained old ones (the source's), new ones, frozen ones
+    counts: dict[str, int]  # numbers of parameters: old, the source's that are trained; frozen; new
 
     @property
     def origin(self) -> Origin:
@@ -68,9 +68,10 @@ class Start:
 
     def summary(self) -> str:
         """Where the weights come from and how many of them are trained how, in a line."""
-        counts = {kind: f"{number:,} {kind}" for kind, number in self.counts.items() if number}
+        counts = {"old": "of its parameters trained", "frozen": "frozen", "new": "new ones"}
+        said = [f"{self.counts[kind]:,} {text}" for kind, text in counts.items() if self.counts[kind]]
         scale = "" if self.old_lr_scale == 1 else f"; learning rate of its parameters x {self.old_lr_scale:g}"
-        return f"{self.source.folder} (sha256 {self.source.sha256[:12]}): {', '.join(counts.values())}{scale}"
+        return f"{self.source.folder} (sha256 {self.source.sha256[:12]}), {', '.join(said)}{scale}"
 
     def notes(self) -> list[str]:
         """The summary, and a line for everything that is not as in the source."""
@@ -139,10 +140,8 @@ def with_sizes(model: dict[str, Any], source: Source, tokenizer: Path | None) ->
         tokenizer: the data's; None: they are not built yet.
 
     Raises:
-        ValueError: the data have another tokenizer, or `model` names a preset.
+        ValueError: the data have another tokenizer.
     """
-    if model.get("preset") is not None:
-        raise ValueError(f"model.preset={model['preset']} and --init both give sizes; leave one of them out")
     if tokenizer is not None:
         _check_tokenizer(source, Tokenizer(tokenizer))
     return _over({**source.config, "preset": None, "latent_cot": {}, "distillation": None}, model)

@@ -17,7 +17,7 @@ from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
 from pretrain.config import InitConfig, RunConfig, check_layout
 from pretrain.ds_config import fit_buckets, load_ds_config
-from pretrain.init import BASE, Start, find, fit, with_sizes
+from pretrain.init import BASE, Source, Start, find, fit, with_sizes
 from pretrain.run_config import load_run_config
 
 
@@ -130,11 +130,20 @@ def prepare(
     return Run(**vars(outline), loader=loader, validation=validation, state=state, resume_from=resume_from)
 
 
-def _given(init: InitConfig) -> str:
-    """The first key that is not its default, as `init.KEY=VALUE`."""
-    defaults = InitConfig()
-    key = next(key for key, value in vars(init).items() if value != getattr(defaults, key))
-    return f"init.{key}={getattr(init, key)}"
+def _found(config: RunConfig, init: Path | None, loader: Loader | None) -> tuple[Source, Path | None] | None:
+    """What --init names and where its weights are; its sizes become the config's. None without --init."""
+    preset = config.model.get("preset")
+    if init is None:
+        for key, default in vars(InitConfig()).items():
+            if (value := getattr(config.init, key)) != default:
+                raise ValueError(f"init.{key}={value} is about the weights of --init; give --init as well")
+        return None
+    if preset is not None:
+        raise ValueError(f"model.preset={preset} and --init both give sizes; leave one of them out")
+    found = find(init, _begun_in(config))
+    tokenizer = None if loader is None else loader.tokenizer_path
+    config.model = with_sizes(config.model, found[0], tokenizer)
+    return found
 
 
 def _begun_in(config: RunConfig) -> Path:
