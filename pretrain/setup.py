@@ -88,27 +88,20 @@ def prepare(
     config = load_run_config(config_paths, overrides)
     built = not dry_run or is_url(config.data.path) or (Path(config.data.path) / MANIFEST).is_file()
     loader = _loader(config, "train", rank, world_size) if built else None
-    found = None if init is None else find(init, _begun_in(config))
-    if found is not None:
-        tokenizer = None if loader is None else loader.tokenizer_path
-        config.model = with_sizes(config.model, found[0], tokenizer)
-    elif config.init != InitConfig():
-        raise ValueError(
-            f"{_given(config.init)} is about the weights of --init; give --init, or leave it out"
-        )
+    found = _found(config, init, loader)
     if complete is not None:
         complete(config, loader)
     model_config = build_model_config(config, None if loader is None else loader.vocab_size)
     if complete is None and model_config.distillation is not None:
         raise ValueError("model.distillation is for distill/main.py; start that, or leave it out")
+    if not dry_run:
+        check_host_memory(model_config, config.ep_size)
     start = None
     if found is not None:
         start = fit(*found, model_config, config.init, config.ep_size, model_class, new)
     outline = _outline(config, ds_config_path, model_config, world_size, start, model_class)
     if loader is None:
         return outline
-    if not dry_run:
-        check_host_memory(model_config, config.ep_size)
     sha256 = None if start is None else start.source.sha256
     state = TrainingState(
         step=0,
@@ -150,7 +143,7 @@ def _begun_in(config: RunConfig) -> Path:
     """Folder of the run that this one continues, if it continues one."""
     if config.resume in ("auto", "none"):
         return Path(config.output_dir)
-    return Path(config.resume).absolute().parents[1]  # of RUN/checkpoints/step-N
+    return Path(config.resume).absolute().parent.parent  # of RUN/checkpoints/step-N
 
 
 def _require_weights(start: Start, config: RunConfig, resume_from: Path | None) -> None:

@@ -2,7 +2,7 @@
 
     init_worker.py CASES.json FOLDER
 
-FOLDER/start is an export of another seed without a loop. Every case turns a loop on, whose parameters are
+The start, in FOLDER, is an export of another seed without a loop. Every case turns a loop on, whose parameters are
 new, trains on the engine and in one plain process, then saves; a second engine of its `resumed` layout loads
 the checkpoint, and both go on. Prints one JSON line per case.
 """
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from deepspeed.utils import groups
 from optim_worker import HIDDEN, original_muon, orthogonalised
 from safetensors.torch import load_file
 from torch import Tensor
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
+from model.export_files import save_weights
 from model.losses import IGNORE_INDEX, total_loss
 from pretrain import elastic
 from pretrain.checkpoint import TrainingState
@@ -206,9 +208,19 @@ def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     return report
 
 
+def save_start(folder: Path) -> None:
+    model = ZeroModel(START, seed=5)
+    for layer in model.moe_layers():
+        layer.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.2, 0.05, 0.05]))
+    save_weights(folder, START, dict(model.state_dict()))
+
+
 def main() -> None:
     *_, cases, folder = sys.argv
     init_process_group()
+    if rank() == 0:
+        save_start(Path(folder) / "start")
+    torch.distributed.barrier()
     original_muon.ns_compute_dtype = lambda method: torch.float32  # bf16 magnifies rounding
     for number, case in enumerate(json.loads(Path(cases).read_text())):
         report = run(case, Path(folder), Path(folder) / f"run{number}")
