@@ -121,9 +121,7 @@ def _recorded(folder: Path, run: Path) -> tuple[Source, Path | None]:
     except ValueError as error:
         raise ValueError(f"--init {folder} is missing, and {run / RECORD}: {error_line(error)}") from None
     if source.folder != str(folder.absolute()):
-        raise FileNotFoundError(
-            f"--init {folder} does not exist; the run in {run} began with {source.folder}"
-        )
+        raise FileNotFoundError(f"--init {folder} is missing; the run in {run} began with {source.folder}")
     return source, run / BASE if (run / BASE).is_file() else None
 
 
@@ -298,9 +296,7 @@ def save_base(run: Path, start: Start) -> None:
     with replacing(base) as temporary:
         shutil.copyfile(start.weights, temporary)
         if digest(temporary) != sha256:
-            raise ValueError(
-                f"{start.weights} was written while it was read; wait for its writer, start again"
-            )
+            raise ValueError(f"{start.weights} has changed since it was read; start again when it is whole")
 
 
 def base_weights(run: Path, sha256: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
             trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
         elif run.start is not None and run.start.weights is None:
             raise ValueError(
-                f"the checkpoint of {run.folder} is gone, and so is --init; give one of them back"
+                f"{run.folder} has no checkpoint any more, and --init is gone; restore one of them"
             )
         trained = sum(shape.numel() for shape in engine.full_shapes().values())
         together(engine, lambda: _begin(run, trainer, trained) if run.rank == 0 else None)

@@ -2,9 +2,9 @@
 
     init_worker.py CASES.json FOLDER
 
-The start, in FOLDER, is an export of another seed without a loop. Every case turns a loop on, whose parameters are
-new, trains on the engine and in one plain process, then saves; a second engine of its `resumed` layout loads
-the checkpoint, and both go on. Prints one JSON line per case.
+The start, in FOLDER, is an export of another seed without a loop. Every case turns a loop on, whose
+parameters are new, trains on the engine and in one plain process, then saves; a second engine of its
+`resumed` layout loads the checkpoint, and both go on. Prints one JSON line per case.
 """
 
 import copy
