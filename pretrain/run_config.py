@@ -38,9 +38,11 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
             raise ValueError(f"override {override!r} is not of the form a.b=c")
         try:
             OmegaConf.from_dotlist([override])
-        except UNREADABLE as error:
-            fix = "put quotes around a text that begins with * & or !, and escape them from the shell"
-            raise ValueError(f"override {override!r} cannot be read: {_first_line(error)}; {fix}") from None
+        except YAMLError as error:
+            raise ValueError(
+                f"override {override[:60]!r} cannot be read: {_first_line(error)}; put quotes around a text "
+                "that begins with * & or !, and escape them from the shell"
+            ) from None
     try:
         given = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
         values: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
