@@ -36,18 +36,14 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form a.b=c")
-        try:
-            OmegaConf.from_dotlist([override])
-        except YAMLError as error:
-            raise ValueError(
-                f"override {override[:60]!r} cannot be read: {_first_line(error)}; put quotes around a text "
-                "that begins with * & or !, and escape them from the shell"
-            ) from None
     try:
         given = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
         values: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
     except UNREADABLE as error:
-        raise ValueError(f"config cannot be read: {_first_line(error)}") from None
+        quotes = (
+            "; put quotes around a text that begins with * & or !" if isinstance(error, YAMLError) else ""
+        )
+        raise ValueError(f"config cannot be read: {_first_line(error)}{quotes}") from None
     config = from_plain(RunConfig, values, "")
     config.model = ModelConfig.checked(config.model)
     _check(config)
