@@ -130,6 +130,9 @@ class LatentReasoningUnit(nn.Module):
             if cut and context.depths is not None and halting.running is not None:
                 # A row that starts after the cut steps keeps the gradient of its initial state.
                 state = torch.where(halting.running[..., None], state, states[-1])
+            if N == 1 and self.training and r.update == "retrofit":
+                # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
+                state = state + 0.0 * self.gate(torch.cat((initial, state), -1))
             halting.update(step, states[-1], state)
             states.append(state)
             extras.append(out.extra)
@@ -185,14 +188,11 @@ class LatentReasoningUnit(nn.Module):
 
     def _update(self, state: Tensor, candidate: Tensor, step: int | Tensor) -> Tensor:
         whole = self.config.update == "retrofit" and step == 0
-        if self.config.update == "simple" or (whole is True and not torch.is_grad_enabled()):
+        if self.config.update == "simple" or whole is True:
             return candidate
         gate = self.gate(torch.cat((state, candidate), -1)).sigmoid()
         moved = state + gate * (candidate - state)
-        if whole is False:
-            return moved
-        # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
-        return torch.where(torch.as_tensor(whole, device=moved.device), candidate, moved)
+        return torch.where(whole, candidate, moved) if isinstance(whole, Tensor) else moved
 
     def _cut(self, step: int, context: AttentionContext) -> bool:
         """Whether truncated back-propagation leaves this step out."""
