@@ -122,17 +122,7 @@ class LatentReasoningUnit(nn.Module):
             if not context.statistics and not self.training and halting.finished():
                 self._fill_cache(context, step, initial.shape[1])
                 break
-            cut = self._cut(step, context)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not cut):
-                advance = self._recomputed_advance if self.recompute_steps else self._advance
-                own = context.own_step(step)
-                state, out = advance(state, initial, core, step, own, halting.running, kept)
-            if cut and context.depths is not None and halting.running is not None:
-                # A row that starts after the cut steps keeps the gradient of its initial state.
-                state = torch.where(halting.running[..., None], state, states[-1])
-            if N == 1 and self.training and r.update == "retrofit":
-                # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
-                state = state + 0.0 * self.gate(torch.cat((initial, state), -1))
+            state, out = self._step(step, state, initial, core, context, halting.running, kept)
             halting.update(step, states[-1], state)
             states.append(state)
             extras.append(out.extra)
@@ -149,6 +139,29 @@ class LatentReasoningUnit(nn.Module):
             context.depths,
         )
         return LoopResult(result, trace, states[1:], extras)
+
+    def _step(
+        self,
+        step: int,
+        state: Tensor,
+        initial: Tensor,
+        core: Core,
+        context: AttentionContext,
+        running: Tensor | None,
+        kept: dict[int, tuple[Tensor, ...]],
+    ) -> tuple[Tensor, CoreOutput]:
+        """One pass, with its gradients as training wants them."""
+        advance = self._recomputed_advance if self.recompute_steps else self._advance
+        cut = self._cut(step, context)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not cut):
+            new, out = advance(state, initial, core, step, context.own_step(step), running, kept)
+        if cut and context.depths is not None and running is not None:
+            # A row that starts after the cut steps keeps the gradient of its initial state.
+            new = torch.where(running[..., None], new, state)
+        if context.num_steps == 1 and self.training and self.config.update == "retrofit":
+            # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
+            new = new + 0.0 * self.gate(torch.cat((initial, new), -1))
+        return new, out
 
     def _advance(
         self,
