@@ -180,8 +180,7 @@ def _units(config: ModelConfig) -> tuple[int, int]:
 
 def _halting_heads(config: ModelConfig) -> int:
     """Halting logits per unit."""
-    halting = config.recurrence.halting
-    return {"token": 1, "sequence": 1, "mixed": 2}[halting.granularity] if halting.learned else 0
+    return len(config.recurrence.halting.heads)
 
 
 def _recurrence_weights(config: ModelConfig) -> int:
