@@ -3,6 +3,7 @@
     retrofit: runs/pretrained/base    # export/ folder of the base, e.g. of `python -m model.hf import`
     about: SmolLM2-135M-Instruct, ... # what its weights are, for the table
     recipe: wikipedia                 # data_pipeline/recipes/NAME.yaml; the base's tokenizer encodes it
+    recipe_overrides: []              # of it (default: none)
     steps: 130                        # optimizer steps of the recovery, of experiments/retrofit_base.yaml
     training: [optimizer.lr=1e-4]     # overrides of that file (default: none)
     evaluations:                      # name -> script of eval/ and its flags; DATA: the built folder
@@ -46,6 +47,7 @@ class RetrofitFile:
     steps: int
     evaluations: dict[str, list[str]]
     groups: dict[str, list[list[str]]]
+    recipe_overrides: list[str] = field(default_factory=list)
     training: list[str] = field(default_factory=list)
 
 
@@ -66,14 +68,14 @@ class RetrofitMatrix:
     def jobs(self) -> list[Job]:
         """One per group, in the file's order."""
         file, base = self.file, ROOT / self.file.retrofit
-        tokenizer = (f"tokenizer.file={base / TOKENIZER_NAME}", "tokenizer.vocab_size=null")
+        data = (f"tokenizer.file={base / TOKENIZER_NAME}", "tokenizer.vocab_size=null")
         return [
             Job(
                 name=group,
                 max_steps=file.steps,
                 script="pretrain/main.py",
                 training=("--ds_config", DS_CONFIG, "--config", str(BASE), *self.overrides),
-                data=Data(file.recipe, file.recipe, tokenizer),
+                data=Data(file.recipe, file.recipe, (*data, *file.recipe_overrides)),
                 evaluations=file.evaluations,
                 start=Start(base, tuple(map(tuple, conversions))),
                 record=self.record,
