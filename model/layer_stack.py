@@ -136,7 +136,12 @@ class Transformer(nn.Module):
             state: Tensor, step: int, running: Tensor | None, kept: dict[int, tuple[Tensor, ...]]
         ) -> CoreOutput:
             loop = LoopStep(r, step, running, kept) if remembers else None
-            out = self._run(range(first, last + 1), state, dataclasses.replace(context, loop=loop))
+            inner = dataclasses.replace(context, loop=loop)
+            if context.depths is not None and running is not None:  # the losses are means over a row's steps
+                inner.row_weights = context.num_steps / context.depths
+                real = context.token_mask
+                inner.token_mask = running if real is None else running & real
+            out = self._run(range(first, last + 1), state, inner)
             return CoreOutput(out.hidden, out.kept, (out.aux, out.loads, out.states))
 
         return core

@@ -72,6 +72,7 @@ class ZeroModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         states: list[Tensor] | None = None,
         halting: HaltingConfig | None = None,
+        depths: Tensor | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -90,6 +91,8 @@ class ZeroModel(nn.Module):
             states: collects the output (B, T, D) of every run of a decoder layer, in order.
             halting: when tokens stop iterating, at inference, in place of the config's. Kinds that learn
                 need a model that was trained with them. A cache is used with one halting throughout.
+            depths: (B,) int64, the loop steps that each row takes, within 1..num_steps (not checked: the
+                device would have to be waited for). The loop still runs num_steps passes over all rows.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
@@ -105,6 +108,7 @@ class ZeroModel(nn.Module):
             inputs_embeds=inputs_embeds,
             states=states,
             halting=halting,
+            depths=depths,
             statistics=targets is not None,
         )
         loops = stacked_traces(out.traces)
@@ -140,6 +144,7 @@ class ZeroModel(nn.Module):
         inputs_embeds: Tensor | None = None,
         states: list[Tensor] | None = None,
         halting: HaltingConfig | None = None,
+        depths: Tensor | None = None,
         statistics: bool = False,
     ) -> tuple[TransformerOutput, AttentionContext | None]:
         """The part of forward below the head: final hidden states, and what the layers shared.
@@ -152,6 +157,8 @@ class ZeroModel(nn.Module):
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
         recurrence = self._recurrence(halting, steps, statistics)
+        if depths is not None:
+            self._check_depths(recurrence, depths, cache)
         if noise_seed is not None and self.config.recurrence.placement != "block":
             raise ValueError(
                 f"noise_seed={noise_seed} is for placement=block, but the model has "
@@ -180,7 +187,8 @@ class ZeroModel(nn.Module):
                 cache=before,
             )
             context.statistics, context.num_steps, context.states = statistics, steps, states
-            context.recurrence = recurrence
+            context.recurrence, context.depths = recurrence, depths
+            context.backprop_steps = recurrence.backprop_at(self.training_step)
             predict = self._predict if self._compares_predictions(recurrence.halting) else None
             embedded = self.model.embed(tokens, context, inputs_embeds)
             out = self.model(embedded, context, predict, noise_seed)
@@ -240,6 +248,17 @@ class ZeroModel(nn.Module):
                 "call eval(), or set model.recurrence.halting"
             )
         return with_halting(self.config.recurrence, halting, num_steps)
+
+    def _check_depths(self, r: RecurrenceConfig, depths: Tensor, cache: LatentCache | None) -> None:
+        exits = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
+        for refused, reason in (
+            (r.placement == "none", "placement=none has no loop"),
+            (exits, f"halting.kind={r.halting.kind} decides when a token stops"),
+            (r.cache == "parallel", "with cache=parallel all rows attend to as many steps"),
+            (cache is not None, "a cache holds equally many steps of every row"),
+        ):
+            if refused:
+                raise ValueError(f"depths of {len(depths)} rows: {reason}; leave them out")
 
     def _compares_predictions(self, halting: HaltingConfig) -> bool:
         return halting.kind == "threshold" and halting.measure == "kl" and not self.training
@@ -305,8 +324,9 @@ class ZeroModel(nn.Module):
 
     @property
     def starts_stage(self) -> bool:
-        """Whether the loss at `training_step` is a different one from the previous step's."""
-        return False
+        """Whether the loss at `training_step` is another one than the previous step's: here, whether the
+        depth changes for good, by a step of the loop or of what is back-propagated."""
+        return self.config.recurrence.changes_at(self.training_step)
 
     def attention_layer(self, layer: int) -> Any:
         """The attention of decoder layer number `layer`."""
