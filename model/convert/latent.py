@@ -34,7 +34,7 @@ from model.layers import Linear, attention_scale, rotations
 _DAMPING = 1e-3  # least energy of a direction, as a share of the mean
 # How much an error in the scores, as a share of their energy, counts against one in the values, as a share
 # of theirs; the best of those tried.
-_KEY_WEIGHT = 8.0
+KEY_WEIGHT = 8.0
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _joint_latent(
         for weight, projection in ((key_weight, layer.k_proj), (value_weight, layer.v_proj))
     )
     key_energy, value_energy = ((part @ moments.attended * part).sum() for part in (key, value))
-    balance = math.sqrt(_KEY_WEIGHT * value_energy / key_energy)
+    balance = math.sqrt(KEY_WEIGHT * value_energy / key_energy)
     weight = torch.block_diag(key_weight * balance, value_weight)
     inverse = torch.block_diag(key_inverse / balance, value_inverse)
     weighted = weight @ whole

@@ -80,15 +80,16 @@ def convert(arguments: argparse.Namespace) -> None:
     with folders.writing(checkpoint, out):
         texts = calibration_texts(arguments, model)
         prepared = prepare(model, texts)
-        new = converted(prepared, ranks)
+        new, kept = converted(prepared, ranks)
         record: dict[str, Any] = {"command": "mla", "source": str(checkpoint), **asdict(ranks)}
-        record["rope_pairs"] = new.config.rope_pairs
+        record |= {"rope_pairs": new.config.rope_pairs, "energy_kept": kept}
         if texts is not None:
             before, after = perplexity(model, texts.evaluation), perplexity(new, texts.evaluation)
             record |= texts_record(arguments.text, texts)
             record |= {"perplexity_before": before.to_dict(), "perplexity_after": after.to_dict()}
             print(f"perplexity on {before.tokens:,} tokens: {before} before, {after} after")
         folders.write(checkpoint, out, new.config, new.state_dict(), record)
+    print(f"latents keep {min(kept.values()):.1%} to {max(kept.values()):.1%} of keys and values, by layer")
     print(f"cache: {cache_line(model.config, ranks)}")
     print(f"wrote {out}")
 
@@ -97,7 +98,7 @@ def calibration_texts(arguments: argparse.Namespace, model: ZeroModel) -> Texts 
     """Of --text; None without one, and a line that says what that means."""
     if arguments.text is None:
         print(
-            "note: without --text, ranks are cut by the weights alone, which is less accurate, and "
+            "note: without --text, what is cut depends on the weights alone, which is far less accurate, and "
             "perplexity is not measured",
             file=sys.stderr,
         )
@@ -176,8 +177,9 @@ def prepare(model: ZeroModel, texts: Texts | None) -> Prepared:
 
 
 @torch.no_grad()
-def converted(prepared: Prepared, ranks: Ranks) -> ZeroModel:
-    """The model with latent attention, in eval mode. Prints a line per layer.
+def converted(prepared: Prepared, ranks: Ranks) -> tuple[ZeroModel, dict[str, float]]:
+    """The model with latent attention, in eval mode, and by layer the share of the energy of values and
+    unrotated keys that its latents keep.
 
     Raises:
         ValueError: the model has another switch that does not go with latent attention.
@@ -186,16 +188,16 @@ def converted(prepared: Prepared, ranks: Ranks) -> ZeroModel:
     pairs = choose_pairs([keys.loss for keys in prepared.keys.values()], ranks.qk_rope_head_dim)
     config = latent_config(model.config, ranks.kv_lora_rank, pairs)
     state: dict[str, Tensor] = dict(model.state_dict())
+    kept = {}
     for name, layer in attention_layers(model).items():
-        weights, kept = latent_weights(layer, prepared.keys[name], prepared.moments[name], config)
+        weights, kept[name] = latent_weights(layer, prepared.keys[name], prepared.moments[name], config)
         for own in OWN_WEIGHTS:
             for kind in ("weight", "bias"):
                 state.pop(f"{name}.{own}.{kind}", None)
         state |= {f"{name}.{part}": value for part, value in weights.items()}
-        print(f"{name}: the latent keeps {kept:.2%} of unrotated keys and values")
     new = ZeroModel(config)
     new.load_state_dict(state)
-    return new.eval()
+    return new.eval(), kept
 
 
 def cache_line(config: ModelConfig, ranks: Ranks) -> str:

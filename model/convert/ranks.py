@@ -52,11 +52,11 @@ def convert(arguments: argparse.Namespace) -> None:
         texts = calibration_texts(arguments, model)
         assert texts is not None
         before, prepared = perplexity(model, texts.evaluation), prepare(model, texts)
-        print(f"perplexity on {before.tokens:,} tokens before conversion: {before}")
+        print(f"perplexity on {before.tokens:,} tokens before conversion: {before}", flush=True)
         print(f"{'qk_rope_head_dim':>16}{'kv_lora_rank':>14}{'cache saved':>13}  perplexity")
         rows = []
         for ranks in tried:
-            after = perplexity(converted(prepared, ranks), texts.evaluation)
+            after = perplexity(converted(prepared, ranks)[0], texts.evaluation)
             rows.append({**asdict(ranks), "perplexity": after.to_dict()})
             print(
                 f"{ranks.qk_rope_head_dim:>16}{ranks.kv_lora_rank:>14}{ranks.saving_percent:>12}%  {after}",

@@ -14,7 +14,7 @@ from model import ModelConfig, ZeroModel, load_pretrained
 from model.convert.__main__ import main
 from model.convert.calibration import Texts, perplexity
 from model.convert.latent import (
-    _KEY_WEIGHT,
+    KEY_WEIGHT,
     affine,
     choose_pairs,
     latent_config,
@@ -82,7 +82,8 @@ def windows(rows: int = 3, length: int = 17) -> Tensor:
 
 
 def change(model: ZeroModel, kv_lora_rank: int, qk_rope_head_dim: int, texts: Texts | None) -> ZeroModel:
-    return converted(prepare(model, texts), check_ranks(model.config, kv_lora_rank, qk_rope_head_dim))
+    ranks = check_ranks(model.config, kv_lora_rank, qk_rope_head_dim)
+    return converted(prepare(model, texts), ranks)[0]
 
 
 def furthest(model: ZeroModel, new: ZeroModel) -> float:
@@ -183,7 +184,7 @@ def test_the_latent_is_the_best_of_its_width_for_scores_and_output():
         key, value = both.mT.unflatten(2, (6, 16)).split(8, -1)
         scores = torch.einsum("mhd,bnhd->bmnh", query, key).square().sum((1, 2, 3))
         output = torch.einsum("ohd,bnhd->bnho", out, value).square().sum((1, 2, 3))
-        return float(_KEY_WEIGHT * scores[0] / scores[1] + output[0] / output[1])
+        return float(KEY_WEIGHT * scores[0] / scores[1] + output[0] / output[1])
 
     plain_parts = (affine(p).view(3, 8, -1).repeat_interleave(2, 0) for p in (layer.k_proj, layer.v_proj))
     plain = torch.cat(tuple(plain_parts), 1).flatten(0, 1)
@@ -269,6 +270,7 @@ def test_the_command_writes_an_export_and_what_it_measured(checkpoint, tmp_path,
     (record,) = json.loads((out / "conversion.json").read_text())["conversions"]
     assert record["rope_pairs"] == new.config.rope_pairs
     assert (record["cached_before"], record["cached_after"], record["saving_percent"]) == (48, 28, 41.7)
+    assert list(record["energy_kept"]) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert record["calibration_tokens"] == 4 * 48  # whole windows
     read = read_windows(checkpoint)
     for name, tested in (("before", model), ("after", new)):
