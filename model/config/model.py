@@ -40,7 +40,7 @@ class ModelConfig:
     # queries, keys and Latent Reasoning Units are always RMSNorm.
     norm: str = "rms_norm"
     rms_norm_eps: Annotated[float, Limits(above=0, most=1)] = 1e-6  # for either kind
-    rms_norm_affine: bool = True  # learned scales in RMSNorm; false needs use_mla=false
+    rms_norm_affine: bool = True  # learned scales in RMSNorm
     # rope | learned: a table of max_position_embeddings vectors, added to the embeddings
     position_embedding: str = "rope"
     rope_theta: Annotated[float, Limits(above=1, most=10**15)] = 10000.0
@@ -57,6 +57,7 @@ class ModelConfig:
     embedding_mixing: CountOrZero = 0  # width of a causal depthwise convolution over the embeddings; 0: none
     num_attention_heads: Count = 4
     use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
+    qk_norm: bool = False  # RMSNorm on every head's whole query and key, before they are rotated
     # Multi-head latent attention
     q_lora_rank: Count | None = None  # None: queries are projected directly
     kv_lora_rank: Count = 64  # width of the cached latent
@@ -67,10 +68,9 @@ class ModelConfig:
     # Grouped-query attention
     num_key_value_heads: Count | None = None  # None: as many as query heads
     head_dim: Count | None = None  # None: hidden_size / num_attention_heads
-    qk_norm: bool = False  # RMSNorm on every head's query and key, before they are rotated
     # Feed-forward layers
     use_moe: bool = True  # mixture of experts; false: every layer is dense
-    # silu: SwiGLU | without a gate, and only with use_moe=false: relu2 (squared ReLU), gelu (by tanh, GPT-2)
+    # silu: SwiGLU | without a gate: relu2 (squared ReLU), gelu (by tanh, GPT-2; needs use_moe=false)
     hidden_act: str = "silu"
     intermediate_size: Count = 688  # width of a dense feed-forward layer
     # Mixture of experts
@@ -154,9 +154,6 @@ class ModelConfig:
         """Options that only plain attention and plain feed-forward layers have, and what excludes what."""
         both = ("use_mla", "use_moe")
         needs: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
-            ("qk_norm", self.qk_norm, ("use_mla",)),
-            ("rms_norm_affine=false", not self.rms_norm_affine, ("use_mla",)),
-            (f"hidden_act={self.hidden_act}", self.hidden_act != "silu", ("use_moe",)),
             ("hidden_act=gelu", self.hidden_act == "gelu", both),
             ("norm=layer_norm", self.norm == "layer_norm", both),
             ("use_bias=true", self.use_bias, both),
@@ -287,6 +284,11 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Width that is rotated in every head."""
         return self.qk_rope_head_dim if self.use_mla else self.plain_head_dim
+
+    @property
+    def held_widths(self) -> list[int]:
+        """Numbers that latent attention caches per token: latent, rotated key, with qk_norm 1/rms by head."""
+        return [self.kv_lora_rank, self.qk_rope_head_dim] + [self.num_attention_heads] * self.qk_norm
 
     @property
     def learned_positions(self) -> bool:

@@ -99,6 +99,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
         (not config.use_mla, "use_mla=false"),
         (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
+        (config.qk_norm, "qk_norm=true"),
+        (not config.rms_norm_affine, "rms_norm_affine=false"),
         (config.tie_word_embeddings, "tie_word_embeddings=true"),
         (config.qkv_bias, "qkv_bias=true"),
         (not config.latent_norm, "latent_norm=false"),
