@@ -127,7 +127,7 @@ class SharedKeyNorm(RMSNorm):
     def forward(  # type: ignore[override]
         self, q_nope: Tensor, k_nope: Tensor, k_rope: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q_nope, k_nope (B, T, H, N), unrotated k_rope (B, T, R) -> scaled q_nope, k_rope, 1/rms (B, T, H)."""
+        """q_nope, k_nope (B, T, H, N), k_rope (B, T, R) not rotated -> q_nope, k_rope, 1/rms (B, T, H)."""
         wide = torch.promote_types(k_nope.dtype, torch.float32)
         squares = k_nope.square().sum(-1, dtype=wide) + k_rope.square().sum(-1, dtype=wide)[..., None]
         inverse_rms = (squares / self.width + self.eps).rsqrt().to(k_nope.dtype)

@@ -119,6 +119,8 @@ class Experts(nn.Module):
     SwiGLU: w1 is the gate, w3 the up and w2 the down projection. Squared ReLU: w1 is up, w2 down; no w3.
     """
 
+    w3: Tensor
+
     def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
         self.expert_ids, self.execution = expert_ids, execution  # global numbers of the experts held here

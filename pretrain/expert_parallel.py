@@ -101,6 +101,18 @@ class _AutoEPMarker(AutoEPMoELayer):
         """Nothing to do: the groups exist before the model is built."""
 
 
+class _UngatedExperts(Experts):
+    """Experts of two matrices. DeepSpeed's checkpoints name three, so that it finds an empty w3."""
+
+    def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
+        super().__init__(config, expert_ids, execution)
+        self.w3 = torch.empty(len(expert_ids), 0, config.hidden_size)  # neither parameter nor buffer
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}w3", None)  # what ZeRO-1 and 2 have saved of it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 class _ExpertParallelMoE(MoE, _AutoEPMarker):
     """MoE with its experts spread over the ranks of an expert-parallel group; only run_experts differs."""
 
@@ -120,12 +132,13 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
 
     def build_experts(self) -> Experts:
         first = self.ep_rank * self.num_local_experts
-        experts = Experts(self.config, range(first, first + self.num_local_experts), self.execution)
-        for parameter in experts.parameters():
-            self._mark(parameter)
+        kind = Experts if self.config.hidden_act == "silu" else _UngatedExperts
+        experts = kind(self.config, range(first, first + self.num_local_experts), self.execution)
+        for stacked in (experts.w1, experts.w2, experts.w3):
+            self._mark(stacked)
         return experts
 
-    def _mark(self, parameter: nn.Parameter) -> None:
+    def _mark(self, parameter: Tensor) -> None:
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         marks = {

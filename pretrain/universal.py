@@ -172,4 +172,6 @@ def universal_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and full fp32 value of every parameter of a Universal Checkpoint (flat, if ZeRO-3 wrote it)."""
     for path in sorted((folder / "zero").glob("*/fp32.pt")):
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        yield path.parent.name, stored["param"] if isinstance(stored, dict) else stored
+        value = stored["param"] if isinstance(stored, dict) else stored
+        if value.numel():  # see expert_parallel._UngatedExperts
+            yield path.parent.name, value
