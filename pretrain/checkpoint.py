@@ -214,7 +214,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
 
     A model key that is newer than the checkpoint has its default there.
     """
-    recorded = ModelConfig.from_dict(found.model).to_dict()
+    recorded = ModelConfig.from_stored(found.model).to_dict()
     for key, ours in wanted.model.items():
         theirs = recorded[key]
         if theirs != ours and key != "preset":

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from omegaconf import OmegaConf
 
+from model.config.unused import unused_keys
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
 from pretrain.planning.communication import gather_schedule
 from pretrain.planning.layout import Layout, ZeroSettings, model_parts
@@ -30,6 +31,7 @@ def describe(run: Outline) -> str:
     lines = [
         resolved.rstrip(),
         "",
+        *(f"set but unused   {line}" for line in unused_keys(model)),
         f"starts from      {_start(run)}, ends after step {config.max_steps}",
         f"data             {_data(run)}",
         f"parameters       {total:,} ({active:,} active per token)",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from common.schema import Count, CountOrZero, Limits, Weight, check_fields, checked_values, from_plain
 from model.config.distillation import DistillationConfig
 from model.config.latent_cot import LatentCoTConfig, check_latent_cot
-from model.config.presets import PRESETS
+from model.config.presets import PLAIN_ATTENTION, PRESETS
 from model.config.recurrence import RecurrenceConfig, check_recurrence
 from model.config.rope import Llama3RopeConfig, YarnConfig, check_rope_scaling
 
@@ -126,6 +126,12 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} leaves heads without width at "
                 f"hidden_size={self.hidden_size}; lower it or set head_dim"
             )
+        for key in _PLAIN_ATTENTION_KEYS if self.use_mla else ():
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"model.{key}={getattr(self, key)} is for plain attention and does nothing with "
+                    "use_mla=true; leave it out or set use_mla=false"
+                )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -355,10 +361,18 @@ class ModelConfig:
                 raise ValueError(
                     f"model.preset={preset!r} is unknown; choose one of {', '.join(sorted(PRESETS))}"
                 )
-            base = PRESETS[preset]
+            plain = {} if values.get("use_mla", True) else PLAIN_ATTENTION.get(preset, {})
+            base = PRESETS[preset] | plain
             recurrence = {**base.get("recurrence", {}), **values.get("recurrence", {})}
             values = {**base, **values, "recurrence": recurrence}
         return from_plain(cls, values, "model")
+
+    @classmethod
+    def from_stored(cls, values: dict[str, Any]) -> "ModelConfig":
+        """As from_dict, of what any version's to_dict wrote: keys that were ignored then are dropped."""
+        if isinstance(values, dict) and values.get("use_mla", True):
+            values = {key: value for key, value in values.items() if key not in _PLAIN_ATTENTION_KEYS}
+        return cls.from_dict(values)
 
     @classmethod
     def checked(cls, values: Any) -> dict[str, Any]:
@@ -375,3 +389,4 @@ _CHOICES = {
     "norm": ("rms_norm", "layer_norm"),
     "position_embedding": ("rope", "learned"),
 }
+_PLAIN_ATTENTION_KEYS = ("num_key_value_heads", "head_dim")

@@ -158,7 +158,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     if OWN_CONFIG in values:
         if not isinstance(values[OWN_CONFIG], dict):
             raise ValueError(f"config.json: {OWN_CONFIG}={values[OWN_CONFIG]!r} is not a section; delete it")
-        own = ModelConfig.from_dict(values[OWN_CONFIG])
+        own = ModelConfig.from_stored(values[OWN_CONFIG])
         written = hf_config(own)
         for name in names:
             if given[name] != written[name]:
