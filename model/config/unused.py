@@ -21,7 +21,7 @@ _EXPERTS = (
 
 
 def unused_keys(config: ModelConfig) -> list[str]:
-    """One line per reason, with the keys that do nothing; values of the defaults or the preset do not count."""
+    """One line per reason, with the keys that do nothing; values of defaults and preset do not count."""
     given, defaults = _flat(config), _flat(ModelConfig())
     preset = defaults if config.preset is None else _flat(ModelConfig.from_dict({"preset": config.preset}))
     lines = []

@@ -96,7 +96,7 @@ def test_configs_stored_by_older_versions_are_read():
     older = {**new.to_dict(), "num_key_value_heads": 6, "head_dim": 128}
     del older["rope_pairs"], older["qkv_bias"]
     assert ModelConfig.from_stored(older) == new
-    with pytest.raises(ValueError, match="num_key_value_heads=6 is of plain attention"):
+    with pytest.raises(ValueError, match="num_key_value_heads=6 is for plain attention"):
         ModelConfig.from_dict(older)
     plain = ModelConfig.from_dict({**PLAIN, "num_key_value_heads": 2, "head_dim": 6})
     assert ModelConfig.from_stored(plain.to_dict()) == plain
@@ -165,11 +165,11 @@ PLAIN = {"use_mla": False, "use_moe": False}
         ({"use_mla": False, "num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_v"),
         (
             {"num_key_value_heads": 2},
-            "num_key_value_heads=2 is of plain attention and does nothing with use_mla",
+            "num_key_value_heads=2 is for plain attention and does nothing with use_",
         ),
         (
             {"head_dim": 16},
-            "head_dim=16 is of plain attention and does nothing with use_mla=true; leave it out",
+            "head_dim=16 is for plain attention and does nothing with use_mla=true; leave it",
         ),
         ({"hidden_act": "gelu", "use_mla": False}, "hidden_act=gelu needs .*; set model.use_moe=false too"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh' is unknown; choose one of silu, relu2, gelu"),
