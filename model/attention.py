@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.backends.attention import attend, sdpa
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
-from model.context import AttentionContext
+from model.context import AttentionContext, causal_context
 from model.layers import (
     Linear,
     RMSNorm,
@@ -40,9 +40,10 @@ class AttentionOutput(NamedTuple):
 
 
 def refinement(
-    config: ModelConfig, layer: int, width: int, query_width: int, execution: ExecutionConfig
+    config: ModelConfig, layer: int, width: int, query_width: int, execution: ExecutionConfig | None
 ) -> LatentRefinement:
-    return LatentRefinement(config, layer, width, query_width, execution.checkpointing == "iteration")
+    recompute = execution is not None and execution.checkpointing == "iteration"
+    return LatentRefinement(config, layer, width, query_width, recompute)
 
 
 def refined_placement(config: ModelConfig, layer: int) -> str | None:
@@ -59,7 +60,7 @@ class MultiHeadLatentAttention(nn.Module):
     output, so that decoding reads C + R numbers per cached token; with qk_norm C + R + H.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, execution: ExecutionConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0, execution: ExecutionConfig | None = None) -> None:
         super().__init__()
         self.config, self.layer, self.scale = config, layer, attention_scale(config)
         D, H = config.hidden_size, config.num_attention_heads
@@ -90,9 +91,10 @@ class MultiHeadLatentAttention(nn.Module):
         if self.key_source != "hidden":
             self.k_latent_proj = Linear(C, R, bias=False, zero=self.key_source == "hidden_plus_latent")
 
-    def forward(self, x: Tensor, context: AttentionContext) -> AttentionOutput:
-        """x (B, T, D) -> the layer's output."""
+    def forward(self, x: Tensor, context: AttentionContext | None = None) -> AttentionOutput:
+        """x (B, T, D) -> the layer's output; without a context see context.causal_context."""
         c = self.config
+        context = causal_context(c, x) if context is None else context
         assert context.rotation is not None
         query = (
             self.q_proj(x) if c.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -255,7 +257,7 @@ class GroupedQueryAttention(nn.Module):
     The whole width of a head is rotated, unless positions are learned.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, execution: ExecutionConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0, execution: ExecutionConfig | None = None) -> None:
         super().__init__()
         self.config, self.layer, self.scale = config, layer, attention_scale(config)
         self.placement = refined_placement(config, layer)
@@ -276,9 +278,10 @@ class GroupedQueryAttention(nn.Module):
         if self.placement is not None:
             self.reasoning = refinement(config, layer, D, H * width, execution)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> AttentionOutput:
-        """x (B, T, D) -> the layer's output."""
+    def forward(self, x: Tensor, context: AttentionContext | None = None) -> AttentionOutput:
+        """x (B, T, D) -> the layer's output; without a context see context.causal_context."""
         width, kept, trace = self.config.plain_head_dim, None, None
+        context = causal_context(self.config, x) if context is None else context
         flat = self.q_proj(x)
         query, key, value = (y.unflatten(-1, (-1, width)) for y in (flat, self.k_proj(x), self.v_proj(x)))
         if self.config.qk_norm:

@@ -84,8 +84,17 @@ class Linear(nn.Linear):
         initial_bias: float = 0.0,
         zero: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
         self.initial_bias, self.zero = initial_bias, zero
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        """torch's initial weights, for modules used by themselves; see initialization.py for a model's."""
+        super().reset_parameters()
+        with torch.no_grad():
+            if self.zero:
+                self.weight.zero_()
+            if self.bias is not None:
+                self.bias.fill_(self.initial_bias)
 
     def forward(self, input: Tensor) -> Tensor:
         out = linear(input, self.weight)
