@@ -29,6 +29,8 @@ from model.recurrence import LatentRefinement
 
 # The reference uses its default for the latents' norms, whatever rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
+# Over normed keys the absorbed form holds the scores of all queries at once, so it takes no more than these.
+SCORED_QUERIES = 128
 
 
 class AttentionOutput(NamedTuple):
@@ -164,6 +166,8 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """Compares how many multiplications a head takes in either form."""
         c = self.config
+        if c.qk_norm and T > SCORED_QUERIES:
+            return False
         per_head = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
         expanded = S * per_head + T * S * (c.qk_head_dim + c.v_head_dim)
         return T * per_head + T * S * (2 * c.kv_lora_rank + c.qk_rope_head_dim) < expanded

@@ -31,9 +31,9 @@ def describe(run: Outline) -> str:
     lines = [
         resolved.rstrip(),
         "",
-        *(f"set but unused   {line}" for line in unused_keys(model)),
         f"starts from      {_start(run)}, ends after step {config.max_steps}",
         f"data             {_data(run)}",
+        *(f"set but unused   {line}" for line in unused_keys(model)),
         f"parameters       {total:,} ({active:,} active per token)",
         f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, "
         f"at {model.recurrence.num_steps} loop steps",

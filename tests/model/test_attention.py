@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import ModelConfig
-from model.attention import MultiHeadLatentAttention
+from model.attention import SCORED_QUERIES, MultiHeadLatentAttention
 from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
 from model.context import build_context
@@ -119,6 +119,15 @@ def test_the_form_over_cached_latents_computes_the_same(monkeypatch, form, chunk
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2e-5)
     heads = layer.config.num_attention_heads if layer.config.qk_norm else 0
     assert cache.numel() == 18 * (layer.config.kv_lora_rank + layer.config.qk_rope_head_dim + heads)
+
+
+@torch.no_grad()
+def test_the_scores_of_a_long_prefill_over_normed_keys_are_never_held():
+    """Latents so narrow that the form over them would be cheaper; a prefill in it would hold T x T scores."""
+    layer = make_attention(qk_norm=True, kv_lora_rank=2, v_head_dim=32)
+    assert layer._absorbing_is_cheaper(SCORED_QUERIES, SCORED_QUERIES)
+    assert not layer._absorbing_is_cheaper(SCORED_QUERIES + 1, SCORED_QUERIES + 1)
+    assert make_attention(kv_lora_rank=2, v_head_dim=32)._absorbing_is_cheaper(1000, 1000)
 
 
 @torch.no_grad()
