@@ -76,6 +76,29 @@ def test_a_unit_by_itself_is_the_loop_that_its_definition_says():
     assert (found.trace.num_iterations == 4).all()
 
 
+def test_a_unit_by_itself_halts_and_cuts_gradients_as_its_config_says():
+    loop = {"placement": "block", "num_steps": 4, "halting": {"kind": "act", "threshold": 0.2}}
+    unit, core, x = (
+        LatentReasoningUnit(config_of(recurrence=loop), 6).eval(),
+        torch.nn.Linear(6, 6),
+        states(6),
+    )
+    trace = unit.refine(x, core).trace
+    assert trace.num_iterations.max() < 4
+    torch.testing.assert_close(trace.halt_probs.sum(-1), torch.ones(2, 9))
+    loop = {
+        "placement": "block",
+        "num_steps": 4,
+        "backprop_steps": 1,
+        "injection": "none",
+        "update": "simple",
+    }
+    unit, x = LatentReasoningUnit(config_of(recurrence=loop), 6).train(), x.requires_grad_()
+    unit.refine(x, core).out.square().sum().backward()
+    assert x.grad is None
+    assert core.weight.grad is not None
+
+
 def test_initial_weights_of_parts_are_those_their_roles_need():
     """No parameter is left uninitialised, and the ones that must start at a value do."""
     loop = {"placement": "kv", "num_steps": 2, "position_mixing": 3, "update": "gated"}
