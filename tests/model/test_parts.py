@@ -77,6 +77,7 @@ def test_a_unit_by_itself_is_the_loop_that_its_definition_says():
 
 
 def test_a_unit_by_itself_halts_and_cuts_gradients_as_its_config_says():
+    torch.manual_seed(0)
     loop = {"placement": "block", "num_steps": 4, "halting": {"kind": "act", "threshold": 0.2}}
     unit, core, x = (
         LatentReasoningUnit(config_of(recurrence=loop), 6).eval(),
@@ -84,7 +85,7 @@ def test_a_unit_by_itself_halts_and_cuts_gradients_as_its_config_says():
         states(6),
     )
     trace = unit.refine(x, core).trace
-    assert trace.num_iterations.max() < 4
+    assert len(trace.num_iterations.unique()) > 1
     torch.testing.assert_close(trace.halt_probs.sum(-1), torch.ones(2, 9))
     loop = {
         "placement": "block",
