@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from common.schema import as_type
 from model.hf.files import FIX, read_json
 
+# How the names of a tokenizer's files begin.
+OTHER_FILES = ("tokenizer", "vocab", "merges", "spiece", "tekken", "special_tokens", "added_tokens")
 SECTION = "zeromodel"  # key of the file
 VOCAB_SIZE = "vocab_size"
 ADDED = {"pad_id": "<pad>", "bot_id": "<bot>", "eot_id": "<eot>", "step_separator_id": "<step>"}
@@ -23,20 +25,25 @@ class SpecialTokens(NamedTuple):
     added: list[int]  # ids that are new
 
 
-def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any], SpecialTokens]:
-    """The folder's tokenizer.json with the special tokens and the section.
+def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any], SpecialTokens] | None:
+    """The folder's tokenizer.json with the special tokens and the section; None: it has no tokenizer.
 
     Args:
         values: config.json.
 
     Raises:
-        ValueError, FileNotFoundError: the file is missing, of another kind, or does not fit the model.
+        ValueError, FileNotFoundError: the tokenizer lies in other files, is of another kind, or does not fit
+            the model.
     """
     path = hf / "tokenizer.json"
     if not path.is_file():
+        others = sorted(file.name for file in hf.iterdir() if file.name.startswith(OTHER_FILES))
+        if not others:
+            return None
         raise FileNotFoundError(
-            f"{path} is missing; write it with transformers' AutoTokenizer.from_pretrained(DIR)"
-            ".save_pretrained(DIR)"
+            f"{path} is missing, and {others[0]} is not read; write it with transformers' "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or delete the tokenizer's files to "
+            "import without one"
         )
     tokenizer = read_json(path)
     model = as_type(dict[str, Any], tokenizer.get("model"), f"{path}: model")

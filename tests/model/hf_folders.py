@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders of GPT-2 and Llama, with random weights and a BPE tokenizer trained here."""
+"""Tiny Hugging Face folders of GPT-2, Llama and its kin, with random weights and a BPE tokenizer trained here."""
 
 import functools
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 WORDS = "a an the how many apples does she have left each day 12 345 .,?+-*/=<> <<3+4=7>> Answer: eats"
 GPT2_END = "<|endoftext|>"
@@ -58,7 +58,15 @@ def gpt2_folder(folder: Path, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def llama_folder(folder: Path, **changes: Any) -> PreTrainedModel:
+def kin_folder(kind: str, folder: Path, **values: Any) -> PreTrainedModel:
+    """A model_type with these values of its config, without a tokenizer."""
+    config = AutoConfig.for_model(kind, **values)
+    model = randomized(AutoModelForCausalLM.from_config(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def llama_folder(folder: Path, kind: str = "llama", **changes: Any) -> PreTrainedModel:
     """The model's vocabulary is larger than the tokenizer's, as is common for speed."""
     text = tokenizer_json("<|begin_of_text|>", "<|end_of_text|>")
     vocabulary = len(json.loads(text)["model"]["vocab"]) + 10
@@ -71,9 +79,7 @@ def llama_folder(folder: Path, **changes: Any) -> PreTrainedModel:
         "intermediate_size": 48,
         "max_position_embeddings": 512,
     }
-    config = LlamaConfig(**{**sizes, "bos_token_id": 0, "eos_token_id": [1], **changes})
-    model = randomized(LlamaForCausalLM(config))
-    model.save_pretrained(folder)
+    model = kin_folder(kind, folder, **{**sizes, "bos_token_id": 0, "eos_token_id": [1], **changes})
     (folder / "tokenizer.json").write_text(text)
     (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_ENDS))
     return model
