@@ -9,6 +9,7 @@ Shapes: D hidden, V vocabulary.
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from model.config.model import ModelConfig
 from model.export_files import CONFIG_NAME
 from model.hf.files import FIX, check_config, read_fields, read_headers, read_weights, take
 from model.hf.rope import llama_rope
-from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
+from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens, changes_of_texts
 from model.transformer import ZeroModel
 from model.weight_files import check_size
 
@@ -290,6 +291,8 @@ def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[st
     if found is None:
         return config, state, None
     tokenizer, tokens = found
+    if changes := changes_of_texts(tokenizer):
+        print(f"note: the tokenizer of {hf} {' and '.join(changes)}", file=sys.stderr)
     for name in (EMBEDDING, HEAD):
         if name in state:
             state[name] = with_rows(state[name], tokens)

@@ -4,6 +4,7 @@
 which task; data_pipeline/tokenization/json_tokenizer.py reads it.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,14 @@ OTHER_FILES = ("tokenizer", "vocab", "merges", "spiece", "tekken", "special_toke
 SECTION = "zeromodel"  # key of the file
 VOCAB_SIZE = "vocab_size"
 ADDED = {"pad_id": "<pad>", "bot_id": "<bot>", "eot_id": "<eot>", "step_separator_id": "<step>"}
+
+
+# What betrays, in a tokenizer's normalizer or pre_tokenizer, that it changes texts; such are accepted.
+CHANGES = {
+    '"NFC"': "composes characters (Unicode NFC)",
+    '"Metaspace"': "drops the space at which a text begins",
+    '"\\u2581"': "reads U+2581 as a space",
+}
 
 
 class SpecialTokens(NamedTuple):
@@ -84,6 +93,12 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
     ids[VOCAB_SIZE] = max(size, values["vocab_size"])
     changed = {"added_tokens": listed, "truncation": None, "padding": None, SECTION: ids}
     return {**tokenizer, **changed}, SpecialTokens(ids, known, list(range(known, size)))
+
+
+def changes_of_texts(tokenizer: dict[str, Any]) -> list[str]:
+    """What of a text does not come back from a tokenizer.json; other losses are refused where it is used."""
+    steps = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    return [what for mark, what in CHANGES.items() if mark in steps]
 
 
 def _document_ends(hf: Path, values: dict[str, Any], special: dict[str, int]) -> dict[str, int]:
