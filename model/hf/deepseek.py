@@ -221,7 +221,10 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
             if copy in tensors and not torch.equal(tensors.pop(copy), state[original]):
                 raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
+        raise ValueError(
+            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
+            "describes another model"
+        )
     return state
 
 

@@ -244,7 +244,10 @@ def _complete(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tens
     if tied is not None and not torch.equal(tied, state[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; fix one of them")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
+        raise ValueError(
+            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
+            "describes another model"
+        )
     return state
 
 

@@ -46,7 +46,9 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
     """
     path = hf / "tokenizer.json"
     if not path.is_file():
-        others = sorted(file.name for file in hf.iterdir() if file.name.startswith(OTHER_FILES))
+        others = sorted(
+            file.name for file in hf.iterdir() if file.name.startswith(OTHER_FILES) and file.suffix != ".py"
+        )
         if not others:
             return None
         raise FileNotFoundError(
