@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ZeroModel, load_pretrained
 from model.cache import LatentCache
 from model.hf.deepseek import import_folder
 
 from ..attacks.mutations import refusal
-from .hf_folders import kin_folder, llama_folder
+from .hf_folders import kin_folder, kin_tokenizer_json, llama_folder
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 LENGTH = 40  # tokens of a row; the context first trained on is shorter, so that scaled rotations act
@@ -210,6 +211,19 @@ def test_a_folder_without_a_tokenizer_keeps_its_rows(tmp_path, capsys):
         ):
             import_folder(tmp_path / "hf", tmp_path / "ours")
         (tmp_path / "hf" / name).unlink()
+
+
+def test_what_a_tokenizer_changes_of_texts_is_said(tmp_path, capsys):
+    llama_folder(tmp_path / "hf", "qwen2", vocab_size=400)
+    import_folder(tmp_path / "hf", tmp_path / "ours")
+    assert "note" not in capsys.readouterr().err
+    (tmp_path / "hf" / "tokenizer.json").write_text(kin_tokenizer_json("qwen2"))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    import_folder(tmp_path / "hf", tmp_path / "ours")
+    assert "the tokenizer of" in (said := capsys.readouterr().err)
+    assert "hf composes characters (Unicode NFC)" in said
+    tokenizer = Tokenizer(tmp_path / "ours" / "tokenizer.model")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 400)
 
 
 def test_code_in_a_folder_is_never_run(tmp_path, capsys):
