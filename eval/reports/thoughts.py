@@ -107,7 +107,8 @@ def read_measured(run: Run) -> dict[str, dict[Way, Measured]]:
         for name, result in zip(report["results"], read_results(report), strict=True):
             if not name.startswith(THOUGHTS):
                 continue
-            config = report["configs"][name]
+            # Files written before these two could be chosen lack them.
+            config = {"kv_lambda": None, "kv_window": None, **report["configs"][name]}
             try:
                 task = as_type(str, config["problem_set"], "problem_set")
                 depth = as_type(int | None, config["problem_depth"], "problem_depth")

@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from data_pipeline.sources.documents import Problem
-from eval.scoring.core import Scorer
-from eval.scoring.results import taken
+from eval.scoring.core import Scorer, mean_score
+from eval.scoring.kv_flags import KVFlags, kv_settings, limit_mark
+from eval.scoring.results import TaskResult, taken
 from eval.scoring.task import Options
+from model.latent_cot.rkv import CacheLimit
 
 # The samples that vote are drawn at self-consistency's temperature for language models (Wang et al. 2022,
 # arXiv:2203.11171, section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones are incoherent.
 TEMPERATURE = 0.7
+COSTS = ("generated_tokens", "peak_cache_bytes")  # of an answer: the bytes are those of its own cache
 
 
 class Ballot(NamedTuple):
@@ -38,6 +41,7 @@ def sample_votes(
     stop: Sequence[str],
     options: Options,
     ballot: Callable[[int, str], Ballot],
+    limit: CacheLimit | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Samples `options.samples` responses to each prompt; `ballot` reads (number of the prompt, response).
 
@@ -50,7 +54,7 @@ def sample_votes(
     K, n = options.samples, len(prompts)
     if not K:
         return [{} for _ in prompts], {"num_samples": 0}
-    responses = scorer.generate(list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed)
+    responses = scorer.generate(list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed, limit)
     counted = taken(scorer)
     lines = []
     for i in range(n):
@@ -82,10 +86,12 @@ class Generation:
     grade: Callable[[Problem, str], dict[str, Any]]  # the sample line of a response
     ballot: Callable[[dict[str, Any]], Ballot]  # what such a line says in a vote
 
-    def run(self, scorer: Scorer, options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def run(
+        self, scorer: Scorer, options: Options, limit: CacheLimit | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The sample lines of the greedy answers, with the votes if asked for, and fields of TaskResult."""
         prompts = [problem.prompt for problem in self.problems]
-        responses = scorer.generate(prompts, self.max_new_tokens, self.stop)
+        written = scorer.write(prompts, self.max_new_tokens, self.stop, limit=limit)
         counted = taken(scorer)
         votes, facts = sample_votes(
             scorer,
@@ -94,13 +100,44 @@ class Generation:
             self.stop,
             options,
             lambda i, response: self.ballot(self.grade(self.problems[i], response)),
+            limit,
         )
         lines = [
-            self.grade(problem, response) | vote
-            for problem, response, vote in zip(self.problems, responses, votes, strict=True)
+            {
+                **self.grade(problem, one.text),
+                "generated_tokens": one.tokens,
+                "peak_cache_bytes": one.cache_bytes,
+                **vote,
+            }
+            for problem, one, vote in zip(self.problems, written, votes, strict=True)
         ]
         config = {"max_new_tokens": self.max_new_tokens, "until": self.stop, **facts}
         return lines, {**counted, "config": config}
+
+    def at_limits(
+        self, scorer: Scorer, options: Options, flags: KVFlags, summarize: Callable[..., TaskResult]
+    ) -> list[TaskResult]:
+        """A result for each limit of the cache, with what the answers cost; without flags the plain one.
+
+        `summarize` makes it of the sample lines and fields of TaskResult. Raises ValueError for a limit that
+        the model cannot keep to, before anything is generated.
+        """
+        limits = flags.limits()
+        for limit in limits:
+            scorer.check_limit(limit)
+        results = []
+        for limit in limits:
+            samples, found = self.run(scorer, options, limit)
+            result = summarize(samples, found)
+            if flags.kv_budget is not None:
+                result = replace(
+                    result,
+                    task=result.task + limit_mark(limit),
+                    config={**result.config, **kv_settings(limit)},
+                    totals={f"{cost},none": mean_score([line[cost] for line in samples]) for cost in COSTS},
+                )
+            results.append(result)
+        return results
 
 
 def values_of(samples: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[float]]:
