@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.files import replacing
+from model.export_files import TRAINING_ONLY
 from model.layers import Linear
 from pretrain.config import LoraConfig
 
-NEW = "latent_thoughts."  # the parameters that the given weights lack
+NEW = ("latent_thoughts.", TRAINING_ONLY)  # the parameters that the given weights lack
 BASE = "base.safetensors"  # in the run's folder: the weights that training started from
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names them
 

@@ -252,7 +252,7 @@ class CacheCompressor:
         return torch.cat((attention_mask[:, : self.prompt_length], kept.to(attention_mask.dtype)), 1)
 
     def select(self, rows: Tensor, cache: LatentCache) -> None:
-        """Goes on with `rows` (n,) int64, which `cache` holds, perhaps with less padding before the prompt."""
+        """Goes on with `rows` (n,) int64, which `cache` holds, maybe with less padding before the prompt."""
         self.prompt_length -= self.cache.length - cache.length
         self.cache, self.position = cache, self.position[rows]
         cache.queries = {}
