@@ -54,7 +54,8 @@ def sample_votes(
     K, n = options.samples, len(prompts)
     if not K:
         return [{} for _ in prompts], {"num_samples": 0}
-    responses = scorer.generate(list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed, limit)
+    asked = (list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed)
+    responses = scorer.generate(*asked) if limit is None else [w.text for w in scorer.write(*asked, limit)]
     counted = taken(scorer)
     lines = []
     for i in range(n):
@@ -86,16 +87,59 @@ class Generation:
     grade: Callable[[Problem, str], dict[str, Any]]  # the sample line of a response
     ballot: Callable[[dict[str, Any]], Ballot]  # what such a line says in a vote
 
-    def run(
-        self, scorer: Scorer, options: Options, limit: CacheLimit | None = None
-    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def run(self, scorer: Scorer, options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The sample lines of the greedy answers, with the votes if asked for, and fields of TaskResult."""
         prompts = [problem.prompt for problem in self.problems]
+        responses = scorer.generate(prompts, self.max_new_tokens, self.stop)
+        return self._graded(scorer, options, responses)
+
+    def run_limited(
+        self, scorer: Scorer, options: Options, limit: CacheLimit | None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """`run` with a limit of the cache; the lines and fields also tell what the greedy answers cost."""
+        prompts = [problem.prompt for problem in self.problems]
         written = scorer.write(prompts, self.max_new_tokens, self.stop, limit=limit)
+        lines, found = self._graded(scorer, options, [one.text for one in written], limit)
+        for line, one in zip(lines, written, strict=True):
+            line.update(generated_tokens=one.tokens, peak_cache_bytes=one.cache_bytes)
+        found["config"] |= kv_settings(limit)
+        found["totals"] = {
+            f"{cost},none": mean_score([line[cost] for line in lines])
+            for cost in COSTS
+            if lines[0][cost] is not None
+        }
+        return lines, found
+
+    def at_limits(
+        self, scorer: Scorer, options: Options, flags: KVFlags, summarize: Callable[..., TaskResult]
+    ) -> list[TaskResult]:
+        """A result for each limit that the flags ask for; without any flag the plain one.
+
+        `summarize` makes it of the sample lines and fields of TaskResult. Raises ValueError for a limit that
+        the model cannot keep to, before anything is generated.
+        """
+        limits = flags.limits()
+        if flags.kv_budget is None:
+            return [summarize(*self.run(scorer, options))]
+        for limit in limits:
+            scorer.check_limit(limit)
+        results = [summarize(*self.run_limited(scorer, options, limit)) for limit in limits]
+        return [
+            replace(result, task=result.task + limit_mark(limit))
+            for result, limit in zip(results, limits, strict=True)
+        ]
+
+    def _graded(
+        self,
+        scorer: Scorer,
+        options: Options,
+        responses: Sequence[str],
+        limit: CacheLimit | None = None,
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         counted = taken(scorer)
         votes, facts = sample_votes(
             scorer,
-            prompts,
+            [problem.prompt for problem in self.problems],
             self.max_new_tokens,
             self.stop,
             options,
@@ -103,41 +147,11 @@ class Generation:
             limit,
         )
         lines = [
-            {
-                **self.grade(problem, one.text),
-                "generated_tokens": one.tokens,
-                "peak_cache_bytes": one.cache_bytes,
-                **vote,
-            }
-            for problem, one, vote in zip(self.problems, written, votes, strict=True)
+            self.grade(problem, response) | vote
+            for problem, response, vote in zip(self.problems, responses, votes, strict=True)
         ]
         config = {"max_new_tokens": self.max_new_tokens, "until": self.stop, **facts}
         return lines, {**counted, "config": config}
-
-    def at_limits(
-        self, scorer: Scorer, options: Options, flags: KVFlags, summarize: Callable[..., TaskResult]
-    ) -> list[TaskResult]:
-        """A result for each limit of the cache, with what the answers cost; without flags the plain one.
-
-        `summarize` makes it of the sample lines and fields of TaskResult. Raises ValueError for a limit that
-        the model cannot keep to, before anything is generated.
-        """
-        limits = flags.limits()
-        for limit in limits:
-            scorer.check_limit(limit)
-        results = []
-        for limit in limits:
-            samples, found = self.run(scorer, options, limit)
-            result = summarize(samples, found)
-            if flags.kv_budget is not None:
-                result = replace(
-                    result,
-                    task=result.task + limit_mark(limit),
-                    config={**result.config, **kv_settings(limit)},
-                    totals={f"{cost},none": mean_score([line[cost] for line in samples]) for cost in COSTS},
-                )
-            results.append(result)
-        return results
 
 
 def values_of(samples: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[float]]:

@@ -29,7 +29,7 @@ class KVFlags(NamedTuple):
         return [None if budget is None else CacheLimit(budget, **options) for budget in budgets]
 
 
-def kv_settings(limit: CacheLimit | None) -> dict[str, int | float | None]:
+def kv_settings(limit: CacheLimit | None) -> dict[str, Any]:
     """By flag; None: all tokens are kept."""
     values = (None,) * 4 if limit is None else limit
     return dict(zip(KVFlags._fields, values, strict=True))
@@ -46,7 +46,8 @@ def limit_mark(limit: CacheLimit | None) -> str:
 
 def budgets(text: str) -> list[int | None]:
     """An argparse type: different numbers from 1, or `all`."""
-    values = [None if part.strip() == ALL else int(part) for part in text.split(",")]
+    parts = [part.strip() for part in text.split(",")]
+    values = [None if part == ALL else int(part) if part.isdecimal() else 0 for part in parts]
     if len(set(values)) < len(values) or any(value is not None and value < 1 for value in values):
         raise argparse.ArgumentTypeError(f"is {text}, different numbers from 1 or {ALL} are needed: {ALL},64")
     return values

@@ -249,10 +249,9 @@ class Scorer:
         stop: Sequence[str] = (),
         temperature: float = 0.0,
         seed: int = 0,
-        limit: CacheLimit | None = None,
     ) -> list[str]:
-        """The texts of `write`."""
-        return [one.text for one in self.write(prompts, max_new_tokens, stop, temperature, seed, limit)]
+        """The texts of `write` with the whole cache."""
+        return [one.text for one in self.write(prompts, max_new_tokens, stop, temperature, seed)]
 
     def write(
         self,
@@ -298,14 +297,13 @@ class Scorer:
 
     def check_limit(self, limit: CacheLimit | None) -> None:
         """Raises ValueError for a limit that the model's cache cannot keep to."""
-        if limit is None:
-            return
-        if isinstance(self.model, HFModel):
+        if limit is not None and isinstance(self.model, HFModel):
             raise ValueError(
                 f"kv_budget={limit.budget}: R-KV cuts the cache of a model of ours, not of a Hugging Face"
                 " folder; import it (python -m model.hf import)"
             )
-        check_limit(self.model.config, limit)
+        if limit is not None:
+            check_limit(self.model.config, limit)
 
     # ---- batches
 
