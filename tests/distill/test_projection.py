@@ -10,8 +10,9 @@ from distill.student import Student
 from model import ZeroModel, load_pretrained
 from model.export_files import TOKENIZER_NAME, TRAINING_ONLY, WEIGHTS_NAME
 from model.latent_cot.modules import orthonormal_rows
-from pretrain.export import write_export
+from pretrain.export import export_run, write_export
 
+from .test_run import distill, records
 from .test_student import DOCUMENTS, KINDS, model, sums
 from .traces import STEP, packed
 
@@ -124,3 +125,27 @@ def test_maps_without_use_are_refused(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         model("latent attention", "kava", changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_exactly(launch, traced_data, tmp_path):
+    """Two ranks: 4 steps at once, and 2 steps twice; checkpoints hold the maps, exports do not."""
+    maps = [f"model.distillation.{key}={str(value).lower()}" for key, value in FULL.items()]
+    common = [*maps, "model.distillation.method=kava", "save_every=2", "eval_every=4"]
+    for run, limits in (("whole", ["4"]), ("parts", ["2", "4"])):
+        for limit in limits:
+            # The schedule must not depend on where the run stops.
+            options = [*common, f"max_steps={limit}", "optimizer.schedule=constant"]
+            distill(launch, 2, traced_data, tmp_path / run, *options)
+    whole, parts = (records(tmp_path / run) for run in ("whole", "parts"))
+    assert [record["step"] for record in parts] == [1, 2, 3, 4]
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert [ours[name] for name in ("loss", "loss_kv", "grad_norm")] == [
+            theirs[name] for name in ("loss", "loss_kv", "grad_norm")
+        ]
+    exports = [load_pretrained(tmp_path / run / "export").state_dict() for run in ("whole", "parts")]
+    assert not [name for name in exports[0] if name.startswith(TRAINING_ONLY)]
+    assert all(torch.equal(value, exports[1][name]) for name, value in exports[0].items())
+    export_run(tmp_path / "parts", None, tmp_path / "again")
+    again = load_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in exports[0].items())
