@@ -58,13 +58,14 @@ class MultiHeadLatentAttention(nn.Module):
         self.key_source = config.recurrence.key_source if self.placement == "kv" else "hidden"
         C, R = config.kv_lora_rank, config.qk_rope_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = Linear(D, H * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(D, H * config.qk_head_dim, config.qkv_bias)
         else:
             self.q_a_proj = Linear(D, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, H * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = Linear(D, C + (R if self.key_source != "latent" else 0), bias=False)
-        self.kv_a_layernorm = RMSNorm(C, LATENT_NORM_EPS)
+        rotated = R if self.key_source != "latent" else 0
+        self.kv_a_proj_with_mqa = Linear(D, C + rotated, config.qkv_bias)
+        self.kv_a_layernorm = RMSNorm(C, LATENT_NORM_EPS) if config.latent_norm else nn.Identity()
         self.kv_b_proj = Linear(
             config.kv_lora_rank, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False
         )
@@ -187,9 +188,10 @@ class GroupedQueryAttention(nn.Module):
             config.kv_heads,
             config.plain_head_dim,
         )
-        self.q_proj = Linear(D, H * width, config.use_bias)
-        self.k_proj = Linear(D, G * width, config.use_bias)
-        self.v_proj = Linear(D, G * width, config.use_bias)
+        biased = config.use_bias or config.qkv_bias
+        self.q_proj = Linear(D, H * width, biased)
+        self.k_proj = Linear(D, G * width, biased)
+        self.v_proj = Linear(D, G * width, biased)
         self.o_proj = Linear(H * width, D, config.use_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)

@@ -86,7 +86,7 @@ def recomputed_flops_per_token(
 def _forward_flops(config: ModelConfig, sequence_length: int, steps: int, training: bool) -> float:
     readouts = steps if training and config.recurrence.expectation == "loss" else 1
     total = 2.0 * config.vocab_size * config.hidden_size * readouts
-    total += 2.0 * (_recurrence_weights(config) * steps + _key_weights(config))
+    total += 2.0 * (_recurrence_weights(config) * steps - _first_gates(config) + _key_weights(config))
     positions, length = _positions_per_token(config, sequence_length)
     for layer in range(config.num_hidden_layers):
         runs = config.runs_of_layer(layer, steps, training)
@@ -108,7 +108,8 @@ def _positions_per_token(config: ModelConfig, sequence_length: int) -> tuple[flo
 def _layer_parameters(config: ModelConfig, layer: int, experts: int) -> int:
     norms = 2 * _layer_norm(config)
     if config.use_mla:
-        norms += _norm(config, config.kv_lora_rank) + _norm(config, config.q_lora_rank or 0)
+        norms += _norm(config, config.kv_lora_rank) * config.latent_norm
+        norms += _norm(config, config.q_lora_rank or 0)
     elif config.qk_norm:
         norms += 2 * _norm(config, config.plain_head_dim)
     weights = _attention_weights(config) + _feed_forward_weights(config, layer, experts)
@@ -131,10 +132,14 @@ def _layer_norm(config: ModelConfig) -> int:
 
 
 def _biases(config: ModelConfig) -> int:
-    """Biases of a layer's plain attention and its feed-forward layer without a gate."""
+    """Biases of a layer's attention and its feed-forward layer without a gate."""
+    if config.qkv_bias and config.use_mla:
+        return config.num_attention_heads * config.qk_head_dim + config.kv_lora_rank + config.qk_rope_head_dim
     heads = config.num_attention_heads + 2 * config.kv_heads
-    outputs = heads * config.plain_head_dim + config.intermediate_size + 2 * config.hidden_size
-    return outputs if config.use_bias else 0
+    outputs = heads * config.plain_head_dim
+    if config.use_bias:
+        return outputs + config.intermediate_size + 2 * config.hidden_size
+    return outputs if config.qkv_bias else 0
 
 
 def _attention_weights(config: ModelConfig) -> int:
@@ -182,11 +187,17 @@ def _halting_heads(config: ModelConfig) -> int:
 def _recurrence_weights(config: ModelConfig) -> int:
     """Matrix weights of all units that are used once per step; the query's projection runs once per pass."""
     (units, width), r = _units(config), config.recurrence
-    matrices = (r.injection in ("concat", "gate")) + (r.update == "gated")
+    matrices = (r.injection in ("concat", "gate")) + (r.update != "simple")
     total = matrices * 2 * width * width + _halting_heads(config) * width
     if r.token_local:
         total += 3 * width * (r.latent_intermediate_size or 2 * width)
     return units * total
+
+
+def _first_gates(config: ModelConfig) -> int:
+    """Weights of the gates that update=retrofit leaves out in the first step."""
+    units, width = _units(config)
+    return units * 2 * width * width if config.recurrence.update == "retrofit" else 0
 
 
 def _key_weights(config: ModelConfig) -> int:
@@ -198,14 +209,14 @@ def _key_weights(config: ModelConfig) -> int:
         rotary = config.kv_lora_rank * config.qk_rope_head_dim
         total += 0 if r.key_source == "hidden" else rotary
         if r.key_source == "latent":  # replaces the key from the hidden state
-            total -= config.hidden_size * config.qk_rope_head_dim
+            total -= (config.hidden_size + config.qkv_bias) * config.qk_rope_head_dim
     return units * total
 
 
 def _recurrence_parameters(config: ModelConfig) -> int:
     (units, width), r = _units(config), config.recurrence
-    vectors = (1 + r.state_norm) * _norm(config, width) + _halting_heads(config)
-    vectors += width * ((r.injection == "gate") + (r.update == "gated") + r.iteration_embedding)
+    vectors = (r.output_norm + r.state_norm) * _norm(config, width) + _halting_heads(config)
+    vectors += width * ((r.injection == "gate") + (r.update != "simple") + r.iteration_embedding)
     if r.token_local:
         vectors += _norm(config, width) + width * r.position_mixing
     if r.sandwich_norm:

@@ -126,7 +126,7 @@ def layer_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
 
 def rotations(position_ids: Tensor, config: ModelConfig) -> Tensor:
     """(B, T, R/2) complex factors cos + i sin of positions (B, T) (Su et al. 2021, eq. 15; YaRN, eq. 23)."""
-    R = config.rotary_dim
+    R = config.rope_pairs_dim or config.rotary_dim
     exponents = torch.arange(0, R, 2, device=position_ids.device, dtype=torch.float32) / R
     frequencies, scale = config.rope_theta**-exponents, 1.0
     if isinstance(config.rope_scaling, Llama3RopeConfig):
@@ -134,6 +134,8 @@ def rotations(position_ids: Tensor, config: ModelConfig) -> Tensor:
     elif config.rope_scaling is not None:
         frequencies = _yarn_frequencies(frequencies, config.rope_theta, config.rope_scaling)
         scale = _yarn_rotary_scale(config.rope_scaling)
+    if config.rope_pairs is not None:
+        frequencies = frequencies[config.rope_pairs]
     angles = position_ids[..., None].float() * frequencies
     return torch.polar(torch.full_like(angles, scale), angles)
 

@@ -26,6 +26,8 @@ from model.loop_trace import LoopTrace, loop_trace
 
 # The gates start nearly open, so that an untrained loop moves its state most of the way to the core's output.
 GATE_BIAS = 2.0
+# In a network that was trained without the loop, later steps start nearly closed.
+RETROFIT_GATE_BIAS = -4.0
 
 
 class CoreOutput(NamedTuple):
@@ -43,7 +45,7 @@ Core = Callable[[Tensor, int, Tensor | None, dict[int, tuple[Tensor, ...]]], Cor
 class LoopResult(NamedTuple):
     """A whole loop."""
 
-    out: Tensor  # (B, T, W), normed
+    out: Tensor  # (B, T, W), normed unless output_norm=false
     trace: LoopTrace
     states: list[Tensor]  # (B, T, W) after each step, not normed
     extras: list[Any]  # of each step
@@ -74,12 +76,16 @@ class LatentReasoningUnit(nn.Module):
         r = self.config
         if r.state_norm:
             self.state_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
-        self.output_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
+        self.output_norm: nn.Module = nn.Identity()
+        if r.output_norm:
+            self.output_norm = RMSNorm(width, config.rms_norm_eps, config.rms_norm_affine)
         if r.injection in ("concat", "gate"):
             gate = r.injection == "gate"
             self.injection = Linear(2 * width, width, bias=gate, initial_bias=0.0)
         if r.update == "gated":
             self.gate = Linear(2 * width, width, initial_bias=GATE_BIAS)
+        if r.update == "retrofit":
+            self.gate = Linear(2 * width, width, initial_bias=RETROFIT_GATE_BIAS, zero=True)
         if r.iteration_embedding:
             self.iteration = IterationEmbedding(width)
         self.halting = HaltingUnit(width, r.halting) if r.halting.learned else None
@@ -141,7 +147,7 @@ class LatentReasoningUnit(nn.Module):
     ) -> tuple[Tensor, CoreOutput]:
         """One pass; halted tokens keep their state."""
         out = core(self._inject(state, initial, step), step, running, kept)
-        new = self._update(state, out.candidate)
+        new = self._update(state, out.candidate, step)
         return (new if running is None else torch.where(running[..., None], new, state)), out
 
     def _recomputed_advance(self, *inputs: Any) -> tuple[Tensor, CoreOutput]:
@@ -165,8 +171,8 @@ class LatentReasoningUnit(nn.Module):
         share = mixed.sigmoid()
         return share * initial + (1 - share) * x
 
-    def _update(self, state: Tensor, candidate: Tensor) -> Tensor:
-        if self.config.update == "simple":
+    def _update(self, state: Tensor, candidate: Tensor, step: int) -> Tensor:
+        if self.config.update == "simple" or (self.config.update == "retrofit" and step == 0):
             return candidate
         gate = self.gate(torch.cat((state, candidate), -1)).sigmoid()
         return state + gate * (candidate - state)

@@ -45,8 +45,15 @@ class ModelConfig:
     position_embedding: str = "rope"
     rope_theta: Annotated[float, Limits(above=1, most=10**15)] = 10000.0
     rope_scaling: YarnConfig | Llama3RopeConfig | None = None
+    # Latent attention that was converted from plain attention (model/convert/): the pairs of a head of width
+    # rope_pairs_dim by which the rotated pairs turn, e.g. [0, 0, 3]; default: all pairs of qk_rope_head_dim
+    rope_pairs: list[CountOrZero] | None = None
+    rope_pairs_dim: Count | None = None
     tie_word_embeddings: bool = False  # the head's matrix is the embedding's
     use_bias: bool = False  # in the linear layers of attention and of a feed-forward layer without a gate
+    # In the projections to queries, keys and values alone (Qwen2); with use_mla in q_proj and
+    # kv_a_proj_with_mqa
+    qkv_bias: bool = False
     embedding_mixing: CountOrZero = 0  # width of a causal depthwise convolution over the embeddings; 0: none
     num_attention_heads: Count = 4
     use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
@@ -56,6 +63,7 @@ class ModelConfig:
     qk_nope_head_dim: Count = 32
     qk_rope_head_dim: Count = 16
     v_head_dim: Count = 32
+    latent_norm: bool = True  # RMSNorm of the KV latent; false in models converted from plain attention
     # Grouped-query attention
     num_key_value_heads: Count | None = None  # None: as many as query heads
     head_dim: Count | None = None  # None: hidden_size / num_attention_heads
@@ -124,11 +132,27 @@ class ModelConfig:
                 f"num_key_value_heads={self.kv_heads}; choose a divisor"
             )
         check_rope_scaling(self.rope_scaling)
+        self._check_rope_pairs()
+
+    def _check_rope_pairs(self) -> None:
+        pairs, width = self.rope_pairs, self.rope_pairs_dim
+        if (pairs is None) != (width is None):
+            raise ValueError(
+                f"model.rope_pairs={pairs} and rope_pairs_dim={width} belong together; give both or neither"
+            )
+        if pairs is None or width is None:
+            return
+        if not self.use_mla:
+            raise ValueError("model.rope_pairs is for latent attention; set use_mla=true or leave it out")
+        if width % 2 or len(pairs) != self.qk_rope_head_dim // 2 or not max(pairs, default=0) < width // 2:
+            raise ValueError(
+                f"model.rope_pairs={pairs} must name {self.qk_rope_head_dim // 2} pairs (qk_rope_head_dim="
+                f"{self.qk_rope_head_dim}), each below rope_pairs_dim / 2 with rope_pairs_dim={width} even"
+            )
 
     def _check_plain(self) -> None:
         """Options that only plain attention and plain feed-forward layers have, and what excludes what."""
         both = ("use_mla", "use_moe")
-        llama3 = isinstance(self.rope_scaling, Llama3RopeConfig)
         needs: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
             ("qk_norm", self.qk_norm, ("use_mla",)),
             ("rms_norm_affine=false", not self.rms_norm_affine, ("use_mla",)),
@@ -137,8 +161,6 @@ class ModelConfig:
             ("norm=layer_norm", self.norm == "layer_norm", both),
             ("use_bias=true", self.use_bias, both),
             ("position_embedding=learned", self.learned_positions, both),
-            ("tie_word_embeddings=true", self.tie_word_embeddings, both),
-            ("rope_scaling.rope_type=llama3", llama3, both),
         )
         for option, wanted, switches in needs:
             for switch in switches:
@@ -146,6 +168,14 @@ class ModelConfig:
                     raise ValueError(f"model.{option} needs the plain form; set model.{switch}=false too")
         conflicts = (
             ("use_bias=true", self.use_bias, "hidden_act=silu", self.hidden_act == "silu"),
+            ("qkv_bias=true", self.qkv_bias, "use_bias=true, which includes it", self.use_bias),
+            (
+                "qkv_bias=true",
+                self.qkv_bias and self.use_mla,
+                f"q_lora_rank={self.q_lora_rank}",
+                self.q_lora_rank is not None,
+            ),
+            ("latent_norm=false", not self.latent_norm, "use_mla=false", not self.use_mla),
             ("norm=layer_norm", self.norm == "layer_norm", "rms_norm_affine=false", not self.rms_norm_affine),
             *(
                 ("position_embedding=learned", self.learned_positions, f"{name}={value}", value)

@@ -64,10 +64,13 @@ class RecurrenceConfig:
     max_steps: Steps = 32  # upper limit of a sampled depth
     backprop_steps: Count | None = None  # gradients flow through this many last steps only; default: all
     injection: str = "add"  # none | add | concat | gate: how the loop's input re-enters at every step
-    update: str = "gated"  # gated (GRU-style convex update) | simple (the core's output is the state)
+    # gated (GRU-style convex update) | simple (the core's output is the state) | retrofit (the first step as
+    # simple, later ones gated, so that one step is the network without a loop)
+    update: str = "gated"
     # Each pass reads the normed state. False: it reads the state itself, so that with injection=none and
     # update=simple the residual stream runs through the passes as through layers of tied weights.
     state_norm: bool = True
+    output_norm: bool = True  # norms what the loop hands on; false: its state as it is
     iteration_embedding: bool = False  # tells the core which step it is in
     halting: HaltingConfig = field(default_factory=HaltingConfig)
     # block only
@@ -127,7 +130,7 @@ _CHOICES = {
     "placement": ("none", "kv", "post_attention", "block"),
     "depth_sampling": ("fixed", "poisson"),
     "injection": ("none", "add", "concat", "gate"),
-    "update": ("gated", "simple"),
+    "update": ("gated", "simple", "retrofit"),
     "cache": ("per_step", "parallel", "ema", "average", "last", "first"),
     "k_rope_source": (None, "hidden", "latent", "hidden_plus_latent"),
 }

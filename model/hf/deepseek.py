@@ -21,7 +21,8 @@ from torch import Tensor
 from common.files import write_file, write_json
 from common.locks import FolderLock
 from common.schema import from_plain
-from model.config.model import ModelConfig, YarnConfig
+from model.config.model import ModelConfig
+from model.config.rope import Llama3RopeConfig, YarnConfig
 from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_object, save_weights
 from model.hf.dense import DENSE, import_dense
 from model.hf.files import (
@@ -98,6 +99,11 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
         (not config.use_mla, "use_mla=false"),
         (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
+        (config.tie_word_embeddings, "tie_word_embeddings=true"),
+        (config.qkv_bias, "qkv_bias=true"),
+        (not config.latent_norm, "latent_norm=false"),
+        (config.rope_pairs is not None, f"rope_pairs={config.rope_pairs}"),
+        (isinstance(config.rope_scaling, Llama3RopeConfig), "rope_scaling.rope_type=llama3"),
         (
             not config.is_moe_layer(config.num_hidden_layers) and config.num_nextn_predict_layers > 0,
             "multi-token prediction with a dense layer",

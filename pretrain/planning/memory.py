@@ -144,7 +144,7 @@ def _unit(config: ModelConfig, width: int) -> int:
     also its value and what it weighs.
     """
     r = config.recurrence
-    return width * (3 + r.state_norm + 4 * (r.update == "gated") + 2 * (r.injection in ("concat", "gate")))
+    return width * (3 + r.state_norm + 4 * (r.update != "simple") + 2 * (r.injection in ("concat", "gate")))
 
 
 def saved_products(config: ModelConfig, layer: int, skew: float = 1.0) -> float:

@@ -99,9 +99,12 @@ PLAIN = {"use_mla": False, "use_moe": False}
             {"hidden_act": "gelu", "use_moe": False},
             "hidden_act=gelu needs the plain form; set model.use_mla=false",
         ),
+        ({"qkv_bias": True, "q_lora_rank": 8}, "qkv_bias=true does not go with q_lora_rank=8"),
+        ({**PLAIN, "latent_norm": False}, "latent_norm=false does not go with use_mla=false"),
+        ({"rope_pairs": [0]}, r"rope_pairs=\[0\] and rope_pairs_dim=None belong together"),
         (
-            {"tie_word_embeddings": True, "use_mla": False},
-            "tie_word_embeddings=true needs .* model.use_moe=false",
+            {"rope_pairs": [0, 4], "rope_pairs_dim": 8, "qk_rope_head_dim": 4},
+            "each below rope_pairs_dim / 2 with rope_pairs_dim=8",
         ),
         ({**PLAIN, "use_bias": True}, "use_bias=true does not go with hidden_act=silu"),
         (
@@ -116,7 +119,6 @@ PLAIN = {"use_mla": False, "use_moe": False}
             {**PLAIN, "position_embedding": "learned", "rope_scaling": {"factor": 2.0}},
             "position_embedding=learned does not go with rope_scaling=YarnConfig",
         ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.rope_type=llama3 needs the plain form"),
         (
             {**PLAIN, "rope_scaling": {"rope_type": "llama3", "low_freq_factor": 4.0}},
             "low_freq_factor=4.0 and high_freq_factor=4.0; the first must be below the second",
