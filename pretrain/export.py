@@ -27,6 +27,8 @@ from model.export_files import (
     save_weights,
 )
 from pretrain import checkpoint, lora
+from pretrain.checkpoint import TrainingState
+from pretrain.init import base_weights
 
 
 def describe_data(manifest: Manifest) -> dict[str, Any]:
@@ -64,6 +66,19 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
         if name == TOKENIZER_NAME or (run / name).is_file():
             write_file(folder / name, (run / name).read_bytes())
     save_weights(folder, config, weights)
+
+
+def with_base(run: Path, trained: dict[str, Tensor], state: TrainingState) -> dict[str, Tensor]:
+    """All weights of the plain model: what was trained and buffers, and from init.BASE what was not.
+
+    Raises:
+        FileNotFoundError, ValueError: see init.base_weights.
+    """
+    if state.lora is not None:
+        return lora.merged(run, trained, state.lora)
+    if state.origin is not None and state.origin.frozen:
+        return trained | base_weights(run, state.origin.sha256, state.origin.frozen)
+    return trained
 
 
 def export_run(run: Path, step: int | None, out: Path) -> Path:
@@ -112,8 +127,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     own_buffers = {name: b for name, b in buffers.items() if name in expected}  # the others are the trainer's
     for target, parameters in exports.items():
         values = parameters | own_buffers
-        if state.lora is not None:
-            values = lora.merged(run, values, state.lora)
+        values = with_base(run, values, state)
         values = {name: value for name, value in values.items() if not name.startswith(TRAINING_ONLY)}
         for name in sorted(values.keys() | expected.keys()):
             found, wanted = (of[name].numel() if name in of else None for of in (values, expected))

@@ -36,6 +36,11 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form a.b=c")
+        try:
+            OmegaConf.from_dotlist([override])
+        except UNREADABLE as error:
+            fix = "put quotes around a text that begins with * & or !, and escape them from the shell"
+            raise ValueError(f"override {override!r} cannot be read: {_first_line(error)}; {fix}") from None
     try:
         given = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
         values: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
@@ -104,6 +109,7 @@ def _check(config: RunConfig) -> None:
         )
     _check_optimizer(config.optimizer, config.max_steps)
     config.evaluation.check(config.save_every)
+    config.init.check(lora=config.lora is not None)
     if config.lora is not None:
         config.lora.check(config.ep_size, config.optimizer.kind)
 

@@ -5,21 +5,26 @@ Prints one JSON line per case, with the largest differences over the steps.
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from traces import IDS, VOCABULARY, documents, packed
 
+from distill.main import NEW
 from distill.methods import with_method
 from distill.student import Student
 from model import ModelConfig
+from model.export_files import save_weights
 from model.latent_cot.targets import loss_counts
 from model.losses import total_loss
-from pretrain.config import LoraConfig, RunConfig, check_layout
+from pretrain.config import InitConfig, LoraConfig, RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
-from pretrain.lora import NEW, adapt
+from pretrain.init import find, fit
+from pretrain.lora import adapt
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
@@ -79,7 +84,7 @@ def reference(
     model = Student(config, seed=0).train()
     model.load_state_dict(weights_to_start_from(config), strict=False)
     if lora is not None:
-        adapt(model, lora, seed=0)
+        adapt(model, lora, 0, [name for name, _ in model.named_parameters() if name.startswith(NEW)])
     optimizer = build_optimizer(model, RunConfig().optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -105,7 +110,10 @@ def distributed(
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())
     ds_config = load_ds_config(sys.argv[-1], run, micro, accumulation)
-    engine = Engine(run, config, ds_config, Student, weights_to_start_from(config))
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(Path(folder), config, weights_to_start_from(config))
+        start = fit(*find(Path(folder), Path(folder)), config, InitConfig(), ep_size, Student, NEW)
+        engine = Engine(run, config, ds_config, Student, start)
     history = []
     for step in range(STEPS):
         inputs, total = batch(step), torch.zeros((), dtype=torch.float64)

@@ -5,15 +5,14 @@ import torch
 import torch.nn.functional as F
 
 import distill.student as student_module
-from distill.main import check_weights
 from distill.student import Student
 from model import ZeroModel, load_pretrained
-from model.export_files import TOKENIZER_NAME, TRAINING_ONLY, WEIGHTS_NAME
+from model.export_files import TOKENIZER_NAME, TRAINING_ONLY
 from model.latent_cot.modules import orthonormal_rows
 from pretrain.export import export_run, write_export
 
 from .test_run import distill, records
-from .test_student import DOCUMENTS, KINDS, model, sums
+from .test_student import DOCUMENTS, KINDS, compare, model, sums
 from .traces import STEP, packed
 
 PROJECTED = {"use_projection": True}
@@ -108,7 +107,7 @@ def test_exports_hold_no_maps_and_start_another_student(tmp_path):
     batch = packed([DOCUMENTS], 160)
     expected = ZeroModel.forward(student.eval(), **batch).loss
     assert torch.equal(exported(**batch).loss, expected)
-    check_weights(tmp_path / "export" / WEIGHTS_NAME, student.config)  # the maps start anew
+    compare(tmp_path / "export", student.config)  # the maps start anew
 
 
 @pytest.mark.parametrize(
