@@ -41,7 +41,7 @@ def prepare_distillation(arguments: argparse.Namespace) -> Outline:
         if loader is not None:
             check_data(config, loader)
         if init is not None and init.is_dir():
-            Tokenizer(init / TOKENIZER_NAME)  # which a start without thoughts of its own needs
+            Tokenizer(init / TOKENIZER_NAME)  # a folder without one is refused here
         config.model = with_method(config.model)
         if loader is not None:
             config.model = with_data(config.model, Tokenizer(loader.tokenizer_path), config.max_steps)

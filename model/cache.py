@@ -139,6 +139,21 @@ class LatentCache:
             kept[:, :width] = held[rows[:, None], entries]
         return cache
 
+    @property
+    def batch_size(self) -> int:
+        """B; 0 as long as nothing is held."""
+        held = self.memory if self.memory is not None else tuple(self._slots.values())
+        return len(held[0]) if held else 0
+
+    def rows(self, index: Tensor) -> "LatentCache":
+        """A cache of some rows (n,) int64, in any order and number."""
+        cache = copy.copy(self)
+        if self.memory is not None:
+            cache.memory = MemoryState(*(part[index] for part in self.memory))
+        cache._slots = {slot: _first(held, self.length)[index] for slot, held in self._slots.items()}
+        cache._shared = 0
+        return cache
+
     def numel(self) -> int:
         """Numbers held for the tokens seen (spare capacity not counted)."""
         return sum(s[:, : self.length].numel() for s in self._slots.values())
@@ -169,7 +184,7 @@ def kept_keys(
     config: RecurrenceConfig,
     previous: tuple[Tensor, ...] | None,
     new: Tensor,
-    step: int,
+    step: int | Tensor,
     running: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The keys and values that a looped layer lets a loop step attend to, for the tokens of this pass.
@@ -184,6 +199,7 @@ def kept_keys(
     Args:
         previous: what this function returned for the step before; None at the first step.
         new: (B, T, W) keys and values, or latents, of this step.
+        step: its number, from 0; of each row (B, 1, 1) if they start at different ones.
         running: (B, T) booleans; a halted token keeps those of its last step; None: all run.
 
     Returns:
@@ -191,13 +207,15 @@ def kept_keys(
     """
     if previous is None:
         return (new,)
-    last = previous[-1]
+    last, own = previous[-1], new
     if config.cache == "first":
-        return (last,)
-    if config.cache == "ema":
+        new = last
+    elif config.cache == "ema":
         new = config.ema_decay * last + (1 - config.ema_decay) * new
     elif config.cache == "average":
         new = last + (new - last) / (step + 1)
+    if isinstance(step, Tensor):
+        new = torch.where(step == 0, own, new)
     if running is not None:
         new = torch.where(running[..., None], new, last)
     if config.cache != "parallel":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache
+from model.config.recurrence import HaltingConfig
 from model.interface import LanguageModel
 from model.latent_cot.rkv import BUFFER, IMPORTANCE_SHARE, OBSERVATION_WINDOW, CacheCompressor, CacheLimit
 
@@ -32,6 +33,7 @@ def generate(
     kv_lambda: float = IMPORTANCE_SHARE,
     kv_window: int = OBSERVATION_WINDOW,
     cache: LatentCache | None = None,
+    halting: HaltingConfig | None = None,
 ) -> Tensor:
     """Continues all rows until every row has ended.
 
@@ -52,6 +54,7 @@ def generate(
         kv_lambda: share of importance in R-KV's score; 1 ignores redundancy, 0 ignores importance.
         kv_window: last tokens whose queries judge the others, and which always stay.
         cache: holds what precedes `tokens`, extended in place; attention_mask covers that too.
+        halting: in place of the config's; see ZeroModel.forward.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
@@ -73,7 +76,7 @@ def generate(
             )
         limit = CacheLimit(kv_budget, kv_buffer, kv_lambda, kv_window)
         prompt = torch.ones_like(tokens) if attention_mask is None else attention_mask
-        compressor = CacheCompressor(model, prompt, cache, limit)
+        compressor = CacheCompressor(model, prompt, cache, limit, halting)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         output = model(
@@ -83,6 +86,7 @@ def generate(
             num_steps=num_steps,
             cache=cache,
             logits_to_keep=1,
+            halting=halting,
         )
         if compressor is not None:
             attention_mask = compressor.after_pass(attention_mask)

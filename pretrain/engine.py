@@ -23,8 +23,6 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     set_z3_leaf_modules,
 )
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
@@ -32,7 +30,7 @@ from model.decoder import DecoderLayer
 from model.moe import MoE
 from pretrain.checkpoint import EMA, CheckpointError
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.ema import MovingAverage
+from pretrain.ema import MovingAverage, average_files, read_average
 from pretrain.expert_parallel import (
     create_groups,
     expert_parallel_class,
@@ -175,9 +173,8 @@ class Engine:
             comparable: see SpikeGuard.refuses.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = (
-                lr * group.get("lr_scale", 1.0) * (self.muon_lr_ratio if group.get("use_muon") else 1)
-            )
+            ratio = self.muon_lr_ratio if group.get("use_muon") else 1.0
+            group["lr"] = lr * ratio * group.get("lr_scale", 1.0)
         if loss is not None:
             self._loss, self._comparable = loss, comparable
         self.deepspeed.step()
@@ -233,7 +230,7 @@ class Engine:
         if self.muon:
             store_momentum(self.deepspeed.optimizer, files)
         if self.average is not None:
-            files.update(self._average_files())
+            files.update(average_files(self.average, self._full_parameters, kept=rank() == 0))
         return files
 
     def load(self, checkpoint: Path) -> None:
@@ -261,37 +258,21 @@ class Engine:
     def not_finite(self) -> str | None:
         """Name of the first trained parameter that holds NaN or infinity; all ranks take part."""
         # A sum is the quickest pass: finite only if every term is, and otherwise every value is looked at.
-        total = torch.stack(
-            [shard.detach().sum().to(device(), torch.float64) for shard in self._shards()]
-        ).sum()
-        if math.isfinite(all_reduce_sum(total)):
+        total = torch.stack([shard.sum().to(device(), torch.float64) for shard in self._shards()]).sum()
+        if math.isfinite(all_reduce_sum(total.detach())):
             return None
         return next((name for name, value in self._full_parameters() if not value.isfinite().all()), None)
-
-    def _average_files(self) -> dict[str, bytes]:
-        """The moving average as checkpoint files: whole tensors by name, so that any layout can read them.
-
-        Rank 0 holds all of them in host memory until they are written.
-        """
-        assert self.average is not None
-        files = {}
-        with self.average.in_place():
-            for name, value in self._full_parameters():
-                if rank() == 0:
-                    files[f"{EMA}/{name}.safetensors"] = to_safetensors({name: value.cpu().contiguous()})
-        return files
 
     def load_average(self, checkpoint: Path) -> None:
         """Loads the moving average from a checkpoint of any layout; without one it starts at the weights."""
         if self.average is None:
             return
         self.average.restart()
-        folder = checkpoint / EMA
-        if not folder.is_dir():
+        if not (checkpoint / EMA).is_dir():
             return
         with self.average.in_place():
             for name, parameter in self._trained():
-                value = load_file(folder / f"{name}.safetensors")[name]
+                value = read_average(checkpoint, name)
                 self._set_full_parameter(parameter, self._own_part(parameter, value))
 
     def _set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:

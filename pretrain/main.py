@@ -1,7 +1,8 @@
 """Starts or continues a training run.
 
     deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \\
-        --config pretrain/configs/demo.yaml [--config pretrain/configs/groups/NAME.yaml] [a.b=c ...]
+        --config pretrain/configs/demo.yaml [--config pretrain/configs/groups/NAME.yaml] \\
+        [--init DIR] [a.b=c ...]
 """
 
 import argparse

@@ -36,16 +36,14 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form a.b=c")
-        try:
-            OmegaConf.from_dotlist([override])
-        except UNREADABLE as error:
-            fix = "put quotes around a text that begins with * & or !, and escape them from the shell"
-            raise ValueError(f"override {override!r} cannot be read: {_first_line(error)}; {fix}") from None
     try:
         given = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
         values: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
     except UNREADABLE as error:
-        raise ValueError(f"config cannot be read: {_first_line(error)}") from None
+        quotes = (
+            "; put quotes around a text that begins with * & or !" if isinstance(error, YAMLError) else ""
+        )
+        raise ValueError(f"config cannot be read: {_first_line(error)}{quotes}") from None
     config = from_plain(RunConfig, values, "")
     config.model = ModelConfig.checked(config.model)
     _check(config)

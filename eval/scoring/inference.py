@@ -185,7 +185,7 @@ class Engine:
         read = self._read(job.prefix, [list(prompt) for prompt in unique], job.depth)
         room = job.max_new_tokens if job.limit is None else job.limit.budget + job.limit.buffer
         held = self._aligned(read, sources, min(room, job.max_new_tokens))
-        compressor = None if job.limit is None else self._compressor(held, job.limit)
+        compressor = None if job.limit is None else self._compressor(held, job.limit, job.depth)
         most = _row_bytes(held)
         assert read.logits is not None
         logits, steps = read.logits[sources], None if read.steps is None else read.steps[sources]
@@ -218,11 +218,11 @@ class Engine:
         means = [None if steps is None else sum(row) / len(row) for row in walked]
         return [([ids, size], mean) for ids, size, mean in zip(new, most, means, strict=True)]
 
-    def _compressor(self, held: Held, limit: CacheLimit) -> CacheCompressor:
+    def _compressor(self, held: Held, limit: CacheLimit, depth: Depth) -> CacheCompressor:
         """Of a cache that holds the prompts, and collects queries from now on."""
         padding = torch.tensor(held.padding, device=self.device)
         real = torch.arange(held.cache.length, device=self.device) >= padding[:, None]
-        compressor = CacheCompressor(self.model, real, held.cache, limit)
+        compressor = CacheCompressor(self._variant(depth)[0], real, held.cache, limit)
         compressor.after_pass(None)
         return compressor
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from model.cache import LatentCache, Slot
 from model.config.model import ModelConfig
+from model.config.recurrence import HaltingConfig
 from model.interface import LanguageModel
 from model.layers import at_least_fp32, rotate, rotations
 
@@ -207,13 +208,21 @@ class CacheCompressor:
         prompt: (B, T), 1 where a token of the prompt is real.
         cache: of the prompt, read or not; from the next pass on it collects queries.
         limit: how many tokens to keep, and by what score.
+        halting: with which the model reads; default: the config's.
 
     Raises:
         ValueError: a number of the limit is out of range, or a model that caches more than keys and values.
     """
 
-    def __init__(self, model: LanguageModel, prompt: Tensor, cache: LatentCache, limit: CacheLimit) -> None:
-        check_limit(model.config, limit)
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Tensor,
+        cache: LatentCache,
+        limit: CacheLimit,
+        halting: HaltingConfig | None = None,
+    ) -> None:
+        check_limit(model.config, limit, halting)
         self.model, self.cache, self.limit = model, cache, limit
         self.prompt_length = prompt.shape[1]
         self.position = prompt.long().sum(1, keepdim=True) - 1  # (B, 1), of the last token read
@@ -290,7 +299,7 @@ class CacheCompressor:
         return importance(query, candidates, real, every, attention.scale)
 
 
-def check_limit(config: ModelConfig, limit: CacheLimit) -> None:
+def check_limit(config: ModelConfig, limit: CacheLimit, halting: HaltingConfig | None = None) -> None:
     """Raises ValueError for a number out of range, or a model that caches more than keys and values."""
     budget, buffer, lambda_, window = limit
     if not 0 <= lambda_ <= 1:
@@ -306,7 +315,7 @@ def check_limit(config: ModelConfig, limit: CacheLimit) -> None:
             f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least {window + 1}, since the "
             f"last kv_window={window} tokens always stay, and the buffer at least 1"
         )
-    halting = config.recurrence.halting
+    halting = halting or config.recurrence.halting
     averages = config.recurrence.placement != "none" and halting.kind != "fixed"
     for refused, name in (
         (config.num_memory_tokens, f"num_memory_tokens={config.num_memory_tokens}"),

@@ -103,7 +103,7 @@ def edited(folder: Path, name: str, **changes: object) -> None:
         (llama_folder, {"quantization_config": {"bits": 4}}, "convert the weights to bf16 first"),
         (llama_folder, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "only llama3 is read"),
         (llama_folder, {"rope_parameters": {**LLAMA3_ROPE, "odd": 1}}, "rope_scaling.odd is not a known key"),
-        (llama_folder, {"model_type": "mistral"}, "only deepseek_v3, gpt2, llama can be imported"),
+        (llama_folder, {"model_type": "mistral"}, "only deepseek_v3, gpt2, llama, zeromodel can be imported"),
         (llama_folder, {"vocab_size": 300}, "tokens, but config.json has vocab_size=300"),
         (gpt2_folder, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (gpt2_folder, {"activation_function": "relu"}, "activation_function='relu', but only 'gelu_new'"),

@@ -35,7 +35,7 @@ from pretrain.process_group import all_reduce_sum, init_process_group, rank, wor
 from pretrain.saver import Saver
 from pretrain.trainer import update_router_biases
 
-ROWS, T, LR, STEPS, DECAY, CLIP = 8, 13, 1e-2, 3, 0.3, 0.3
+ROWS, T, LR, STEPS, DECAY, CLIP = 8, 13, 3e-3, 3, 0.3, 0.3
 MUON_LR = 0.02
 DS_CONFIGS = {1: "ds_configs/zero1.json", 2: "ds_configs/zero2.json", 3: "ds_configs/zero3_ep.json"}
 SIZES: dict[str, Any] = {
@@ -209,7 +209,7 @@ def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
 
 
 def save_start(folder: Path) -> None:
-    model = ZeroModel(START, seed=5)
+    model = ZeroModel(START, seed=6)
     for layer in model.moe_layers():
         layer.gate.e_score_correction_bias.copy_(torch.tensor([0.1, -0.2, 0.05, 0.05]))
     save_weights(folder, START, dict(model.state_dict()))
