@@ -87,11 +87,7 @@ def recomputed_flops_per_token(
 def cached_numbers(config: ModelConfig, num_steps: int | None = None) -> int:
     """Keys and values, or latents, that decoding keeps per token, over all layers and loop steps."""
     r, steps = config.recurrence, num_steps or config.recurrence.num_steps
-    width = (
-        config.kv_lora_rank + config.qk_rope_head_dim
-        if config.use_mla
-        else 2 * config.kv_heads * config.plain_head_dim
-    )
+    width = sum(config.held_widths) if config.use_mla else 2 * config.kv_heads * config.plain_head_dim
     slots = 1 + slot_of(r, steps - 1)
     runs = [min(config.runs_of_layer(i, steps), slots) for i in range(config.num_hidden_layers)]
     return sum(runs) * width * config.positions_per_token
