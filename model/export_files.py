@@ -68,7 +68,7 @@ def load_config(directory: str | Path) -> ModelConfig:
             f"{directory} --out DIR"
         )
     try:
-        config = ModelConfig.from_dict(values)
+        config = ModelConfig.from_stored(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     weights = Path(directory) / WEIGHTS_NAME

@@ -116,7 +116,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         universal = convert_to_universal(folder, Path(scratch))
         weights = dict(universal_weights(universal))
-    config = ModelConfig.from_dict(state.model)
+    config = ModelConfig.from_stored(state.model)
     with torch.device("meta"):
         expected = ZeroModel(config).state_dict()
     exports = {out: weights}

@@ -132,6 +132,8 @@ def beyond_deepseek(config: ModelConfig) -> str | None:
         (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
         (not config.use_mla, "use_mla=false"),
         (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
+        (config.qk_norm, "qk_norm=true"),
+        (not config.rms_norm_affine, "rms_norm_affine=false"),
         (config.tie_word_embeddings, "tie_word_embeddings=true"),
         (config.qkv_bias, "qkv_bias=true"),
         (not config.latent_norm, "latent_norm=false"),
@@ -169,7 +171,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     if OWN_CONFIG in values:
         if not isinstance(values[OWN_CONFIG], dict):
             raise ValueError(f"config.json: {OWN_CONFIG}={values[OWN_CONFIG]!r} is not a section; delete it")
-        own = ModelConfig.from_dict(values[OWN_CONFIG])
+        own = ModelConfig.from_stored(values[OWN_CONFIG])
         written = hf_config(own)
         for name in names:
             if given[name] != written[name]:

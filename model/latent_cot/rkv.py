@@ -170,16 +170,8 @@ def cached_keys(model: LanguageModel, layer: int, held: Tensor) -> tuple[Tensor,
         Rotated keys (B, S, G, K) and values (B, S, G, V); for latent attention, of all H heads, reconstructed
         from the latents.
     """
-    c = model.config
-    if not c.use_mla:
-        keys, values = held.unflatten(-1, (-1, c.plain_head_dim)).chunk(2, 2)
-        return keys, values
-    attention = model.attention_layer(layer)
-    latent, k_rope = held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-    expanded = attention.kv_b_proj(latent).unflatten(-1, (c.num_attention_heads, -1))
-    k_nope, values = expanded.split([c.qk_nope_head_dim, c.v_head_dim], -1)
-    k_rope = k_rope[:, :, None].expand(-1, -1, c.num_attention_heads, -1)
-    return torch.cat((k_nope, k_rope), -1), values
+    keys, values = model.attention_layer(layer).keys_and_values(held)
+    return keys, values
 
 
 def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

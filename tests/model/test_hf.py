@@ -237,7 +237,9 @@ def test_the_config_says_what_vllm_reads():
         ({"use_mla": False}, "cannot express use_mla=false"),
         ({"num_pause_tokens": 2}, "cannot express num_pause_tokens=2"),
         ({"embedding_mixing": 4}, "cannot express embedding_mixing=4"),
-        ({"use_moe": False, "hidden_act": "relu2"}, "cannot express hidden_act=relu2"),
+        ({"hidden_act": "relu2"}, "cannot express hidden_act=relu2"),
+        ({"qk_norm": True}, "cannot express qk_norm=true"),
+        ({"rms_norm_affine": False}, "cannot express rms_norm_affine=false"),
         ({"use_moe": False, "num_nextn_predict_layers": 1}, "multi-token prediction with a dense layer"),
     ],
 )
