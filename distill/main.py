@@ -16,12 +16,12 @@ from data_pipeline.sources.documents import ANSWER_PREFIX
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import with_method
 from distill.student import Student
-from model.export_files import TOKENIZER_NAME
+from model.export_files import TOKENIZER_NAME, TRAINING_ONLY
 from pretrain.config import RunConfig
 from pretrain.main import argument_parser, start
 from pretrain.setup import Outline, Run, prepare
 
-NEW = "latent_thoughts."  # the parameters that the given weights may lack
+NEW = ("latent_thoughts.", TRAINING_ONLY)  # the parameters that the given weights may lack
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def prepare_distillation(arguments: argparse.Namespace) -> Outline:
             config.model = with_data(config.model, Tokenizer(loader.tokenizer_path), config.max_steps)
 
     given = (arguments.config, arguments.ds_config, arguments.overrides)
-    run = prepare(*given, complete, init, arguments.dry_run, Student, (NEW,))
+    run = prepare(*given, complete, init, arguments.dry_run, Student, NEW)
     distillation = run.model_config.distillation
     # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
     # layers through their keys and values, bypassing it; KaVa also reads kv_b_proj outside its layer.

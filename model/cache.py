@@ -158,6 +158,10 @@ class LatentCache:
         """Numbers held for the tokens seen (spare capacity not counted)."""
         return sum(s[:, : self.length].numel() for s in self._slots.values())
 
+    def nbytes(self) -> int:
+        """Bytes of these numbers."""
+        return sum(s[:, : self.length].nbytes for s in self._slots.values())
+
 
 def _first(held: Tensor, count: int) -> Tensor:
     """The first `count` entries of (B, S, W); a slice of all entries would cost a copy in backward."""

@@ -22,7 +22,7 @@ class CausalMixing(nn.Module):
     def __init__(self, width: int, taps: int, initial_std: float = 0.0) -> None:
         super().__init__()
         self.initial_std = initial_std
-        self.weight = nn.Parameter(torch.empty(taps, width))
+        self.weight = nn.Parameter(torch.zeros(taps, width))
 
     def forward(self, x: Tensor, context: AttentionContext, slot: Slot) -> Tensor:
         """x (B, T, W) -> (B, T, W)."""

@@ -144,6 +144,15 @@ def build_context(
     return context
 
 
+def causal_context(config: ModelConfig, x: Tensor) -> AttentionContext:
+    """For a layer by itself: every row of x (B, T, D) is one document, from position 0, without padding."""
+    length = x.shape[1] // config.positions_per_token
+    tokens = torch.zeros(len(x), length, dtype=torch.int64, device=x.device)
+    context = build_context(config, ExecutionConfig(), x.dtype, tokens)
+    context.num_steps, context.backprop_steps = config.recurrence.num_steps, config.recurrence.backprop_steps
+    return context
+
+
 def _choose_backend(
     context: AttentionContext, backend: str, parallel_cache: bool, tokens: Tensor, cu_seqlens: Tensor | None
 ) -> None:

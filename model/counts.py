@@ -87,11 +87,7 @@ def recomputed_flops_per_token(
 def cached_numbers(config: ModelConfig, num_steps: int | None = None) -> int:
     """Keys and values, or latents, that decoding keeps per token, over all layers and loop steps."""
     r, steps = config.recurrence, num_steps or config.recurrence.num_steps
-    width = (
-        config.kv_lora_rank + config.qk_rope_head_dim
-        if config.use_mla
-        else 2 * config.kv_heads * config.plain_head_dim
-    )
+    width = sum(config.held_widths) if config.use_mla else 2 * config.kv_heads * config.plain_head_dim
     slots = 1 + slot_of(r, steps - 1)
     runs = [min(config.runs_of_layer(i, steps), slots) for i in range(config.num_hidden_layers)]
     return sum(runs) * width * config.positions_per_token
@@ -124,8 +120,8 @@ def _layer_parameters(config: ModelConfig, layer: int, experts: int) -> int:
     if config.use_mla:
         norms += _norm(config, config.kv_lora_rank) * config.latent_norm
         norms += _norm(config, config.q_lora_rank or 0)
-    elif config.qk_norm:
-        norms += 2 * _norm(config, config.plain_head_dim)
+    if config.qk_norm:
+        norms += 2 * _norm(config, config.qk_head_dim if config.use_mla else config.plain_head_dim)
     weights = _attention_weights(config) + _feed_forward_weights(config, layer, experts)
     return norms + weights + _biases(config)
 
@@ -171,9 +167,10 @@ def _attention_weights(config: ModelConfig) -> int:
 
 def _feed_forward_weights(config: ModelConfig, layer: int, experts: int) -> int:
     d = config.hidden_size
+    matrices = 3 if config.hidden_act == "silu" else 2
     if not config.is_moe_layer(layer):
-        return (3 if config.hidden_act == "silu" else 2) * d * config.intermediate_size
-    expert = 3 * d * config.moe_intermediate_size
+        return matrices * d * config.intermediate_size
+    expert = matrices * d * config.moe_intermediate_size
     return (experts + config.n_shared_experts) * expert + d * config.n_routed_experts
 
 
@@ -222,7 +219,7 @@ def _key_weights(config: ModelConfig) -> int:
         rotary = config.kv_lora_rank * config.qk_rope_head_dim
         total += 0 if r.key_source == "hidden" else rotary
         if r.key_source == "latent":  # replaces the key from the hidden state
-            total -= (config.hidden_size + config.qkv_bias) * config.qk_rope_head_dim
+            total -= config.hidden_size * config.qk_rope_head_dim
     return units * total
 
 
@@ -232,6 +229,8 @@ def _recurrence_parameters(config: ModelConfig) -> int:
     vectors += width * ((r.injection == "gate") + (r.update != "simple") + r.iteration_embedding)
     if r.token_local:
         vectors += _norm(config, width) + width * r.position_mixing
+    if r.key_source == "latent":  # the bias goes with the weights that _key_weights leaves out
+        vectors -= config.qkv_bias * config.qk_rope_head_dim
     if r.sandwich_norm:
         looped = sum(last - first + 1 for first, last in r.layer_ranges(config.num_hidden_layers))
         vectors += 2 * _layer_norm(config) * looped // units

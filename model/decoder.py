@@ -43,7 +43,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = layer_norm(config)
         self.compile_dense = execution.compile
         self.mlp: nn.Module = (
-            moe_class(config, execution) if config.is_moe_layer(layer) else feed_forward(config)
+            moe_class(config, execution)
+            if config.is_moe_layer(layer)
+            else feed_forward(config, config.intermediate_size)
         )
 
         r = config.recurrence

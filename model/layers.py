@@ -84,8 +84,17 @@ class Linear(nn.Linear):
         initial_bias: float = 0.0,
         zero: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias)
         self.initial_bias, self.zero = initial_bias, zero
+        super().__init__(in_features, out_features, bias)
+
+    def reset_parameters(self) -> None:
+        """torch's initial weights, for modules used by themselves; see initialization.py for a model's."""
+        super().reset_parameters()
+        with torch.no_grad():
+            if self.zero:
+                self.weight.zero_()
+            if self.bias is not None:
+                self.bias.fill_(self.initial_bias)
 
     def forward(self, input: Tensor) -> Tensor:
         out = linear(input, self.weight)
@@ -115,6 +124,26 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.width,), self.weight, self.eps)
+
+
+class SharedKeyNorm(RMSNorm):
+    """RMSNorm of every head's whole key [k_nope | k_rope], whose rotated part all heads share.
+
+    The learned scale is the same for all heads: that of k_rope applies before the rotation, that of k_nope
+    moves into the query. What is left differs by head: 1/rms, a factor of all products with the key.
+    """
+
+    def forward(  # type: ignore[override]
+        self, q_nope: Tensor, k_nope: Tensor, k_rope: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q_nope, k_nope (B, T, H, N), k_rope (B, T, R) not rotated -> q_nope, k_rope, 1/rms (B, T, H)."""
+        wide = torch.promote_types(k_nope.dtype, torch.float32)
+        squares = k_nope.square().sum(-1, dtype=wide) + k_rope.square().sum(-1, dtype=wide)[..., None]
+        inverse_rms = (squares / self.width + self.eps).rsqrt().to(k_nope.dtype)
+        if self.weight is None:
+            return q_nope, k_rope, inverse_rms
+        of_nope, of_rope = self.weight.split([k_nope.shape[-1], k_rope.shape[-1]])
+        return q_nope * of_nope, k_rope * of_rope, inverse_rms
 
 
 def layer_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
@@ -245,6 +274,34 @@ class GatedFeedForward(torch.autograd.Function):
         return grad_x.to(dtype), grad_w1.to(dtype), grad_w3.to(dtype), grad_w2.to(dtype), None, None
 
 
+class SquaredReluFeedForward(torch.autograd.Function):
+    """down(relu(up(x))^2) that keeps only x and up(x), in the dtype of x.
+
+    Squared ReLU: Primer, arXiv 2109.08668, section 3.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, products: Products, dtype: torch.dtype
+    ) -> Tensor:
+        """x (n, D), w1 (up) (..., F, D), w2 (down) (..., D, F) -> (n, D); dtype: of the products."""
+        up = products.forward(x.to(dtype), w1.to(dtype))
+        ctx.save_for_backward(x, up.to(x.dtype), w1, w2)
+        ctx.products, ctx.product_dtype = products, dtype
+        return products.forward(F.relu(up).square_(), w2.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, up, w1, w2 = (t.to(ctx.product_dtype) for t in ctx.saved_tensors)
+        products, grad = ctx.products, grads[0].to(ctx.product_dtype).contiguous()
+        opened = F.relu(up)
+        grad_w2 = products.to_weight(grad, opened.square())
+        grad_up = products.to_rows(grad, w2).mul_(opened).mul_(2)
+        grad_x, grad_w1 = products.to_rows(grad_up, w1), products.to_weight(grad_up, x)
+        dtype = grads[0].dtype
+        return grad_x.to(dtype), grad_w1.to(dtype), grad_w2.to(dtype), None, None
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products of x are computed."""
     return torch.float32 if upcasts(x) else x.dtype
@@ -271,26 +328,30 @@ class SwiGLU(nn.Module):
 class UngatedFeedForward(nn.Module):
     """Feed-forward layer without a gate, down(act(up(x))).
 
-    act: relu2, relu(x)^2 (Primer, arXiv 2109.08668, section 3), or gelu by its tanh approximation
-    (Hendrycks & Gimpel 2016), as GPT-2 has it.
+    Args:
+        act: relu2, relu(x)^2, or gelu by its tanh approximation (Hendrycks & Gimpel 2016), as GPT-2 has it.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, act: str, bias: bool) -> None:
         super().__init__()
-        self.gelu = config.hidden_act == "gelu"
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.use_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.use_bias)
+        self.gelu = act == "gelu"
+        self.up_proj = Linear(hidden_size, intermediate_size, bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        return self.down_proj(F.gelu(up, approximate="tanh") if self.gelu else F.relu(up).square())
+        fused = not self.gelu and isinstance(self.up_proj, Linear) and self.up_proj.bias is None
+        if few_rows(x) or not fused:  # adapted, see pretrain/lora.py, or as in GPT-2
+            up = self.up_proj(x)
+            return self.down_proj(F.gelu(up, approximate="tanh") if self.gelu else F.relu(up).square())
+        up, down, rows = self.up_proj.weight, self.down_proj.weight, x.reshape(-1, x.shape[-1])
+        return SquaredReluFeedForward.apply(rows, up, down, DENSE, product_dtype(x)).view_as(x)
 
 
-def feed_forward(config: ModelConfig) -> SwiGLU | UngatedFeedForward:
-    """The dense feed-forward layer of a config."""
+def feed_forward(config: ModelConfig, width: int) -> SwiGLU | UngatedFeedForward:
+    """A dense feed-forward layer of a config, or shared experts: `width` wide."""
     if config.hidden_act == "silu":
-        return SwiGLU(config.hidden_size, config.intermediate_size)
-    return UngatedFeedForward(config)
+        return SwiGLU(config.hidden_size, width)
+    return UngatedFeedForward(config.hidden_size, width, config.hidden_act, config.use_bias)
 
 
 def maybe_compiled(module: nn.Module, compiled: bool, *inputs: Any) -> Any:

@@ -14,8 +14,9 @@ from model.config.execution import ExecutionConfig, expert_backend
 from model.config.model import ModelConfig
 from model.layers import (
     GatedFeedForward,
-    SwiGLU,
+    SquaredReluFeedForward,
     at_least_fp32,
+    feed_forward,
     few_rows,
     linear,
     maybe_compiled,
@@ -113,16 +114,22 @@ def inverse_permutation(order: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """Stacked SwiGLU experts; w1 is the gate, w3 the up and w2 the down projection (DeepSpeed's names)."""
+    """Stacked experts, in DeepSpeed's names.
+
+    SwiGLU: w1 is the gate, w3 the up and w2 the down projection. Squared ReLU: w1 is up, w2 down; no w3.
+    """
+
+    w3: Tensor
 
     def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
         self.expert_ids, self.execution = expert_ids, execution  # global numbers of the experts held here
         E, D, width = len(expert_ids), config.hidden_size, config.moe_intermediate_size
-        self.widths = (D, width)
+        self.widths, self.gated = (D, width), config.hidden_act == "silu"
         self.w1 = nn.Parameter(torch.empty(E, width, D))
         self.w2 = nn.Parameter(torch.empty(E, D, width))
-        self.w3 = nn.Parameter(torch.empty(E, width, D))
+        if self.gated:
+            self.w3 = nn.Parameter(torch.empty(E, width, D))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x (rows sorted by expert, D) and the rows of each expert (E,) -> (rows, D).
@@ -132,16 +139,22 @@ class Experts(nn.Module):
         backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
         if few_rows(x) and len(x):
             return self._decode(x, counts)
-        products = expert_products(backend, counts)
-        return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, product_dtype(x))
+        products, dtype = expert_products(backend, counts), product_dtype(x)
+        if not self.gated:
+            return SquaredReluFeedForward.apply(x, self.w1, self.w2, products, dtype)
+        return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, dtype)
 
     def _decode(self, x: Tensor, counts: Tensor) -> Tensor:
         """As forward, for few rows without gradients: rows become columns, idle experts cost nothing."""
         dtype, outputs = product_dtype(x), []
         for expert, columns in enumerate(x.to(dtype).T.split(counts.tolist(), 1)):
             if columns.shape[1]:
-                w1, w2, w3 = (w[expert].to(dtype) for w in (self.w1, self.w2, self.w3))
-                outputs.append(w2 @ (F.silu(w1 @ columns) * (w3 @ columns)))
+                hidden = self.w1[expert].to(dtype) @ columns
+                if self.gated:
+                    hidden = F.silu(hidden) * (self.w3[expert].to(dtype) @ columns)
+                else:
+                    hidden = F.relu(hidden).square()
+                outputs.append(self.w2[expert].to(dtype) @ hidden)
         return torch.cat(outputs, 1).T.to(x.dtype)
 
 
@@ -157,7 +170,7 @@ class MoE(nn.Module):
         self.experts = self.build_experts()
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = SwiGLU(config.hidden_size, width)
+            self.shared_experts = feed_forward(config, width)
         # Tokens routed to each expert in training since the last bias update, summed over loop steps.
         self.register_buffer(
             "load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False

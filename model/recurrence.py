@@ -69,7 +69,12 @@ class LatentReasoningUnit(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, width: int, name: str, layers: Sequence[int], recompute_steps: bool
+        self,
+        config: ModelConfig,
+        width: int,
+        name: str = "loop0",
+        layers: Sequence[int] = (),
+        recompute_steps: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.name, self.layers = config.recurrence, name, layers
@@ -139,6 +144,17 @@ class LatentReasoningUnit(nn.Module):
             context.depths,
         )
         return LoopResult(result, trace, states[1:], extras)
+
+    def refine(self, latent: Tensor, core: Callable[[Tensor], Tensor]) -> LoopResult:
+        """The unit by itself, with any module as its core.
+
+        Args:
+            latent: (B, T, W); every row is one document without padding.
+            core: (B, T, W) -> (B, T, W), run in every step on what the config injects into the state.
+        """
+        r = self.config
+        context = AttentionContext(recurrence=r, num_steps=r.num_steps, backprop_steps=r.backprop_steps)
+        return self(latent, lambda x, *_: CoreOutput(core(x), {}), context)
 
     def _step(
         self,

@@ -230,7 +230,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
             f"checkpoint {folder} began with given weights, but this run has no --init; give the same --init "
             "or another output_dir"
         )
-    recorded = ModelConfig.from_dict(found.model).to_dict()
+    recorded = ModelConfig.from_stored(found.model).to_dict()
     for key, ours in wanted.model.items():
         theirs = recorded[key]
         if theirs != ours and key != "preset":

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from omegaconf import OmegaConf
 
+from model.config.unused import unused_keys
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
 from pretrain.depths import deepest
 from pretrain.planning.communication import gather_schedule
@@ -37,6 +38,7 @@ def describe(run: Outline) -> str:
         f"starts from      {_start(run)}, ends after step {config.max_steps}",
         *([] if run.start is None else [f"weights          {run.start.summary()}", *run.start.notes()[1:]]),
         f"data             {_data(run)}",
+        *(f"set but unused   {line}" for line in unused_keys(model)),
         f"parameters       {total:,} ({active:,} active per token)",
         f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, at {depths}",
         f"per step         {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",

@@ -34,6 +34,7 @@ from pretrain.ema import MovingAverage, average_files, read_average
 from pretrain.expert_parallel import (
     create_groups,
     expert_parallel_class,
+    experts_in_checkpoints,
     gather_experts,
     is_expert,
     local_experts,
@@ -223,9 +224,10 @@ class Engine:
                 f"nothing is saved any more, since {broken} holds NaN or infinity; the older checkpoints are "
                 "untouched: lower optimizer.lr, then run the same command again"
             )
-        self.deepspeed.save_checkpoint(
-            ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.freezes
-        )
+        with experts_in_checkpoints(self.model.config.hidden_act):
+            self.deepspeed.save_checkpoint(
+                ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.freezes
+            )
         files, self.snapshots.files = self.snapshots.files, {}
         if self.muon:
             store_momentum(self.deepspeed.optimizer, files)

@@ -6,11 +6,15 @@ expert-data-parallel group, sum their gradients there and count them once in the
 Shapes: n rows sent here, m rows received, D hidden, E experts, L = E / ep_size local experts.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
+from deepspeed.checkpoint import autoep_universal, ds_to_universal
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -25,6 +29,7 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import stage3
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -101,6 +106,45 @@ class _AutoEPMarker(AutoEPMoELayer):
         """Nothing to do: the groups exist before the model is built."""
 
 
+# Where DeepSpeed lists the experts' tensors w1, w2 and w3, while it saves and converts checkpoints.
+_LISTS = (
+    (DeepSpeedEngine, "_autoep_expert_parameter_names"),
+    (ds_to_universal, "_autoep_expert_param_info"),
+    (autoep_universal, "get_autoep_zero12_expert_param_info"),
+)
+
+
+@contextmanager
+def experts_in_checkpoints(hidden_act: str) -> Iterator[None]:
+    """Inside, DeepSpeed saves and converts checkpoints of a model's experts, also if they have no w3."""
+
+    def without_w3(original: Any) -> Any:
+        def found(*arguments: Any) -> Any:
+            names = original(*arguments)
+            kept = [name for name in names if not name.endswith(".w3")]
+            return {name: names[name] for name in kept} if isinstance(names, dict) else set(kept)
+
+        return staticmethod(found)
+
+    with ExitStack() as stack:
+        for owner, name in () if hidden_act == "silu" else _LISTS:
+            stack.enter_context(patch.object(owner, name, without_w3(getattr(owner, name))))
+        yield
+
+
+class _UngatedExperts(Experts):
+    """Experts of two matrices. DeepSpeed's checkpoints name three, so that it finds an empty w3."""
+
+    def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
+        super().__init__(config, expert_ids, execution)
+        # Neither parameter nor buffer; DeepSpeed takes what needs no gradient for frozen.
+        self.w3 = torch.empty(len(expert_ids), 0, config.hidden_size, requires_grad=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}w3", None)  # what ZeRO-1 and 2 have saved of it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
 class _SpreadMoE(MoE):
     """MoE with its experts spread over the ranks of an expert-parallel group; only run_experts differs."""
 
@@ -120,12 +164,13 @@ class _SpreadMoE(MoE):
 
     def build_experts(self) -> Experts:
         first = self.ep_rank * self.num_local_experts
-        experts = Experts(self.config, range(first, first + self.num_local_experts), self.execution)
-        for parameter in experts.parameters():
-            self._mark(parameter)
+        kind = Experts if self.config.hidden_act == "silu" else _UngatedExperts
+        experts = kind(self.config, range(first, first + self.num_local_experts), self.execution)
+        for stacked in (experts.w1, experts.w2, experts.w3):
+            self._mark(stacked)
         return experts
 
-    def _mark(self, parameter: nn.Parameter) -> None:
+    def _mark(self, parameter: Tensor) -> None:
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         marks = {

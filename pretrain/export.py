@@ -19,7 +19,13 @@ from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
-from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, require_finite, save_weights
+from model.export_files import (
+    TOKENIZER_NAME,
+    TRAINING_DATA_NAME,
+    TRAINING_ONLY,
+    require_finite,
+    save_weights,
+)
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
 from pretrain.init import base_weights
@@ -53,6 +59,7 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
     Raises:
         ValueError: a weight is not finite; nothing is written.
     """
+    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING_ONLY)}
     require_finite(weights, f"the weights to export to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
@@ -109,7 +116,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         universal = convert_to_universal(folder, Path(scratch))
         weights = dict(universal_weights(universal))
-    config = ModelConfig.from_dict(state.model)
+    config = ModelConfig.from_stored(state.model)
     with torch.device("meta"):
         expected = ZeroModel(config).state_dict()
     exports = {out: weights}
@@ -121,6 +128,7 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     for target, parameters in exports.items():
         values = parameters | own_buffers
         values = with_base(run, values, state)
+        values = {name: value for name, value in values.items() if not name.startswith(TRAINING_ONLY)}
         for name in sorted(values.keys() | expected.keys()):
             found, wanted = (of[name].numel() if name in of else None for of in (values, expected))
             if found != wanted:

@@ -117,7 +117,7 @@ def find(folder: Path, run: Path) -> tuple[Source, Path | None]:
 def _recorded(folder: Path, run: Path) -> tuple[Source, Path | None]:
     try:
         source = from_plain(Source, read_object(run / RECORD, "give --init its folder"), RECORD)
-        ModelConfig.from_dict(source.config)
+        ModelConfig.from_stored(source.config)
     except ValueError as error:
         raise ValueError(f"--init {folder} is missing, and {run / RECORD}: {error_line(error)}") from None
     if source.folder != str(folder.absolute()):

@@ -23,6 +23,7 @@ from common.errors import user_errors
 from common.files import write_file, write_json
 from common.locks import FolderInUseError, FolderLock
 from data_pipeline.errors import DataError
+from model.config.unused import unused_keys
 from model.counts import num_parameters
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
 from pretrain import checkpoint, init
@@ -111,6 +112,8 @@ def _join(run: Run) -> None:
     problem = _hold(run.folder) if run.rank == 0 else None
     if on_any_rank(problem is not None):
         raise ValueError(problem)
+    for line in unused_keys(run.model_config) if run.rank == 0 else ():
+        print(line)
     parts = (asdict(run.config), run.ds_config, asdict(run.state))
     if not equal_on_all_ranks(json.dumps(parts, sort_keys=True, default=str)):
         raise ValueError(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from common.files import writing_failed
 from pretrain.checkpoint import read
+from pretrain.expert_parallel import experts_in_checkpoints
 from pretrain.muon import MOMENTUM, optimizer_states
 
 # Python 3.11.2 (Debian 12) would pickle an enumeration as a call to getattr, which no reader should allow.
@@ -80,7 +81,8 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         ValueError: an older version stored Muon's momentum, which DeepSpeed does not convert.
         OSError: the disk is full.
     """
-    if read(checkpoint)[0].optimizer == "muon" and _holds_momentum(checkpoint):
+    state = read(checkpoint)[0]
+    if state.optimizer == "muon" and _holds_momentum(checkpoint):
         raise ValueError(
             f"checkpoint {checkpoint} of an older version stores Muon's momentum for one layout; resume the "
             "run with the same ranks, ep_size and ZeRO stage: its next checkpoint can be converted"
@@ -95,8 +97,9 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         strict=True,
         inject_missing_state=True,
     )
+    experts = experts_in_checkpoints(state.model.get("hidden_act", "silu"))
     try:
-        with no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with experts, no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             ds_to_universal.main(arguments)
     except RuntimeError as error:
         if "inline_container" not in str(error):

@@ -151,7 +151,7 @@ def _read_model(path: Path) -> tuple[ModelConfig | None, str | None]:
         return None, "export/config.json is missing (the run has not exported yet)."
     values = read_json(path)
     try:
-        model = ModelConfig.from_dict(values)
+        model = ModelConfig.from_stored(values)
     except ValueError as error:  # of an older version; its scores are still worth showing
         return None, f"export/config.json cannot be read: {error}"
     if model.num_hidden_layers > MAX_LAYERS:

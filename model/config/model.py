@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from common.schema import Count, CountOrZero, Limits, Weight, check_fields, checked_values, from_plain
 from model.config.distillation import DistillationConfig
 from model.config.latent_cot import LatentCoTConfig, check_latent_cot
-from model.config.presets import PRESETS
+from model.config.presets import PLAIN_ATTENTION, PRESETS
 from model.config.recurrence import RecurrenceConfig, check_recurrence
 from model.config.rope import Llama3RopeConfig, YarnConfig, check_rope_scaling
 
@@ -40,7 +40,7 @@ class ModelConfig:
     # queries, keys and Latent Reasoning Units are always RMSNorm.
     norm: str = "rms_norm"
     rms_norm_eps: Annotated[float, Limits(above=0, most=1)] = 1e-6  # for either kind
-    rms_norm_affine: bool = True  # learned scales in RMSNorm; false needs use_mla=false
+    rms_norm_affine: bool = True  # learned scales in RMSNorm
     # rope | learned: a table of max_position_embeddings vectors, added to the embeddings
     position_embedding: str = "rope"
     rope_theta: Annotated[float, Limits(above=1, most=10**15)] = 10000.0
@@ -57,6 +57,7 @@ class ModelConfig:
     embedding_mixing: CountOrZero = 0  # width of a causal depthwise convolution over the embeddings; 0: none
     num_attention_heads: Count = 4
     use_mla: bool = True  # multi-head latent attention; false: grouped-query attention
+    qk_norm: bool = False  # RMSNorm on every head's whole query and key, before they are rotated
     # Multi-head latent attention
     q_lora_rank: Count | None = None  # None: queries are projected directly
     kv_lora_rank: Count = 64  # width of the cached latent
@@ -67,10 +68,9 @@ class ModelConfig:
     # Grouped-query attention
     num_key_value_heads: Count | None = None  # None: as many as query heads
     head_dim: Count | None = None  # None: hidden_size / num_attention_heads
-    qk_norm: bool = False  # RMSNorm on every head's query and key, before they are rotated
     # Feed-forward layers
     use_moe: bool = True  # mixture of experts; false: every layer is dense
-    # silu: SwiGLU | without a gate, and only with use_moe=false: relu2 (squared ReLU), gelu (by tanh, GPT-2)
+    # silu: SwiGLU | without a gate: relu2 (squared ReLU), gelu (by tanh, GPT-2; needs use_moe=false)
     hidden_act: str = "silu"
     intermediate_size: Count = 688  # width of a dense feed-forward layer
     # Mixture of experts
@@ -126,6 +126,12 @@ class ModelConfig:
                 f"model.num_attention_heads={self.num_attention_heads} leaves heads without width at "
                 f"hidden_size={self.hidden_size}; lower it or set head_dim"
             )
+        for key in _PLAIN_ATTENTION_KEYS if self.use_mla else ():
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"model.{key}={getattr(self, key)} is for plain attention and does nothing with "
+                    "use_mla=true; leave it out or set use_mla=false"
+                )
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -154,9 +160,6 @@ class ModelConfig:
         """Options that only plain attention and plain feed-forward layers have, and what excludes what."""
         both = ("use_mla", "use_moe")
         needs: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
-            ("qk_norm", self.qk_norm, ("use_mla",)),
-            ("rms_norm_affine=false", not self.rms_norm_affine, ("use_mla",)),
-            (f"hidden_act={self.hidden_act}", self.hidden_act != "silu", ("use_moe",)),
             ("hidden_act=gelu", self.hidden_act == "gelu", both),
             ("norm=layer_norm", self.norm == "layer_norm", both),
             ("use_bias=true", self.use_bias, both),
@@ -272,7 +275,7 @@ class ModelConfig:
             f"recurrence.halting.kind={self.recurrence.halting.kind}": halts,
             "use_moe=true without a teacher's pass": self.has_experts and not distillation.needs_teacher,
         }
-        distillation.check(self.latent_cot.num_latents, others)
+        distillation.check(self.latent_cot.num_latents, others, self.kv_widths)
 
     @property
     def qk_head_dim(self) -> int:
@@ -284,6 +287,13 @@ class ModelConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
+    def kv_widths(self) -> tuple[int, int]:
+        """Numbers of all heads' keys, and of all heads' values, that attention compares for one token."""
+        if self.use_mla:
+            return self.num_attention_heads * self.qk_head_dim, self.num_attention_heads * self.v_head_dim
+        return self.kv_heads * self.plain_head_dim, self.kv_heads * self.plain_head_dim
+
+    @property
     def kv_heads(self) -> int:
         """Key-value heads of grouped-query attention."""
         return self.num_key_value_heads or self.num_attention_heads
@@ -292,6 +302,11 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """Width that is rotated in every head."""
         return self.qk_rope_head_dim if self.use_mla else self.plain_head_dim
+
+    @property
+    def held_widths(self) -> list[int]:
+        """Numbers that latent attention caches per token: latent, rotated key, with qk_norm 1/rms by head."""
+        return [self.kv_lora_rank, self.qk_rope_head_dim] + [self.num_attention_heads] * self.qk_norm
 
     @property
     def learned_positions(self) -> bool:
@@ -358,10 +373,18 @@ class ModelConfig:
                 raise ValueError(
                     f"model.preset={preset!r} is unknown; choose one of {', '.join(sorted(PRESETS))}"
                 )
-            base = PRESETS[preset]
+            plain = {} if values.get("use_mla", True) else PLAIN_ATTENTION.get(preset, {})
+            base = PRESETS[preset] | plain
             recurrence = {**base.get("recurrence", {}), **values.get("recurrence", {})}
             values = {**base, **values, "recurrence": recurrence}
         return from_plain(cls, values, "model")
+
+    @classmethod
+    def from_stored(cls, values: dict[str, Any]) -> "ModelConfig":
+        """As from_dict, of what any version's to_dict wrote: keys that were ignored then are dropped."""
+        if isinstance(values, dict) and values.get("use_mla", True):
+            values = {key: value for key, value in values.items() if key not in _PLAIN_ATTENTION_KEYS}
+        return cls.from_dict(values)
 
     @classmethod
     def checked(cls, values: Any) -> dict[str, Any]:
@@ -378,3 +401,4 @@ _CHOICES = {
     "norm": ("rms_norm", "layer_norm"),
     "position_embedding": ("rope", "learned"),
 }
+_PLAIN_ATTENTION_KEYS = ("num_key_value_heads", "head_dim")

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: int) -> dict[str, Any]:
+def _nanodeepseek(layers: int, width: int, heads: int, experts: int) -> dict[str, Any]:
     """Layer, width, head and expert counts of nanoDeepSeek, with SwiGLU experts of equally many weights.
 
     Its two matrices of width 4D become three of width 8/3 D. A head is split 3:1 into an unrotated and a
@@ -15,7 +15,6 @@ def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: i
         "hidden_size": width,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
         "kv_lora_rank": width // 2,
         "qk_nope_head_dim": head * 3 // 4,
         "qk_rope_head_dim": head // 4,
@@ -29,9 +28,9 @@ def _nanodeepseek(layers: int, width: int, heads: int, kv_heads: int, experts: i
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": _nanodeepseek(layers=6, width=384, heads=4, kv_heads=4, experts=4),
-    "base": _nanodeepseek(layers=12, width=768, heads=6, kv_heads=6, experts=8),
-    "large": _nanodeepseek(layers=24, width=1536, heads=12, kv_heads=6, experts=8),
+    "small": _nanodeepseek(layers=6, width=384, heads=4, experts=4),
+    "base": _nanodeepseek(layers=12, width=768, heads=6, experts=8),
+    "large": _nanodeepseek(layers=24, width=1536, heads=12, experts=8),
     # A looped model that a laptop trains in minutes: 1 prelude, 1 core x 4, 1 coda layer.
     "nano": {
         "hidden_size": 128,
@@ -52,3 +51,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# What a preset adds with use_mla=false.
+PLAIN_ATTENTION: dict[str, dict[str, Any]] = {"large": {"num_key_value_heads": 6}}

@@ -20,6 +20,7 @@ from model.convert import folders
 from model.convert.calibration import Texts, add_text_arguments, perplexity, read_texts
 from model.convert.latent import RotatedKeys, choose_pairs, latent_config, latent_weights, rotated_keys
 from model.convert.moments import Moments, assumed, attention_layers, measured
+from model.counts import cached_numbers
 from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
 
@@ -34,7 +35,7 @@ class Ranks:
 
     kv_lora_rank: int
     qk_rope_head_dim: int
-    cached_before: int  # numbers per token and layer
+    cached_before: int  # numbers per token in one layer
     cached_after: int
     saving_percent: float
 
@@ -84,13 +85,14 @@ def convert(arguments: argparse.Namespace) -> None:
         record: dict[str, Any] = {"command": "mla", "source": str(checkpoint), **asdict(ranks)}
         record |= {"rope_pairs": new.config.rope_pairs, "energy_kept": kept}
         if texts is not None:
-            before, after = perplexity(model, texts.evaluation), perplexity(new, texts.evaluation)
+            old, now = perplexity(model, texts.evaluation), perplexity(new, texts.evaluation)
             record |= texts_record(arguments.text, texts)
-            record |= {"perplexity_before": before.to_dict(), "perplexity_after": after.to_dict()}
-            print(f"perplexity on {before.tokens:,} tokens: {before} before, {after} after")
+            record |= {"perplexity_before": old.to_dict(), "perplexity_after": now.to_dict()}
+            print(f"perplexity on {old.tokens:,} tokens: {old} before, {now} after")
         folders.write(checkpoint, out, new.config, new.state_dict(), record)
     print(f"latents keep {min(kept.values()):.1%} to {max(kept.values()):.1%} of keys and values, by layer")
-    print(f"cache: {cache_line(model.config, ranks)}")
+    before, after = cached_numbers(model.config), cached_numbers(new.config)
+    print(f"cache: {before:,} numbers per token before, {after:,} after, {ranks.saving_percent}% saved")
     print(f"wrote {out}")
 
 
@@ -198,10 +200,3 @@ def converted(prepared: Prepared, ranks: Ranks) -> tuple[ZeroModel, dict[str, fl
     new = ZeroModel(config)
     new.load_state_dict(state)
     return new.eval(), kept
-
-
-def cache_line(config: ModelConfig, ranks: Ranks) -> str:
-    """What a token takes in the cache."""
-    layers = config.num_hidden_layers
-    before, after = layers * ranks.cached_before, layers * ranks.cached_after
-    return f"{before:,} numbers per token before, {after:,} after, {ranks.saving_percent}% saved"

@@ -10,6 +10,7 @@ Shapes: E experts, D hidden, V vocabulary.
 import dataclasses
 import re
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from common.files import write_file, write_json
-from common.schema import from_plain
+from common.schema import as_type
 from model.config.model import ModelConfig
-from model.config.rope import Llama3RopeConfig, YarnConfig
+from model.config.rope import Llama3RopeConfig
 from model.export_files import (
     CONFIG_NAME,
     TOKENIZER_NAME,
@@ -29,22 +30,21 @@ from model.export_files import (
     save_weights,
 )
 from model.hf.card import write_card
-from model.hf.dense import DENSE, import_dense
+from model.hf.dense import DENSE, REFUSED, import_dense
 from model.hf.files import (
     FIX,
     MTP_NAME,
     check_config,
-    check_rope_keys,
     read_fields,
     read_headers,
     read_json,
     read_weights,
-    rope_parameters,
     take,
 )
 from model.hf.folder import refuse_stale_weights, writing
 from model.hf.own import export_own, import_own
 from model.hf.remote.section import MODEL_TYPE
+from model.hf.rope import deepseek_rope
 from model.hf.shards import DEFAULT_SIZE, size_in_bytes
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID
 from model.hf.tokenizer_export import ENDS, export_tokenizer
@@ -132,6 +132,8 @@ def beyond_deepseek(config: ModelConfig) -> str | None:
         (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
         (not config.use_mla, "use_mla=false"),
         (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
+        (config.qk_norm, "qk_norm=true"),
+        (not config.rms_norm_affine, "rms_norm_affine=false"),
         (config.tie_word_embeddings, "tie_word_embeddings=true"),
         (config.qkv_bias, "qkv_bias=true"),
         (not config.latent_norm, "latent_norm=false"),
@@ -169,7 +171,7 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
     if OWN_CONFIG in values:
         if not isinstance(values[OWN_CONFIG], dict):
             raise ValueError(f"config.json: {OWN_CONFIG}={values[OWN_CONFIG]!r} is not a section; delete it")
-        own = ModelConfig.from_dict(values[OWN_CONFIG])
+        own = ModelConfig.from_stored(values[OWN_CONFIG])
         written = hf_config(own)
         for name in names:
             if given[name] != written[name]:
@@ -178,27 +180,11 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
                     f"{written[name]!r}; delete the section or make them agree"
                 )
         return own
-    theta, yarn = _rope_from_hf(values)
+    theta, yarn = deepseek_rope(values)
     return ModelConfig.from_dict({**given, "rope_theta": theta, "rope_scaling": yarn})
 
 
 _DEFAULTS: dict[str, Any] = {"num_nextn_predict_layers": 0, "q_lora_rank": None, "initializer_range": 0.02}
-
-
-def _rope_from_hf(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Base, and the section rope_scaling."""
-    theta, kind, rope = rope_parameters(values)
-    if kind == "default":
-        return theta, None
-    known = [field.name for field in dataclasses.fields(YarnConfig)]
-    odd = sorted(set(rope) - set(known))
-    if kind != "yarn" or odd:
-        what = f"keys {', '.join(odd)}" if kind == "yarn" else f"rope_type={kind!r}"
-        raise ValueError(f"config.json scales positions by {what}; only yarn with {', '.join(known)} is read")
-    # transformers' defaults for absent keys.
-    absent: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-    check_rope_keys(rope, ("factor", "original_max_position_embeddings"))
-    return theta, dataclasses.asdict(from_plain(YarnConfig, absent | rope, "config.json: rope_scaling"))
 
 
 def to_hf(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,7 +236,10 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
             if copy in tensors and not torch.equal(tensors.pop(copy), state[original]):
                 raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
+        raise ValueError(
+            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
+            "describes another model"
+        )
     return state
 
 
@@ -343,15 +332,15 @@ def export_folder(
 def import_folder(hf: Path, out: Path) -> None:
     """Writes an export/ folder from a Hugging Face folder. None of its code is run, no pickled file is read.
 
+    A line on stderr says what is left out: code, or a tokenizer that is not there.
+
     Raises:
         ValueError, OSError: a file is missing or damaged, the model is of another kind, see also writing.
     """
     values = read_json(hf / CONFIG_NAME)
-    kind = values.get("model_type", _FIXED["model_type"])
-    kinds = (_FIXED["model_type"], *DENSE, MODEL_TYPE)
-    if kind not in kinds:
-        known = ", ".join(kinds)
-        raise ValueError(f"config.json has model_type={kind!r}; only {known} can be imported")
+    kind = _model_type(values)
+    if kind != MODEL_TYPE and ("auto_map" in values or any(hf.glob("*.py"))):
+        print(f"note: {hf} brings Python code, which is not run: {kind} is built in", file=sys.stderr)
     tokenizer: bytes | None
     if kind in DENSE:
         config, state, tokenizer = import_dense(values, hf)
@@ -366,14 +355,29 @@ def import_folder(hf: Path, out: Path) -> None:
         path = hf / TOKENIZER_NAME
         tokenizer = path.read_bytes() if path.is_file() else None
     with writing(out, "an import", is_hf=False):
+        (out / CONFIG_NAME).unlink(missing_ok=True)
         if tokenizer is None:
-            print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one next to the weights", file=sys.stderr)
+            (out / TOKENIZER_NAME).unlink(missing_ok=True)  # another model's
+            name = "tokenizer.json" if kind in DENSE else TOKENIZER_NAME
+            print(f"note: {hf} has no {name}; {out} gets no tokenizer, which eval/ needs", file=sys.stderr)
         else:
-            (out / CONFIG_NAME).unlink(missing_ok=True)
             write_file(out / TOKENIZER_NAME, tokenizer)
         if kind == MODEL_TYPE and (data := hf / TRAINING_DATA_NAME).is_file():
             write_file(out / TRAINING_DATA_NAME, data.read_bytes())
         save_weights(out, config, state)
+
+
+def _model_type(values: dict[str, Any]) -> str:
+    """The kind that config.json names. Raises ValueError for one that is not imported."""
+    kinds = (_FIXED["model_type"], *DENSE, MODEL_TYPE)
+    kind = as_type(str, values.get("model_type", kinds[0]), "config.json: model_type")
+    if kind in kinds:
+        return kind
+    close = get_close_matches(kind, kinds, n=1)
+    why = REFUSED.get(kind, f"is not {close[0]}" if close else "is unknown")
+    raise ValueError(
+        f"config.json has model_type={kind[:60]!r}, which {why}; choose a checkpoint of {', '.join(kinds)}"
+    )
 
 
 def _layer_number(name: str) -> int:

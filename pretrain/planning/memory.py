@@ -139,19 +139,26 @@ def saved_elements(
         attention = (h + 2 * c.kv_heads) * c.plain_head_dim
         out = h * c.plain_head_dim
     saved = {"norms": 4.0 * d, "attention": float(attention), "attended": float(out)}
+    if c.qk_norm and c.use_mla:  # what q_norm reads and, where k_norm scales it, gives; what 1/rms multiplies
+        up = h * (c.qk_nope_head_dim + c.v_head_dim)
+        saved["norms"] += h * c.qk_head_dim * (1 + c.rms_norm_affine) + up + c.qk_rope_head_dim + 2 * h
+    elif c.qk_norm:
+        saved["norms"] += (h + c.kv_heads) * c.plain_head_dim
     r = c.recurrence
     if r.token_local and r.range_of(layer, c.num_hidden_layers) is not None:
         inner = c.kv_lora_rank if r.placement == "kv" else d
         core = 2 * (r.latent_intermediate_size or 2 * inner)
         saved["latent loop"] = float(r.num_steps * (_unit(config, inner) + core))
+    # Squared ReLU keeps up alone. The others keep gate and up, or what goes into an activation and comes out.
+    matrices = 1.0 if c.hidden_act == "relu2" and not c.use_bias else 2.0
     if not c.is_moe_layer(layer):
-        saved["feed-forward"] = 2.0 * c.intermediate_size
+        saved["feed-forward"] = matrices * c.intermediate_size
         return saved
     k, f = c.num_experts_per_tok, c.moe_intermediate_size
     wide = 4 / element_bytes
     saved["router"] = (wide * d if wide > 1 else 0) + wide * (2 * k + c.n_routed_experts)  # its input in fp32
-    saved["experts"] = k * (skew * (d + 2.0 * f) + d)
-    saved["shared experts"] = 2.0 * c.n_shared_experts * f
+    saved["experts"] = k * (skew * (d + matrices * f) + d)
+    saved["shared experts"] = matrices * c.n_shared_experts * f
     return saved
 
 

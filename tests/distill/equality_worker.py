@@ -40,7 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "kava": {"use_mla": True},
     "coconut": {"distillation": {"stage_steps": 1}},
     "lotus": {"distillation": {"latent_block": 2}, **GPT2},
-    "kava, lora": {"use_mla": True},
+    "kava, experts on both ranks": {
+        "distillation": {"use_projection": True, "use_layernorm": True, "prj_dim": 16},
+        **EXPERTS,
+    },
+    "kava, lora": {"use_mla": True, "distillation": {"use_projection": True}},
     "codi, lora": EXPERTS,
 }
 LORA = LoraConfig(r=4, alpha=8, dropout=0.0)
@@ -70,7 +74,7 @@ def lora(method: str) -> LoraConfig | None:
 def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
     """Weights of another seed, without the new parameters."""
     state = Student(config, seed=5).state_dict()
-    return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
+    return {name: value for name, value in state.items() if not name.startswith(NEW)}
 
 
 def reference(
@@ -101,13 +105,14 @@ def distributed(
     config: ModelConfig, lora: LoraConfig | None
 ) -> tuple[list[dict[str, float]], dict[str, Tensor], int]:
     """Also the steps in the spike guard's history."""
-    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
+    ep_size = world_size() if config.has_experts and lora is None else 1
+    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, ep_size=ep_size, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())
     ds_config = load_ds_config(sys.argv[-1], run, micro, accumulation)
     with tempfile.TemporaryDirectory() as folder:
         save_weights(Path(folder), config, weights_to_start_from(config))
-        start = fit(*find(Path(folder), Path(folder)), config, InitConfig(), 1, Student, (NEW,))
+        start = fit(*find(Path(folder), Path(folder)), config, InitConfig(), ep_size, Student, NEW)
         engine = Engine(run, config, ds_config, Student, start)
     history = []
     for step in range(STEPS):

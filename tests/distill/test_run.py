@@ -26,6 +26,7 @@ def test_two_ranks_equal_one_plain_process(launch):
         "kava",
         "coconut",
         "lotus",
+        "kava, experts on both ranks",
         "kava, lora",
         "codi, lora",
     ]

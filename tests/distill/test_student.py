@@ -296,7 +296,7 @@ def test_given_keys_override_the_published_ones():
 
 
 def compare(folder: Path, config: ModelConfig) -> None:
-    fit(*find(folder, folder), config, InitConfig(), 1, Student, (NEW,))
+    fit(*find(folder, folder), config, InitConfig(), 1, Student, NEW)
 
 
 def test_the_export_is_a_plain_model(tmp_path):

@@ -90,6 +90,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "output_norm": False,
         }
     },
+    "normed": {"qk_norm": True, "q_lora_rank": 12, "rope_scaling": YARN},
+    "normed_without_scales": {"qk_norm": True, "rms_norm_affine": False, "hidden_act": "relu2"},
+    "refined_keys": {
+        "qkv_bias": True,
+        "recurrence": {"placement": "kv", "ranges": [[0, 1]], "num_steps": 2, "k_rope_source": "latent"},
+    },
     "latent_dense": {"use_moe": False},
     "multi_token": {"num_nextn_predict_layers": 2},
     "embedding_mixing": {"embedding_mixing": 4},
@@ -122,6 +128,12 @@ def build() -> Callable[..., ZeroModel]:
         for layer in model.moe_layers():  # a balancing bias that changes choices
             bias = layer.gate.e_score_correction_bias
             bias.copy_(0.1 * torch.randn(bias.shape, generator=generator))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():  # what starts at 0 or 1 shows no mistake
+                if name.endswith("_proj.bias"):
+                    parameter.normal_(0, 0.3, generator=generator)
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.uniform_(0.5, 1.5, generator=generator)
         return model
 
     return make

@@ -44,7 +44,7 @@ def make(build, attention: str, variant: str = "deepseek", **overrides) -> tuple
 
 
 @pytest.mark.parametrize("attention", ["blockwise", "flex", *ON_GPU])
-@pytest.mark.parametrize("variant", ["deepseek", "wide_values", "grouped_query", "loop"])
+@pytest.mark.parametrize("variant", ["deepseek", "wide_values", "grouped_query", "normed", "loop"])
 @pytest.mark.parametrize("packed", [False, True])
 @torch.no_grad()
 def test_attention_backends_agree_with_sdpa(build, tokens, attention, variant, packed):
@@ -121,11 +121,12 @@ def expert_model(experts: str, **overrides) -> ZeroModel:
     return ZeroModel(ModelConfig.from_dict(sizes), execution=ExecutionConfig(experts=experts))
 
 
+@pytest.mark.parametrize("hidden_act", ["silu", "relu2"])
 @pytest.mark.parametrize("starve", [False, True])
-def test_grouped_mm_equals_the_loop_in_value_and_gradient(tokens, starve):
+def test_grouped_mm_equals_the_loop_in_value_and_gradient(tokens, starve, hidden_act):
     results = []
     for experts in ("loop", "grouped_mm"):
-        model = expert_model(experts)
+        model = expert_model(experts, hidden_act=hidden_act)
         if starve:  # all tokens go to the first two experts
             for layer in model.moe_layers():
                 layer.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9, -9, -9]))

@@ -41,7 +41,8 @@ def train(build, variant: str, tokens, policy: str):
 
 @pytest.mark.parametrize("policy", ["block", "selective"])
 @pytest.mark.parametrize(
-    "name", ["deepseek", "groups", "plain", "gpt2", "grouped_query", "loop", "multi_token"]
+    "name",
+    ["deepseek", "groups", "plain", "gpt2", "grouped_query", "normed_without_scales", "loop", "multi_token"],
 )
 def test_policies_change_no_number(build, tokens, policy, name):
     loss, gradients, loads, operations, _ = train(build, name, tokens, "none")

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ModelConfig, ZeroModel
 from model.config.model import PRESETS
+from model.config.unused import unused_keys
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
 
 from .conftest import BLOCK, SMALL, VARIANTS
@@ -19,7 +20,8 @@ def test_parameter_counts_equal_the_built_model(build, variant):
     idle = config.n_routed_experts - config.num_experts_per_tok
     further = sum(p.numel() for p in model.model.mtp.parameters()) if config.num_nextn_predict_layers else 0
     layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
-    unused = sum(idle * e.experts.w1[0].numel() * 3 for e in model.moe_layers()[:layers])
+    experts = [list(e.experts.parameters()) for e in model.moe_layers()[:layers]]
+    unused = idle * sum(stacked[0].numel() for layer in experts for stacked in layer)
     assert num_parameters(config, active=True) == parameters - unused - further
 
 
@@ -77,6 +79,77 @@ def test_round_trip_and_presets():
         assert ModelConfig.from_dict(preset.to_dict()) == preset
 
 
+def test_a_preset_gives_key_value_heads_to_plain_attention_alone():
+    assert ModelConfig.from_dict({"preset": "large"}).num_key_value_heads is None
+    plain = ModelConfig.from_dict({"preset": "large", "use_mla": False})
+    assert plain.kv_heads == 6
+    assert plain.num_attention_heads == 12
+    assert (
+        ModelConfig.from_dict({"preset": "large", "use_mla": False, "num_key_value_heads": 4}).kv_heads == 4
+    )
+    assert ModelConfig.from_dict(plain.to_dict()) == plain
+
+
+def test_configs_stored_by_older_versions_are_read():
+    """They could hold keys that latent attention ignored, and lack newer ones."""
+    new = ModelConfig.from_dict({"preset": "large"})
+    older = {**new.to_dict(), "num_key_value_heads": 6, "head_dim": 128}
+    del older["rope_pairs"], older["qkv_bias"]
+    assert ModelConfig.from_stored(older) == new
+    with pytest.raises(ValueError, match="num_key_value_heads=6 is for plain attention"):
+        ModelConfig.from_dict(older)
+    plain = ModelConfig.from_dict({**PLAIN, "num_key_value_heads": 2, "head_dim": 6})
+    assert ModelConfig.from_stored(plain.to_dict()) == plain
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ({}, []),
+        ({"preset": "large"}, []),
+        ({"preset": "nano", "use_mla": False, "use_moe": False, "recurrence": {"placement": "none"}}, []),
+        (
+            {"use_mla": False, "kv_lora_rank": 24, "q_lora_rank": 8},
+            ["model.q_lora_rank=8, kv_lora_rank=24: not used with use_mla=false"],
+        ),
+        ({"use_moe": False, "n_group": 2}, ["model.n_group=2: not used with use_moe=false"]),
+        (
+            {"first_k_dense_replace": 4, "router_z_loss_weight": 0.1},
+            ["model.first_k_dense_replace=4, router_z_loss_weight=0.1: not used with dense layers alone"],
+        ),
+        (
+            {"first_k_dense_replace": 0, "intermediate_size": 96},
+            ["model.intermediate_size=96: not used with experts in every layer"],
+        ),
+        ({"mtp_loss_weight": 0.1}, ["model.mtp_loss_weight=0.1: not used with num_nextn_predict_layers=0"]),
+        (
+            {"recurrence": {"num_steps": 4, "halting": {"threshold": 0.5}}},
+            [
+                "model.recurrence.num_steps=4, recurrence.halting.threshold=0.5: not used with "
+                "recurrence.placement=none"
+            ],
+        ),
+        (
+            {"recurrence": {**BLOCK, "ema_decay": 0.5, "halting": {"threshold": 0.5, "measure": "kl"}}},
+            [
+                "model.recurrence.ema_decay=0.5: not used with cache=per_step",
+                "model.recurrence.halting.measure=kl, recurrence.halting.threshold=0.5: not used with "
+                "halting.kind=fixed",
+            ],
+        ),
+        (
+            {"recurrence": {**BLOCK, "halting": {"kind": "act", "mixture": 0.1, "ponder_prior": 0.3}}},
+            [
+                "model.recurrence.halting.mixture=0.1: not used with halting.granularity=token",
+                "model.recurrence.halting.ponder_prior=0.3: not used with halting.kind=act",
+            ],
+        ),
+    ],
+)
+def test_keys_that_do_nothing_are_named(given, lines):
+    assert unused_keys(ModelConfig.from_dict(given)) == lines
+
+
 PLAIN = {"use_mla": False, "use_moe": False}
 
 
@@ -90,9 +163,15 @@ PLAIN = {"use_mla": False, "use_moe": False}
         ({"qk_rope_head_dim": 3}, "must be even"),
         ({"use_mla": False, "head_dim": 5}, "model.head_dim=5 must be even"),
         ({"use_mla": False, "num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_v"),
-        ({"qk_norm": True}, "model.qk_norm needs the plain form; set model.use_mla=false too"),
-        ({"rms_norm_affine": False}, "rms_norm_affine=false needs the plain form"),
-        ({"hidden_act": "relu2"}, "hidden_act=relu2 needs the plain form; set model.use_moe=false too"),
+        (
+            {"num_key_value_heads": 2},
+            "num_key_value_heads=2 is for plain attention and does nothing with use_",
+        ),
+        (
+            {"head_dim": 16},
+            "head_dim=16 is for plain attention and does nothing with use_mla=true; leave it",
+        ),
+        ({"hidden_act": "gelu", "use_mla": False}, "hidden_act=gelu needs .*; set model.use_moe=false too"),
         ({"hidden_act": "tanh"}, "hidden_act='tanh' is unknown; choose one of silu, relu2, gelu"),
         ({"norm": "layer"}, "norm='layer' is unknown; choose one of rms_norm, layer_norm"),
         (

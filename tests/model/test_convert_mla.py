@@ -63,6 +63,7 @@ SOURCES: dict[str, dict[str, Any]] = {
         "recurrence": {"placement": "block", "ranges": [[1, 1]], "num_steps": 3},
     },
     "units": {"recurrence": {"placement": "post_attention", "num_steps": 2}},
+    "norms_without_scale": {"rms_norm_affine": False, "hidden_act": "relu2"},
     "multi_token": {"use_moe": True, "num_nextn_predict_layers": 1},
 }
 

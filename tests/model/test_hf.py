@@ -237,7 +237,9 @@ def test_the_config_says_what_vllm_reads():
         ({"use_mla": False}, "cannot express use_mla=false"),
         ({"num_pause_tokens": 2}, "cannot express num_pause_tokens=2"),
         ({"embedding_mixing": 4}, "cannot express embedding_mixing=4"),
-        ({"use_moe": False, "hidden_act": "relu2"}, "cannot express hidden_act=relu2"),
+        ({"hidden_act": "relu2"}, "cannot express hidden_act=relu2"),
+        ({"qk_norm": True}, "cannot express qk_norm=true"),
+        ({"rms_norm_affine": False}, "cannot express rms_norm_affine=false"),
         ({"use_moe": False, "num_nextn_predict_layers": 1}, "multi-token prediction with a dense layer"),
     ],
 )
@@ -249,10 +251,7 @@ def test_what_the_format_cannot_hold_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"model_type": "mistral"},
-            "model_type='mistral'; only deepseek_v3, gpt2, llama, zeromodel can be imported",
-        ),
+        ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2', which is not deepseek_v3; choose"),
         ({"attention_bias": True}, "attention_bias=True, but only False"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),

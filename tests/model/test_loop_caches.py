@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import ModelConfig, ZeroModel
+from model.backends.attention import attend
 from model.cache import LatentCache, kept_keys, slot_of
 from model.layers import rotate
 
@@ -22,10 +23,9 @@ APPROXIMATE = [
 ]
 
 
-def make(**options) -> ZeroModel:
-    return ZeroModel(
-        ModelConfig.from_dict({**SMALL, "use_moe": False, "recurrence": {**LOOP, **options}})
-    ).eval()
+def make(qk_norm: bool = False, **options) -> ZeroModel:
+    sizes = {**SMALL, "use_moe": False, "qk_norm": qk_norm}
+    return ZeroModel(ModelConfig.from_dict({**sizes, "recurrence": {**LOOP, **options}})).eval()
 
 
 def literal_decode(model: ZeroModel, cache: LatentCache, token: torch.Tensor) -> torch.Tensor:
@@ -38,21 +38,21 @@ def literal_decode(model: ZeroModel, cache: LatentCache, token: torch.Tensor) ->
         normed = block.input_layernorm(x)
         plain = dataclasses.replace(context, cache=None, mask=None)  # a single token sees the whole cache
         query = attention.q_proj(normed).unflatten(-1, (c.num_attention_heads, -1))
-        q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope, _ = attention._latent(normed, query.flatten(2), plain)
-        new = torch.cat((latent, rotate(k_rope, context.rotation)), -1)
+        query = attention.q_norm(query) if c.qk_norm else query
+        q_nope, q_rope = query.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        extra = []
+        if c.qk_norm:
+            q_nope, k_rope, *extra = attention.k_norm(q_nope, attention._up(latent)[0], k_rope)
+        new = torch.cat((latent, rotate(k_rope, context.rotation), *extra), -1)
         slots = (new,) if number != 1 else kept_keys(c.recurrence, kept, new, step, None)
         first = 0 if number != 1 or len(slots) > 1 else slot_of(c.recurrence, step)
         parts = [
             torch.cat((cache._slots[number, first + i][:, : cache.length], s), 1) for i, s in enumerate(slots)
         ]
         held = torch.cat(parts, 1)
-        attended = attention._attend_expanded(
-            q_nope,
-            rotate(q_rope, context.rotation),
-            *held.split([c.kv_lora_rank, c.qk_rope_head_dim], -1),
-            plain,
-        )
+        q = torch.cat((q_nope, rotate(q_rope, context.rotation)), -1)
+        attended = attend(q, *attention.keys_and_values(held), plain, attention.scale)
         x = x + attention.o_proj(attended.flatten(2))
         return x + block.mlp(block.post_attention_layernorm(x)), slots
 
@@ -75,15 +75,16 @@ def decoded_and_full(tokens: torch.Tensor, **options) -> tuple[torch.Tensor, tor
         return found, model(tokens[:1, :10]).logits[0, 9]
 
 
-@pytest.mark.parametrize("options", APPROXIMATE, ids=str)
+@pytest.mark.parametrize("options", [*APPROXIMATE, {"cache": "ema", "qk_norm": True}], ids=str)
 def test_an_approximate_cache_shows_later_tokens_what_the_last_step_left(tokens, options):
     found, full = decoded_and_full(tokens, **options)
     assert (found - full).abs().max() > 1e-3, "an approximation that changes nothing would be exact"
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("options", [{}, {"cache": "parallel"}, {"cache": "first"}], ids=str)
-def test_an_exact_cache_equals_a_full_pass(tokens, options):
-    found, full = decoded_and_full(tokens, **options)
+def test_an_exact_cache_equals_a_full_pass(tokens, options, qk_norm):
+    found, full = decoded_and_full(tokens, qk_norm=qk_norm, **options)
     torch.testing.assert_close(found, full, **TOLERANCE)
 
 

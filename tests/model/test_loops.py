@@ -113,6 +113,18 @@ def test_decoding_in_chunks_equals_one_full_pass(name, tokens, chunks):
     assert torch.equal(torch.cat([p.num_iterations for p in parts], 2), whole.num_iterations)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COVERING if exact(name)])
+def test_decoding_with_normed_keys_equals_one_full_pass(name, tokens):
+    model, cache = make(name, qk_norm=True), LatentCache()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(2))
+    parts = [model(part, cache=cache) for part in tokens.split([6, 1, 1, 9], 1)]
+    torch.testing.assert_close(torch.cat([p.logits for p in parts], 1), model(tokens).logits, **TOLERANCE)
+
+
 @cases()
 def test_a_prefill_equals_a_full_pass_and_training_mode_computes_the_same(name, tokens):
     model = make(name)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from model import ModelConfig
+from model.backends.experts import expert_products
 from model.config.execution import ExecutionConfig
+from model.layers import DENSE, SquaredReluFeedForward
 from model.moe import MoE
 
 from .conftest import SMALL
@@ -32,9 +34,17 @@ def literal_moe(moe: MoE, x: torch.Tensor) -> torch.Tensor:
         allowed = [e for g in ranked[: c.topk_group] for e in range(g * size, (g + 1) * size)]
         chosen = sorted(allowed, key=lambda e: -biased[e])[: c.num_experts_per_tok]
         total = sum(scores[e] for e in chosen) if c.norm_topk_prob else 1.0
-        y = moe.shared_experts(u) if c.n_shared_experts else torch.zeros_like(u)
+        y = torch.zeros_like(u)
+        if c.n_shared_experts and c.hidden_act == "relu2":
+            up, down = moe.shared_experts.up_proj.weight, moe.shared_experts.down_proj.weight
+            y = down @ (up @ u).clamp(min=0) ** 2
+        elif c.n_shared_experts:
+            y = moe.shared_experts(u)
         for e in chosen:
-            hidden = torch.nn.functional.silu(moe.experts.w1[e] @ u) * (moe.experts.w3[e] @ u)
+            if c.hidden_act == "relu2":
+                hidden = (moe.experts.w1[e] @ u).clamp(min=0) ** 2
+            else:
+                hidden = torch.nn.functional.silu(moe.experts.w1[e] @ u) * (moe.experts.w3[e] @ u)
             y = y + c.routed_scaling_factor * scores[e] / total * (moe.experts.w2[e] @ hidden)
         out.append(y)
     return torch.stack(out)
@@ -48,6 +58,9 @@ def literal_moe(moe: MoE, x: torch.Tensor) -> torch.Tensor:
         {"norm_topk_prob": False, "routed_scaling_factor": 2.5, "n_shared_experts": 2},
         {"n_shared_experts": 0, "num_experts_per_tok": 8},
         {"num_experts_per_tok": 1},
+        {"hidden_act": "relu2"},
+        {"hidden_act": "relu2", "moe_intermediate_size": 8, "num_experts_per_tok": 1},  # by grouped products
+        {"hidden_act": "relu2", "n_shared_experts": 0},
     ],
 )
 @pytest.mark.parametrize("shape", [(2, 7), (1, 1)])
@@ -63,6 +76,46 @@ def test_output_and_gradients_equal_the_loop_over_tokens(overrides, shape):
     wanted = torch.autograd.grad((expected * weights).sum(), parameters, materialize_grads=True)
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [9, 12])  # in a loop, by grouped products
+@torch.no_grad()
+def test_squared_relu_experts_decode_and_round_alike(width):
+    """few_rows takes another way round without gradients."""
+    moe, x = make_moe(hidden_act="relu2", moe_intermediate_size=width), torch.randn(3, 5, 24)
+    expected = literal_moe(moe, x.flatten(0, 1)).view_as(x)
+    torch.testing.assert_close(moe(x)[0], expected, rtol=0, atol=1e-5)
+    for row in x.flatten(0, 1):
+        torch.testing.assert_close(moe(row.view(1, 1, -1))[0].view(-1), literal_moe(moe, row[None])[0])
+    half = moe.bfloat16()
+    half.gate.e_score_correction_bias = half.gate.e_score_correction_bias.float()
+    assert ((half(x.bfloat16())[0] - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.05
+
+
+def test_squared_relu_gradients_equal_finite_differences():
+    """Of the function itself: experts with many rows, one and none, and the dense layer."""
+    generator = torch.Generator().manual_seed(0)
+    x, w1, w2 = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((6, 4), (3, 5, 4), (3, 4, 5))
+    )
+    products = expert_products("loop", torch.tensor([5, 0, 1]))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: SquaredReluFeedForward.apply(*inputs, products, torch.float64), (x, w1, w2)
+    )
+    dense = (x, w1[0].detach().requires_grad_(), w2[0].detach().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda *inputs: SquaredReluFeedForward.apply(*inputs, DENSE, torch.float64), dense
+    )
+
+
+def test_squared_relu_keeps_its_input_and_one_product():
+    x, w1, w2 = torch.randn(64, 8), torch.randn(32, 8), torch.randn(8, 32)
+    inputs = [t.requires_grad_() for t in (x, w1, w2)]
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        SquaredReluFeedForward.apply(*inputs, DENSE, torch.float32)
+    assert sorted(kept) == sorted([x.shape, (64, 32), w1.shape, w2.shape])
 
 
 def test_all_tokens_on_one_expert_and_the_others_empty():

@@ -40,6 +40,7 @@ MODEL = ModelConfig(
     num_hidden_layers=2,
     intermediate_size=72,
     moe_intermediate_size=24,
+    hidden_act="relu2" if "muon" in sys.argv else "silu",  # experts of two matrices, and of three
     n_routed_experts=4,
     num_experts_per_tok=2,
     initializer_range=0.1,

@@ -31,7 +31,12 @@ HALTING = HaltingConfig(
 )
 CASES = {
     "expert parallel": {"ep_size": 2, "micro": 4},
-    "experts that no token chooses": {"ep_size": 2, "micro": 4, "starve": True},
+    "experts that no token chooses": {
+        "ep_size": 2,
+        "micro": 4,
+        "starve": True,
+        "model": {"hidden_act": "relu2", "rms_norm_affine": False},
+    },
     "compiled": {"ep_size": 2, "micro": 4, "execution": {"compile": True}},
     "multi-token prediction and z-loss": {
         "ep_size": 2,
@@ -49,6 +54,7 @@ CASES = {
         "ep_size": 2,
         "micro": 4,
         "model": {
+            "qk_norm": True,
             "recurrence": RecurrenceConfig(
                 "block",
                 [[0, 0], [2, 2]],
@@ -58,7 +64,7 @@ CASES = {
                 injection="gate",
                 iteration_embedding=True,
                 halting=dataclasses.replace(HALTING, kind="act", expectation="state", granularity="mixed"),
-            )
+            ),
         },
     },
     "truncated back-propagation": {

@@ -64,6 +64,9 @@ def test_a_dry_run_needs_no_data(monkeypatch, tmp_path):
     )
     run = prepare(*given, [*overrides, "model.vocab_size=77"], dry_run=True)
     assert "a vocabulary of 77, from model.vocab_size" in describe(run)
+    left = [*overrides, "model.use_mla=false", "model.kv_lora_rank=24"]
+    described = describe(prepare(*given, left, dry_run=True))
+    assert "\nset but unused   model.kv_lora_rank=24: not used with use_mla=false\n" in described
     with pytest.raises(DataError, match="later does not exist"):
         prepare(*given, overrides)
     distill = {"config": "distill/configs/small.yaml", "ds_config": "ds_configs/zero2.json", "init": None}

@@ -112,10 +112,10 @@ class FusedNorm(torch.autograd.Function):
     """RMSNorm that saves what a GPU's fused kernel saves; the CPU's also saves a normalised copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
         scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, weight, scale)
-        return x * scale * weight
+        return x * scale * (1 if weight is None else weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> None:
@@ -148,7 +148,9 @@ def saved_bytes(config: ModelConfig, rows: int, length: int) -> int:
     [
         {"first_k_dense_replace": 0},
         {"use_moe": False, "q_lora_rank": 48},
-        {"use_mla": False, "use_moe": False, "hidden_act": "relu2"},
+        {"use_mla": False, "use_moe": False, "hidden_act": "relu2", "qk_norm": True},
+        {"hidden_act": "relu2", "qk_norm": True},
+        {"use_moe": False, "qk_norm": True, "rms_norm_affine": False},
         {"recurrence": {"placement": "block", "ranges": [[1, 1]], "num_steps": 3}},
         {"use_moe": False, "recurrence": {"placement": "kv", "num_steps": 3}},
     ],

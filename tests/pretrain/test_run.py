@@ -30,6 +30,7 @@ DEPTH = [
     "model.recurrence.halting.kind=ponder",
     "model.recurrence.halting.threshold=0.3",
     "model.recurrence.halting.sparsity_weight=0.01",
+    "model.recurrence.ema_decay=0.6",  # does nothing here, which a line says
     "save_every=3",
     "data.packing=best_fit",
 ]
@@ -52,6 +53,7 @@ def runs(train, tmp_path_factory) -> tuple[Path, Path]:
     resumed = train(parts, "max_steps=6", "optimizer.decay_steps=6", *DEPTH, "wandb.mode=offline")
     assert f"resuming from {parts}/checkpoints/step-3" in resumed.stdout
     assert "done: 6 steps" in resumed.stdout
+    assert resumed.stdout.count("model.recurrence.ema_decay=0.6: not used with cache=per_step\n") == 1
     return whole, parts
 
 
