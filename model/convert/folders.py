@@ -1,0 +1,80 @@
+"""The folders that a conversion reads and writes: exports, with the record of how they were converted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.files import write_file, write_json
+from common.locks import FolderLock
+from model.config.model import ModelConfig
+from model.export_files import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    TRAINING_DATA_NAME,
+    read_object,
+    require_finite,
+    save_weights,
+)
+
+RECORD_NAME = "conversion.json"
+_FIX = "choose another --out"
+
+
+@contextmanager
+def writing(checkpoint: Path, out: Path) -> Iterator[None]:
+    """Holds `out` for the `with` block, so that a mistake about it shows before the work and not after.
+
+    Raises:
+        ValueError: `out` is the checkpoint, another command writes there, or it holds a Hugging Face folder.
+    """
+    if out.resolve() == checkpoint.resolve():
+        raise ValueError(f"--out {out} is the checkpoint itself, which would be overwritten; {_FIX}")
+    with FolderLock(out, "a conversion", _FIX):
+        path = out / CONFIG_NAME
+        if path.is_file() and "model_type" in read_object(path, f"delete it or {_FIX}"):
+            raise ValueError(f"{out} is a Hugging Face folder, whose files would be overwritten; {_FIX}")
+        yield
+
+
+def write(
+    checkpoint: Path, out: Path, config: ModelConfig, state: dict[str, Tensor], record: dict[str, Any]
+) -> None:
+    """Writes the converted export; config.json, without which nothing reads the folder, comes last.
+
+    Args:
+        checkpoint: its tokenizer and description of training data are copied.
+        record: what was done and measured; appended to the checkpoint's own conversions in conversion.json.
+
+    Raises:
+        ValueError: a weight is not finite, or the checkpoint's conversion.json is damaged.
+        OSError: see common.files.replacing.
+    """
+    require_finite(state, "the converted weights")
+    conversions = [*earlier_conversions(checkpoint), record]
+    (out / CONFIG_NAME).unlink(missing_ok=True)
+    for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
+        if (checkpoint / name).is_file():
+            write_file(out / name, (checkpoint / name).read_bytes())
+        else:
+            (out / name).unlink(missing_ok=True)  # of the model that was there before
+    write_json(out / RECORD_NAME, {"conversions": conversions}, indent=2)
+    save_weights(out, config, state)
+
+
+def earlier_conversions(checkpoint: Path) -> list[Any]:
+    """The records of the conversions that made an export, the first one first.
+
+    Raises:
+        ValueError: conversion.json is damaged.
+    """
+    path = checkpoint / RECORD_NAME
+    if not path.is_file():
+        return []
+    fix = "convert the original again, or delete the file"
+    found = read_object(path, fix).get("conversions")
+    if not isinstance(found, list):
+        raise ValueError(f"{path} has no list of conversions; {fix}")
+    return found
