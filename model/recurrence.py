@@ -209,21 +209,20 @@ class LatentReasoningUnit(nn.Module):
 class RetrofitInjection(Linear):
     """The injection (B, T, 2W) -> (B, T, W) of a loop in a trained network, from (state, the loop's input).
 
-    Starts as a fixed mixture of the two, in which the input has RETROFIT_INPUT_SHARE; with one loop step the
+    Starts as a fixed mixture of the two, in which the input has RETROFIT_INPUT_SHARE. In the first step the
     two are equal, and so is what comes out.
     """
 
     @torch.no_grad()
     def start(self) -> None:
-        """Writes the initial weights: of concat [(1 - s) I, s I]; of gate 0, and a bias that opens it to s."""
-        if self.bias is not None:
+        """Writes the initial weights: concat [(1 - s) I, s I], or a gate that stands open to a share of s."""
+        share = RETROFIT_INPUT_SHARE
+        if self.bias is None:
+            identity = torch.eye(self.out_features)
+            self.weight.copy_(torch.cat(((1 - share) * identity, share * identity), 1))
+        else:
             self.weight.zero_()
-            self.bias.fill_(math.log(RETROFIT_INPUT_SHARE / (1 - RETROFIT_INPUT_SHARE)))
-            return
-        identity = torch.eye(self.out_features)
-        self.weight.copy_(
-            torch.cat(((1 - RETROFIT_INPUT_SHARE) * identity, RETROFIT_INPUT_SHARE * identity), 1)
-        )
+            self.bias.fill_(math.log(share / (1 - share)))
 
 
 class IterationEmbedding(nn.Module):

@@ -70,8 +70,8 @@ class RecurrenceConfig:
     # Each pass reads the normed state. False: it reads the state itself, so that with injection=none and
     # update=simple the residual stream runs through the passes as through layers of tied weights.
     state_norm: bool = True
-    # Norms what the loop hands on. False: its state as it is, for a loop in a network that was trained without
-    # it; new weights then start so that the network stays near what it was (see starts_near).
+    # Norms what the loop hands on. False: its state as it is, for a loop in a network that was trained
+    # without it; its new weights then start so that the network stays near what it was (see starts_near).
     output_norm: bool = True
     iteration_embedding: bool = False  # tells the core which step it is in
     halting: HaltingConfig = field(default_factory=HaltingConfig)

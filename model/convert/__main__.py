@@ -3,7 +3,7 @@
 python -m model.convert mla --checkpoint runs/NAME/export --out DIR --kv_lora_rank 128 --qk_rope_head_dim 64
 python -m model.convert loop --checkpoint runs/NAME/export --out DIR --core 4-7 --num_steps 2
 python -m model.convert unit --checkpoint runs/NAME/export --out DIR --placement kv --num_steps 2
-python -m model.convert moe --checkpoint runs/NAME/export --out DIR --n_routed_experts 4 --num_experts_per_tok 2
+python -m model.convert moe --checkpoint DIR --out DIR --n_routed_experts 4 --num_experts_per_tok 2
 """
 
 import argparse

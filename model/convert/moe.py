@@ -61,8 +61,8 @@ def upcycled(
     """A model whose dense layers are mixtures of experts, and its weights.
 
     Raises:
-        ValueError: the model has experts or a feed-forward layer that is not an expert's, or the config allows
-            no such mixture; one line.
+        ValueError: the model has experts or feed-forward layers of another kind, or the config allows no such
+            mixture; one line.
     """
     _check(config, num_experts_per_tok, first_k_dense_replace)
     changed = dataclasses.replace(
@@ -96,13 +96,13 @@ def upcycled(
 def _check(config: ModelConfig, num_experts_per_tok: int, first_k_dense_replace: int) -> None:
     if config.has_experts:
         raise ValueError(
-            f"the checkpoint already has experts (n_routed_experts={config.n_routed_experts}); choose a dense "
-            "model"
+            f"the checkpoint already has experts (n_routed_experts={config.n_routed_experts}); choose a "
+            "dense model"
         )
     if config.hidden_act != "silu":
         raise ValueError(
-            f"the checkpoint has hidden_act={config.hidden_act}, but experts are SwiGLU layers without biases "
-            "(silu); choose a model of that kind"
+            f"the checkpoint has hidden_act={config.hidden_act}, but experts are SwiGLU layers without "
+            "biases (silu); choose a model of that kind"
         )
     if num_experts_per_tok < 2:
         raise ValueError(

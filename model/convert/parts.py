@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.config.model import ModelConfig
 from model.config.recurrence import LEARNED
-from model.convert.calibration import add_text_arguments, perplexity, read_texts
+from model.convert.calibration import perplexity, read_texts
 from model.convert.folders import write, writing
 from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
@@ -41,7 +41,7 @@ def layer_ranges(text: str, option: str, num_layers: int) -> list[list[int]]:
     """
     ranges, end = [], -1
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         if found is None:
             raise ValueError(f"{option} {text!r} is not ranges of layers; write e.g. 11-18 or 3-5,8-9")
         first = int(found[1])

@@ -65,8 +65,9 @@ def with_units(
     refuse_second_loop(config)
     if placement == "kv" and not config.use_mla:
         raise ValueError(
-            "--placement kv refines the latent of latent attention, but the model has grouped-query attention "
-            "(use_mla=false); run python -m model.convert mla first, or choose --placement post_attention"
+            "--placement kv refines the latent of latent attention, but the model has grouped-query "
+            "attention (use_mla=false); run python -m model.convert mla first, or choose --placement "
+            "post_attention"
         )
     units = RecurrenceConfig(
         placement=placement,
