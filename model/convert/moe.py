@@ -47,7 +47,7 @@ def convert(arguments: argparse.Namespace) -> None:
             arguments.first_k_dense_replace,
         )
 
-    run(arguments, change, (None,))
+    run(arguments, change)
 
 
 def upcycled(

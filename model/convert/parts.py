@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -73,43 +73,44 @@ def add_depth_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace, change: Change, depths: Iterable[int]) -> None:
+def run(arguments: argparse.Namespace, change: Change, depths: Sequence[int] = ()) -> None:
     """Reads --checkpoint, changes it, measures perplexity before and after on --text, and writes --out.
 
     Args:
-        depths: loop steps at which the changed model is measured.
+        depths: loop steps at which the changed model is measured; default: the config's.
     """
-    with writing(arguments.checkpoint, arguments.out):
-        print(f"reading {arguments.checkpoint}", flush=True)
-        model = load_pretrained(arguments.checkpoint)
-        config, state = change(model.config, model.state_dict())
-        given = {name: str(v) if name in _PATHS and v else v for name, v in vars(arguments).items()}
-        record: dict[str, Any] = {**given}
+    checkpoint, out = arguments.checkpoint, arguments.out
+    with writing(checkpoint, out):
+        print(f"reading {checkpoint}", flush=True)
+        model = load_pretrained(checkpoint)
+        texts = None
         if arguments.text is not None:
-            record["perplexity"] = _measured(arguments, model, config, state, depths)
-        write(arguments.checkpoint, arguments.out, config, state, record)
-    print(f"wrote {arguments.out}")
+            texts = read_texts(arguments.text, checkpoint, model, arguments.evaluation_tokens)
+        config, state = change(model.config, model.state_dict())
+        options = {name: value for name, value in vars(arguments).items() if name not in _COMMON}
+        record = {"command": arguments.command, "source": str(checkpoint), **options}
+        if texts is not None:
+            changed = ZeroModel(config)
+            changed.load_state_dict(state)
+            record["text"] = arguments.text.name
+            record |= _measured(model, changed.eval(), texts.evaluation, depths)
+        write(checkpoint, out, config, state, record)
+    print(f"wrote {out}")
 
 
-_PATHS = ("checkpoint", "out", "text")
+_COMMON = ("command", "checkpoint", "out", "text", "evaluation_tokens")
 
 
-def _measured(
-    arguments: argparse.Namespace,
-    model: ZeroModel,
-    config: ModelConfig,
-    state: dict[str, Tensor],
-    depths: Iterable[int],
-) -> dict[str, Any]:
-    """Perplexity before and after, printed as it is measured."""
-    texts = read_texts(arguments.text, arguments.checkpoint, model, arguments.evaluation_tokens)
-    before = perplexity(model, texts.evaluation)
-    print(f"perplexity before {before} ({before.tokens:,} tokens)", flush=True)
-    changed = ZeroModel(config)
-    changed.load_state_dict(state)
-    after = {}
+def _measured(before: ZeroModel, after: ZeroModel, windows: Tensor, depths: Sequence[int]) -> dict[str, Any]:
+    """Perplexities for the record, printed as they are measured; those after the change by loop steps."""
+    first = perplexity(before, windows)
+    print(f"perplexity on {first.tokens:,} tokens: {first} before", flush=True)
+    if not depths:
+        only = perplexity(after, windows)
+        print(f"perplexity {only} after", flush=True)
+        return {"perplexity_before": first.to_dict(), "perplexity_after": only.to_dict()}
+    found = {}
     for steps in depths:
-        found = perplexity(changed.eval(), texts.evaluation, steps)
-        print(f"perplexity after, {steps} loop steps: {found}", flush=True)
-        after[str(steps)] = found.to_dict()
-    return {"before": before.to_dict(), "after": after}
+        found[str(steps)] = (here := perplexity(after, windows, steps)).to_dict()
+        print(f"perplexity {here} after, with {steps} loop steps", flush=True)
+    return {"perplexity_before": first.to_dict(), "perplexity_after": found}

@@ -273,15 +273,16 @@ def test_the_command_writes_an_export(hugging_face, tmp_path, capsys):
     first, second = json.loads((moe / "conversion.json").read_text())["conversions"]
     assert (first["command"], second["command"]) == ("loop", "moe")
     assert (first["num_steps"], second["n_routed_experts"]) == (2, 3)
-    before, after = first["perplexity"]["before"], first["perplexity"]["after"]
+    assert (first["source"], first["text"]) == (str(folder), "text")
+    before, after = first["perplexity_before"], first["perplexity_after"]
     assert before["tokens"] == 1024
     assert set(after) == {"1", "2", "4"}
     assert after["1"] == before
     assert after["2"]["perplexity"] != before["perplexity"]
-    (only,) = second["perplexity"]["after"].values()
-    assert only["perplexity"] == pytest.approx(second["perplexity"]["before"]["perplexity"], rel=1e-4)
-    assert second["perplexity"]["before"]["perplexity"] == pytest.approx(after["2"]["perplexity"])
-    assert "perplexity before" in capsys.readouterr().out
+    started, mixed = (second[f"perplexity_{when}"]["perplexity"] for when in ("before", "after"))
+    assert started == after["2"]["perplexity"]
+    assert mixed == pytest.approx(started, rel=1e-4)
+    assert "with 4 loop steps" in capsys.readouterr().out
     tokens = torch.arange(20, 60)[None]
     with torch.no_grad():
         expected = load_pretrained(folder)(tokens).logits
