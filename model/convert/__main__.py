@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import user_errors
-from model.convert import loop, mla, moe, unit
+from model.convert import loop, mla, moe, ranks, unit
 
 
 class Command(Protocol):
@@ -30,7 +30,7 @@ class Command(Protocol):
         """
 
 
-COMMANDS: dict[str, Command] = {"mla": mla, "loop": loop, "unit": unit, "moe": moe}
+COMMANDS: dict[str, Command] = {"mla": mla, "ranks": ranks, "loop": loop, "unit": unit, "moe": moe}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.HELP, description=command.HELP)
         own.add_argument("--checkpoint", type=Path, required=True, help="export/ folder to read")
-        own.add_argument("--out", type=Path, required=True, help="folder to write")
+        own.add_argument("--out", type=Path, required=True, help="folder to write (ranks: file)")
         command.add_arguments(own)
     arguments = parser.parse_args(argv)
     with user_errors(ValueError, OSError):

@@ -1,14 +1,205 @@
-"""Plain grouped-query attention -> multi-head latent attention."""
+"""Grouped-query attention -> multi-head latent attention: `python -m model.convert mla`.
+
+With qk_rope_head_dim = num_key_value_heads x head_dim = kv_lora_rank the logits stay the same. Smaller ranks
+approximate; latent.py says how.
+"""
 
 import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-HELP = "grouped-query attention to latent attention"
+import torch
+from torch import Tensor
+
+from common.schema import Count, as_type
+from model.config.model import ModelConfig
+from model.convert import folders
+from model.convert.calibration import Texts, add_text_arguments, perplexity, read_texts
+from model.convert.latent import RotatedKeys, choose_pairs, latent_config, latent_weights, rotated_keys
+from model.convert.moments import Moments, assumed, attention_layers, measured
+from model.pretrained import load_pretrained
+from model.transformer import ZeroModel
+
+HELP = "grouped-query attention to latent attention, exact at full rank"
+CALIBRATION_TOKENS = 8192
+OWN_WEIGHTS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What is chosen, and what it saves."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    cached_before: int  # numbers per token and layer
+    cached_after: int
+    saving_percent: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all ranks share: the model and what its layers were seen to do."""
+
+    model: ZeroModel
+    moments: Mapping[str, Moments]  # by the attention layer's name
+    keys: Mapping[str, RotatedKeys]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `mla`."""
+    parser.add_argument("--kv_lora_rank", type=int, required=True, help="width of the cached latent")
+    parser.add_argument(
+        "--qk_rope_head_dim", type=int, required=True, help="width of the rotated key that all heads share"
+    )
+    add_calibration_arguments(parser)
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+    """--text and how much of it is used."""
+    add_text_arguments(parser)
+    parser.add_argument(
+        "--calibration_tokens",
+        type=int,
+        default=CALIBRATION_TOKENS,
+        help="from the start of --text, to choose pairs and latents by (default %(default)s)",
+    )
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Converts a folder."""
-    raise ValueError("mla comes with the next commit of this branch")
+    """Converts a folder and reports perplexity before and after.
+
+    Raises:
+        ValueError, OSError: see load_pretrained, folders.writing, read_texts and check_source.
+    """
+    checkpoint, out = arguments.checkpoint, arguments.out
+    model = load_pretrained(checkpoint)
+    ranks = check_ranks(model.config, arguments.kv_lora_rank, arguments.qk_rope_head_dim)
+    with folders.writing(checkpoint, out):
+        texts = calibration_texts(arguments, model)
+        prepared = prepare(model, texts)
+        new = converted(prepared, ranks)
+        record: dict[str, Any] = {"command": "mla", "source": str(checkpoint), **asdict(ranks)}
+        record["rope_pairs"] = new.config.rope_pairs
+        if texts is not None:
+            before, after = perplexity(model, texts.evaluation), perplexity(new, texts.evaluation)
+            record |= texts_record(arguments.text, texts)
+            record |= {"perplexity_before": before.to_dict(), "perplexity_after": after.to_dict()}
+            print(f"perplexity on {before.tokens:,} tokens: {before} before, {after} after")
+        folders.write(checkpoint, out, new.config, new.state_dict(), record)
+    print(f"cache: {cache_line(model.config, ranks)}")
+    print(f"wrote {out}")
+
+
+def calibration_texts(arguments: argparse.Namespace, model: ZeroModel) -> Texts | None:
+    """Of --text; None without one, and a line that says what that means."""
+    if arguments.text is None:
+        print(
+            "note: without --text, ranks are cut by the weights alone, which is less accurate, and "
+            "perplexity is not measured",
+            file=sys.stderr,
+        )
+        return None
+    as_type(Count, arguments.calibration_tokens, "--calibration_tokens")
+    return read_texts(
+        arguments.text,
+        arguments.checkpoint,
+        model,
+        arguments.evaluation_tokens,
+        arguments.calibration_tokens,
+    )
+
+
+def texts_record(path: Path, texts: Texts) -> dict[str, Any]:
+    """For conversion.json."""
+    return {"text": path.name, "calibration_tokens": texts.calibration[:, 1:].numel()}
+
+
+def check_source(config: ModelConfig) -> None:
+    """Raises ValueError, one line, unless a model has plain attention that latent attention can express."""
+    refusals = (
+        (config.use_mla, "use_mla=true: it has latent attention already"),
+        (config.qk_norm, "qk_norm=true: a norm of whole heads is not a linear map of the cached latent"),
+        (config.learned_positions, "position_embedding=learned: latent attention has rotated positions"),
+        (config.use_bias, "use_bias=true: latent attention has no bias on its output"),
+        (config.norm != "rms_norm", f"norm={config.norm}: models with latent attention have RMSNorm"),
+        (
+            config.recurrence.query_conditioned,
+            "recurrence.query_conditioned=true: its units read queries, whose width changes",
+        ),
+    )
+    for refused, reason in refusals:
+        if refused:
+            raise ValueError(f"the checkpoint has model.{reason}; convert another model")
+
+
+def check_ranks(config: ModelConfig, kv_lora_rank: int, qk_rope_head_dim: int) -> Ranks:
+    """The ranks, if a model of plain attention has them.
+
+    Raises:
+        ValueError: a rank is above what the model has or not possible; see also check_source.
+    """
+    check_source(config)
+    C = as_type(Count, kv_lora_rank, "--kv_lora_rank")
+    R = as_type(Count, qk_rope_head_dim, "--qk_rope_head_dim")
+    keys = config.kv_heads * config.plain_head_dim
+    if R % 2:
+        raise ValueError(f"--qk_rope_head_dim={R} must be even: it rotates in pairs")
+    if keys < R:
+        raise ValueError(
+            f"--qk_rope_head_dim={R} is above {keys}, the width of all keys (num_key_value_heads="
+            f"{config.kv_heads} x head_dim={config.plain_head_dim}); choose at most {keys}"
+        )
+    most = full_latent(config, R)
+    if most < C:
+        raise ValueError(
+            f"--kv_lora_rank={C} is above {most}, the rank of the values and the keys that are not rotated; "
+            f"choose at most {most}"
+        )
+    before = 2 * keys
+    return Ranks(C, R, before, C + R, round(100 * (1 - (C + R) / before), 1))
+
+
+def full_latent(config: ModelConfig, qk_rope_head_dim: int) -> int:
+    """The rank of the values and the keys that are not rotated: a latent of this width loses nothing."""
+    keys = config.kv_heads * config.plain_head_dim
+    return min(2 * keys - qk_rope_head_dim, config.hidden_size + config.qkv_bias)
+
+
+def prepare(model: ZeroModel, texts: Texts | None) -> Prepared:
+    """Runs the calibration texts; without them, all inputs count as equally likely."""
+    moments = assumed(model) if texts is None else measured(model, texts.calibration)
+    keys = {name: rotated_keys(layer, moments[name]) for name, layer in attention_layers(model).items()}
+    return Prepared(model, moments, keys)
+
+
+@torch.no_grad()
+def converted(prepared: Prepared, ranks: Ranks) -> ZeroModel:
+    """The model with latent attention, in eval mode. Prints a line per layer.
+
+    Raises:
+        ValueError: the model has another switch that does not go with latent attention.
+    """
+    model = prepared.model
+    pairs = choose_pairs([keys.loss for keys in prepared.keys.values()], ranks.qk_rope_head_dim)
+    config = latent_config(model.config, ranks.kv_lora_rank, pairs)
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, layer in attention_layers(model).items():
+        weights, kept = latent_weights(layer, prepared.keys[name], prepared.moments[name], config)
+        for own in OWN_WEIGHTS:
+            for kind in ("weight", "bias"):
+                state.pop(f"{name}.{own}.{kind}", None)
+        state |= {f"{name}.{part}": value for part, value in weights.items()}
+        print(f"{name}: the latent keeps {kept:.2%} of unrotated keys and values")
+    new = ZeroModel(config)
+    new.load_state_dict(state)
+    return new.eval()
+
+
+def cache_line(config: ModelConfig, ranks: Ranks) -> str:
+    """What a token takes in the cache."""
+    layers = config.num_hidden_layers
+    before, after = layers * ranks.cached_before, layers * ranks.cached_after
+    return f"{before:,} numbers per token before, {after:,} after, {ranks.saving_percent}% saved"

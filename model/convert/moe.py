@@ -15,6 +15,11 @@ from model.config.model import ModelConfig
 from model.convert.calibration import add_text_arguments
 from model.convert.parts import run, with_new_parts
 
+# By hidden_act, the projections of a dense layer by their names in stacked experts.
+_PARTS = {
+    "silu": {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
+    "relu2": {"w1": "up_proj", "w2": "down_proj"},
+}
 HELP = "dense feed-forward layers to mixtures of their copies"
 
 
@@ -79,17 +84,16 @@ def upcycled(
         routed_scaling_factor=1.0,
     )
     new = with_new_parts(changed, state)  # of what a mixture adds, only the router keeps its initial values
-    for name in [name for name in new if name.endswith(".experts.w1")]:
-        layer = name.removesuffix("experts.w1")
-        gate, up, down = (state[f"{layer}{part}_proj.weight"] for part in ("gate", "up", "down"))
-        share = 0.5 if n_shared_experts else 1.0
-        for part, copy in (("w1", gate), ("w3", up), ("w2", share * down)):
+    shared, share = n_shared_experts, 0.5 if n_shared_experts else 1.0
+    for layer in [name.removesuffix("experts.w1") for name in new if name.endswith(".experts.w1")]:
+        for part, name in _PARTS[config.hidden_act].items():
+            weight = state[f"{layer}{name}.weight"]
+            down = part == "w2"
+            copy = share * weight if down else weight
             new[f"{layer}experts.{part}"].copy_(copy.expand(n_routed_experts, -1, -1))
-        if n_shared_experts:
-            shared, S = f"{layer}shared_experts.", n_shared_experts
-            new[f"{shared}gate_proj.weight"].copy_(gate.repeat(S, 1))
-            new[f"{shared}up_proj.weight"].copy_(up.repeat(S, 1))
-            new[f"{shared}down_proj.weight"].copy_((share / S * down).repeat(1, S))
+            if shared:  # their widths side by side make one layer
+                copies = (share / shared * weight).repeat(1, shared) if down else weight.repeat(shared, 1)
+                new[f"{layer}shared_experts.{name}.weight"].copy_(copies)
     return changed, new
 
 
@@ -99,10 +103,10 @@ def _check(config: ModelConfig, num_experts_per_tok: int, first_k_dense_replace:
             f"the checkpoint already has experts (n_routed_experts={config.n_routed_experts}); choose a "
             "dense model"
         )
-    if config.hidden_act != "silu":
+    if config.hidden_act not in _PARTS or config.use_bias:
         raise ValueError(
-            f"the checkpoint has hidden_act={config.hidden_act}, but experts are SwiGLU layers without "
-            "biases (silu); choose a model of that kind"
+            f"the checkpoint has hidden_act={config.hidden_act} and use_bias={str(config.use_bias).lower()}, "
+            f"but experts are of {' or '.join(_PARTS)} and without biases; choose a model of that kind"
         )
     if num_experts_per_tok < 2:
         raise ValueError(

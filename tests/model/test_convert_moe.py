@@ -88,7 +88,7 @@ def test_mixtures_go_with_loops_and_units(step, tokens):
 
 REFUSED = {
     "experts": ("deepseek", (4, 2), "already has experts (n_routed_experts=4); choose a dense model"),
-    "gelu": ("gpt2", (4, 2), "hidden_act=gelu, but experts"),
+    "gelu": ("gpt2", (4, 2), "hidden_act=gelu and use_bias=true, but experts are of silu or relu2"),
     "one per token": ("llama", (4, 1), "--num_experts_per_tok 1 must be at least 2"),
     "more than there are": ("llama", (4, 5), "num_experts_per_tok=5 exceeds the 4 experts"),
     "none left": ("llama", (4, 2, 0, 3), "--first_k_dense_replace 3 must lie in 0..2"),
