@@ -21,13 +21,13 @@ DEPTHS = (1, 2, 4)  # at which perplexity is measured, beside num_steps
 Change = Callable[[ModelConfig, dict[str, Tensor]], tuple[ModelConfig, dict[str, Tensor]]]
 
 
-def with_new_parts(config: ModelConfig, state: Mapping[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+def with_new_parts(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a config's model: those of `state`, and initial values for whatever it lacks.
 
     What pretrain's init.missing=allow does with the same config, which is why the values that suit a trained
     network are set where every parameter gets its initial value, and not here.
     """
-    fresh = ZeroModel(config, seed=seed).state_dict()
+    fresh = ZeroModel(config).state_dict()
     for name in state.keys() & fresh.keys():
         fresh[name].copy_(state[name])
     return fresh

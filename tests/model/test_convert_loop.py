@@ -16,6 +16,7 @@ from model.cache import LatentCache
 from model.convert.__main__ import main
 from model.convert.loop import block_loop, keep_layers, kept_layers, looped
 from model.convert.unit import with_units
+from model.counts import num_parameters
 from model.hf.deepseek import import_folder
 
 from .conftest import SMALL, VARIANTS
@@ -250,7 +251,9 @@ def test_new_weights_are_those_of_a_model_built_from_the_config(original):
     for halting in ("fixed", "ponder"):
         loop = block_loop([[1, 2]], 2, "gate", "retrofit", halting)
         config, state = looped(original.config, original.state_dict(), loop)
-        for name, value in ZeroModel(config).state_dict().items():
+        fresh = ZeroModel(config)
+        assert num_parameters(config) == sum(p.numel() for p in fresh.parameters())
+        for name, value in fresh.state_dict().items():
             assert torch.equal(state[name], original.state_dict().get(name, value)), name
 
 
