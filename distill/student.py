@@ -61,7 +61,7 @@ class Student(ZeroModel):
     def starts_stage(self) -> bool:
         steps = (max(0, self.training_step - 1), self.training_step)
         before, now = (stage(self._distillation, self.config.latent_cot.num_latents, step) for step in steps)
-        return before != now
+        return before != now or super().starts_stage
 
     def forward(self, *inputs: Any, **options: Any) -> ModelOutput:
         """ZeroModel.forward; with targets, pass tokens and cu_seqlens by name.

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from common.files import json_object, write_json
 from experiments.record import FAILED, RECORD
+from model.export_files import CONFIG_NAME
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = "settings.json"  # of a cell's folder: what it was run with
@@ -32,6 +34,14 @@ class Data:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The model that a job trains on: a base and the conversions that make it."""
+
+    base: Path  # export/ folder
+    conversions: tuple[tuple[str, ...], ...]  # arguments of `python -m model.convert`, one after another
+
+
+@dataclass(frozen=True)
 class Job:
     """All that is run for one cell of a matrix."""
 
@@ -43,6 +53,7 @@ class Job:
     evaluations: dict[str, list[str]]  # name -> script and flags, except checkpoint and output
     results: str = "eval/{name}"  # folder of an evaluation's results, below the cell's
     teacher: str | None = None  # the job whose export this one starts from
+    start: Start | None = None  # evaluated before the training as well
     record: Callable[[Path], dict[str, Any]] | None = None  # from the cell's folder; None: no record
     settings: dict[str, Any] | None = None  # which a resumed cell must equal; None: the arguments above
 
@@ -63,6 +74,8 @@ def run_job(job: Job, out: Path) -> None:
         "data": list(job.data.overrides),
         "evaluations": job.evaluations,
     }
+    if job.start is not None:
+        settings["start"] = [str(job.start.base), *map(list, job.start.conversions)]
     with locked(folder / "lock") as lock:
         keep_settings(folder / SETTINGS, settings)
         if (folder / RECORD).is_file():
@@ -78,14 +91,36 @@ def run_job(job: Job, out: Path) -> None:
 def _train_and_evaluate(job: Job, folder: Path, out: Path, lock: IO[str]) -> None:
     """Writes the record last."""
     data = build_data(job.data, out)
-    start = [] if job.teacher is None else ["--init", cell_folder(job.teacher, out).absolute() / "export"]
+    init = None if job.teacher is None else cell_folder(job.teacher, out).absolute() / "export"
+    evaluations = {
+        name: (script, *(str(data) if flag == DATA else flag for flag in flags))
+        for name, (script, *flags) in job.evaluations.items()
+    }
+    if job.start is not None:
+        init = _converted(job.start, folder, lock)
+        for name, evaluation in evaluations.items():
+            _evaluate(folder, init, f"start/{name}", job.results, evaluation, lock)
+    start = [] if init is None else ["--init", init]
     train(folder, job.script, *start, *job.training, f"data.path={data}", lock=lock)
-    for name, (script, *flags) in job.evaluations.items():
-        results = folder / job.results.format(name=name)
-        given = [str(data) if flag == DATA else flag for flag in flags]
-        _evaluate(folder, name, results, script, given, lock)
+    for name, evaluation in evaluations.items():
+        _evaluate(folder, folder / "export", name, job.results, evaluation, lock)
     if job.record is not None:
         write_json(folder / RECORD, job.record(folder))
+
+
+def _converted(start: Start, folder: Path, lock: IO[str]) -> Path:
+    """The folder of the model that a job starts from. What a conversion left half-way is made again."""
+    source = start.base
+    for number, conversion in enumerate(start.conversions):
+        last = number == len(start.conversions) - 1
+        made = (folder / ("start" if last else f"start-{number}")).absolute()
+        if not (made / CONFIG_NAME).is_file():
+            command = (sys.executable, "-m", "model.convert", *conversion)
+            call(folder / "convert.log", *command, "--checkpoint", source, "--out", made, lock=lock)
+        if source != start.base:
+            shutil.rmtree(source)
+        source = made
+    return source
 
 
 def build_data(data: Data, out: Path) -> Path:
@@ -130,14 +165,23 @@ def train(run: Path, script: str, *arguments: Any, lock: IO[str] | None = None) 
 
 
 def _evaluate(
-    folder: Path, name: str, results: Path, script: str, flags: Sequence[str], lock: IO[str]
+    folder: Path, checkpoint: Path, name: str, results: str, command: Sequence[str], lock: IO[str]
 ) -> None:
-    """Once: the mark of a finished evaluation is written last."""
+    """Once: the mark of a finished evaluation is written last.
+
+    Args:
+        name: of the evaluation.
+        results: see Job.
+        command: script and flags, except checkpoint and output.
+    """
     mark = folder / "eval" / f"{name}.done"
     if mark.is_file():
         return
-    paths = ("--checkpoint", folder.absolute() / "export", "--output_path", results.absolute())
-    call(folder / f"eval {name}.log", sys.executable, script, *paths, *flags, lock=lock)
+    script, *flags = command
+    output = (folder / results.format(name=name)).absolute()
+    paths = ("--checkpoint", checkpoint.absolute(), "--output_path", output)
+    call(folder / f"eval {name.replace('/', ' ')}.log", sys.executable, script, *paths, *flags, lock=lock)
+    mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
 
 
@@ -189,7 +233,8 @@ def call(log: Path, *command: Any, lock: IO[str] | None = None) -> None:
     if _stopping.is_set():
         raise StoppedError
     if code:
-        raise ValueError(f"{Path(str(command[1])).name} failed with code {code}: see {log}")
+        name = command[2] if command[1] == "-m" else Path(str(command[1])).name
+        raise ValueError(f"{name} failed with code {code}: see {log}")
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from experiments.matrix import Matrix, PlannedCell
 from experiments.settings import cell_settings
 from model import ModelConfig, ZeroModel
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
+from pretrain.depths import trained_at
 
 RECORD, FAILED = "cell.json", "failed.json"  # of a cell that is done, or that failed
 MATRIX_CELLS = ".matrix.json"  # end of the name of a file in OUT that lists a matrix's cells
@@ -193,12 +194,16 @@ def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
     validation = [r["val_loss"] for r in metrics.records if r.get("val_loss") is not None]
     if not validation:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")
-    depths = {record["recurrence_depth"] for record in steps}
-    per_token = {n: training_flops_per_token(plan.model, plan.task.sequence_length, n) for n in depths}
+    per_token = [
+        training_flops_per_token(
+            trained_at(plan.model, r["step"] - 1), plan.task.sequence_length, r["recurrence_depth"]
+        )
+        for r in steps
+    ]
     last = [record["loss"] for record in steps[-LAST:] if record["loss"] is not None]
     return {
         "optimizer_steps": len(steps),
-        "training_flops": plan.tokens_per_step * sum(per_token[r["recurrence_depth"]] for r in steps),
+        "training_flops": plan.tokens_per_step * sum(per_token),
         "tokens": plan.tokens_per_step * len(steps),
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steps),
         "train_seconds": sum(record["seconds"] for record in steps),

@@ -7,7 +7,7 @@
 --matrix is a file, or the name of one in experiments/matrices. Cells lie in DIR/cells/NAME, data in DIR/data.
 Started again, the same command resumes; a folder made with other settings is refused. A cell that fails is
 reported with its log and costs only the cells that start from its export. slurm/experiments.sbatch gives
---index to the jobs of an array. There are two kinds of matrix:
+--index to the jobs of an array. There are three kinds of matrix:
 
 - groups (experiments/matrix_file.py): a finished cell TASK/SIZE/BUDGET/GROUP/SEED has a cell.json
   (experiments/record.py lists its keys); experiments/publish.py adds those of DIR to the committed records.
@@ -16,6 +16,8 @@ reported with its log and costs only the cells that start from its export. slurm
 - methods of latent chain of thought (experiments/latent_cot.py): cells METHOD-SEED, which start from the cell
   teacher-SEED; --cells and --index run the teachers they need as well. It ends by writing DIR/results.json,
   table.md and pictures; `python eval/report.py DIR/cells/*-[0-9]` makes a page.
+- conversions of a pretrained model (experiments/retrofit.py): one cell per group of conversions. It ends by
+  writing DIR/results.json and table.md.
 """
 
 import argparse
@@ -40,8 +42,10 @@ from experiments.latent_cot import LatentCotMatrix, is_latent_cot, read_latent_c
 from experiments.matrix import Matrix, PlannedCell, read_matrix
 from experiments.matrix_file import RATES, find_matrix, rate_key
 from experiments.record import FAILED, MATRIX_CELLS, RECORD, MatrixCells
-from experiments.reporting.latent_cot import write_results
+from experiments.reporting.latent_cot import write_results as write_latent_cot
 from experiments.reporting.records import read_cell, read_failed
+from experiments.retrofit import RetrofitMatrix, is_retrofit, read_retrofit
+from experiments.retrofit import write_results as write_retrofit
 from experiments.tasks import read_yaml
 
 HEAD = (
@@ -76,13 +80,21 @@ def write_rates(chosen: dict[str, dict[str, float]], path: Path) -> None:
         write_file(path, (HEAD + yaml.safe_dump(there)).encode())
 
 
-def read(path: Path) -> Matrix | LatentCotMatrix:
+AnyMatrix = Matrix | LatentCotMatrix | RetrofitMatrix
+
+
+def read(path: Path) -> AnyMatrix:
     """Raises ValueError or FileNotFoundError, one line, for a mistake in the file."""
-    return read_latent_cot(path) if is_latent_cot(read_yaml(path)) else read_matrix(path)
+    values = read_yaml(path)
+    if is_retrofit(values):
+        return read_retrofit(path)
+    return read_latent_cot(path) if is_latent_cot(values) else read_matrix(path)
 
 
-def jobs_of(matrix: Matrix | LatentCotMatrix) -> list[Job]:
+def jobs_of(matrix: AnyMatrix) -> list[Job]:
     """One per cell, in starting order."""
+    if isinstance(matrix, RetrofitMatrix):
+        return matrix.jobs()
     if isinstance(matrix, LatentCotMatrix):
         return [matrix.job(cell) for cell in matrix.cells]
     return [job_of(plan, matrix) for plan in matrix.plans]
@@ -120,19 +132,19 @@ def run_jobs(jobs: Sequence[Job], out: Path, at_once: int) -> dict[str, str]:
     return failed
 
 
-def conclude(
-    matrix: Matrix | LatentCotMatrix, out: Path, at_once: int, failed: Mapping[str, str], rates: Path
-) -> None:
+def conclude(matrix: AnyMatrix, out: Path, at_once: int, failed: Mapping[str, str], rates: Path) -> None:
     """Writes what summarises all cells of the matrix.
 
     Raises:
         ValueError: no cell of a matrix of latent chain of thought was evaluated.
     """
-    if isinstance(matrix, LatentCotMatrix):
+    if isinstance(matrix, RetrofitMatrix):
+        write_retrofit(matrix, out, failed)
+    elif isinstance(matrix, LatentCotMatrix):
         paths = [cell_folder(cell.name, out) / FAILED for cell in matrix.cells]
         before = [read_failed(path) for path in paths if path.is_file()]
         stored = {entry.cell: entry.problem for entry in before}  # by other jobs of a SLURM array
-        write_results(matrix, out, at_once, {**stored, **failed})
+        write_latent_cot(matrix, out, at_once, {**stored, **failed})
     elif matrix.is_sweep:
         chosen = choose_rates(matrix.plans, out)
         write_rates(chosen, rates)

@@ -165,7 +165,7 @@ def kept_keys(
     config: RecurrenceConfig,
     previous: tuple[Tensor, ...] | None,
     new: Tensor,
-    step: int,
+    step: int | Tensor,
     running: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """The keys and values that a looped layer lets a loop step attend to, for the tokens of this pass.
@@ -180,6 +180,7 @@ def kept_keys(
     Args:
         previous: what this function returned for the step before; None at the first step.
         new: (B, T, W) keys and values, or latents, of this step.
+        step: its number, from 0; of each row (B, 1, 1) if they start at different ones.
         running: (B, T) booleans; a halted token keeps those of its last step; None: all run.
 
     Returns:
@@ -187,13 +188,15 @@ def kept_keys(
     """
     if previous is None:
         return (new,)
-    last = previous[-1]
+    last, own = previous[-1], new
     if config.cache == "first":
-        return (last,)
-    if config.cache == "ema":
+        new = last
+    elif config.cache == "ema":
         new = config.ema_decay * last + (1 - config.ema_decay) * new
     elif config.cache == "average":
         new = last + (new - last) / (step + 1)
+    if isinstance(step, Tensor):
+        new = torch.where(step == 0, own, new)
     if running is not None:
         new = torch.where(running[..., None], new, last)
     if config.cache != "parallel":

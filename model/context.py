@@ -32,12 +32,25 @@ class AttentionContext:
     flex_mask: Any = None  # the mask in flex_attention's form
     boundaries: Tensor | None = None  # (n,) int32, starts of the documents in the B*T tokens of all rows
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document per row, without padding
-    token_mask: Tensor | None = None  # (B, T) booleans, False: padding; None: every token is real
+    token_mask: Tensor | None = None  # (B, T) booleans, False: no part of statistics; None: all are real
+    row_weights: Tensor | None = None  # (B,) of the rows in the experts' losses; None: 1
     cache: LatentCache | None = None
+    recurrence: RecurrenceConfig = RecurrenceConfig()  # the model's, with the halting of this pass
     num_steps: int = 1  # of every loop
+    depths: Tensor | None = None  # (B,) int64, the steps that each row takes: the last of them; None: all
+    backprop_steps: int | None = None  # in training, gradients flow through this many last steps; None: all
     loop: "LoopStep | None" = None  # inside a looped layer
     statistics: bool = False  # whether there are targets: experts report balance and load
     states: list[Tensor] | None = None  # collects the output (B, T, D) of every layer run, in order
+
+    def own_step(self, step: int) -> int | Tensor:
+        """The number of a loop step: of each row, (B, 1, 1), if their depths differ.
+
+        A row that takes fewer steps starts later, so that all rows take their last step together.
+        """
+        if self.depths is None:
+            return step
+        return (step - self.num_steps + self.depths).clamp(min=0)[:, None, None]
 
     def observe(self, layer: int, *query: Tensor) -> None:
         """Gives a layer's rotated query, in parts (B, T, H, width), to a cache that collects queries."""
@@ -58,9 +71,8 @@ class AttentionContext:
         slots: tuple[Tensor, ...] = (new,)
         first = slot_of(config, self.loop.step)
         if config.carries_keys:
-            slots = kept = kept_keys(
-                config, self.loop.kept.get(layer), new, self.loop.step, self.loop.running
-            )
+            own = self.own_step(self.loop.step)
+            slots = kept = kept_keys(config, self.loop.kept.get(layer), new, own, self.loop.running)
             first = 0 if config.cache == "parallel" else first
         if self.cache is not None:
             slots = tuple(self.cache.append((layer, first + i), s) for i, s in enumerate(slots))
@@ -115,7 +127,7 @@ def build_context(
             offsets = torch.arange(repeats, device=tokens.device)
             position_ids = (position_ids[..., None] * repeats + offsets).flatten(1)
     B, S = len(tokens), past + tokens.shape[1]
-    context = AttentionContext(cache=cache)
+    context = AttentionContext(cache=cache, recurrence=config.recurrence)
     if attention_mask is not None or cu_seqlens is not None:
         real = full_mask(attention_mask, B, S, tokens.device)
         context.segment = segments(real, cu_seqlens)

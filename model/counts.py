@@ -1,5 +1,6 @@
 """Parameters and FLOPs of a config, from its sizes alone."""
 
+from model.cache import slot_of
 from model.config.model import ModelConfig
 
 
@@ -81,6 +82,19 @@ def recomputed_flops_per_token(
         total += _layer_flops(config, layer, length) * runs * positions
     module = _layer_flops(config, config.num_hidden_layers, length) + 4.0 * config.hidden_size**2
     return total + config.num_nextn_predict_layers * module
+
+
+def cached_numbers(config: ModelConfig, num_steps: int | None = None) -> int:
+    """Keys and values, or latents, that decoding keeps per token, over all layers and loop steps."""
+    r, steps = config.recurrence, num_steps or config.recurrence.num_steps
+    width = (
+        config.kv_lora_rank + config.qk_rope_head_dim
+        if config.use_mla
+        else 2 * config.kv_heads * config.plain_head_dim
+    )
+    slots = 1 + slot_of(r, steps - 1)
+    runs = [min(config.runs_of_layer(i, steps), slots) for i in range(config.num_hidden_layers)]
+    return sum(runs) * width * config.positions_per_token
 
 
 def _forward_flops(config: ModelConfig, sequence_length: int, steps: int, training: bool) -> float:
@@ -180,8 +194,7 @@ def _units(config: ModelConfig) -> tuple[int, int]:
 
 def _halting_heads(config: ModelConfig) -> int:
     """Halting logits per unit."""
-    halting = config.recurrence.halting
-    return {"token": 1, "sequence": 1, "mixed": 2}[halting.granularity] if halting.learned else 0
+    return len(config.recurrence.halting.heads)
 
 
 def _recurrence_weights(config: ModelConfig) -> int:

@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
         x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
         normed, statistics = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
-            out, statistics = self.mlp(normed, context.token_mask, context.statistics)
+            out, statistics = self.mlp(normed, context.token_mask, context.statistics, context.row_weights)
         else:
             out = maybe_compiled(self.mlp, self.compile_dense, normed)
         x = x + (self.mlp_output_layernorm(out) if self.sandwich else out)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.cache import LatentCache
+from model.config.recurrence import HaltingConfig
 from model.interface import LanguageModel
 from model.latent_cot.rkv import CacheCompressor
 
@@ -30,6 +31,7 @@ def generate(
     kv_budget: int | None = None,
     kv_buffer: int = 128,
     cache: LatentCache | None = None,
+    halting: HaltingConfig | None = None,
 ) -> Tensor:
     """Continues all rows until every row has ended.
 
@@ -48,6 +50,7 @@ def generate(
             None: all.
         kv_buffer: further tokens that the cache may hold before it is cut to the budget.
         cache: holds what precedes `tokens`, extended in place; attention_mask covers that too.
+        halting: in place of the config's; see ZeroModel.forward.
 
     Returns:
         (B, T + n) prompt and continuation, n <= max_new_tokens.
@@ -67,7 +70,9 @@ def generate(
                 f"kv_budget={kv_budget} is for generating from a prompt, but a cache of {cache.length} "
                 "tokens is given too; leave one of them out"
             )
-        compressor = CacheCompressor(model, tokens, attention_mask, cache, kv_budget, kv_buffer)
+        compressor = CacheCompressor(
+            model, tokens, attention_mask, cache, kv_budget, kv_buffer, halting=halting
+        )
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         output = model(
@@ -77,6 +82,7 @@ def generate(
             num_steps=num_steps,
             cache=cache,
             logits_to_keep=1,
+            halting=halting,
         )
         if compressor is not None:
             attention_mask = compressor.after_pass(attention_mask)

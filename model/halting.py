@@ -27,9 +27,9 @@ class HaltingUnit(nn.Module):
 
     def __init__(self, width: int, config: HaltingConfig, zero: bool = False) -> None:
         super().__init__()
-        if config.granularity != "sequence":
+        if "token" in config.heads:
             self.token = Linear(width, 1, initial_bias=HALTING_BIAS, zero=zero)
-        if config.granularity != "token":
+        if "sequence" in config.heads:
             self.sequence = Linear(width, 1, initial_bias=HALTING_BIAS, zero=zero)
 
 
@@ -141,6 +141,34 @@ class Halting:
         if cache is not None:
             signal = cache.append((f"{self.name}.halting", step), signal[..., None])[..., 0]
         return document_mean(signal, self.context.segment)[:, -T:]
+
+
+class RowDepths:
+    """In place of Halting where each row has a depth: rows that take fewer steps start later.
+
+    All rows take their last step together, so that truncated back-propagation, the last steps of the loop,
+    is the last steps of every row.
+
+    Args:
+        depths: (B,) int64, within 1..num_steps.
+        num_tokens: T.
+        num_steps: N.
+    """
+
+    def __init__(self, depths: Tensor, num_tokens: int, num_steps: int) -> None:
+        steps = torch.arange(num_steps, device=depths.device)[:, None, None]
+        shape = (num_steps, len(depths), num_tokens)
+        self._runs = (steps >= num_steps - depths[:, None]).expand(shape)
+        self.running: Tensor | None = self._runs[0]  # (B, T) tokens that execute the next step
+        self.probabilities = list((steps == depths[:, None] - 1).float().expand(shape))  # as Halting's
+        self.executed = list((steps < depths[:, None]).expand(shape))  # booleans, by the row's own steps
+
+    def finished(self) -> bool:
+        return False
+
+    def update(self, step: int, before: Tensor, after: Tensor) -> None:
+        if step + 1 < len(self._runs):
+            self.running = self._runs[step + 1]
 
 
 def document_mean(signal: Tensor, segment: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.cache import LatentCache
 from model.config.model import ModelConfig
+from model.config.recurrence import HaltingConfig
 
 
 class ModelOutput(NamedTuple):
@@ -47,6 +48,7 @@ class LanguageModel(Protocol):
         num_steps: int | None,
         cache: LatentCache,
         logits_to_keep: int,
+        halting: HaltingConfig | None,
     ) -> ModelOutput:
         """See ZeroModel.forward."""
         ...

@@ -102,7 +102,7 @@ class Transformer(nn.Module):
             traces.append(loop.trace)
             x, done = loop.out, last + 1
             states = [x]
-            if self.training and context.statistics and self.config.recurrence.expectation == "loss":
+            if self.training and context.statistics and context.recurrence.expectation == "loss":
                 states = [unit.output_norm(state) for state in loop.states]
                 probabilities = loop.trace.halt_probs.unbind(-1)
         tails = [self._run_counted(range(done, len(self.layers)), state, context) for state in states]
@@ -129,14 +129,19 @@ class Transformer(nn.Module):
 
     def _core(self, first: int, last: int, context: AttentionContext) -> Callable[..., CoreOutput]:
         """Layers first..last as the core of a loop; see recurrence.Core."""
-        r = self.config.recurrence
+        r = context.recurrence
         remembers = r.carries_keys or context.cache is not None
 
         def core(
             state: Tensor, step: int, running: Tensor | None, kept: dict[int, tuple[Tensor, ...]]
         ) -> CoreOutput:
             loop = LoopStep(r, step, running, kept) if remembers else None
-            out = self._run(range(first, last + 1), state, dataclasses.replace(context, loop=loop))
+            inner = dataclasses.replace(context, loop=loop)
+            if context.depths is not None and running is not None:  # the losses are means over a row's steps
+                inner.row_weights = context.num_steps / context.depths
+                real = context.token_mask
+                inner.token_mask = running if real is None else running & real
+            out = self._run(range(first, last + 1), state, inner)
             return CoreOutput(out.hidden, out.kept, (out.aux, out.loads, out.states))
 
         return core

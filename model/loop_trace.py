@@ -5,6 +5,7 @@ losses.py has the terms' names and weights.
 Shapes: B batch, T tokens, W width of the state, N loop steps.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ def loop_trace(
     out: Tensor,
     segment: Tensor | None,
     token_mask: Tensor | None,
+    depths: Tensor | None = None,
 ) -> LoopTrace:
     """Summarises a pass.
 
@@ -51,6 +53,7 @@ def loop_trace(
         out: (B, T, W), the loop's output.
         segment: (B, S), see context.segments; only the last T positions count.
         token_mask: (B, T), False under padding; None: no padding.
+        depths: (B,), see AttentionContext: p, steps and changes are of the row's own steps.
     """
     p, ran = at_least_fp32(torch.stack(probabilities, -1)), torch.stack(executed, -1)
     real = torch.ones_like(ran[..., 0]) if token_mask is None else token_mask
@@ -60,6 +63,10 @@ def loop_trace(
     cost = steps + (p * final).sum(-1) if config.kind == "act" else (p * numbers).sum(-1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.stability_weight > 0):
         changes = torch.stack([relative_change(a, b) for a, b in zip(states, states[1:], strict=False)], -1)
+    late = None if depths is None else p.shape[-1] - depths  # steps after which a row starts
+    if late is not None:
+        own = (numbers - 1 + late[:, None]).clamp(max=p.shape[-1] - 1)
+        changes = changes.gather(-1, own[:, None].expand_as(changes))
     counted = (ran & real[..., None]).float()
     residuals = (changes.detach() * counted).sum((0, 1)) / counted.sum((0, 1)).clamp(min=1)
     zero = torch.zeros_like(cost)
@@ -67,7 +74,7 @@ def loop_trace(
         _ponder(config, p, cost) if config.learned else zero,
         _stability(p, changes) if config.stability_weight else zero,
         hoyer_square(out) if config.sparsity_weight else zero,
-        _lost_information(states, segment, real) if config.information_weight else zero,
+        _lost_information(states, segment, real, late) if config.information_weight else zero,
     )
     weights = real / real.sum(1, keepdim=True).clamp(min=1)
     sums = torch.stack([(term * weights).sum() for term in terms])
@@ -110,23 +117,27 @@ def hoyer_square(x: Tensor) -> Tensor:
     return (ratio - 1) / max(x.shape[-1] - 1, 1)
 
 
-def _lost_information(states: list[Tensor], segment: Tensor | None, real: Tensor) -> Tensor:
+def _lost_information(
+    states: list[Tensor], segment: Tensor | None, real: Tensor, late: Tensor | None
+) -> Tensor:
     """(B, T): minus a lower bound, in nats, of the information that successive states share.
 
     InfoNCE (van den Oord et al. 2018, eq. 5): the previous state must identify a token's state among those of
-    the document's other tokens; log(tokens) - loss bounds the information from below. Mean over the steps.
+    the document's other tokens; log(tokens) - loss bounds the information from below. Mean over the steps,
+    of which a row takes none before number late (B,).
     """
     B, T = real.shape
     document = torch.zeros(B, T, device=real.device) if segment is None else segment[:, -T:].expand(B, T)
     same = (document[:, :, None] == document[:, None, :]) & real[:, :, None] & real[:, None, :]
     same = same | torch.eye(T, dtype=torch.bool, device=real.device)
     tokens, total = same.sum(-1).log(), torch.zeros((), device=real.device)
-    for before, after in zip(states, states[1:], strict=False):
+    for step, (before, after) in enumerate(itertools.pairwise(states)):
         unit_before, unit_after = (F.normalize(at_least_fp32(s), dim=-1) for s in (before, after))
         likeness = (unit_after @ unit_before.transpose(1, 2) / TEMPERATURE).masked_fill(~same, float("-inf"))
         loss = likeness.logsumexp(-1) - likeness.diagonal(dim1=1, dim2=2)
-        total = total + loss - tokens
-    return total / (len(states) - 1)
+        lost = loss - tokens
+        total = total + (lost if late is None else torch.where(step >= late[:, None], lost, 0.0))
+    return total / (len(states) - 1 if late is None else len(states) - 1 - late[:, None])
 
 
 def loop_sums(

@@ -171,7 +171,11 @@ class MoE(nn.Module):
         return self.experts(x, counts)
 
     def forward(
-        self, x: Tensor, token_mask: Tensor | None = None, statistics: bool = True
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        statistics: bool = True,
+        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, MoEStatistics | None]:
         """Routes every token through its experts.
 
@@ -181,6 +185,7 @@ class MoE(nn.Module):
             x: (B, T, D).
             token_mask: (B, T), False for padding, which the statistics leave out.
             statistics: whether to form them.
+            row_weights: (B,) of the rows in the two losses; None: 1.
 
         Returns:
             (B, T, D) and the statistics.
@@ -196,9 +201,13 @@ class MoE(nn.Module):
         out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
         if self.config.n_shared_experts:
             out = out + maybe_compiled(self.shared_experts, self.execution.compile, tokens)
-        return out.view_as(x), self._statistics(routing, x.shape[0], token_mask) if statistics else None
+        if not statistics:
+            return out.view_as(x), None
+        return out.view_as(x), self._statistics(routing, x.shape[0], token_mask, row_weights)
 
-    def _statistics(self, routing: Routing, B: int, token_mask: Tensor | None) -> MoEStatistics:
+    def _statistics(
+        self, routing: Routing, B: int, token_mask: Tensor | None, row_weights: Tensor | None
+    ) -> MoEStatistics:
         """Balance loss (eq. 17-20 with alpha 1), router z-loss (ST-MoE eq. 5) and load of real tokens."""
         E, K = self.config.n_routed_experts, self.config.num_experts_per_tok
         scores = routing.scores
@@ -208,8 +217,9 @@ class MoE(nn.Module):
         taken = picked.sum(1)
         share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).view(B, -1, E)
         share = torch.einsum("bte,bt->be", share, real)
-        balance = (taken * E / (K * length) * share / length).sum()
-        z = (routing.logits.logsumexp(-1).square().view(B, -1) * real / length).sum()
+        weight = 1.0 if row_weights is None else row_weights[:, None].to(length)
+        balance = (taken * E / (K * length) * share / length * weight).sum()
+        z = (routing.logits.logsumexp(-1).square().view(B, -1) * real / length * weight).sum()
         return MoEStatistics(balance, z, taken.sum(0).round().long())
 
     @torch.no_grad()

@@ -19,8 +19,9 @@ from model.cache import slot_of
 from model.causal_mixing import CausalMixing
 from model.checkpointing import recomputed
 from model.config.model import ModelConfig
+from model.config.recurrence import nearest_integer
 from model.context import AttentionContext
-from model.halting import Halting, HaltingUnit
+from model.halting import Halting, HaltingUnit, RowDepths
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.loop_trace import LoopTrace, loop_trace
 
@@ -110,10 +111,14 @@ class LatentReasoningUnit(nn.Module):
             predict: normed states (B, T, W) -> logits, for exits by divergence.
             first_state: (B, T, W), a different initial state.
         """
-        r, N = self.config, context.num_steps
+        r, N = context.recurrence, context.num_steps
         active = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
         readout = None if predict is None else lambda state: predict(self.output_norm(state))
-        halting = Halting(r.halting, self.halting, active, context, self.name, N, readout)
+        halting: Halting | RowDepths = (
+            Halting(r.halting, self.halting, active, context, self.name, N, readout)
+            if context.depths is None
+            else RowDepths(context.depths, initial.shape[1], N)
+        )
         state = initial if first_state is None else first_state
         states, extras, kept = [state], list[Any](), dict[int, tuple[Tensor, ...]]()
         for step in range(N):
@@ -121,14 +126,12 @@ class LatentReasoningUnit(nn.Module):
             if not context.statistics and not self.training and halting.finished():
                 self._fill_cache(context, step, initial.shape[1])
                 break
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self._cut(step, N)):
-                advance = self._recomputed_advance if self.recompute_steps else self._advance
-                state, out = advance(state, initial, core, step, halting.running, kept)
+            state, out = self._step(step, state, initial, core, context, halting.running, kept)
             halting.update(step, states[-1], state)
             states.append(state)
             extras.append(out.extra)
             kept = out.kept
-        result = self._read_out(states, halting)
+        result = self._read_out(states, halting, r.expectation)
         trace = loop_trace(
             r.halting,
             halting.probabilities,
@@ -137,8 +140,32 @@ class LatentReasoningUnit(nn.Module):
             result,
             context.segment,
             context.token_mask,
+            context.depths,
         )
         return LoopResult(result, trace, states[1:], extras)
+
+    def _step(
+        self,
+        step: int,
+        state: Tensor,
+        initial: Tensor,
+        core: Core,
+        context: AttentionContext,
+        running: Tensor | None,
+        kept: dict[int, tuple[Tensor, ...]],
+    ) -> tuple[Tensor, CoreOutput]:
+        """One pass, with its gradients as training wants them."""
+        advance = self._recomputed_advance if self.recompute_steps else self._advance
+        cut = self._cut(step, context)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not cut):
+            new, out = advance(state, initial, core, step, context.own_step(step), running, kept)
+        if cut and context.depths is not None and running is not None:
+            # A row that starts after the cut steps keeps the gradient of its initial state.
+            new = torch.where(running[..., None], new, state)
+        if context.num_steps == 1 and self.training and self.config.update == "retrofit":
+            # Every weight has a gradient in every step, even at depth 1: ZeRO-3 relies on it.
+            new = new + 0.0 * self.gate(torch.cat((initial, new), -1))
+        return new, out
 
     def _advance(
         self,
@@ -146,12 +173,13 @@ class LatentReasoningUnit(nn.Module):
         initial: Tensor,
         core: Core,
         step: int,
+        own: int | Tensor,
         running: Tensor | None,
         kept: dict[int, tuple[Tensor, ...]],
     ) -> tuple[Tensor, CoreOutput]:
-        """One pass; halted tokens keep their state."""
-        out = core(self._inject(state, initial, step), step, running, kept)
-        new = self._update(state, out.candidate, step)
+        """One pass, for each row its step number `own`; tokens that do not run keep their state."""
+        out = core(self._inject(state, initial, own), step, running, kept)
+        new = self._update(state, out.candidate, own)
         return (new if running is None else torch.where(running[..., None], new, state)), out
 
     def _recomputed_advance(self, *inputs: Any) -> tuple[Tensor, CoreOutput]:
@@ -160,7 +188,7 @@ class LatentReasoningUnit(nn.Module):
         state, out = recomputed("iteration", self._advance, *inputs)
         return state, out
 
-    def _inject(self, state: Tensor, initial: Tensor, step: int) -> Tensor:
+    def _inject(self, state: Tensor, initial: Tensor, step: int | Tensor) -> Tensor:
         x = self.state_norm(state) if self.config.state_norm else state
         kind = self.config.injection
         if self.config.iteration_embedding:
@@ -175,19 +203,21 @@ class LatentReasoningUnit(nn.Module):
         share = mixed.sigmoid()
         return share * initial + (1 - share) * x
 
-    def _update(self, state: Tensor, candidate: Tensor, step: int) -> Tensor:
-        if self.config.update == "simple" or (self.config.update == "retrofit" and step == 0):
+    def _update(self, state: Tensor, candidate: Tensor, step: int | Tensor) -> Tensor:
+        whole = self.config.update == "retrofit" and step == 0
+        if self.config.update == "simple" or whole is True:
             return candidate
         gate = self.gate(torch.cat((state, candidate), -1)).sigmoid()
-        return state + gate * (candidate - state)
+        moved = state + gate * (candidate - state)
+        return torch.where(whole, candidate, moved) if isinstance(whole, Tensor) else moved
 
-    def _cut(self, step: int, num_steps: int) -> bool:
+    def _cut(self, step: int, context: AttentionContext) -> bool:
         """Whether truncated back-propagation leaves this step out."""
-        kept = self.config.backprop_steps
-        return self.training and kept is not None and step < num_steps - kept
+        kept = context.backprop_steps
+        return self.training and kept is not None and step < context.num_steps - kept
 
-    def _read_out(self, states: list[Tensor], halting: Halting) -> Tensor:
-        if self.config.expectation != "state":
+    def _read_out(self, states: list[Tensor], halting: Halting | RowDepths, expectation: str) -> Tensor:
+        if expectation != "state":
             return self.output_norm(states[-1])
         weighted = [p[..., None] * s for p, s in zip(halting.probabilities, states[1:], strict=True)]
         return self.output_norm(torch.stack(weighted).sum(0).to(states[-1].dtype))
@@ -236,11 +266,11 @@ class IterationEmbedding(nn.Module):
         super().__init__()
         self.width, self.scale = width, nn.Parameter(torch.zeros(width))
 
-    def forward(self, step: int) -> Tensor:
-        """Number of a step, from 0 -> (W,)."""
+    def forward(self, step: int | Tensor) -> Tensor:
+        """Number of a step, from 0 -> (W,); of each row, (B, 1, 1) -> (B, 1, W)."""
         pairs = torch.arange((self.width + 1) // 2, device=self.scale.device)
         angles = (step + 1) * torch.exp(pairs * (-2 * math.log(10_000.0) / self.width))
-        waves = torch.cat((angles.sin(), angles.cos()))[: self.width]
+        waves = torch.cat((angles.sin(), angles.cos()), -1)[..., : self.width]
         return waves.to(self.scale.dtype) * self.scale
 
 
@@ -311,8 +341,27 @@ def sample_depth(config: ModelConfig, seed: int, step: int) -> int:
     depth minus 1 (Huginn, arXiv 2502.05171, section 3.3).
     """
     r = config.recurrence
-    if r.depth_sampling == "fixed" or r.num_steps == 1:
-        return r.num_steps
+    mean = r.mean_steps(step)
+    if r.depth_sampling == "fixed" or mean == 1:
+        return nearest_integer(mean)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    tau = torch.log(torch.tensor(r.num_steps - 1.0)) - 0.125 + 0.5 * torch.randn((), generator=generator)
+    tau = torch.log(torch.tensor(mean - 1.0)) - 0.125 + 0.5 * torch.randn((), generator=generator)
     return min(int(torch.poisson(tau.exp(), generator=generator)) + 1, r.max_steps)
+
+
+def sample_depths(config: ModelConfig, seed: int, step: int, num_rows: int) -> Tensor:
+    """Loop steps of each row of the global batch, (num_rows,) int64: functions of (seed, step, row) alone.
+
+    The distribution is sample_depth's. Each row turns two uniform numbers of one sequence into its draw, by
+    inverting first the normal and then the Poisson distribution function.
+    """
+    r = config.recurrence
+    mean = r.mean_steps(step)
+    if mean == 1:
+        return torch.ones(num_rows, dtype=torch.int64)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    normal, poisson = torch.rand(num_rows, 2, dtype=torch.float64, generator=generator).unbind(1)
+    rate = torch.exp(math.log(mean - 1.0) - 0.125 + 0.5 * torch.special.ndtri(normal))[:, None]
+    counts = torch.arange(r.max_steps - 1)
+    below = torch.special.gammaincc(counts + 1.0, rate)  # P(at most this count)
+    return 1 + (below < poisson[:, None]).sum(1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from model.cache import LatentCache, full_mask
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
+from model.config.recurrence import HaltingConfig, RecurrenceConfig, with_halting
 from model.context import AttentionContext, build_context, segments
 from model.decoder import AUX_TERMS
 from model.export_files import save_weights
@@ -70,6 +71,8 @@ class ZeroModel(nn.Module):
         noise_seed: int | None = None,
         inputs_embeds: Tensor | None = None,
         states: list[Tensor] | None = None,
+        halting: HaltingConfig | None = None,
+        depths: Tensor | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -86,6 +89,10 @@ class ZeroModel(nn.Module):
             noise_seed: start block loops from noise, to test whether they forget their initial state.
             inputs_embeds: (B, T, D) instead of the tokens' embeddings.
             states: collects the output (B, T, D) of every run of a decoder layer, in order.
+            halting: when tokens stop iterating, at inference, in place of the config's. Kinds that learn
+                need a model that was trained with them. A cache is used with one halting throughout.
+            depths: (B,) int64, the loop steps that each row takes, within 1..num_steps (not checked: the
+                device would have to be waited for). The loop still runs num_steps passes over all rows.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
@@ -100,6 +107,8 @@ class ZeroModel(nn.Module):
             noise_seed=noise_seed,
             inputs_embeds=inputs_embeds,
             states=states,
+            halting=halting,
+            depths=depths,
             statistics=targets is not None,
         )
         loops = stacked_traces(out.traces)
@@ -134,6 +143,8 @@ class ZeroModel(nn.Module):
         noise_seed: int | None = None,
         inputs_embeds: Tensor | None = None,
         states: list[Tensor] | None = None,
+        halting: HaltingConfig | None = None,
+        depths: Tensor | None = None,
         statistics: bool = False,
     ) -> tuple[TransformerOutput, AttentionContext | None]:
         """The part of forward below the head: final hidden states, and what the layers shared.
@@ -145,6 +156,9 @@ class ZeroModel(nn.Module):
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
         if steps < 1:
             raise ValueError(f"num_steps={steps} must be at least 1")
+        recurrence = self._recurrence(halting, steps, statistics)
+        if depths is not None:
+            self._check_depths(recurrence, depths, cache)
         if noise_seed is not None and self.config.recurrence.placement != "block":
             raise ValueError(
                 f"noise_seed={noise_seed} is for placement=block, but the model has "
@@ -173,7 +187,9 @@ class ZeroModel(nn.Module):
                 cache=before,
             )
             context.statistics, context.num_steps, context.states = statistics, steps, states
-            predict = self._predict if self._compares_predictions() else None
+            context.recurrence, context.depths = recurrence, depths
+            context.backprop_steps = recurrence.backprop_at(self.training_step)
+            predict = self._predict if self._compares_predictions(recurrence.halting) else None
             embedded = self.model.embed(tokens, context, inputs_embeds)
             out = self.model(embedded, context, predict, noise_seed)
             out = out._replace(hidden=out.hidden[:, repeats - 1 :: repeats])  # a token's last position
@@ -222,8 +238,29 @@ class ZeroModel(nn.Module):
         """
         return self.lm_head(self.model.norm(states))
 
-    def _compares_predictions(self) -> bool:
-        halting = self.config.recurrence.halting
+    def _recurrence(self, halting: HaltingConfig | None, num_steps: int, targets: bool) -> RecurrenceConfig:
+        """The loop's config, with the halting asked for instead of its own."""
+        if halting is None:
+            return self.config.recurrence
+        if targets or self.training:
+            raise ValueError(
+                f"halting.kind={halting.kind} replaces the model's at inference only; leave out targets and "
+                "call eval(), or set model.recurrence.halting"
+            )
+        return with_halting(self.config.recurrence, halting, num_steps)
+
+    def _check_depths(self, r: RecurrenceConfig, depths: Tensor, cache: LatentCache | None) -> None:
+        exits = r.halting.learned or (r.halting.kind == "threshold" and not self.training)
+        for refused, reason in (
+            (r.placement == "none", "placement=none has no loop"),
+            (exits, f"halting.kind={r.halting.kind} decides when a token stops"),
+            (r.cache == "parallel", "with cache=parallel all rows attend to as many steps"),
+            (cache is not None, "a cache holds equally many steps of every row"),
+        ):
+            if refused:
+                raise ValueError(f"depths of {len(depths)} rows: {reason}; leave them out")
+
+    def _compares_predictions(self, halting: HaltingConfig) -> bool:
         return halting.kind == "threshold" and halting.measure == "kl" and not self.training
 
     def _predict_further(
@@ -287,8 +324,9 @@ class ZeroModel(nn.Module):
 
     @property
     def starts_stage(self) -> bool:
-        """Whether the loss at `training_step` is a different one from the previous step's."""
-        return False
+        """Whether the loss at `training_step` is another one than the previous step's: here, whether the
+        depth changes for good, by a step of the loop or of what is back-propagated."""
+        return self.config.recurrence.changes_at(self.training_step)
 
     def attention_layer(self, layer: int) -> Any:
         """The attention of decoder layer number `layer`."""

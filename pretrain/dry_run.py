@@ -5,6 +5,7 @@ from dataclasses import asdict
 from omegaconf import OmegaConf
 
 from model.counts import flops_per_token, num_parameters, training_flops_per_token
+from pretrain.depths import deepest
 from pretrain.planning.communication import gather_schedule
 from pretrain.planning.layout import Layout, ZeroSettings, model_parts
 from pretrain.planning.memory import memory
@@ -19,13 +20,15 @@ def describe(run: Outline) -> str:
     config, model = run.config, run.model_config
     resolved = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "model": model.to_dict()}))
     layout = _layout(run)
-    parts = model_parts(model)
-    gathering = gather_schedule(model, parts, layout) if layout.stage == 3 else None
-    predicted = memory(model, parts, layout, gathering, skew=1.0)
+    parts, trained = model_parts(model), deepest(model)
+    gathering = gather_schedule(trained, parts, layout) if layout.stage == 3 else None
+    predicted = memory(trained, parts, layout, gathering, skew=1.0)
     built, room = 4 * sum(part.held(layout.ep) for part in parts.values()), host_memory()
     length = config.data.sequence_length
     total, active = num_parameters(model), num_parameters(model, active=True)
-    forward, training = flops_per_token(model, length), training_flops_per_token(model, length)
+    forward, training = flops_per_token(model, length), training_flops_per_token(trained, length)
+    depth, most = model.recurrence.num_steps, trained.recurrence.num_steps
+    depths = f"{depth} loop steps" if depth == most else f"{depth} and, the deepest, {most} loop steps"
     adapters = "" if config.lora is None else " without lora, which needs less"
     lines = [
         resolved.rstrip(),
@@ -33,8 +36,7 @@ def describe(run: Outline) -> str:
         f"starts from      {_start(run)}, ends after step {config.max_steps}",
         f"data             {_data(run)}",
         f"parameters       {total:,} ({active:,} active per token)",
-        f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, "
-        f"at {model.recurrence.num_steps} loop steps",
+        f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, at {depths}",
         f"per step         {layout.step_tokens:,} tokens, {layout.step_tokens * training:.4g} FLOPs",
         f"layout           {layout.gpus} ranks, ep_size {layout.ep}, ZeRO stage {layout.stage}, "
         f"{run.accumulation} micro-batches of {run.micro_batch_size} rows per rank",

@@ -167,7 +167,7 @@ class MetricsLog:
             f"tok/s {r['tokens_per_second']:,.0f}",
             f"data {100 * r['data_wait_fraction']:.0f}%",
             f"mem {r['memory_bytes'] / 2**30:.1f}G",
-            f"depth {r['recurrence_depth']}",
+            f"depth {r['recurrence_depth']:.4g}",
             "load max/mean -" if load is None else f"load max/mean {load:.2f}",
         ]
         if r["mfu"] is not None:

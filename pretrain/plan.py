@@ -6,7 +6,7 @@
 micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of
 GPUs the best layout for each is listed. Bytes follow from the model and from what DeepSpeed sends
 (planning/communication.py and planning/memory.py, tested against it on 2 and 4 CPU ranks). STEP TIMES ARE
-PREDICTED AND UNVERIFIED, see planning/search.py.
+PREDICTED AND UNVERIFIED, see planning/search.py. A run whose depth changes is planned at its deepest.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from model import ModelConfig
 from model.config.execution import CHECKPOINTING
 from model.config.model import PRESETS
 from model.counts import num_parameters
+from pretrain.depths import deepest
 from pretrain.planning.layout import Hardware, Layout, Loads
 from pretrain.planning.search import LayoutPlan, describe, search
 from pretrain.run_config import load_run_config
@@ -32,7 +33,7 @@ SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
 def main() -> None:
     arguments = _parse()
     with user_errors(ValueError, OSError):
-        config = read_model(arguments.model)
+        config = deepest(read_model(arguments.model))
         hardware = read_hardware(arguments.hardware)
         loads = None if arguments.loads is None else read_loads(arguments.loads)
         fixed = {name: getattr(arguments, name) for name in SEARCHED if getattr(arguments, name) is not None}

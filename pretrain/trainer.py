@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import error_line
@@ -22,9 +24,9 @@ from model.interface import ModelOutput
 from model.latent_cot.targets import loss_counts
 from model.loop_trace import loop_figures, loop_sums
 from model.losses import loss_terms, total_loss
-from model.recurrence import sample_depth
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig
+from pretrain.depths import StepDepths, step_depths, trained_at
 from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
 from pretrain.metrics import MetricsLog, peak_tflops, say
@@ -50,7 +52,7 @@ class _Figures:
     """A step's results. The tensors are read while the next step runs, so that the device never waits."""
 
     step: int  # optimizer steps done, this one included
-    depth: int
+    depths: StepDepths
     lr: float
     applied: bool  # whether it changed the weights
     seconds: float
@@ -58,7 +60,7 @@ class _Figures:
     stop: Tensor  # (2,) numbers of ranks that request a stop, and that know of a failed save
     counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
     terms: Tensor  # (terms,) sums over all ranks
-    loops: Tensor  # (3, depth), see loop_trace.loop_sums
+    loops: Tensor  # (3, deepest), see loop_trace.loop_sums
     loads: Tensor | None  # (MoE layers, E) tokens
     grad_norm: Tensor  # scalar
     zscores: Tensor  # (2,) of loss and grad_norm
@@ -199,15 +201,15 @@ class Trainer:
         started = time.perf_counter()
         batch = pending.result()
         waited = time.perf_counter() - started
-        depth = sample_depth(self.model_config, self.config.seed, self.step)
+        depths = self._step_depths()
         lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
-        counts = self._global_counts(batch)
+        counts = self._global_counts(batch, depths)
         self.engine.train(self.step)
         sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
-        loops = torch.zeros(3, depth, dtype=torch.float64, device=device())
-        micro_batches = list(self._micro_batches(batch))
+        loops = torch.zeros(3, depths.deepest, dtype=torch.float64, device=device())
+        micro_batches = list(self._micro_batches(batch, depths))
         for number, inputs in enumerate(micro_batches, start=1):
-            output = self.engine.forward(**inputs, num_steps=depth)
+            output = self.engine.forward(**inputs)
             assert output.loss_sums is not None
             sums += torch.stack([output.loss_sums[t.name].detach().double() for t in self.terms])
             loops += _loop_sums(output, loops)
@@ -222,7 +224,7 @@ class Trainer:
         self.step += 1
         return _Figures(
             step=self.step,
-            depth=depth,
+            depths=depths,
             lr=lr,
             applied=self.engine.step_applied(),
             seconds=time.perf_counter() - started,
@@ -230,7 +232,7 @@ class Trainer:
             stop=stop,
             counts=counts,
             terms=sums,
-            loops=loops.view(3, depth),
+            loops=loops.view(3, -1),
             loads=update_router_biases(self.engine),
             grad_norm=self.engine.grad_norm(),
             zscores=self.engine.guard.zscores,
@@ -295,15 +297,15 @@ class Trainer:
             "padded_tokens": tokens - counts["real_tokens"],
             "damaged_rows": counts["damaged_rows"],
             "tokens_per_second": tokens / f.seconds,
-            **self._utilisation(tokens / f.seconds, f.depth),
-            "recurrence_depth": f.depth,
+            **self._utilisation(tokens / f.seconds, f),
+            "recurrence_depth": f.depths.mean,
             **(loop_figures(f.loops) if self.model_config.recurrence.placement != "none" else {}),
             "seconds": f.seconds,
             "data_wait_fraction": f.waited / f.seconds,
             "memory_bytes": peak_memory_bytes(),
             "expert_load_max": max((max(x) * len(x) for x in shares), default=None),
             "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
-            "dropped_tokens": self._routed_tokens(counts["real_tokens"], f.depth) - sum(map(sum, loads)),
+            "dropped_tokens": self._routed_tokens(counts) - sum(map(sum, loads)),
             "expert_load": shares,
             **({} if f.val_loss is None else {"val_loss": _finite(f.val_loss)}),
             **({} if f.applied else self._skipped(f, measured)),
@@ -319,11 +321,17 @@ class Trainer:
             "sample_ids": self.loader.sample_ids(f.step - 1),
         }
 
-    def _global_counts(self, batch: Batch) -> dict[str, Tensor]:
+    def _step_depths(self) -> StepDepths:
+        rows = self.config.global_batch_size
+        return step_depths(self.model_config, self.config.seed, self.step, world_size(), rows)
+
+    def _global_counts(self, batch: Batch, depths: StepDepths) -> dict[str, Tensor]:
         """Sums over all ranks and micro-batches, scalars on the device: every loss term's counted_in,
-        `real_tokens`, which excludes padding, and `damaged_rows`, skipped so far.
+        `real_tokens`, which excludes padding, `looped_tokens`, the same times their row's loop steps, and
+        `damaged_rows`, skipped so far.
         """
         own = {**self._loss_counts(batch), "real_tokens": int(batch.lengths.sum())}
+        own["looped_tokens"] = int((torch.from_numpy(batch.lengths) * depths.rows[rank()]).sum())
         own["damaged_rows"] = len(self.loader.damaged)
         totals = all_reduce_sum(torch.tensor(list(own.values()), device=device()))
         rows = totals.new_tensor(self.config.global_batch_size)
@@ -334,11 +342,12 @@ class Trainer:
         parts = (batch.tokens, batch.targets, batch.cu_seqlens)
         return loss_counts(self.model_config, self.step, *(torch.from_numpy(part) for part in parts))
 
-    def _micro_batches(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+    def _micro_batches(self, batch: Batch, depths: StepDepths | None = None) -> Iterator[dict[str, Any]]:
+        """This rank's rows as arguments of the model; without `depths` at the config's depth."""
         T = batch.tokens.shape[1]
         for start in range(0, len(batch.tokens), self.micro_batch_size):
             rows = slice(start, start + self.micro_batch_size)
-            inputs = {
+            inputs: dict[str, Any] = {
                 "tokens": torch.from_numpy(batch.tokens[rows]).to(device()).long(),
                 "targets": torch.from_numpy(batch.targets[rows]).to(device()).long(),
                 "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
@@ -346,14 +355,20 @@ class Trainer:
             if (batch.lengths[rows] < T).any():  # padding enters no statistic of experts or loop
                 lengths = torch.from_numpy(batch.lengths[rows]).to(device())
                 inputs["attention_mask"] = torch.arange(T, device=device()) < lengths[:, None]
+            if depths is not None:
+                inputs["num_steps"] = depths.passes(rows)
+                if depths.per_row:
+                    inputs["depths"] = depths.rows[rank(), rows].to(device())
             yield inputs
 
-    def _routed_tokens(self, real_tokens: int, depth: int) -> int:
+    def _routed_tokens(self, counts: dict[str, int]) -> int:
         """Expert choices of a step over all MoE layers: what the loads must add up to."""
         c = self.model_config
-        layers = range(c.num_hidden_layers + c.num_nextn_predict_layers)
-        runs = sum(c.runs_of_layer(i, depth, training=True) for i in layers if c.is_moe_layer(i))
-        return real_tokens * c.positions_per_token * c.num_experts_per_tok * runs
+        layers = [i for i in range(c.num_hidden_layers + c.num_nextn_predict_layers) if c.is_moe_layer(i)]
+        once, deeper = (sum(c.runs_of_layer(i, n, training=True) for i in layers) for n in (1, 2))
+        looped = deeper - once
+        runs = counts["real_tokens"] * (once - looped) + counts["looped_tokens"] * looped
+        return runs * c.positions_per_token * c.num_experts_per_tok
 
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float | None:
@@ -384,18 +399,25 @@ class Trainer:
             )
         return float(totals[0] / totals[1])
 
-    def _utilisation(self, tokens_per_second: float, depth: int) -> dict[str, float | None]:
-        """FLOPs relative to the devices' peak: `mfu` the model's, `hfu` with those recomputed.
+    def _utilisation(self, tokens_per_second: float, f: "_Figures") -> dict[str, float | None]:
+        """FLOPs relative to the devices' peak: `mfu` the model's, `hfu` with those recomputed and those of
+        passes that a row only waits through.
 
         None without a peak, see metrics.peak_tflops.
         """
         if self.peak is None:
             return {"mfu": None, "hfu": None}
         length, checkpointing = self.config.data.sequence_length, self.config.execution.checkpointing
-        model = training_flops_per_token(self.model_config, length, depth)
-        twice = recomputed_flops_per_token(self.model_config, checkpointing, length, depth)
+        config = trained_at(self.model_config, f.step - 1)
+
+        def computed(depth: int) -> float:
+            twice = recomputed_flops_per_token(config, checkpointing, length, depth)
+            return training_flops_per_token(config, length, depth) + twice
+
+        model = f.depths.mean_of(lambda depth: training_flops_per_token(config, length, depth))
+        done = statistics.mean(map(computed, f.depths.all_passes(self.micro_batch_size)))
         share = tokens_per_second / (world_size() * self.peak * 1e12)
-        return {"mfu": share * model, "hfu": share * (model + twice)}
+        return {"mfu": share * model, "hfu": share * done}
 
 
 def _finite(value: float | None) -> float | None:
@@ -404,10 +426,11 @@ def _finite(value: float | None) -> float | None:
 
 @torch.no_grad()
 def _loop_sums(output: ModelOutput, like: Tensor) -> Tensor:
-    """See loop_trace.loop_sums; zeros for a model without recurrence."""
+    """See loop_trace.loop_sums; padded to the shape of `like`; zeros for a model without recurrence."""
     if output.num_iterations is None or output.halt_probs is None or output.residuals is None:
         return torch.zeros_like(like)
-    return loop_sums(output.num_iterations, output.halt_probs, output.residuals)
+    sums = loop_sums(output.num_iterations, output.halt_probs, output.residuals)
+    return F.pad(sums, (0, like.shape[1] - sums.shape[1]))
 
 
 def update_router_biases(engine: Engine) -> Tensor | None:

@@ -257,6 +257,11 @@ class ModelConfig:
     def _check_distillation(self) -> None:
         """A student's pass has no expert statistics, no halting and no multi-token prediction."""
         distillation = self.distillation
+        if distillation is not None and self.recurrence.depth_per == "sequence":
+            raise ValueError(
+                "model.recurrence.depth_per=sequence draws depths for rows of documents, but distillation "
+                "takes them apart; choose depth_per=step"
+            )
         if distillation is None or not distillation.student_pass:
             return
         halts = self.recurrence.placement != "none" and self.recurrence.halting.kind != "fixed"

@@ -1,9 +1,12 @@
 """RecurrenceConfig and HaltingConfig: what is looped, how the state is carried, and when a token stops."""
 
-from dataclasses import dataclass, field
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from common.schema import Count, CountOrZero, Limits, Share, Weight
+from common.schema import Count, CountOrZero, Limits, Share, Weight, check_fields
 
 Steps = Annotated[int, Limits(least=1, most=10_000)]
 LEARNED = ("act", "ponder", "entropy")
@@ -36,6 +39,12 @@ class HaltingConfig:
         return self.kind in LEARNED
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """Learned heads that decide: see halting.HaltingUnit."""
+        both = {"token": ("token",), "sequence": ("sequence",), "mixed": ("token", "sequence")}
+        return both[self.granularity] if self.learned else ()
+
+    @property
     def limit(self) -> float:
         """The threshold in use."""
         if self.threshold is not None:
@@ -51,6 +60,15 @@ class HaltingConfig:
 
 
 @dataclass(frozen=True)
+class DepthPoint:
+    """A point of `depth_schedule`."""
+
+    step: CountOrZero  # optimizer steps done before
+    num_steps: Annotated[float, Limits(least=1, most=10_000)]  # the fixed or the mean depth
+    backprop_steps: Count | None = None  # in place of recurrence.backprop_steps; at every point or at none
+
+
+@dataclass(frozen=True)
 class RecurrenceConfig:
     """The Latent Reasoning Unit: where it sits, how often it runs, and how its state is carried."""
 
@@ -60,7 +78,12 @@ class RecurrenceConfig:
     # all.
     ranges: list[list[int]] | None = None
     num_steps: Steps = 1  # loop steps R at inference; in training the fixed or the mean depth
-    depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson, one draw per optimizer step)
+    # Depth in training as a function of the optimizer step: linear between points, constant before the first
+    # and after the last; depth_sampling=fixed rounds it. It leaves num_steps, the depth at inference and in
+    # validation, as it is: let the last point reach it.
+    depth_schedule: list[DepthPoint] | None = None
+    depth_sampling: str = "fixed"  # fixed | poisson (log-normal Poisson around the mean)
+    depth_per: str = "step"  # depth_sampling=poisson: a draw per step (optimizer step) | sequence (row)
     max_steps: Steps = 32  # upper limit of a sampled depth
     backprop_steps: Count | None = None  # gradients flow through this many last steps only; default: all
     injection: str = "add"  # none | add | concat | gate: how the loop's input re-enters at every step
@@ -89,6 +112,28 @@ class RecurrenceConfig:
     query_conditioned: bool = False  # the refinement reads the token's own query
     # kv only: hidden (as DeepSeek) | latent | hidden_plus_latent (default: DeepSeek's before training)
     k_rope_source: str | None = None
+
+    def mean_steps(self, step: int) -> float:
+        """The fixed or the mean depth in optimizer step `step`, counted from 0."""
+        points = self.depth_schedule
+        return self.num_steps if points is None else _between(points, [p.num_steps for p in points], step)
+
+    def backprop_at(self, step: int) -> int | None:
+        """Last loop steps that gradients flow through in optimizer step `step`; None: all."""
+        points = self.depth_schedule or []
+        cuts = [p.backprop_steps for p in points if p.backprop_steps is not None]
+        return nearest_integer(_between(points, cuts, step)) if cuts else self.backprop_steps
+
+    def changes_at(self, step: int) -> bool:
+        """Whether optimizer step `step` starts another level of depth: a loop step more or less.
+
+        A drawn depth varies in every step, so there only a jump of its mean counts.
+        """
+        now, before = self.mean_steps(step), self.mean_steps(max(0, step - 1))
+        if self.depth_sampling == "poisson":
+            return abs(now - before) >= 1
+        cut = self.backprop_at(step) != self.backprop_at(max(0, step - 1))
+        return cut or nearest_integer(now) != nearest_integer(before)
 
     @property
     def token_local(self) -> bool:
@@ -137,15 +182,31 @@ class RecurrenceConfig:
         return [(first, last) for first, last in self.ranges]
 
 
-_CHOICES = {
+def nearest_integer(x: float) -> int:
+    """Halves are rounded up."""
+    return math.floor(x + 0.5)
+
+
+def _between(points: list[DepthPoint], values: Sequence[float], step: int) -> float:
+    """Linear interpolation of the points' values at an optimizer step; constant outside."""
+    if step <= points[0].step:
+        return values[0]
+    for (a, x), (b, y) in itertools.pairwise(zip(points, values, strict=True)):
+        if step < b.step:
+            return x + (y - x) * (step - a.step) / (b.step - a.step)
+    return values[-1]
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "placement": ("none", "kv", "post_attention", "block"),
     "depth_sampling": ("fixed", "poisson"),
+    "depth_per": ("step", "sequence"),
     "injection": ("none", "add", "concat", "gate"),
     "update": ("gated", "simple", "retrofit"),
     "cache": ("per_step", "parallel", "ema", "average", "last", "first"),
     "k_rope_source": (None, "hidden", "latent", "hidden_plus_latent"),
 }
-_HALTING_CHOICES = {
+_HALTING_CHOICES: dict[str, tuple[str | None, ...]] = {
     "kind": ("fixed", *LEARNED, "threshold"),
     "granularity": ("token", "sequence", "mixed"),
     "measure": ("cosine", "kl"),
@@ -159,20 +220,46 @@ def check_recurrence(r: RecurrenceConfig, num_layers: int, use_mla: bool) -> Non
     Raises:
         ValueError: names the key, its value, the limit and the fix.
     """
-    for section, where, choices in (
-        (r, "recurrence", _CHOICES),
-        (r.halting, "recurrence.halting", _HALTING_CHOICES),
-    ):
-        for name, allowed in choices.items():
-            if getattr(section, name) not in allowed:
-                raise ValueError(
-                    f"model.{where}.{name}={getattr(section, name)!r} is unknown; "
-                    f"choose one of {', '.join(map(str, allowed))}"
-                )
+    _check_choices(r, "recurrence", _CHOICES)
+    _check_choices(r.halting, "recurrence.halting", _HALTING_CHOICES)
     _check_ranges(r, num_layers)
     _check_counts(r)
+    _check_depth(r)
     _check_placement(r, use_mla)
     _check_halting(r)
+
+
+def with_halting(r: RecurrenceConfig, halting: HaltingConfig, num_steps: int) -> RecurrenceConfig:
+    """The loop of a trained model with another kind of halting, for inference with num_steps loop steps.
+
+    Raises:
+        ValueError: the model has no loop or lacks the learned heads, or the values do not fit together.
+    """
+    check_fields(halting, "model.recurrence.halting")
+    _check_choices(halting, "recurrence.halting", _HALTING_CHOICES)
+    if r.placement == "none":
+        raise ValueError(f"halting.kind={halting.kind} is for a loop, but the model has none; leave it out")
+    lacking = [head for head in halting.heads if head not in r.halting.heads]
+    if lacking:
+        raise ValueError(
+            f"halting.kind={halting.kind} with granularity={halting.granularity} needs a learned "
+            f"{lacking[0]} head, but the model was trained with kind={r.halting.kind} and granularity="
+            f"{r.halting.granularity}; choose kind=threshold or fixed"
+        )
+    called = replace(r, halting=halting)
+    _check_halting(called)
+    if halting.kind != "fixed":
+        _check_counts(replace(called, num_steps=num_steps, max_steps=max(num_steps, r.max_steps)))
+    return called
+
+
+def _check_choices(section: object, where: str, choices: dict[str, tuple[str | None, ...]]) -> None:
+    for name, allowed in choices.items():
+        if getattr(section, name) not in allowed:
+            raise ValueError(
+                f"model.{where}.{name}={getattr(section, name)!r} is unknown; "
+                f"choose one of {', '.join(map(str, allowed))}"
+            )
 
 
 def _check_ranges(r: RecurrenceConfig, num_layers: int) -> None:
@@ -202,6 +289,64 @@ def _check_counts(r: RecurrenceConfig) -> None:
             f"model.recurrence.virtual_layers={r.virtual_layers} must lie in 1..{name}={fewest}: every "
             "token fills as many steps; lower it or raise the other"
         )
+
+
+def _check_depth(r: RecurrenceConfig) -> None:
+    """What training draws or schedules must be a depth, and change something."""
+    if r.depth_schedule is not None:
+        _check_schedule(r, r.depth_schedule)
+    if r.depth_per == "step":
+        return
+    for refused, option, reason in (
+        (r.placement == "none", "placement=none", "which has no loop; set placement"),
+        (
+            r.depth_sampling == "fixed",
+            "depth_sampling=fixed",
+            "which gives every row the same depth; choose depth_sampling=poisson",
+        ),
+        (
+            r.halting.learned,
+            f"halting.kind={r.halting.kind}",
+            "which learns when a token stops; choose kind=fixed or threshold",
+        ),
+        (
+            r.cache == "parallel",
+            "cache=parallel",
+            "where all rows attend to as many steps; choose another cache",
+        ),
+    ):
+        if refused:
+            raise ValueError(f"model.recurrence.depth_per=sequence does not go with {option}, {reason}")
+
+
+def _check_schedule(r: RecurrenceConfig, points: list[DepthPoint]) -> None:
+    name = "model.recurrence.depth_schedule"
+    if r.placement == "none":
+        raise ValueError(f"{name} needs a loop, but placement=none; set placement or leave it out")
+    if not points:
+        raise ValueError(f"{name}=[] has no point; leave it out for a constant depth")
+    for before, after in itertools.pairwise(points):
+        if before.step >= after.step:
+            raise ValueError(f"{name}: step {after.step} follows {before.step}; sort the points by step")
+    cuts = [point.backprop_steps for point in points if point.backprop_steps is not None]
+    if 0 < len(cuts) < len(points):
+        raise ValueError(
+            f"{name}: {len(cuts)} of {len(points)} points have backprop_steps; name it at every point or none"
+        )
+    if cuts and r.backprop_steps is not None:
+        raise ValueError(
+            f"model.recurrence.backprop_steps={r.backprop_steps} and that of {name} exclude each other; "
+            "leave one of them out"
+        )
+    for point in points:
+        at, cut = f"{name} at step {point.step}", point.backprop_steps
+        if point.num_steps > r.max_steps:
+            raise ValueError(f"{at}: num_steps={point.num_steps:g} exceeds max_steps={r.max_steps}; raise it")
+        if cut is not None and r.depth_sampling == "fixed" and cut > point.num_steps:
+            raise ValueError(
+                f"{at}: backprop_steps={cut} exceeds num_steps={point.num_steps:g}, so that it cuts nothing; "
+                "lower it"
+            )
 
 
 def _check_placement(r: RecurrenceConfig, use_mla: bool) -> None:
@@ -251,9 +396,11 @@ def _check_halting(r: RecurrenceConfig) -> None:
             "model.recurrence.halting.measure=kl compares predictions, but a unit inside attention makes "
             "none; choose measure=cosine or placement=block"
         )
-    if h.learned and r.backprop_steps is not None:
+    cuts = [r.backprop_steps, *(point.backprop_steps for point in r.depth_schedule or [])]
+    cut = next((steps for steps in cuts if steps is not None), None)
+    if h.learned and cut is not None:
         raise ValueError(
-            f"model.recurrence.backprop_steps={r.backprop_steps} cuts the gradient that "
+            f"model.recurrence.backprop_steps={cut} cuts the gradient that "
             f"halting.kind={h.kind} learns from; leave it out or choose halting.kind=fixed or threshold"
         )
     if h.learned and not 0 < h.limit < 1:

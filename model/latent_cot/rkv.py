@@ -25,6 +25,7 @@ from torch import Tensor
 
 from model.cache import LatentCache, Slot
 from model.config.model import ModelConfig
+from model.config.recurrence import HaltingConfig
 from model.interface import LanguageModel
 from model.layers import at_least_fp32, rotate, rotations
 
@@ -198,6 +199,7 @@ class CacheCompressor:
         cache: empty; it starts to collect queries.
         budget: generated tokens to keep.
         buffer: tokens to generate between two cuts.
+        halting: with which the model reads; default: the config's.
 
     Raises:
         ValueError: budget or buffer too small, or a model that caches more than keys and values.
@@ -211,8 +213,9 @@ class CacheCompressor:
         cache: LatentCache,
         budget: int,
         buffer: int,
+        halting: HaltingConfig | None = None,
     ) -> None:
-        _check(model.config, budget, buffer)
+        _check(model.config, budget, buffer, halting or model.config.recurrence.halting)
         self.model, self.cache, self.budget, self.limit = model, cache, budget, budget + buffer
         self.prompt_length = tokens.shape[1]
         real = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
@@ -281,14 +284,13 @@ class CacheCompressor:
         return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
 
 
-def _check(config: ModelConfig, budget: int, buffer: int) -> None:
+def _check(config: ModelConfig, budget: int, buffer: int, halting: HaltingConfig) -> None:
     if budget <= OBSERVATION_WINDOW or buffer < 1:
         raise ValueError(
             f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least "
             f"{OBSERVATION_WINDOW + 1}, since the last {OBSERVATION_WINDOW} tokens always stay, and the "
             "buffer at least 1"
         )
-    halting = config.recurrence.halting
     averages = config.recurrence.placement != "none" and halting.kind != "fixed"
     for refused, name in (
         (config.num_memory_tokens, f"num_memory_tokens={config.num_memory_tokens}"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.cache import LatentCache
 from model.config.latent_cot import check_iterations
+from model.config.recurrence import HaltingConfig
 from model.transformer import ZeroModel
 
 
@@ -47,18 +48,16 @@ class _Thinker:
     """A question that has been read, and how to run latents after it."""
 
     def __init__(
-        self, model: ZeroModel, cache: LatentCache, attention_mask: Tensor | None, num_steps: int | None
+        self, model: ZeroModel, cache: LatentCache, attention_mask: Tensor | None, **loop: Any
     ) -> None:
-        self.model, self.cache, self.mask, self.num_steps = model, cache, attention_mask, num_steps
+        self.model, self.cache, self.mask, self.loop = model, cache, attention_mask, loop
         self.passes = 0
 
     def run(self, latents: Tensor, cache: LatentCache) -> _Iteration:
         """Runs latents (B, n, D) after what a cache holds; the cache is unchanged."""
         cache = cache.branch()
         mask = None if self.mask is None else self.mask[:, : cache.length + latents.shape[1]]
-        out, _ = self.model.read(
-            attention_mask=mask, num_steps=self.num_steps, cache=cache, inputs_embeds=latents
-        )
+        out, _ = self.model.read(attention_mask=mask, cache=cache, inputs_embeds=latents, **self.loop)
         self.passes += 1
         return _Iteration(latents, out.hidden, cache)
 
@@ -74,6 +73,7 @@ def think(
     replace: str | None = None,
     seed: int = 0,
     differentiable: bool | None = None,
+    halting: HaltingConfig | None = None,
 ) -> Thoughts:
     """Reads questions and thinks about them; gradients flow through all iterations.
 
@@ -90,6 +90,7 @@ def think(
         seed: for the permutation of `shuffled`.
         differentiable: whether the cache grows by copies only, which gradients need; default: whether they
             are enabled.
+        halting: of the model, in place of the config's; see ZeroModel.forward.
 
     Raises:
         ValueError: the model has no latent thoughts, an option does not go with its kind, or the row would
@@ -104,9 +105,10 @@ def think(
     if replace not in (None, "shuffled", "zeroed"):
         raise ValueError(f"replace={replace!r} is unknown; choose one of shuffled, zeroed, or None")
     cache = LatentCache(differentiable=torch.is_grad_enabled() if differentiable is None else differentiable)
-    question, _ = model.read(tokens, attention_mask, num_steps=num_steps, cache=cache)
+    loop: dict[str, Any] = {"num_steps": num_steps, "halting": halting}
+    question, _ = model.read(tokens, attention_mask, cache=cache, **loop)
     mask = None if attention_mask is None else F.pad(attention_mask, (0, c), value=1)
-    thinker, settings = _Thinker(model, cache, mask, num_steps), model.config.latent_cot
+    thinker, settings = _Thinker(model, cache, mask, **loop), model.config.latent_cot
     bot, change = question.hidden[:, -1:], list[float]()
     if settings.feedback == "sequential":
         last = _one_after_another(thinker, bot, c)
@@ -227,8 +229,8 @@ def generate_with_thoughts(
     Raises:
         ValueError: as `think` and `generate` do.
     """
-    options = {"num_steps": None, **options}
-    thoughts = think(model, tokens, attention_mask, num_steps=options["num_steps"], **(thinking or {}))
+    loop: dict[str, Any] = {name: options.get(name) for name in ("num_steps", "halting")}
+    thoughts = think(model, tokens, attention_mask, **loop, **(thinking or {}))
     eot = tokens.new_full((len(tokens), 1), eot_id)
     mask = None if thoughts.attention_mask is None else F.pad(thoughts.attention_mask, (0, 1), value=1)
     answer = model.generate(eot, max_new_tokens, attention_mask=mask, cache=thoughts.cache, **options)

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from model.cache import LatentCache
+from model.counts import cached_numbers
+
+from .conftest import VARIANTS
 
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
@@ -15,11 +18,20 @@ def test_decoding_in_chunks_equals_one_forward_pass(build, variant, tokens, chun
     torch.testing.assert_close(torch.cat(parts, 1), model(tokens).logits, **TOLERANCE)
 
 
-def test_the_cache_holds_latent_plus_rope_numbers_per_token_and_slot(build, tokens):
+@pytest.mark.parametrize("cache_kind", [{}, {"cache": "parallel", "virtual_layers": 2}, {"cache": "last"}])
+def test_the_cache_holds_as_many_numbers_as_counted(build, variant, tokens, cache_kind):
+    recurrence = VARIANTS[variant].get("recurrence", {})
+    if variant == "memory" or (cache_kind and recurrence.get("placement") != "block"):
+        return  # a recurrent memory keeps no tokens; the kinds of cache are for loops
+    model, cache = build(variant, recurrence={**recurrence, **cache_kind}), LatentCache()
+    model(tokens, cache=cache)
+    mixed = model.config.hidden_size if model.config.embedding_mixing else 0
+    assert cache.numel() == tokens.numel() * (cached_numbers(model.config) + mixed)
+
+
+def test_the_cache_holds_latent_plus_rope_numbers_per_token_and_slot(build):
     for variant, slots in (("deepseek", 3), ("loop", 1 + 3 + 1)):
-        cache = LatentCache()
-        build(variant)(tokens, cache=cache)
-        assert cache.numel() == tokens.numel() * slots * (10 + 4)
+        assert cached_numbers(build(variant).config) == slots * (10 + 4)
 
 
 def test_generation_equals_recomputing_everything(build, variant, tokens):

@@ -19,6 +19,8 @@ UNTRIED = {
     "halting.granularity",
     "halting.information_weight",
     "virtual_layers",
+    "depth_schedule",
+    "depth_per",
     "ema_decay",
     "position_mixing",
     "query_conditioned",

@@ -180,9 +180,9 @@ def test_truncated_back_propagation_equals_detaching_the_state_by_hand(tokens, c
     unit, seen = whole.model.recurrence[0], []
     original = unit._advance
 
-    def advance(state, initial, core, step, running, kept):
+    def advance(state, initial, core, step, own, running, kept):
         seen.append(step)
-        new, out = original(state, initial, core, step, running, kept)
+        new, out = original(state, initial, core, step, own, running, kept)
         return (new.detach() if step < 3 - cut else new), out
 
     unit._advance = advance

@@ -8,13 +8,15 @@ import torch
 
 from model import ModelConfig, ZeroModel
 from model.cache import LatentCache
+from model.config.recurrence import HaltingConfig
 from model.losses import IGNORE_INDEX
 from model.recurrence import LatentReasoningUnit
 
-from .conftest import SMALL, check_documents_are_apart
+from .conftest import BLOCK, SMALL, check_documents_are_apart
 from .loops import COVERING, EVERY, EXACT
 
 TOLERANCE = {"rtol": 0, "atol": 3e-5}
+KV = {"placement": "kv", "num_steps": 3}
 STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=torch.int32)
 
 
@@ -60,10 +62,11 @@ TOKENS = torch.randint(1, 61, (3, 17), generator=torch.Generator().manual_seed(1
 
 
 def set_limit(model: ZeroModel, limit: float) -> None:
-    for unit in model.modules():
-        if isinstance(unit, LatentReasoningUnit):
-            halting = dataclasses.replace(unit.config.halting, threshold=limit)
-            unit.config = dataclasses.replace(unit.config, halting=halting)
+    recurrence = model.config.recurrence
+    halting = dataclasses.replace(recurrence.halting, threshold=limit)
+    model.config = dataclasses.replace(
+        model.config, recurrence=dataclasses.replace(recurrence, halting=halting)
+    )
 
 
 def set_limit_between_the_tokens(model: ZeroModel) -> None:
@@ -153,6 +156,77 @@ def test_with_zero_halting_it_equals_fixed_depth(name, tokens):
     else:  # never settled enough
         set_limit(model, 2.0 if model.config.recurrence.halting.measure == "cosine" else -1.0)
     torch.testing.assert_close(model.eval()(tokens).logits, fixed.eval()(tokens).logits, **TOLERANCE)
+
+
+@cases(adaptive)
+def test_halting_of_a_call_equals_the_configs(name, tokens):
+    """A model trained at fixed depth is called with a training-free exit, one that learned to halt with
+    another limit; whole rows, padded ones, a prefill and decoding."""
+    model = make(name)
+    halting = model.config.recurrence.halting
+    if learned(name):
+        set_limit(model, 0.6)
+        halting = dataclasses.replace(halting, threshold=0.6)
+    section = {**dataclasses.asdict(model.config.recurrence), "halting": {"kind": "fixed"}}
+    if learned(name):
+        section["halting"] = EVERY[name]["halting"]
+    trained = ZeroModel(ModelConfig.from_dict({**SMALL, "recurrence": section})).eval()
+    trained.load_state_dict(model.state_dict())
+    mask = torch.ones_like(tokens)
+    mask[0, :7] = 0
+    caches = [LatentCache(), LatentCache()]
+    passes = [
+        (tokens, {"num_steps": 5}),
+        *((part, {}) for part in tokens.split([9, 1, 7], 1)),
+    ]
+    for number, (part, options) in enumerate(passes):
+        given = [{**options, **({"cache": cache} if number else {})} for cache in caches]
+        seen = 17 if number == 0 else caches[0].length + part.shape[1]
+        found = trained(part, mask[:, :seen], halting=halting, **given[0])
+        expected = model(part, mask[:, :seen], **given[1])
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.num_iterations, expected.num_iterations)
+    assert len(trained(tokens, halting=halting).num_iterations.unique()) > 1
+    texts = [m.generate(tokens[:, :5], 6, **o) for m, o in ((trained, {"halting": halting}), (model, {}))]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(
+    ("section", "halting", "options", "message"),
+    [
+        ({}, {"kind": "fixed"}, {}, "the model has none; leave it out"),
+        (BLOCK, {"kind": "threshold"}, {"targets": TOKENS}, "at inference only; leave out targets"),
+        (BLOCK, {"kind": "ponder"}, {}, "needs a learned token head, but .*kind=fixed and granularity=token"),
+        (
+            {**BLOCK, "halting": {"kind": "act"}},
+            {"kind": "act", "granularity": "mixed"},
+            {},
+            "granularity=mixed needs a learned sequence head",
+        ),
+        (KV, {"kind": "threshold", "measure": "kl"}, {}, "a unit inside attention makes none"),
+        (BLOCK, {"kind": "treshold"}, {}, "halting.kind='treshold' is unknown"),
+        (BLOCK, {"kind": "threshold", "mixture": 2.0}, {}, "halting.mixture=2.0 must be .*below 1"),
+        (
+            BLOCK,
+            {"kind": "threshold", "min_steps": 3},
+            {"num_steps": 2},
+            "min_steps=3 must lie in 1..num_steps=2",
+        ),
+        (
+            {**BLOCK, "virtual_layers": 2},
+            {"kind": "threshold"},
+            {},
+            "virtual_layers=2 must lie in 1..halting.min_steps=1",
+        ),
+    ],
+)
+def test_a_halting_that_does_not_fit_the_model_is_refused_in_one_line(
+    section, halting, options, message, tokens
+):
+    model = ZeroModel(ModelConfig.from_dict({**SMALL, "recurrence": section})).eval()
+    with pytest.raises(ValueError, match=message) as error:
+        model(tokens, halting=HaltingConfig(**halting), **options)
+    assert "\n" not in str(error.value)
 
 
 @cases()

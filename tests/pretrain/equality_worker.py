@@ -14,9 +14,10 @@ import torch
 
 from model import ModelConfig, RecurrenceConfig, ZeroModel
 from model.config.execution import ExecutionConfig
-from model.config.recurrence import HaltingConfig
+from model.config.recurrence import DepthPoint, HaltingConfig
 from model.losses import IGNORE_INDEX, total_loss
 from pretrain.config import RunConfig, check_layout
+from pretrain.depths import StepDepths, step_depths
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
@@ -68,6 +69,24 @@ CASES = {
             "embedding_mixing": 3,
         },
     },
+    "rows of different depths, deeper with every step, and the first step of a retrofitted loop": {
+        "ep_size": 2,
+        "micro": 2,
+        "model": {
+            "recurrence": RecurrenceConfig(
+                "block",
+                [[1, 1]],
+                2,
+                depth_schedule=[DepthPoint(0, 1, 1), DepthPoint(3, 4, 3)],
+                depth_sampling="poisson",
+                depth_per="sequence",
+                update="retrofit",
+                iteration_embedding=True,
+                halting=HaltingConfig(sparsity_weight=0.1, information_weight=0.1),
+            ),
+            "router_z_loss_weight": 0.01,
+        },
+    },
     "tied embeddings and what else GPT-2 has": {
         "ep_size": 1,
         "micro": 4,
@@ -117,6 +136,29 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
+def depths_at(config: ModelConfig, step: int, ranks: int) -> StepDepths:
+    if config.recurrence.depth_per == "sequence":
+        return step_depths(config, 0, step, ranks, ROWS)
+    return StepDepths(torch.full((ranks, ROWS // ranks), 1 + step % 3), per_row=False)
+
+
+def learn(model: ZeroModel, step: int) -> float:
+    """Backward of a whole batch, or of each row alone where they have their own depths; the loss."""
+    tokens, targets = batch(step)
+    model.training_step, depths = step, depths_at(model.config, step, 1)
+    if not depths.per_row:
+        output = model(tokens, targets=targets, num_steps=depths.deepest)
+        output.loss.backward()
+        return output.loss.item()
+    counts, total = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": ROWS}, 0.0
+    for row, depth in enumerate(depths.rows[0].tolist()):
+        output = model(tokens[row : row + 1], targets=targets[row : row + 1], num_steps=depth)
+        loss = total_loss(model.config, output.loss_sums, counts)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def starve(model: ZeroModel) -> None:
     """A balancing bias that sends every token to the first rank's experts."""
     for layer in model.moe_layers():
@@ -133,9 +175,7 @@ def reference(config: RunConfig, model_config: ModelConfig, starved: bool) -> li
         group["lr"] = LR
     history = []
     for step in range(STEPS):
-        tokens, targets = batch(step)
-        output = model(tokens, targets=targets, num_steps=1 + step % 3)
-        output.loss.backward()
+        loss = learn(model, step)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -143,7 +183,7 @@ def reference(config: RunConfig, model_config: ModelConfig, starved: bool) -> li
         for layer, load in zip(model.moe_layers(), loads, strict=True):
             layer.update_bias(load)
             layer.load.zero_()
-        history.append({"loss": output.loss.item(), "norm": norm.item(), "loads": loads})
+        history.append({"loss": loss, "norm": norm.item(), "loads": loads})
     history[-1]["weights"] = copy.deepcopy(model.state_dict())
     return history
 
@@ -159,11 +199,15 @@ def distributed(config: RunConfig, model_config: ModelConfig, starved: bool) -> 
         tokens, targets = batch(step)
         counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": ROWS}
         total = torch.zeros((), dtype=torch.float64)
-        engine.train()
+        engine.train(step)
+        depths = depths_at(model_config, step, world_size())
         mine = slice(rank() * ROWS // world_size(), (rank() + 1) * ROWS // world_size())
         parts = zip(tokens[mine].split(micro), targets[mine].split(micro), strict=True)
-        for part_tokens, part_targets in parts:
-            output = engine.forward(tokens=part_tokens, targets=part_targets, num_steps=1 + step % 3)
+        for number, (part_tokens, part_targets) in enumerate(parts):
+            rows = slice(number * micro, (number + 1) * micro)
+            loop = {"depths": depths.rows[rank(), rows]} if depths.per_row else {}
+            passes = depths.passes(rows)
+            output = engine.forward(tokens=part_tokens, targets=part_targets, num_steps=passes, **loop)
             loss = total_loss(model_config, output.loss_sums, counts)
             total += loss.detach().double()
             engine.backward(loss)

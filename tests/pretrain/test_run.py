@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import open_manifest
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from model import load_pretrained
+from model import ModelConfig, load_pretrained
+from model.recurrence import sample_depths
 from pretrain import checkpoint
 from pretrain.export import export_run
 from pretrain.run_config import load_run_config
@@ -24,6 +25,7 @@ from ..conftest import ROOT, TINY
 FIELDS = {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "mfu", "recurrence_depth"}
 DEPTH = [
     "model.recurrence.depth_sampling=poisson",
+    "model.recurrence.depth_schedule=[{step: 1, num_steps: 2}, {step: 5, num_steps: 4.5}]",
     "model.recurrence.max_steps=6",
     "model.recurrence.halting.kind=ponder",
     "model.recurrence.halting.threshold=0.3",
@@ -83,6 +85,45 @@ def test_torchrun_trains_bit_exactly_as_deepspeed_does(runs, training, tmp_path)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True)
     for key in ("loss", "grad_norm", "expert_load"):
         assert [r[key] for r in metrics(tmp_path)] == [r[key] for r in metrics(runs[0])], key
+
+
+ROW_DEPTHS = [
+    "model.recurrence.depth_sampling=poisson",
+    "model.recurrence.depth_per=sequence",
+    "model.recurrence.depth_schedule=[{step: 0, num_steps: 2, backprop_steps: 1}, "
+    "{step: 3, num_steps: 4, backprop_steps: 3}]",
+    "model.recurrence.max_steps=6",
+    "optimizer.decay_steps=4",
+    "eval_every=0",
+    "save_every=2",
+]
+
+
+def test_metrics_show_the_depths_that_rows_draw(train, tmp_path):
+    train(tmp_path, "max_steps=2", "micro_batch_size=2", *ROW_DEPTHS)
+    config = load_run_config(str(tmp_path / "config.yaml"), [])
+    model = ModelConfig.from_dict(config.model)
+    for step, record in enumerate(metrics(tmp_path)):
+        depths = sample_depths(model, config.seed, step, 8)
+        assert record["recurrence_depth"] == record["steps_mean"] == depths.double().mean()
+        assert record["steps_histogram"] == (depths.bincount()[1:] / 8).tolist()
+        assert record["dropped_tokens"] == 0  # experts count the steps that rows take, no others
+
+
+@pytest.mark.slow
+def test_rows_of_different_depths_train_the_same_in_other_micro_batches_and_after_a_resume(train, tmp_path):
+    train(tmp_path / "whole", "max_steps=4", "micro_batch_size=4", *ROW_DEPTHS)
+    for steps in (2, 4):
+        train(tmp_path / "parts", f"max_steps={steps}", "micro_batch_size=1", *ROW_DEPTHS)
+    whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [r["step"] for r in parts] == [r["step"] for r in whole] == [1, 2, 3, 4]
+    for a, b in zip(whole, parts, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-5
+        for key in ("recurrence_depth", "steps_histogram", "halting_distribution", "expert_load"):
+            assert a[key] == b[key], key
+        assert a["residuals"] == pytest.approx(b["residuals"], rel=1e-4)
+        assert a["dropped_tokens"] == b["dropped_tokens"] == 0
 
 
 @pytest.mark.slow
