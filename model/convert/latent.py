@@ -2,19 +2,22 @@
 
 1. Rotated keys. A head turns its pair number l as one complex number k_l by exp(i theta_l position). Any
    invertible complex matrix across the G key-value heads commutes with that, so keys may be mixed into
-   pseudo-heads k' = B^-1 k, and queries by B, without changing a score (RoRoPE of TransMLA, arXiv
-   2502.07864, section 4.2, has real orthogonal matrices). B comes from the principal components of the keys, each head's
-   weighted by the energy of its queries, so that the first pseudo-heads matter most to the scores.
-2. R/2 of the pairs (pseudo-head, l) become the shared rotated key. The others lose their rotation: a query and
-   a key at a distance n turn against each other by exp(-i theta_l n), which is replaced by its mean a_l over
-   the distances that the layer attends to. What this loses, energy x (1 - |a_l|^2), decides which pairs are
-   kept (contributions instead of frequencies: MHA2MLA, arXiv 2502.14837, section 3.1).
-3. The keys without rotation and the values become a joint latent of width C (MHA2MLA, section 3.2): principal
-   components of [k; v], where an error in k counts by the energy of the queries along it, and one in v by what
-   the output projection makes of it, both balanced to the same total (TransMLA, section 4.3).
+   pseudo-heads k' = B^-1 k, and queries by B, without changing a score (RoRoPE of TransMLA, arXiv 2502.07864,
+   has real orthogonal matrices). B comes from the principal components of the keys, each head's weighted by
+   the energy of its queries, so that the first pseudo-heads matter most to the scores.
+2. R/2 of the pairs (pseudo-head, l) become the shared rotated key. The others lose their rotation: a query
+   and a key at a distance n turn against each other by exp(-i theta_l n), which is replaced by its mean a_l
+   over the distances that the layer attends to. What this loses, energy x (1 - |a_l|^2), decides which pairs
+   are kept (by contribution, as in MHA2MLA, arXiv 2502.14837).
+3. The keys without rotation and the values become a joint latent of width C (as in MHA2MLA): principal
+   components of [k; v], where an error in k counts by the energy of the queries along it, and one in v by
+   what the output projection makes of it, balanced against each other (as in TransMLA).
 
-Shapes: D hidden, H heads, G key-value heads, d width of a head, P = d/2 pairs, R rotary width, C latent. A map
-of [x; 1] has D+1 columns, the last one the bias.
+All energies are means over tokens; those of keys and values weigh each token by the attention it receives, so
+that the few tokens that most heads look at come out right. docs/MODEL.md has what each of these is worth.
+
+Shapes: D hidden, H heads, G key-value heads, d width of a head, P = d/2 pairs, R rotary width, C latent. A
+map of [x; 1] has D+1 columns, the last one the bias.
 """
 
 import math
@@ -29,6 +32,9 @@ from model.convert.moments import Moments
 from model.layers import Linear, attention_scale, rotations
 
 _DAMPING = 1e-3  # least energy of a direction, as a share of the mean
+# How much an error in the scores, as a share of their energy, counts against one in the values, as a share
+# of theirs; the best of those tried.
+_KEY_WEIGHT = 8.0
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,14 @@ def rotated_keys(layer: GroupedQueryAttention, moments: Moments) -> RotatedKeys:
     """Step 1, and the mean rotations of step 2."""
     c = layer.config
     query, key = _pairs(affine(layer.q_proj), c), _pairs(affine(layer.k_proj), c)
-    inputs = moments.inputs.to(query.dtype)
+    inputs, attended = moments.inputs.to(query.dtype), moments.attended.to(query.dtype)
     asked = torch.einsum("phi,ij,phj->ph", query, inputs, query.conj()).real
     asked = asked.unflatten(1, (c.kv_heads, -1)).sum(2)  # (P, G)
     weight = (asked + _DAMPING * asked.mean()).sqrt().to(query.dtype)
     weighted = weight[:, :, None] * key
-    energy, directions = torch.linalg.eigh(torch.einsum("pgi,ij,phj->pgh", weighted, inputs, weighted.conj()))
+    energy, directions = torch.linalg.eigh(
+        torch.einsum("pgi,ij,phj->pgh", weighted, attended, weighted.conj())
+    )
     energy, directions = energy.flip(1).clamp(min=0), directions.flip(2)
     positions = torch.arange(len(moments.distances))[None]
     rotation = rotations(positions, c)[0].to(query.dtype)  # (T, P)
@@ -123,7 +131,7 @@ def latent_weights(
     rest = keys.keys * keys.mean_rotation[:, None, None]
     rest[pairs, rank] = 0
     whole = torch.cat((_numbers(keys.mixing @ rest), affine(layer.v_proj)))  # (2 G d, D+1), [k; v]
-    down, up, kept = _joint_latent(layer, whole, moments.inputs, config.kv_lora_rank)
+    down, up, kept = _joint_latent(layer, whole, moments, config.kv_lora_rank)
     per_head = up.view(2, G, d, -1).repeat_interleave(H // G, 1)  # (2, H, d, C)
     scale = attention_scale(old) / attention_scale(config)
     both = torch.cat((plain_query.unflatten(0, (H, d)), rotated_query), 1).flatten(0, 1) * scale
@@ -136,20 +144,22 @@ def latent_weights(
 
 
 def _joint_latent(
-    layer: GroupedQueryAttention, whole: Tensor, inputs: Tensor, kv_lora_rank: int
+    layer: GroupedQueryAttention, whole: Tensor, moments: Moments, kv_lora_rank: int
 ) -> tuple[Tensor, Tensor, float]:
     """Step 3: whole (2 G d, D+1) ~ up (2 G d, C) @ down (C, D+1), and the share of energy kept."""
-    (key_weight, key_inverse), (value_weight, value_inverse) = _error_weights(layer, inputs)
-    half = len(whole) // 2
-    moment = whole @ inputs @ whole.T
-    key_total = (key_weight @ moment[:half, :half] @ key_weight).trace()
-    value_total = (value_weight @ moment[half:, half:] @ value_weight).trace()
-    balance = math.sqrt(value_total / key_total) if key_total > 0 else 1.0
+    (key_weight, key_inverse), (value_weight, value_inverse) = _error_weights(layer, moments.inputs)
+    key, value = (
+        weight @ affine(projection)
+        for weight, projection in ((key_weight, layer.k_proj), (value_weight, layer.v_proj))
+    )
+    key_energy, value_energy = ((part @ moments.attended * part).sum() for part in (key, value))
+    balance = math.sqrt(_KEY_WEIGHT * value_energy / key_energy)
     weight = torch.block_diag(key_weight * balance, value_weight)
     inverse = torch.block_diag(key_inverse / balance, value_inverse)
-    energy, directions = torch.linalg.eigh(weight @ moment @ weight)
+    weighted = weight @ whole
+    energy, directions = torch.linalg.eigh(weighted @ moments.attended @ weighted.T)
     first = directions[:, -kv_lora_rank:].flip(1)
-    down, up = first.T @ weight @ whole, inverse @ first
+    down, up = first.T @ weighted, inverse @ first
     size = (up.square().mean() / down.square().mean()) ** 0.25  # both matrices get entries of one size
     energy = energy.clamp(min=0)
     return down * size, up / size, float(energy[-kv_lora_rank:].sum() / energy.sum())

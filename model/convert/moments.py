@@ -1,4 +1,4 @@
-"""What attention layers see: the second moment of their inputs, and how far back they look.
+"""What attention layers see: the second moments of their inputs, and how far back they look.
 
 Shapes: B batch, T tokens, D hidden, H heads, G key-value heads, d width of a head.
 """
@@ -23,6 +23,7 @@ class Moments:
     """Of one attention layer, in fp64."""
 
     inputs: Tensor  # (D+1, D+1), mean of [x; 1] [x; 1]^T over tokens (and loop steps)
+    attended: Tensor  # the same, each token weighted by the attention that it receives
     distances: Tensor  # (T,), share of attention at each distance from the query; sums to 1
 
 
@@ -35,7 +36,7 @@ def assumed(model: ZeroModel) -> dict[str, Moments]:
     """Without texts: inputs whose components are independent and of one size."""
     inputs = torch.eye(model.config.hidden_size + 1, dtype=torch.float64)
     distances = torch.full((ASSUMED_DISTANCES,), 1 / ASSUMED_DISTANCES, dtype=torch.float64)
-    return {name: Moments(inputs, distances) for name in attention_layers(model)}
+    return {name: Moments(inputs, inputs, distances) for name in attention_layers(model)}
 
 
 def measured(model: ZeroModel, windows: Tensor) -> dict[str, Moments]:
@@ -56,30 +57,31 @@ class _Sums:
 
     def __init__(self, layer: GroupedQueryAttention) -> None:
         D = layer.config.hidden_size
-        self.inputs, self.tokens = torch.zeros(D + 1, D + 1, dtype=torch.float64), 0
-        self.distances = torch.zeros(0, dtype=torch.float64)
+        self.inputs = torch.zeros(D + 1, D + 1, dtype=torch.float64)
+        self.attended = torch.zeros_like(self.inputs)
+        self.distances = torch.zeros(layer.config.max_position_embeddings, dtype=torch.float64)
 
     def __call__(self, layer: Any, given: tuple[Any, ...]) -> None:
         x, context = given
         rows = F.pad(x.flatten(0, 1).float(), (0, 1), value=1.0)
+        weights = _attention(layer, x, context.rotation)
         self.inputs += rows.T @ rows
-        self.tokens += len(rows)
-        found = _attention_by_distance(layer, x, context.rotation)
-        longer = max(len(found), len(self.distances))
-        self.distances = F.pad(self.distances, (0, longer - len(self.distances)))
-        self.distances[: len(found)] += found
+        self.attended += (rows.T * weights.sum(1).flatten()) @ rows
+        # Without the first token, which takes what a head has no use for (attention sink, arXiv 2309.17453)
+        # wherever it is.
+        distance = (torch.arange(x.shape[1])[:, None] - torch.arange(1, x.shape[1])).clamp(min=0)
+        self.distances.index_add_(0, distance.flatten(), weights[:, :, 1:].sum(0).flatten().double())
 
     def moments(self) -> Moments:
+        """The last entry of a second moment is that of the 1, the total weight."""
         total = self.distances.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return Moments(self.inputs / self.tokens, self.distances / total)
+        return Moments(
+            self.inputs / self.inputs[-1, -1], self.attended / self.attended[-1, -1], self.distances / total
+        )
 
 
-def _attention_by_distance(layer: GroupedQueryAttention, x: Tensor, rotation: Tensor) -> Tensor:
-    """x (B, T, D) -> (T,), the attention at each distance, summed over queries and heads.
-
-    Without that to the first token, which takes whatever a head has no use for (attention sink,
-    arXiv 2309.17453) wherever it is.
-    """
+def _attention(layer: GroupedQueryAttention, x: Tensor, rotation: Tensor) -> Tensor:
+    """x (B, T, D) -> (B, T, T), every query's attention, summed over heads."""
     c, T = layer.config, x.shape[1]
     query, key = (
         rotate(projected.unflatten(-1, (-1, c.plain_head_dim)), rotation).float()
@@ -87,7 +89,5 @@ def _attention_by_distance(layer: GroupedQueryAttention, x: Tensor, rotation: Te
     )
     key = key.repeat_interleave(c.num_attention_heads // c.kv_heads, 2)
     scores = torch.einsum("bthd,bshd->bhts", query, key) * layer.scale
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    weights = scores.masked_fill_(distance < 0, -torch.inf).softmax(-1).sum((0, 1))
-    weights[:, 0] = 0
-    return torch.zeros(T).index_add_(0, distance.clamp(min=0).flatten(), weights.flatten()).double()
+    later = torch.ones(T, T, dtype=torch.bool).triu(1)
+    return scores.masked_fill_(later, -torch.inf).softmax(-1).sum(1)

@@ -46,8 +46,8 @@ def convert(arguments: argparse.Namespace) -> None:
     for R in arguments.qk_rope_head_dim:
         check_ranks(model.config, 1, R)
         full = full_latent(model.config, R)
-        latents = sorted({C for C in arguments.kv_lora_rank if C < full} | {full})
-        tried += [check_ranks(model.config, C, R) for C in latents]
+        latents = sorted({width for width in arguments.kv_lora_rank if width < full} | {full})
+        tried += [check_ranks(model.config, width, R) for width in latents]
     with FolderLock(out.parent, "a table of ranks", "choose another --out", name=f".{out.name}.lock"):
         texts = calibration_texts(arguments, model)
         assert texts is not None

@@ -13,7 +13,14 @@ from data_pipeline.tokenization.tokenizer import Tokenizer, train_tokenizer
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.convert.__main__ import main
 from model.convert.calibration import Texts, perplexity
-from model.convert.latent import affine, choose_pairs, latent_config, latent_weights, rotated_keys
+from model.convert.latent import (
+    _KEY_WEIGHT,
+    affine,
+    choose_pairs,
+    latent_config,
+    latent_weights,
+    rotated_keys,
+)
 from model.convert.mla import check_ranks, converted, prepare
 from model.convert.moments import Moments, attention_layers, measured
 from model.layers import attention_scale, rotate, rotations
@@ -137,7 +144,8 @@ def test_what_a_lost_rotation_costs_is_the_mean_square_over_all_distances():
     model = source(qkv_bias=True, **SOURCES["yarn"])
     layer, T, rows = attention_layers(model)["model.layers.0.self_attn"], 5, inputs(30)
     distances = torch.arange(1.0, T + 1, dtype=torch.float64) / 15
-    keys = rotated_keys(layer, Moments(rows.T @ rows / len(rows), distances))
+    moment = rows.T @ rows / len(rows)
+    keys = rotated_keys(layer, Moments(moment, moment, distances))
     turn = rotations(torch.arange(T)[None], model.config)[0].to(torch.complex128)
     query = torch.view_as_complex((rows @ affine(layer.q_proj).T).view(-1, 6, 4, 2))
     query = query[:, :, None] * keys.mixing.conj().permute(1, 2, 0).repeat_interleave(2, 0)  # (m, H, G, P)
@@ -154,7 +162,8 @@ def test_the_latent_is_the_best_of_its_width_for_scores_and_output():
     """Brute force over inputs: the errors' mean squares, and those of another approximation of equal rank."""
     model = source(qkv_bias=True)
     layer, rows, C, R = attention_layers(model)["model.layers.0.self_attn"], inputs(300), 9, 8
-    moments = Moments(rows.T @ rows / len(rows), torch.full((4,), 0.25, dtype=torch.float64))
+    moment = rows.T @ rows / len(rows)
+    moments = Moments(moment, moment, torch.full((4,), 0.25, dtype=torch.float64))
     keys = rotated_keys(layer, moments)
     pairs = choose_pairs([keys.loss], R)
     query = (rows @ affine(layer.q_proj).T).view(-1, 6, 8)
@@ -168,21 +177,24 @@ def test_the_latent_is_the_best_of_its_width_for_scores_and_output():
         )
         return weights["kv_b_proj.weight"] @ down[:width], kept
 
-    def costs(error: Tensor) -> Tensor:
-        key, value = (rows @ error.T).view(-1, 6, 16).split(8, -1)
-        scores = torch.einsum("mhd,nhd->mnh", query, key)
-        output = torch.einsum("ohd,nhd->nho", out, value)
-        return torch.stack((scores.square().mean((0, 1)).sum(), output.square().mean(0).sum()))
+    def cost(error: Tensor) -> float:
+        """Of errors in [k; v], as shares of the energy of all keys' scores and of the output."""
+        both = torch.stack((error, plain)) @ rows.T  # (2, H 16, n)
+        key, value = both.mT.unflatten(2, (6, 16)).split(8, -1)
+        scores = torch.einsum("mhd,bnhd->bmnh", query, key).square().sum((1, 2, 3))
+        output = torch.einsum("ohd,bnhd->bnho", out, value).square().sum((1, 2, 3))
+        return float(_KEY_WEIGHT * scores[0] / scores[1] + output[0] / output[1])
 
+    plain_parts = (affine(p).view(3, 8, -1).repeat_interleave(2, 0) for p in (layer.k_proj, layer.v_proj))
+    plain = torch.cat(tuple(plain_parts), 1).flatten(0, 1)
     whole, everything = key_value(27)
     assert everything == pytest.approx(1.0)
     near, kept = key_value(C)
-    lost = costs(whole - near) / costs(whole)
-    assert 0.02 < float(lost.mean()) < 0.5
-    assert float(lost.mean()) == pytest.approx(1 - kept, rel=0.02)
+    lost = cost(whole - near)
+    assert lost / cost(whole) == pytest.approx(1 - kept, rel=0.02)
+    assert 0.02 < 1 - kept < 0.5
     u, s, v = torch.linalg.svd(whole)
-    other = (u[:, :C] * s[:C]) @ v[:C]
-    assert float((costs(whole - other) / costs(whole)).mean()) > 1.1 * float(lost.mean())
+    assert cost(whole - (u[:, :C] * s[:C]) @ v[:C]) > 1.1 * lost
 
 
 def test_the_pairs_that_lose_most_stay_rotated():
@@ -200,21 +212,24 @@ def test_moments_are_those_of_what_a_layer_reads():
     found = measured(model, windows())["model.layers.1.self_attn"]
     handle.remove()
     assert len(seen) == 3 * 3  # windows x steps
-    rows = torch.cat([x[0] for x in seen]).double()
-    torch.testing.assert_close(found.inputs[:-1, :-1], rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.inputs[-1, :-1], rows.mean(0), rtol=1e-4, atol=1e-5)
-    assert float(found.inputs[-1, -1]) == 1
-
-    expected = torch.zeros(17)
+    distances, attended, everything = torch.zeros(17), torch.zeros(27, 27), torch.zeros(27, 27)
     turn = rotations(torch.arange(17)[None], model.config)
     for x in seen:
-        query, key = (rotate(p(x).view(1, 17, -1, 8), turn)[0] for p in (layer.q_proj, layer.k_proj))
+        rows = torch.cat((x[0], x.new_ones(17, 1)), 1)
+        everything += rows.T @ rows
+        query, key = (rotate(p(x).view(1, 17, -1, 8), turn)[0].detach() for p in (layer.q_proj, layer.k_proj))
         for head in range(6):
             for t in range(17):
                 scores = key[: t + 1, head // 2] @ query[t, head] * attention_scale(model.config)
-                for s, weight in enumerate(scores.softmax(0).detach()):
-                    expected[t - s] += weight if s else 0.0
-    torch.testing.assert_close(found.distances.float(), expected / expected.sum(), rtol=1e-4, atol=1e-5)
+                for s, weight in enumerate(scores.softmax(0)):
+                    distances[t - s] += weight if s else 0.0
+                    attended += weight * rows[s, :, None] * rows[s]
+    for got, expected in (
+        (found.distances[:17], distances / distances.sum()),
+        (found.inputs, everything / (9 * 17)),
+        (found.attended, attended / (9 * 17 * 6)),
+    ):
+        torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-5)
 
 
 TEXT = "the cat sat on the mat, and 0123456789 dogs ran. " * 60
