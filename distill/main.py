@@ -8,36 +8,24 @@ weights to start from, and the values of `model` keys that the config leaves out
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from data_pipeline.loading.loader import Loader
 from data_pipeline.sources.documents import ANSWER_PREFIX
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from distill.methods import with_method
 from distill.student import Student
-from model import ModelConfig
-from model.export_files import TOKENIZER_NAME, WEIGHTS_NAME, load_config
+from model.export_files import TOKENIZER_NAME, TRAINING_ONLY
 from pretrain.config import RunConfig
-from pretrain.lora import NEW
 from pretrain.main import argument_parser, start
 from pretrain.setup import Outline, Run, prepare
 
-FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors names them
+NEW = ("latent_thoughts.", TRAINING_ONLY)  # the parameters that the given weights may lack
 
 
 def main() -> None:
-    parser = argument_parser("Teach a ZeroModel latent chain of thought.")
-    parser.add_argument(
-        "--init",
-        type=Path,
-        help="export/ folder of a run or of model.hf import whose weights this run starts from",
-    )
-    arguments = parser.parse_intermixed_args()
+    arguments = argument_parser("Teach a ZeroModel latent chain of thought.").parse_intermixed_args()
     start(arguments, lambda: prepare_distillation(arguments))
 
 
@@ -52,15 +40,14 @@ def prepare_distillation(arguments: argparse.Namespace) -> Outline:
     def complete(config: RunConfig, loader: Loader | None) -> None:
         if loader is not None:
             check_data(config, loader)
-        if init is not None:
-            config.model = with_sizes(config.model, init, loader)
+        if init is not None and init.is_dir():
+            Tokenizer(init / TOKENIZER_NAME)  # a folder without one is refused here
         config.model = with_method(config.model)
         if loader is not None:
             config.model = with_data(config.model, Tokenizer(loader.tokenizer_path), config.max_steps)
 
-    weights = None if init is None else init / WEIGHTS_NAME
     given = (arguments.config, arguments.ds_config, arguments.overrides)
-    run = prepare(*given, complete, weights, dry_run=arguments.dry_run)
+    run = prepare(*given, complete, init, arguments.dry_run, Student, NEW)
     distillation = run.model_config.distillation
     # ZeRO-3 gathers a layer's weights for backward when a gradient reaches the layer's output. Thoughts teach
     # layers through their keys and values, bypassing it; KaVa also reads kv_b_proj outside its layer.
@@ -71,9 +58,7 @@ def prepare_distillation(arguments: argparse.Namespace) -> Outline:
         )
     if isinstance(run, Run):
         check_length(run)
-    if weights is not None:
-        check_weights(weights, run.model_config)
-    return dataclasses.replace(run, model_class=Student)
+    return run
 
 
 def check_data(config: RunConfig, loader: Loader) -> None:
@@ -109,34 +94,6 @@ def check_length(run: Run) -> None:
         )
 
 
-def with_sizes(model: dict[str, Any], init: Path, loader: Loader | None) -> dict[str, Any]:
-    """The config of an export, overridden by the keys of `model`.
-
-    Raises:
-        ValueError: the data use another tokenizer, or `model` names a preset.
-    """
-    if model.get("preset") is not None:
-        raise ValueError(f"model.preset={model['preset']} and --init both give sizes; leave one of them out")
-    base = load_config(init).to_dict()
-    if loader is not None:
-        ours, theirs = Tokenizer(init / TOKENIZER_NAME), Tokenizer(loader.tokenizer_path)
-        if ours.sha256 != theirs.sha256:
-            raise ValueError(
-                f"--init {init} has another tokenizer (sha256 {ours.sha256[:12]}) than the data "
-                f"(sha256 {theirs.sha256[:12]}); start from an export of a run on these data"
-            )
-    return _over({**base, "preset": None, "latent_cot": {}, "distillation": {}}, model)
-
-
-def _over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` over `base`, section by section."""
-    merged = dict(base)
-    for key, value in given.items():
-        below = base.get(key)
-        merged[key] = _over(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
-    return merged
-
-
 def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> dict[str, Any]:
     """Fills in what distillation takes from the tokenizer, and Coconut's stages, of equal length.
 
@@ -159,36 +116,6 @@ def with_data(model: dict[str, Any], tokenizer: Tokenizer, max_steps: int) -> di
         stages = model["latent_cot"]["num_latents"] // each + 1
         values["stage_steps"] = max(1, max_steps // stages)
     return {**model, "distillation": values}
-
-
-def check_weights(path: Path, config: ModelConfig) -> None:
-    """Raises ValueError or FileNotFoundError unless the file has all of the model's weights but new ones.
-
-    That they are finite is checked when they are read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; give --init the export/ folder of a run")
-    try:
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-            types = {name: tensor.get_dtype() for name, tensor in slices.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); export the checkpoint again") from None
-    for name, kind in types.items():
-        if kind not in FLOATING:
-            raise ValueError(
-                f"{path} is not a file of weights: {name} has type {kind}, expected one of "
-                f"{', '.join(FLOATING)}; export the checkpoint again"
-            )
-    with torch.device("meta"):
-        own = {name: tuple(value.shape) for name, value in Student(config).state_dict().items()}
-    for name in sorted(own | found):
-        if own.get(name) != found.get(name) and not (name.startswith(NEW) and name not in found):
-            raise ValueError(
-                f"{path} does not fit the model: {name} is {found.get(name, 'missing')}, expected "
-                f"{own.get(name, 'no such tensor')}; leave the model's sizes to --init"
-            )
 
 
 if __name__ == "__main__":

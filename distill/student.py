@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import ModelOutput, ZeroModel
+from model import ModelConfig, ModelOutput, ZeroModel
 from model.cache import LatentCache, Slot
 from model.config.distillation import DistillationConfig
 from model.latent_cot import rkv
+from model.latent_cot.modules import ProjectedKV
 from model.latent_cot.targets import (
     Traces,
     find_traces,
@@ -49,8 +50,18 @@ class _Answered(NamedTuple):
 class Student(ZeroModel):
     """A ZeroModel with the loss of config.distillation; without targets it is the plain model.
 
-    A curriculum and random eviction depend on `training_step`.
+    A curriculum and random eviction depend on `training_step`. The arguments are ZeroModel's; with
+    `use_projection` it has parameters that the plain model lacks (export_files.TRAINING_ONLY).
     """
+
+    def __init__(self, config: ModelConfig, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        d = config.distillation
+        if d is not None and d.use_projection:
+            self.kv_projections = nn.ModuleList(
+                ProjectedKV(config.kv_widths, d.prj_dim, d.use_layernorm, layer)
+                for layer in range(config.num_hidden_layers)
+            )
 
     @property
     def _distillation(self) -> DistillationConfig:
@@ -163,7 +174,7 @@ class Student(ZeroModel):
         d, sums = self._distillation, dict[str, Tensor]()
         if not len(traces.row):
             zero = torch.zeros((), device=tokens.device)
-            return {"hidden": zero, "kv": zero, "latent": zero}
+            return {"hidden": zero, "kv": self._no_kv(zero), "latent": zero}
         if teacher_states is not None:
             position = traces.eot + d.prefix_length
             ours = [state[:, d.prefix_length] for state in answered.states]
@@ -186,7 +197,7 @@ class Student(ZeroModel):
         """KaVa: the latents' keys and values against those kept from the teacher's trace."""
         assert thoughts is not None, "DistillationConfig.check"
         if (traces.eot == traces.bot + 1).all():  # no trace has a token that could be kept
-            return torch.zeros((), device=traces.eot.device)
+            return self._no_kv(torch.zeros((), device=traces.eot.device))
         M = thoughts.hidden.shape[1]
         assert thoughts.attention_mask is not None
         positions = thoughts.attention_mask.long().cumsum(1)[:, -M:] - 1
@@ -199,7 +210,16 @@ class Student(ZeroModel):
                 keys, values, kept = self._kept(traces, teacher, slot, M)
             theirs.append((keys, values))
             real.append(kept)
+            if self._distillation.use_projection:
+                projection: Any = self.kv_projections[int(slot[0])]
+                ours[-1], theirs[-1] = projection.student(*ours[-1]), projection.teacher(*theirs[-1])
         return kv_loss(ours, theirs, real, self._distillation).sum()
+
+    def _no_kv(self, zero: Tensor) -> Tensor:
+        """`zero` that gives the projections a gradient of 0: every rank gives every weight one."""
+        if not self._distillation.use_projection:
+            return zero
+        return zero + 0 * sum(parameter.sum() for parameter in self.kv_projections.parameters())
 
     def _kept(
         self, traces: Traces, teacher: LatentCache, slot: Slot, budget: int

@@ -1,11 +1,14 @@
 """GSM8K: grade-school mathematics, answered by generation (lm-eval's gsm8k, version 3).
 
 python eval/gsm8k.py --checkpoint runs/NAME/export --data DATA_ROOT [--limit N --num_fewshot K]
+    [--kv_budget all,64]
 
 Five exemplars before each problem, as in lm-eval, drawn from the train file in the same folder.
+With --kv_budget R-KV cuts the cache, and results tell an answer's length and the most bytes its cache held.
 """
 
 import re
+from functools import partial
 from typing import Any
 
 from data_pipeline.sources.documents import Problem
@@ -13,6 +16,7 @@ from data_pipeline.sources.problems import read_gsm8k
 from eval.scoring.cli import main
 from eval.scoring.core import Score, Scorer, add_fewshot, sample_record
 from eval.scoring.generation import Ballot, Generation, values_of
+from eval.scoring.kv_flags import KV_FLAGS, KVFlags
 from eval.scoring.results import TaskResult, majority
 from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data, first
 
@@ -25,7 +29,7 @@ FINAL_POINT = re.compile(r"\.$")  # also before a line end at the end
 NO_MATCH = "[invalid]"
 
 
-def load(options: Options) -> Evaluation:
+def load(options: Options, **kv_flags: Any) -> Evaluation:
     """Reads the test file, and the train file if exemplars are wanted. Raises ValueError for a bad one."""
     path = find_data(options.data, "gsm8k/test.jsonl")
     documents = list(read_gsm8k(path))
@@ -38,16 +42,14 @@ def load(options: Options) -> Evaluation:
     generation = Generation(problems, options.max_new_tokens or MAX_NEW_TOKENS, STOP, grade, ballot)
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
-        return [
-            summarize(
-                *generation.run(scorer, options),
-                documents,
-                task="gsm8k",
-                num_fewshot=options.shots(NUM_FEWSHOT),
-                default_fewshot=NUM_FEWSHOT,
-                data_files=data_files,
-            )
-        ]
+        fields: dict[str, Any] = {
+            "documents": documents,
+            "task": "gsm8k",
+            "num_fewshot": options.shots(NUM_FEWSHOT),
+            "default_fewshot": NUM_FEWSHOT,
+            "data_files": data_files,
+        }
+        return generation.at_limits(scorer, options, KVFlags(**kv_flags), partial(summarize, **fields))
 
     return evaluation
 
@@ -110,7 +112,7 @@ def normalize(answer: str) -> str:
     return FINAL_POINT.sub("", answer).lower()
 
 
-TASK = EvaluationTask("gsm8k", load, generates=True)
+TASK = EvaluationTask("gsm8k", load, generates=True, flags=KV_FLAGS)
 
 if __name__ == "__main__":
     main(TASK, __doc__)

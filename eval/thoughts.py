@@ -13,16 +13,16 @@ batch, and the bytes of its cache. An answer is right if it is the reference's u
 """
 
 import argparse
-import math
 from typing import Any
 
 from eval.looping.tasks import TASKS as GENERATORS
 from eval.looping.tasks import task_options as read_options
 from eval.scoring.cli import main, positive_integer, problem_depth_list
 from eval.scoring.core import Scorer
+from eval.scoring.kv_flags import KV_FLAGS, finite
 from eval.scoring.results import TaskResult
 from eval.scoring.task import Evaluation, EvaluationTask, Options
-from eval.thinking.answers import KV_BUFFER, MODES
+from eval.thinking.answers import MODES
 from eval.thinking.summary import evaluate_ways, table
 from eval.thinking.tasks import GENERATED, TASKS, QuestionSet, generated_questions, published_questions
 from eval.thinking.ways import WayFlags
@@ -88,14 +88,6 @@ def counts(text: str) -> list[int]:
     return values
 
 
-def tolerance(text: str) -> float:
-    """An argparse type: a finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"is {text}, a finite number is needed: 0.01")
-    return value
-
-
 TASK = EvaluationTask(
     "thoughts",
     load,
@@ -125,22 +117,13 @@ TASK = EvaluationTask(
             "help": "over the latents (default: the checkpoint's)",
         },
         "--tolerance": {
-            "type": tolerance,
+            "type": finite,
             "default": 0.0,
             "metavar": "X",
             "help": "stop where latents change by less than this",
         },
         "--replace": {"choices": ("shuffled", "zeroed"), "help": "control: not the question's own latents"},
-        "--kv_budget": {
-            "type": counts,
-            "metavar": "N,..",
-            "help": "tokens of the answer that R-KV keeps (default: all)",
-        },
-        "--kv_buffer": {
-            "type": positive_integer,
-            "metavar": "N",
-            "help": f"tokens between two cuts (default: {KV_BUFFER})",
-        },
+        **KV_FLAGS,
     },
     without=("num_fewshot", "num_steps"),
     show=table,

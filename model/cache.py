@@ -139,9 +139,28 @@ class LatentCache:
             kept[:, :width] = held[rows[:, None], entries]
         return cache
 
+    @property
+    def batch_size(self) -> int:
+        """B; 0 as long as nothing is held."""
+        held = self.memory if self.memory is not None else tuple(self._slots.values())
+        return len(held[0]) if held else 0
+
+    def rows(self, index: Tensor) -> "LatentCache":
+        """A cache of some rows (n,) int64, in any order and number."""
+        cache = copy.copy(self)
+        if self.memory is not None:
+            cache.memory = MemoryState(*(part[index] for part in self.memory))
+        cache._slots = {slot: _first(held, self.length)[index] for slot, held in self._slots.items()}
+        cache._shared = 0
+        return cache
+
     def numel(self) -> int:
         """Numbers held for the tokens seen (spare capacity not counted)."""
         return sum(s[:, : self.length].numel() for s in self._slots.values())
+
+    def nbytes(self) -> int:
+        """Bytes of these numbers."""
+        return sum(s[:, : self.length].nbytes for s in self._slots.values())
 
 
 def _first(held: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.cache import LatentCache
 from model.config.recurrence import HaltingConfig
 from model.interface import LanguageModel
-from model.latent_cot.rkv import CacheCompressor
+from model.latent_cot.rkv import BUFFER, IMPORTANCE_SHARE, OBSERVATION_WINDOW, CacheCompressor, CacheLimit
 
 PAD_TOKEN_ID = 0
 
@@ -29,7 +29,9 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     kv_budget: int | None = None,
-    kv_buffer: int = 128,
+    kv_buffer: int = BUFFER,
+    kv_lambda: float = IMPORTANCE_SHARE,
+    kv_window: int = OBSERVATION_WINDOW,
     cache: LatentCache | None = None,
     halting: HaltingConfig | None = None,
 ) -> Tensor:
@@ -49,6 +51,8 @@ def generate(
         kv_budget: generated tokens that the cache keeps besides the prompt, chosen by R-KV (see rkv.py);
             None: all.
         kv_buffer: further tokens that the cache may hold before it is cut to the budget.
+        kv_lambda: share of importance in R-KV's score; 1 ignores redundancy, 0 ignores importance.
+        kv_window: last tokens whose queries judge the others, and which always stay.
         cache: holds what precedes `tokens`, extended in place; attention_mask covers that too.
         halting: in place of the config's; see ZeroModel.forward.
 
@@ -70,9 +74,9 @@ def generate(
                 f"kv_budget={kv_budget} is for generating from a prompt, but a cache of {cache.length} "
                 "tokens is given too; leave one of them out"
             )
-        compressor = CacheCompressor(
-            model, tokens, attention_mask, cache, kv_budget, kv_buffer, halting=halting
-        )
+        limit = CacheLimit(kv_budget, kv_buffer, kv_lambda, kv_window)
+        prompt = torch.ones_like(tokens) if attention_mask is None else attention_mask
+        compressor = CacheCompressor(model, prompt, cache, limit, halting)
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         output = model(

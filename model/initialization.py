@@ -1,6 +1,7 @@
 """Initial weights: a function of (seed, parameter name, global expert number) alone."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from model.recurrence import IterationEmbedding, RetrofitInjection
 
 
 @torch.no_grad()
-def initialize(model: Any, seed: int) -> None:
-    """Normal weights of the config's standard deviation, each parameter from a stream of its own."""
+def initialize(model: Any, seed: int, given: Callable[[Tensor], bool] = lambda parameter: False) -> None:
+    """Normal weights of the config's standard deviation, each parameter from a stream of its own.
+
+    Args:
+        given: whether a parameter already has its value, which then stays.
+    """
     std = model.config.initializer_range
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if given(parameter):
+                continue
             stream = f"{seed}:{module_name}.{name}"
             if isinstance(module, Experts):
                 for row, expert in zip(parameter, module.expert_ids, strict=True):

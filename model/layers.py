@@ -98,8 +98,8 @@ def whole_weight(layer: nn.Module) -> Tensor:
     For a layer that pretrain/lora.py adapted: W + alpha/r B A, without dropout.
     """
     adapted: Any = layer
-    if isinstance(layer, Linear):
-        return layer.weight
+    if isinstance(layer, Linear) or adapted.disable_adapters or adapted.merged:
+        return adapted.weight
     return adapted.weight + sum(adapted.get_delta_weight(name) for name in adapted.active_adapters)
 
 
@@ -260,7 +260,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if few_rows(x) or not isinstance(self.gate_proj, Linear):  # adapted, see pretrain/lora.py
+        layers = (self.gate_proj, self.up_proj, self.down_proj)
+        if few_rows(x) or not all(isinstance(layer, Linear) for layer in layers):  # see pretrain/lora.py
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         rows = x.reshape(-1, x.shape[-1])

@@ -18,6 +18,7 @@ from torch import Tensor
 from common.files import replacing
 from model.config.model import ModelConfig
 from model.counts import num_parameters
+from model.weight_headers import contradiction
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 
@@ -69,7 +70,7 @@ def _opened(path: Path, fix: str) -> Iterator[safe_open]:
         with safe_open(path, "pt", backend="pread") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); {fix}") from None
+        raise ValueError(f"{path} is damaged ({contradiction(path) or error}); {fix}") from None
 
 
 def check_values(name: str, tensor: Tensor, where: Path | str, fix: str) -> None:

@@ -52,6 +52,16 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The weights that a run began with, and which of them it trains how; see init.Start."""
+
+    sha256: str
+    missing: tuple[str, ...]
+    frozen: tuple[str, ...]
+    old_lr_scale: float
+
+
+@dataclass(frozen=True)
 class TrainingState:
     """What a resumed run must agree with, and the step it resumes at."""
 
@@ -64,7 +74,8 @@ class TrainingState:
     ep_size: int
     zero_stage: int
     optimizer: str = "adamw"  # optimizer.kind
-    lora: dict[str, Any] | None = None  # see lora.identity; None: all weights are trained
+    lora: dict[str, Any] | None = None  # see lora.identity; None: no adapters
+    origin: Origin | None = None  # None: the run began with initial weights
 
 
 def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
@@ -214,6 +225,11 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
 
     A model key that is newer than the checkpoint has its default there.
     """
+    if found.origin is not None and wanted.origin is None:
+        raise ValueError(
+            f"checkpoint {folder} began with given weights, but this run has no --init; give the same --init "
+            "or another output_dir"
+        )
     recorded = ModelConfig.from_dict(found.model).to_dict()
     for key, ours in wanted.model.items():
         theirs = recorded[key]
@@ -233,6 +249,35 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
         theirs, ours = getattr(found, key), getattr(wanted, key)
         if theirs != ours:
             raise ValueError(f"checkpoint {folder} has {key}={theirs}, this run has {ours}; {fix}")
+    if wanted.origin is not None:
+        plain = not wanted.origin.frozen and wanted.origin.old_lr_scale == 1
+        if found.origin is None and recorded["distillation"] and plain:
+            return  # an older version, where distillation recorded no start
+        _check_origin(folder, found.origin, wanted.origin)
+
+
+def _check_origin(folder: Path, found: Origin | None, wanted: Origin) -> None:
+    if found is None:
+        raise ValueError(
+            f"checkpoint {folder} began with initial weights; leave --init out or use another output_dir"
+        )
+    if found.sha256 != wanted.sha256:
+        raise ValueError(
+            f"checkpoint {folder} began with other weights (sha256 {found.sha256[:12]}) than those of --init "
+            f"({wanted.sha256[:12]}); give the same --init or another output_dir"
+        )
+    if found.old_lr_scale != wanted.old_lr_scale:
+        raise ValueError(
+            f"checkpoint {folder} has init.old_lr_scale={found.old_lr_scale}, this run has "
+            f"{wanted.old_lr_scale}; use the same value or another output_dir"
+        )
+    differ = sorted(set(found.frozen) ^ set(wanted.frozen))
+    if differ:
+        held = "frozen" if differ[0] in found.frozen else "not frozen"
+        raise ValueError(
+            f"{differ[0]} is {held} in checkpoint {folder}, but not in this run; use the same init.frozen or "
+            "another output_dir"
+        )
 
 
 def layout_changes(found: TrainingState, wanted: TrainingState) -> list[str]:

@@ -102,6 +102,30 @@ class EvaluationConfig:
 
 
 @dataclass
+class InitConfig:
+    """What a run does with the weights of `--init DIR` (init.py); without it, leave the section out."""
+
+    # error | allow: parameters and buffers of the model that DIR lacks start from their initial values, which
+    # follow from `seed`, and are named in a line each.
+    missing: str = "error"
+    # Parameters of DIR that are not trained: shell patterns of their names, in which * matches dots too, such
+    # as [model.embed_tokens.*, model.layers.[0-3].*]. What DIR lacks is always trained.
+    frozen: list[str] = field(default_factory=list)
+    # Learning rate of DIR's parameters in units of that of new ones, which is optimizer.lr (or muon_lr).
+    old_lr_scale: Annotated[float, Limits(above=0, most=10**6)] = 1.0
+
+    def check(self, lora: bool) -> None:
+        """Raises ValueError, one line, for a value that is unknown or does not go with LoRA."""
+        if self.missing not in ("error", "allow"):
+            raise ValueError(f"init.missing={self.missing!r} is unknown; choose one of error, allow")
+        if lora and (self.frozen or self.old_lr_scale != 1):
+            raise ValueError(
+                f"init.frozen={self.frozen} and init.old_lr_scale={self.old_lr_scale} do not go with lora, "
+                "which freezes all weights of --init; leave them out"
+            )
+
+
+@dataclass
 class LoraConfig:
     """Defaults: those published for KaVa and CODI (arXiv 2502.21074)."""
 
@@ -151,7 +175,8 @@ class RunConfig:
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)  # pretrain/evaluation.py
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    lora: LoraConfig | None = None  # pretrain/lora.py, for distill/main.py; null: all weights are trained
+    init: InitConfig = field(default_factory=InitConfig)  # pretrain/init.py, for --init
+    lora: LoraConfig | None = None  # pretrain/lora.py, needs --init; null: all weights are trained
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)  # model/config/execution.py
     model: dict[str, Any] = field(default_factory=dict)  # the fields of model.config.ModelConfig
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from model.counts import num_parameters
 from model.export_files import WEIGHTS_NAME
 from pretrain import checkpoint
+from pretrain.init import BASE
 from pretrain.setup import Run
 
 
@@ -26,7 +27,9 @@ def require_room(run: Run, trained: int, step: int) -> None:
     """
     config, exports = run.config, 4 * num_parameters(run.model_config)
     names = ["export"] if config.optimizer.ema_decay is None else ["export", "export_ema"]
-    missing = exports * sum(not (run.folder / name / WEIGHTS_NAME).exists() for name in names)
+    missing = _base_bytes(run) + exports * sum(
+        not (run.folder / name / WEIGHTS_NAME).exists() for name in names
+    )
     there = [size for size in map(_size, _folders(run.folder)) if size]
     each = there[0] if there else checkpoint_bytes(run, trained)
     saves = math.ceil((config.max_steps - step) / config.save_every)
@@ -44,8 +47,8 @@ def require_room(run: Run, trained: int, step: int) -> None:
             raise ValueError(
                 f"{folder} has {free:,} bytes free, but the run needs {needed:,} more: checkpoints of "
                 f"{each:,} bytes, of which keep_last={config.keep_last} and the one being written exist at "
-                f"once and {counted} are there, and {missing:,} for exports; free disk space, lower "
-                "keep_last or choose another output_dir"
+                f"once and {counted} are there, and {missing:,} for exports and frozen weights; free "
+                "disk space, lower keep_last or choose another output_dir"
             )
 
 
@@ -58,6 +61,14 @@ def checkpoint_bytes(run: Run, trained: int) -> int:
     half = any(run.ds_config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
     computing = 0 if run.state.zero_stage == 3 else 2 if half else 4
     return trained * (4 * (1 + moments + average) + computing)
+
+
+def _base_bytes(run: Run) -> int:
+    """Of the weights that no checkpoint will hold, if they are still to be copied."""
+    start, keeps = run.start, run.config.lora is not None or run.config.init.frozen
+    if not keeps or start is None or start.weights is None or (run.folder / BASE).exists():
+        return 0
+    return start.weights.stat().st_size
 
 
 def _folders(run: Path) -> list[Path]:

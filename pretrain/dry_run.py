@@ -22,7 +22,8 @@ def describe(run: Outline) -> str:
     layout = _layout(run)
     parts, trained = model_parts(model), deepest(model)
     gathering = gather_schedule(trained, parts, layout) if layout.stage == 3 else None
-    predicted = memory(trained, parts, layout, gathering, skew=1.0)
+    learned = model_parts(model, () if run.start is None else run.start.frozen)
+    predicted = memory(trained, parts, layout, gathering, skew=1.0, trained=learned)
     built, room = 4 * sum(part.held(layout.ep) for part in parts.values()), host_memory()
     length = config.data.sequence_length
     total, active = num_parameters(model), num_parameters(model, active=True)
@@ -34,6 +35,7 @@ def describe(run: Outline) -> str:
         resolved.rstrip(),
         "",
         f"starts from      {_start(run)}, ends after step {config.max_steps}",
+        *([] if run.start is None else [f"weights          {run.start.summary()}", *run.start.notes()[1:]]),
         f"data             {_data(run)}",
         f"parameters       {total:,} ({active:,} active per token)",
         f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, at {depths}",

@@ -2,9 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
+
+from pretrain.checkpoint import EMA
 
 
 class MovingAverage:
@@ -45,3 +50,25 @@ class MovingAverage:
             kept = shard.clone()
             shard.copy_(value)
             value.copy_(kept)
+
+
+def average_files(
+    average: MovingAverage, parameters: Callable[[], Iterator[tuple[str, Tensor]]], kept: bool
+) -> dict[str, bytes]:
+    """The average as checkpoint files: whole tensors by name, so that any layout can read them.
+
+    Args:
+        parameters: name and whole value of every trained parameter as it is; all ranks take part.
+        kept: whether this rank returns the files, in host memory until they are written; the others none.
+    """
+    files = {}
+    with average.in_place():
+        for name, value in parameters():
+            if kept:
+                files[f"{EMA}/{name}.safetensors"] = to_safetensors({name: value.cpu().contiguous()})
+    return files
+
+
+def read_average(checkpoint: Path, name: str) -> Tensor:
+    """The average of a parameter, whole, from a checkpoint that holds one."""
+    return load_file(checkpoint / EMA / f"{name}.safetensors")[name]

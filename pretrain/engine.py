@@ -23,17 +23,14 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     set_z3_leaf_modules,
 )
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.decoder import DecoderLayer
-from model.export_files import require_finite
 from model.moe import MoE
 from pretrain.checkpoint import EMA, CheckpointError
 from pretrain.config import OptimizerConfig, RunConfig
-from pretrain.ema import MovingAverage
+from pretrain.ema import MovingAverage, average_files, read_average
 from pretrain.expert_parallel import (
     create_groups,
     expert_parallel_class,
@@ -41,7 +38,9 @@ from pretrain.expert_parallel import (
     is_expert,
     local_experts,
     reduce_gradients_when_complete,
+    unmark_frozen,
 )
+from pretrain.init import Start, copy_into
 from pretrain.lora import adapt, seed_dropout
 from pretrain.muon import MOMENTUM, restore_momentum, store_momentum
 from pretrain.optim import parameter_groups
@@ -99,7 +98,7 @@ class Engine:
 
     Args:
         model_class: ZeroModel or a subclass with the same parameters.
-        weights: name -> whole tensor, replacing initial weights; parameters not named keep theirs.
+        start: weights that replace initial ones, and what of them is trained; None: all are initial.
     """
 
     def __init__(
@@ -108,22 +107,25 @@ class Engine:
         model_config: ModelConfig,
         ds_config: dict[str, Any],
         model_class: type[ZeroModel] = ZeroModel,
-        weights: dict[str, Tensor] | None = None,
+        start: Start | None = None,
     ) -> None:
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
         # DeepSpeed cannot save frozen AutoEP experts.
         moe_class = MoE if config.lora else expert_parallel_class(config.ep_size)
         model = model_class(model_config, moe_class, config.seed, config.execution)
-        self._start_from(model, weights or {})
+        if start is not None:
+            copy_into(model, start, self._own_part)
+            unmark_frozen(model)
         self.lora, self.seed = config.lora, config.seed
         if config.lora is not None:
-            adapt(model, config.lora, config.seed)
+            adapt(model, config.lora, config.seed, start.missing if start is not None else ())
+        self.freezes = not all(parameter.requires_grad for parameter in model.parameters())
         # ZeRO-3 gathers a whole decoder layer at once: at small sizes, hooks on every module cost more than
         # the arithmetic.
         set_z3_leaf_modules(model, [DecoderLayer])
         reduce_gradients_when_complete()
-        optimizer = build_optimizer(model, config.optimizer)
+        optimizer = build_optimizer(model, config.optimizer, start)
         self.muon = config.optimizer.kind == "muon"
         self.muon_lr_ratio = config.optimizer.muon_lr / config.optimizer.lr
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
@@ -141,21 +143,9 @@ class Engine:
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else MovingAverage(self._shards, decay)
 
-    @torch.no_grad()
-    def _start_from(self, model: ZeroModel, weights: dict[str, Tensor]) -> None:
-        """Copies whole tensors into a model that is not sharded yet; of the experts, only this rank's.
-
-        Raises:
-            ValueError: a tensor is not finite.
-        """
-        require_finite(weights, "the weights to start from")
-        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        for name, value in weights.items():
-            if name in buffers:
-                buffers[name].copy_(value)
-            else:
-                own = parameters[name]
-                own.copy_(local_experts(value, self.ep_size) if is_expert(own) else value)
+    def _own_part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """What this rank's parameter holds of a whole tensor: of the experts, only its own."""
+        return local_experts(value, self.ep_size) if is_expert(parameter) else value
 
     def close(self) -> None:
         """Frees DeepSpeed's resources and leaves the process group."""
@@ -178,12 +168,13 @@ class Engine:
         refuses.
 
         Args:
-            lr: of AdamW; Muon's scales with it.
+            lr: of AdamW's new parameters; Muon's, and those of given weights, scale with it.
             loss: of the global batch, a scalar on the device; the guard needs it on the last micro-batch.
             comparable: see SpikeGuard.refuses.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * self.muon_lr_ratio if group.get("use_muon") else lr
+            ratio = self.muon_lr_ratio if group.get("use_muon") else 1.0
+            group["lr"] = lr * ratio * group.get("lr_scale", 1.0)
         if loss is not None:
             self._loss, self._comparable = loss, comparable
         self.deepspeed.step()
@@ -233,20 +224,20 @@ class Engine:
                 "untouched: lower optimizer.lr, then run the same command again"
             )
         self.deepspeed.save_checkpoint(
-            ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.lora is not None
+            ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.freezes
         )
         files, self.snapshots.files = self.snapshots.files, {}
         if self.muon:
             store_momentum(self.deepspeed.optimizer, files)
         if self.average is not None:
-            files.update(self._average_files())
+            files.update(average_files(self.average, self._full_parameters, kept=rank() == 0))
         return files
 
     def load(self, checkpoint: Path) -> None:
         """Loads a checkpoint of the same layout."""
         with no_pickle_code():
             loaded, _ = self.deepspeed.load_checkpoint(
-                str(checkpoint.parent), checkpoint.name, load_module_strict=self.lora is None
+                str(checkpoint.parent), checkpoint.name, load_module_strict=not self.freezes
             )
         if loaded is None:
             raise ValueError(f"checkpoint {checkpoint} cannot be loaded; resume from an older one")
@@ -268,37 +259,21 @@ class Engine:
         """Name of the first trained parameter that holds NaN or infinity; all ranks take part."""
         # A sum is the quickest pass: finite only if every term is, and otherwise every value is looked at.
         total = torch.stack([shard.sum().to(device(), torch.float64) for shard in self._shards()]).sum()
-        if math.isfinite(all_reduce_sum(total)):
+        if math.isfinite(all_reduce_sum(total.detach())):
             return None
         return next((name for name, value in self._full_parameters() if not value.isfinite().all()), None)
-
-    def _average_files(self) -> dict[str, bytes]:
-        """The moving average as checkpoint files: whole tensors by name, so that any layout can read them.
-
-        Rank 0 holds all of them in host memory until they are written.
-        """
-        assert self.average is not None
-        files = {}
-        with self.average.in_place():
-            for name, value in self._full_parameters():
-                if rank() == 0:
-                    files[f"{EMA}/{name}.safetensors"] = to_safetensors({name: value.cpu().contiguous()})
-        return files
 
     def load_average(self, checkpoint: Path) -> None:
         """Loads the moving average from a checkpoint of any layout; without one it starts at the weights."""
         if self.average is None:
             return
         self.average.restart()
-        folder = checkpoint / EMA
-        if not folder.is_dir():
+        if not (checkpoint / EMA).is_dir():
             return
         with self.average.in_place():
             for name, parameter in self._trained():
-                value = load_file(folder / f"{name}.safetensors")[name]
-                self._set_full_parameter(
-                    parameter, local_experts(value, self.ep_size) if is_expert(parameter) else value
-                )
+                value = read_average(checkpoint, name)
+                self._set_full_parameter(parameter, self._own_part(parameter, value))
 
     def _set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Writes this rank's part of a parameter's fp32 value.
@@ -341,7 +316,7 @@ class Engine:
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and full fp32 value of everything that training changes, one at a time; all ranks take part.
 
-        This is the state dict without what LoRA freezes.
+        This is the state dict without what is frozen.
         """
         yield from self._full_parameters()
         yield from self.buffers().items()
@@ -424,18 +399,28 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
     optimizer._get_norm_groups, optimizer._apply_muon_to_accumulated_grads = judged_groups, judged_muon
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, start: Start | None = None
+) -> torch.optim.Optimizer:
     """AdamW, or DeepSpeed's Muon together with AdamW; experts in separate groups, as ZeRO requires.
 
     Muon (Jordan et al. 2024): Nesterov momentum, orthogonalised by 5 Newton-Schulz steps in bf16, times
     sqrt(max(1, rows / columns)). DeepSpeed replaces the gradient with that update before it takes
     the norm: under ZeRO-1 and 2 grad_norm covers Muon's updates and AdamW's gradients together, under ZeRO-3
     the gradients, see judge_grad_norm.
+
+    Raises:
+        ValueError: Muon would have nothing to train, or nothing else to train would be left.
     """
-    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config))
+    groups = split_params_into_different_moe_groups_for_optimizer(parameter_groups(model, config, start))
     groups = [group for group in groups if group["params"]]
     if config.kind == "adamw":
         return torch.optim.AdamW(groups)
+    if len({group["use_muon"] for group in groups}) < 2:
+        raise ValueError(
+            "optimizer.kind=muon needs hidden matrices for Muon and other parameters for AdamW, but "
+            "init.frozen leaves only one of the two to train; freeze less, or set optimizer.kind=adamw"
+        )
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # after compiler.compile is set
 
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)

@@ -101,7 +101,7 @@ class _AutoEPMarker(AutoEPMoELayer):
         """Nothing to do: the groups exist before the model is built."""
 
 
-class _ExpertParallelMoE(MoE, _AutoEPMarker):
+class _SpreadMoE(MoE):
     """MoE with its experts spread over the ranks of an expert-parallel group; only run_experts differs."""
 
     ep_size: int  # set by expert_parallel_class
@@ -164,7 +164,29 @@ class _ExpertParallelMoE(MoE, _AutoEPMarker):
         return _AllToAll.apply(Permute.apply(out, back, order), receive, send, self.ep_group)
 
 
-def is_expert(parameter: nn.Parameter) -> bool:
+class _ExpertParallelMoE(_SpreadMoE, _AutoEPMarker):
+    """The same, known to DeepSpeed."""
+
+
+def unmark_frozen(model: nn.Module) -> None:
+    """Makes layers with frozen experts unknown to DeepSpeed, which cannot save them; call before initialize.
+
+    With one expert-parallel rank their experts become parameters like any other. With more, all of a layer's
+    experts must be frozen (see init.fit); they stay spread over the ranks.
+    """
+    for layer in list(model.modules()):
+        if not isinstance(layer, _ExpertParallelMoE):
+            continue
+        experts = list(layer.experts.named_parameters())
+        if all(parameter.requires_grad for _, parameter in experts):
+            continue
+        layer.__class__ = type("SpreadMoE", (_SpreadMoE,), {"ep_size": layer.ep_size})
+        if layer.ep_size == 1:
+            for name, parameter in experts:  # without the marks
+                setattr(layer.experts, name, nn.Parameter(parameter.detach(), parameter.requires_grad))
+
+
+def is_expert(parameter: Tensor) -> bool:
     return getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert"
 
 

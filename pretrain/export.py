@@ -19,8 +19,16 @@ from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
-from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME, require_finite, save_weights
+from model.export_files import (
+    TOKENIZER_NAME,
+    TRAINING_DATA_NAME,
+    TRAINING_ONLY,
+    require_finite,
+    save_weights,
+)
 from pretrain import checkpoint, lora
+from pretrain.checkpoint import TrainingState
+from pretrain.init import base_weights
 
 
 def describe_data(manifest: Manifest) -> dict[str, Any]:
@@ -51,12 +59,26 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
     Raises:
         ValueError: a weight is not finite; nothing is written.
     """
+    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING_ONLY)}
     require_finite(weights, f"the weights to export to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
         if name == TOKENIZER_NAME or (run / name).is_file():
             write_file(folder / name, (run / name).read_bytes())
     save_weights(folder, config, weights)
+
+
+def with_base(run: Path, trained: dict[str, Tensor], state: TrainingState) -> dict[str, Tensor]:
+    """All weights of the plain model: what was trained and buffers, and from init.BASE what was not.
+
+    Raises:
+        FileNotFoundError, ValueError: see init.base_weights.
+    """
+    if state.lora is not None:
+        return lora.merged(run, trained, state.lora)
+    if state.origin is not None and state.origin.frozen:
+        return trained | base_weights(run, state.origin.sha256, state.origin.frozen)
+    return trained
 
 
 def export_run(run: Path, step: int | None, out: Path) -> Path:
@@ -105,8 +127,8 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     own_buffers = {name: b for name, b in buffers.items() if name in expected}  # the others are the trainer's
     for target, parameters in exports.items():
         values = parameters | own_buffers
-        if state.lora is not None:
-            values = lora.merged(run, values, state.lora)
+        values = with_base(run, values, state)
+        values = {name: value for name, value in values.items() if not name.startswith(TRAINING_ONLY)}
         for name in sorted(values.keys() | expected.keys()):
             found, wanted = (of[name].numel() if name in of else None for of in (values, expected))
             if found != wanted:

@@ -1,7 +1,8 @@
 """Starts or continues a training run.
 
     deepspeed --num_accelerators 2 pretrain/main.py --ds_config ds_configs/zero3_ep.json \\
-        --config pretrain/configs/demo.yaml [--config pretrain/configs/groups/NAME.yaml] [a.b=c ...]
+        --config pretrain/configs/demo.yaml [--config pretrain/configs/groups/NAME.yaml] \\
+        [--init DIR] [a.b=c ...]
 """
 
 import argparse
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import user_errors
@@ -25,11 +25,11 @@ from common.locks import FolderInUseError, FolderLock
 from data_pipeline.errors import DataError
 from model.counts import num_parameters
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
-from pretrain import checkpoint, lora
+from pretrain import checkpoint, init
 from pretrain.checkpoint import CheckpointError, together
 from pretrain.disk_space import require_room
 from pretrain.dry_run import describe
-from pretrain.export import describe_data, write_export
+from pretrain.export import describe_data, with_base, write_export
 from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment, peak_tflops
 from pretrain.setup import Outline, Run, choose_checkpoint, prepare
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 def main() -> None:
     arguments = _parse()
     given = (arguments.config, arguments.ds_config, arguments.overrides)
-    start(arguments, lambda: prepare(*given, dry_run=arguments.dry_run))
+    start(arguments, lambda: prepare(*given, init=arguments.init, dry_run=arguments.dry_run))
 
 
 def start(arguments: argparse.Namespace, prepare_run: Callable[[], Outline]) -> None:
@@ -85,6 +85,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         help="YAML of the run, see pretrain/configs/; repeatable, later files override earlier ones",
     )
     parser.add_argument("--ds_config", required=True, help="DeepSpeed JSON, see ds_configs/")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="DIR",
+        help="export/ folder of a run, or one that model.hf import wrote, whose weights this run starts from",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="describe the run and what it needs; do not start it"
     )
@@ -162,9 +168,8 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
 
     with user_errors(ValueError):
         _join(run)
-    weights = None if run.weights is None else load_file(run.weights)
-    with user_errors(ValueError):
-        engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, weights)
+    with user_errors(ValueError, OSError):
+        engine = Engine(run.config, run.model_config, run.ds_config, run.model_class, run.start)
     trainer = Trainer(
         run.config,
         run.model_config,
@@ -179,6 +184,10 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
         resume_from = _verified(run, engine)
         if resume_from is not None:
             trainer.step = elastic.load(engine, resume_from, run.state, run.folder)
+        elif run.start is not None and run.start.weights is None:
+            raise ValueError(
+                f"{run.folder} has no checkpoint any more, and --init is gone; restore one of them"
+            )
         trained = sum(shape.numel() for shape in engine.full_shapes().values())
         together(engine, lambda: _begin(run, trainer, trained) if run.rank == 0 else None)
     stop_requests.stepping = True
@@ -201,6 +210,8 @@ def _begin(run: Run, trainer: "Trainer", trained: int) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     require_room(run, trained, trainer.step)
     _write_run_folder(run, trained)
+    if run.start is not None and trainer.step == 0:
+        print(*run.start.notes(), sep="\n")
     trainer.open()
 
 
@@ -227,17 +238,16 @@ def _export(run: Run, engine: "Engine", name: str, tensors: Iterator[tuple[str, 
             weights[key] = value.cpu()
 
     def write() -> None:
-        whole = weights
-        if run.config.lora is not None:
-            assert run.state.lora is not None
-            whole = lora.merged(run.folder, whole, run.state.lora)
-        write_export(run.folder / name, run.model_config, whole, run.folder)
+        write_export(
+            run.folder / name, run.model_config, with_base(run.folder, weights, run.state), run.folder
+        )
 
     together(engine, lambda: write() if run.rank == 0 else None)
 
 
 def _write_run_folder(run: Run, trained: int) -> None:
-    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer; LoRA's frozen weights.
+    """config.yaml and ds_config.json as resolved, environment.json, the tokenizer; where the weights came
+    from, and those that are not trained.
 
     Args:
         trained: number of trained parameters.
@@ -248,8 +258,10 @@ def _write_run_folder(run: Run, trained: int) -> None:
     write_json(run.folder / "environment.json", environment(), indent=2)
     write_file(run.folder / TOKENIZER_NAME, run.loader.tokenizer_path.read_bytes())
     write_json(run.folder / TRAINING_DATA_NAME, describe_data(run.loader.manifest), indent=2)
-    if run.config.lora is not None and run.weights is not None:
-        lora.save_base(run.folder, run.weights)
+    if run.start is not None:
+        init.write_record(run.folder, run.start)
+        if run.config.lora is not None or run.start.frozen:
+            init.save_base(run.folder, run.start)
     counts = num_parameters(run.model_config), num_parameters(run.model_config, active=True)
     peak, how = peak_tflops(run.config, run.model_config), "" if run.config.lora is None else " (LoRA)"
     unknown = "no MFU" if run.config.peak_tflops else "no MFU: set peak_tflops"

@@ -30,10 +30,10 @@ def peak_tflops(config: RunConfig, model_config: ModelConfig) -> float | None:
     """The device's peak in TFLOP/s, configured or looked up by its name; None: no MFU is reported.
 
     None where the peak is unknown, and where a step is not one pass over its tokens with gradients of all
-    weights: a student's passes, and LoRA.
+    weights: a student's passes, LoRA, and frozen weights.
     """
     student = model_config.distillation is not None and model_config.distillation.student_pass
-    if student or config.lora is not None:
+    if student or config.lora is not None or config.init.frozen:
         return None
     if config.peak_tflops is not None:
         return config.peak_tflops

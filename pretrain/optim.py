@@ -9,6 +9,7 @@ from model.causal_mixing import CausalMixing
 from model.lm_head import LMHead
 from model.moe import Router
 from pretrain.config import OptimizerConfig
+from pretrain.init import Start
 
 # Muon is for matrices that map hidden states to hidden states; its author leaves embeddings, the head and
 # vectors to AdamW, and Moonlight (arXiv 2502.16982) the router too. A depthwise convolution's kernel is one
@@ -35,7 +36,9 @@ def learning_rate(config: OptimizerConfig, step: int, max_steps: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, start: Start | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups for torch.optim; every parameter that is not frozen is in one.
 
     Weight decay acts on everything with two or more axes except embeddings (learned input vectors: tokens,
@@ -45,7 +48,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     With Muon the hidden matrices, (..., out, in), have a group of their own; experts are batches of matrices.
     A matrix with one row or column, such as a halting head's, counts as a vector. Every parameter is marked
     with `use_muon`, which DeepSpeed reads.
+
+    Parameters of given weights have groups of their own, NAME_old, if their learning rate is not that of new
+    ones; `lr_scale` is the ratio.
     """
+    scale = 1.0 if start is None else start.old_lr_scale
+    new = {id(p) for name, p in model.named_parameters() if start is None or name in start.missing}
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
     for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -59,14 +67,20 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     adamw = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     # The published iteration in bf16; DeepSpeed's default, "gram", is the same polynomial in fp16.
     muon_options = {"lr": config.muon_lr, "momentum": MUON_MOMENTUM, "ns_method": "standard"}
-    return [
-        {
+    options: dict[str, dict[str, Any]] = {
+        name: {
             "name": name,
-            "params": parameters,
             "weight_decay": 0.0 if name == "no_decay" else config.weight_decay,
             **(muon_options if name == "muon" else adamw),
             **({"use_muon": name == "muon"} if config.kind == "muon" else {}),
         }
-        for name, parameters in groups.items()
-        if parameters
-    ]
+        for name in groups
+    }
+    if scale == 1:
+        return [{**options[name], "params": held} for name, held in groups.items() if held]
+    split = []
+    for name, held in groups.items():
+        parts = [p for p in held if id(p) in new], [p for p in held if id(p) not in new]
+        old = {"name": f"{name}_old", "lr": options[name]["lr"] * scale, "lr_scale": scale}
+        split += [{**options[name], "params": parts[0]}, {**options[name], **old, "params": parts[1]}]
+    return [group for group in split if group["params"]]

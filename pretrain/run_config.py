@@ -40,7 +40,10 @@ def load_run_config(paths: str | Sequence[str], overrides: list[str]) -> RunConf
         given = OmegaConf.merge(*layers, OmegaConf.from_dotlist(overrides))
         values: Any = OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
     except UNREADABLE as error:
-        raise ValueError(f"config cannot be read: {_first_line(error)}") from None
+        quotes = (
+            "; put quotes around a text that begins with * & or !" if isinstance(error, YAMLError) else ""
+        )
+        raise ValueError(f"config cannot be read: {_first_line(error)}{quotes}") from None
     config = from_plain(RunConfig, values, "")
     config.model = ModelConfig.checked(config.model)
     _check(config)
@@ -104,6 +107,7 @@ def _check(config: RunConfig) -> None:
         )
     _check_optimizer(config.optimizer, config.max_steps)
     config.evaluation.check(config.save_every)
+    config.init.check(lora=config.lora is not None)
     if config.lora is not None:
         config.lora.check(config.ep_size, config.optimizer.kind)
 

@@ -15,8 +15,9 @@ from model import ModelConfig, ZeroModel
 from model.counts import num_parameters
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
-from pretrain.config import RunConfig, check_layout
+from pretrain.config import InitConfig, RunConfig, check_layout
 from pretrain.ds_config import fit_buckets, load_ds_config
+from pretrain.init import BASE, Source, Start, find, fit, with_sizes
 from pretrain.run_config import load_run_config
 
 
@@ -31,7 +32,7 @@ class Outline:
     accumulation: int  # micro-batches per step
     world_size: int
     model_class: type[ZeroModel] = ZeroModel
-    weights: Path | None = None  # safetensors to start from; a checkpoint takes precedence
+    start: Start | None = None  # the weights of --init; a checkpoint takes precedence
 
     @property
     def folder(self) -> Path:
@@ -62,17 +63,20 @@ def prepare(
     ds_config_path: str,
     overrides: list[str],
     complete: Callable[[RunConfig, Loader | None], None] | None = None,
-    weights: Path | None = None,
+    init: Path | None = None,
     dry_run: bool = False,
+    model_class: type[ZeroModel] = ZeroModel,
+    new: tuple[str, ...] = (),
 ) -> Outline:
     """Reads and checks configs, data and checkpoint for this rank.
 
     Args:
         complete: fills in the keys of the config's `model` that follow from the data; without data, which
             only a dry run takes, those that follow from nothing else.
-        weights: see Outline.
+        init: folder whose weights the run starts from; `complete` sees its sizes.
         dry_run: the run will not start: data that are not built yet are no error, nor is a model that is too
             large for this machine.
+        new: see init.fit.
 
     Returns:
         A Run; for a dry run without data only its Outline.
@@ -84,16 +88,21 @@ def prepare(
     config = load_run_config(config_paths, overrides)
     built = not dry_run or is_url(config.data.path) or (Path(config.data.path) / MANIFEST).is_file()
     loader = _loader(config, "train", rank, world_size) if built else None
+    found = _found(config, init, loader)
     if complete is not None:
         complete(config, loader)
     model_config = build_model_config(config, None if loader is None else loader.vocab_size)
     if complete is None and model_config.distillation is not None:
         raise ValueError("model.distillation is for distill/main.py; start that, or leave it out")
-    outline = _outline(config, ds_config_path, model_config, world_size, weights)
-    if loader is None:
-        return outline
     if not dry_run:
         check_host_memory(model_config, config.ep_size)
+    start = None
+    if found is not None:
+        start = fit(*found, model_config, config.init, config.ep_size, model_class, new)
+    outline = _outline(config, ds_config_path, model_config, world_size, start, model_class)
+    if loader is None:
+        return outline
+    sha256 = None if start is None else start.source.sha256
     state = TrainingState(
         step=0,
         model=model_config.to_dict(),
@@ -104,15 +113,62 @@ def prepare(
         ep_size=config.ep_size,
         zero_stage=outline.zero_stage,
         optimizer=config.optimizer.kind,
-        lora=None if config.lora is None else lora.identity(config.lora, weights),
+        lora=None if config.lora is None else lora.identity(config.lora, sha256),
+        origin=None if start is None else start.origin,
     )
     validation = _loader(config, "validation", rank, world_size) if config.eval_every else None
     resume_from = choose_checkpoint(config, state, announce=False)  # again when the folder is locked
+    if start is not None:
+        _require_weights(start, config, resume_from)
     return Run(**vars(outline), loader=loader, validation=validation, state=state, resume_from=resume_from)
 
 
+def _found(config: RunConfig, init: Path | None, loader: Loader | None) -> tuple[Source, Path | None] | None:
+    """What --init names and where its weights are; its sizes become the config's. None without --init."""
+    preset = config.model.get("preset")
+    if init is None:
+        for key, default in vars(InitConfig()).items():
+            if (value := getattr(config.init, key)) != default:
+                raise ValueError(f"init.{key}={value} is about the weights of --init; give --init as well")
+        return None
+    if preset is not None:
+        raise ValueError(f"model.preset={preset} and --init both give sizes; leave one of them out")
+    found = find(init, _begun_in(config))
+    tokenizer = None if loader is None else loader.tokenizer_path
+    config.model = with_sizes(config.model, found[0], tokenizer)
+    return found
+
+
+def _begun_in(config: RunConfig) -> Path:
+    """Folder of the run that this one continues, if it continues one."""
+    if config.resume in ("auto", "none"):
+        return Path(config.output_dir)
+    return Path(config.resume).absolute().parent.parent  # of RUN/checkpoints/step-N
+
+
+def _require_weights(start: Start, config: RunConfig, resume_from: Path | None) -> None:
+    """Raises FileNotFoundError if the folder of --init is gone and its weights are still needed."""
+    if start.weights is not None:
+        return
+    if resume_from is None:
+        raise FileNotFoundError(
+            f"--init {start.source.folder} is missing, and there is no checkpoint to resume from; give the "
+            "folder's new place"
+        )
+    if config.lora is not None or start.frozen:
+        raise FileNotFoundError(
+            f"--init {start.source.folder} is missing, and so is {_begun_in(config) / BASE}, the copy of "
+            "what it does not train; give the folder's new place"
+        )
+
+
 def _outline(
-    config: RunConfig, ds_config_path: str, model_config: ModelConfig, world_size: int, weights: Path | None
+    config: RunConfig,
+    ds_config_path: str,
+    model_config: ModelConfig,
+    world_size: int,
+    start: Start | None,
+    model_class: type[ZeroModel],
 ) -> Outline:
     micro, accumulation = check_layout(config, model_config, world_size)
     ds_config = load_ds_config(ds_config_path, config, micro, accumulation)
@@ -124,7 +180,8 @@ def _outline(
         micro_batch_size=micro,
         accumulation=accumulation,
         world_size=world_size,
-        weights=weights,
+        model_class=model_class,
+        start=start,
     )
 
 

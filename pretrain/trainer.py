@@ -90,6 +90,7 @@ class Trainer:
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
         self.peak, self.terms = peak_tflops(config, model_config), loss_terms(model_config)
+        self.old_lr_scale = config.init.old_lr_scale
         self.without_targets = False  # whether a step without any target was met
         self.save_seconds: float | None = None  # for which the last checkpoint paused training
 
@@ -292,6 +293,7 @@ class Trainer:
             "step": f.step,
             **{name: _finite(value) for name, value in measured.items()},
             "lr": f.lr,
+            **({} if self.old_lr_scale == 1 else {"lr_old": f.lr * self.old_lr_scale}),
             "tokens": f.step * tokens,
             "target_tokens": counts["targets"],
             "padded_tokens": tokens - counts["real_tokens"],

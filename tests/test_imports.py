@@ -32,9 +32,11 @@ WHERE_USED = {
     "model/backends/experts.py": {"megablocks"},
     "model/dense_twin.py": {"omegaconf", "yaml"},
 }
+REMOTE = "model/hf/remote"  # the classes of transformers that an exported folder takes along
 DEEPSPEED = {"engine.py", "universal.py", "expert_parallel.py", "process_group.py"}
 # The optional extras of a room, beside requirements.txt.
 EXTRAS = {
+    "model": ["dev"],
     "data_pipeline": ["hf"],
     "pretrain": ["lora"],
     "eval": ["dev", "lmeval"],
@@ -135,12 +137,21 @@ def test_nothing_in_the_project_imports_a_test():
 def test_model_imports_torch_and_safetensors_only():
     for path in files("model"):
         late = WHERE_USED.get(path.as_posix(), set())
-        texts = {"data_pipeline"} if path.is_relative_to("model/convert") else set()
-        assert roots(path) <= {"torch", "safetensors", "model", "common"} | late | texts, path
+        beyond = {"data_pipeline"} if path.is_relative_to("model/convert") else set()
+        beyond |= {"transformers"} if path.as_posix().startswith(f"{REMOTE}/") else set()
+        assert roots(path) <= {"torch", "safetensors", "model", "common"} | late | beyond, path
         for node in ast.parse((ROOT / path).read_text()).body:  # a backend imports its package when it runs
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert not late & {ast.unparse(node).split()[1].split(".")[0]}, path
         assert not any("torch.distributed" in name for name in imported(path)), path
+
+
+def test_the_classes_of_transformers_are_imported_by_their_own_folder_alone():
+    needs = {module_of(path) for path in files("model") if "transformers" in roots(path)}
+    assert needs
+    for room in ROOMS:
+        for path in files(room):
+            assert path.as_posix().startswith(f"{REMOTE}/") or not imported(path) & needs, path
 
 
 def test_data_pipeline_does_without_torch_and_deepspeed():

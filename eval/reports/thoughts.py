@@ -107,7 +107,8 @@ def read_measured(run: Run) -> dict[str, dict[Way, Measured]]:
         for name, result in zip(report["results"], read_results(report), strict=True):
             if not name.startswith(THOUGHTS):
                 continue
-            config = report["configs"][name]
+            # Files written before these two could be chosen lack them.
+            config = {"kv_lambda": None, "kv_window": None, **report["configs"][name]}
             try:
                 task = as_type(str, config["problem_set"], "problem_set")
                 depth = as_type(int | None, config["problem_depth"], "problem_depth")
@@ -240,7 +241,7 @@ def sweep_table(arms: Sequence[Arm]) -> TitledTable:
     for arm in arms:
         for way, seeds in arm.ways.items():
             if way.replace is None and len(arm.ways) > 1:
-                given = (way.num_latents, way.num_iterations, way.kv_budget)
+                given = (way.num_latents, way.num_iterations, _budget(way))
                 rows.append(
                     (
                         arm.name,
@@ -253,6 +254,15 @@ def sweep_table(arms: Sequence[Arm]) -> TitledTable:
                 )
     header = ("method", "answers by", "latents", "iterations", "cache budget", "accuracy", "forward passes")
     return TitledTable("Other settings at test time", (*header, "largest cache, bytes"), rows)
+
+
+def _budget(way: Way) -> str | None:
+    """R-KV's budget, and its score where that is not the default."""
+    if way.kv_budget is None:
+        return None
+    usual = Way(way.mode)
+    others = [name for name in ("kv_lambda", "kv_window") if getattr(way, name) != getattr(usual, name)]
+    return ", ".join([str(way.kv_budget), *(f"{name}={getattr(way, name)}" for name in others)])
 
 
 def published_table(task: str) -> TitledTable:
@@ -283,7 +293,7 @@ def figures(task: str, arms: Sequence[Arm]) -> dict[str, Figure]:
         if curves:
             panel = {n: (curves, guesses)}
             found[f"accuracy_by_{name}"] = curves_figure(panel, xlabel, log=mean, whole=not mean)
-    swept = [arm for arm in arms if any(way.kv_budget for way in arm.ways)]
+    swept = [arm for arm in arms if any(map(_sweeps_budget, arm.ways))]
     if swept:
         found["cache_budget"] = budget_figure(n, swept)
     return found
@@ -318,12 +328,18 @@ def _varied_points(arm: Arm, varied: str) -> list[Point]:
     return [Point(x, score) for x, score in found if score is not None]
 
 
+def _sweeps_budget(way: Way) -> bool:
+    """Whether R-KV cuts its cache, by the default score."""
+    usual = Way(way.mode)
+    return bool(way.kv_budget) and (way.kv_lambda, way.kv_window) == (usual.kv_lambda, usual.kv_window)
+
+
 def budget_figure(title: str, arms: Sequence[Arm]) -> Figure:
     """Accuracy, and the largest cache in bytes, against R-KV's budget; dotted: with the whole cache."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels: Any = figure.subplots(1, 2)
     for number, arm in enumerate(arms):
-        ways = {way: m for way, m in arm.ways.items() if way.kv_budget and way.mode == arm.own.mode}
+        ways = {way: m for way, m in arm.ways.items() if _sweeps_budget(way) and way.mode == arm.own.mode}
         ordered = sorted(ways.items(), key=lambda item: item[0].kv_budget or 0)
         budgets = [way.kv_budget for way, _ in ordered]
         scores = [over_seeds([one.score for one in seeds]) for _, seeds in ordered]

@@ -2,17 +2,20 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from data_pipeline.sources.documents import Problem
-from eval.scoring.core import Scorer
-from eval.scoring.results import taken
+from eval.scoring.core import Scorer, mean_score
+from eval.scoring.kv_flags import KVFlags, kv_settings, limit_mark
+from eval.scoring.results import TaskResult, taken
 from eval.scoring.task import Options
+from model.latent_cot.rkv import CacheLimit
 
 # The samples that vote are drawn at self-consistency's temperature for language models (Wang et al. 2022,
 # arXiv:2203.11171, section 3.1: GPT-3, no top-k). Colder samples are all alike, hotter ones are incoherent.
 TEMPERATURE = 0.7
+COSTS = ("generated_tokens", "peak_cache_bytes")  # of an answer: the bytes are those of its own cache
 
 
 class Ballot(NamedTuple):
@@ -38,6 +41,7 @@ def sample_votes(
     stop: Sequence[str],
     options: Options,
     ballot: Callable[[int, str], Ballot],
+    limit: CacheLimit | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Samples `options.samples` responses to each prompt; `ballot` reads (number of the prompt, response).
 
@@ -50,7 +54,8 @@ def sample_votes(
     K, n = options.samples, len(prompts)
     if not K:
         return [{} for _ in prompts], {"num_samples": 0}
-    responses = scorer.generate(list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed)
+    asked = (list(prompts) * K, max_new_tokens, stop, TEMPERATURE, options.seed)
+    responses = scorer.generate(*asked) if limit is None else [w.text for w in scorer.write(*asked, limit)]
     counted = taken(scorer)
     lines = []
     for i in range(n):
@@ -86,14 +91,60 @@ class Generation:
         """The sample lines of the greedy answers, with the votes if asked for, and fields of TaskResult."""
         prompts = [problem.prompt for problem in self.problems]
         responses = scorer.generate(prompts, self.max_new_tokens, self.stop)
+        return self._graded(scorer, options, responses)
+
+    def run_limited(
+        self, scorer: Scorer, options: Options, limit: CacheLimit | None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """`run` with a limit of the cache; the lines and fields also tell what the greedy answers cost."""
+        prompts = [problem.prompt for problem in self.problems]
+        written = scorer.write(prompts, self.max_new_tokens, self.stop, limit=limit)
+        lines, found = self._graded(scorer, options, [one.text for one in written], limit)
+        for line, one in zip(lines, written, strict=True):
+            line.update(generated_tokens=one.tokens, peak_cache_bytes=one.cache_bytes)
+        found["config"] |= kv_settings(limit)
+        found["totals"] = {
+            f"{cost},none": mean_score([line[cost] for line in lines])
+            for cost in COSTS
+            if lines[0][cost] is not None
+        }
+        return lines, found
+
+    def at_limits(
+        self, scorer: Scorer, options: Options, flags: KVFlags, summarize: Callable[..., TaskResult]
+    ) -> list[TaskResult]:
+        """A result for each limit that the flags ask for; without any flag the plain one.
+
+        `summarize` makes it of the sample lines and fields of TaskResult. Raises ValueError for a limit that
+        the model cannot keep to, before anything is generated.
+        """
+        limits = flags.limits()
+        if flags.kv_budget is None:
+            return [summarize(*self.run(scorer, options))]
+        for limit in limits:
+            scorer.check_limit(limit)
+        results = [summarize(*self.run_limited(scorer, options, limit)) for limit in limits]
+        return [
+            replace(result, task=result.task + limit_mark(limit))
+            for result, limit in zip(results, limits, strict=True)
+        ]
+
+    def _graded(
+        self,
+        scorer: Scorer,
+        options: Options,
+        responses: Sequence[str],
+        limit: CacheLimit | None = None,
+    ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         counted = taken(scorer)
         votes, facts = sample_votes(
             scorer,
-            prompts,
+            [problem.prompt for problem in self.problems],
             self.max_new_tokens,
             self.stop,
             options,
             lambda i, response: self.ballot(self.grade(self.problems[i], response)),
+            limit,
         )
         lines = [
             self.grade(problem, response) | vote

@@ -51,7 +51,7 @@ def check_folder(folder: Path, stored: Mapping[str, Stored], trust_remote_code: 
             raise ValueError(f"{path} has {key}={value!r}, which can load foreign code: remove the key")
         if type(value) is int:
             limit = None
-            if re.search("(^|_)layers?$", key):
+            if re.search("(^|_)layers?$", key) and key != "max_window_layers":  # a threshold
                 limit, what = len(stored), f"{len(stored)} tensors"
             elif "expert" in key:
                 limit, what = max(len(stored), widest), f"{len(stored)} tensors of at most {widest} rows"

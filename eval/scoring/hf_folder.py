@@ -162,7 +162,7 @@ class HFEngine(Engine):
             if len(ended) == len(new):
                 break
             tokens, mask = chosen[:, None], torch.cat((mask, mask.new_ones(len(new), 1)), 1)
-        return [(ids, None) for ids in new]
+        return [([ids, None], None) for ids in new]
 
     def _ends(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
         return ids[-1] in self.model.eos_ids or super()._ends(ids, stop)

@@ -22,6 +22,7 @@ from data_pipeline.tokenization.tokenizer import PAD_ID, Tokenizer
 from model import ZeroModel
 from model.cache import LatentCache
 from model.interface import ModelOutput
+from model.latent_cot.rkv import CacheCompressor, CacheLimit
 
 ADAPTIVE = "adaptive"
 Depth = int | str | None  # loop steps, ADAPTIVE, or None: as the model is configured
@@ -64,7 +65,7 @@ class ScoreJob(NamedTuple):
 
 
 class GenerateJob(NamedTuple):
-    """A batch of prompts; the value of each is the list of its new token ids."""
+    """A batch of prompts; the value of each is [its new token ids, the most bytes its cache held]."""
 
     prefix: list[int]
     prompts: list[list[int]]  # what follows the prefix, at least one token
@@ -73,6 +74,7 @@ class GenerateJob(NamedTuple):
     stop: tuple[str, ...]
     temperature: float
     seed: int
+    limit: CacheLimit | None  # of the cache, by R-KV; None: all is kept
     depth: Depth
 
     def run(self, engine: "Engine") -> list[tuple[Any, float | None]]:
@@ -181,7 +183,10 @@ class Engine:
         unique = list(dict.fromkeys(map(tuple, job.prompts)))  # samples of one prompt share its reading
         sources = [unique.index(tuple(prompt)) for prompt in job.prompts]
         read = self._read(job.prefix, [list(prompt) for prompt in unique], job.depth)
-        held = self._aligned(read, sources, job.max_new_tokens)
+        room = job.max_new_tokens if job.limit is None else job.limit.budget + job.limit.buffer
+        held = self._aligned(read, sources, min(room, job.max_new_tokens))
+        compressor = None if job.limit is None else self._compressor(held, job.limit, job.depth)
+        most = _row_bytes(held)
         assert read.logits is not None
         logits, steps = read.logits[sources], None if read.steps is None else read.steps[sources]
         for n in range(job.max_new_tokens):
@@ -197,14 +202,29 @@ class Engine:
             if not alive or n == job.max_new_tokens - 1:
                 break
             if len(alive) <= (1 - LEAVING_SHARE) * len(running):
-                held, chosen = self._selected(held, alive, job.max_new_tokens - n), chosen[alive]
-                running = [running[line] for line in alive]
-            output = self._forward(chosen[:, None], held, job.depth)
+                held = self._selected(held, alive, min(room, job.max_new_tokens - n))
+                chosen, running = chosen[alive], [running[line] for line in alive]
+                if compressor is not None:
+                    compressor.select(torch.tensor(alive, device=self.device), held.cache)
+            positions = None if compressor is None else compressor.next_position()
+            output = self._forward(chosen[:, None], held, job.depth, positions)
+            for row, size in zip(running, _row_bytes(held), strict=True):
+                most[row] = most[row] if row in ended else max(most[row], size)
+            if compressor is not None:
+                compressor.after_pass(None)  # what a row reads after its end counts as real
             assert output.logits is not None
             logits, lines = output.logits[:, -1], list(range(len(running)))
             steps = self._steps(output, lines, [0] * len(lines))
         means = [None if steps is None else sum(row) / len(row) for row in walked]
-        return list(zip(new, means, strict=True))
+        return [([ids, size], mean) for ids, size, mean in zip(new, most, means, strict=True)]
+
+    def _compressor(self, held: Held, limit: CacheLimit, depth: Depth) -> CacheCompressor:
+        """Of a cache that holds the prompts, and collects queries from now on."""
+        padding = torch.tensor(held.padding, device=self.device)
+        real = torch.arange(held.cache.length, device=self.device) >= padding[:, None]
+        compressor = CacheCompressor(self._variant(depth)[0], real, held.cache, limit)
+        compressor.after_pass(None)
+        return compressor
 
     def _ends(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
         if ids[-1] == self.tokenizer.eos_id:
@@ -227,7 +247,9 @@ class Engine:
 
     # ---- passes over the cache
 
-    def _forward(self, tokens: Tensor, held: Held | None, depth: Depth) -> ModelOutput:
+    def _forward(
+        self, tokens: Tensor, held: Held | None, depth: Depth, position_ids: Tensor | None = None
+    ) -> ModelOutput:
         """A pass over tokens (B, T), padded on the right if at all: no token sees what follows it."""
         model, num_steps = self._variant(depth)
         if held is None:
@@ -237,7 +259,14 @@ class Engine:
             width = held.cache.length // self.positions_per_token + tokens.shape[1]
             padding = torch.tensor(held.padding, device=self.device)
             mask = torch.arange(width, device=self.device) >= padding[:, None]
-        return model(tokens, attention_mask=mask, num_steps=num_steps, cache=held.cache, logits_to_keep=1)
+        return model(
+            tokens,
+            attention_mask=mask,
+            position_ids=position_ids,
+            num_steps=num_steps,
+            cache=held.cache,
+            logits_to_keep=1,
+        )
 
     def _read(self, prefix: list[int], rows: list[list[int]], depth: Depth) -> Read:
         """Reads what follows the prefix; if nothing does, the cache has one row, the prefix."""
@@ -326,6 +355,13 @@ class Engine:
         if kind not in self._variants:
             self._variants[kind] = with_halting(self.model, kind=kind, **options)
         return self._variants[kind]
+
+
+def _row_bytes(held: Held) -> list[int]:
+    """What the cache holds of each row, its padding not counted."""
+    cache, rows = held.cache, len(held.padding)
+    token = cache.nbytes() // (rows * max(1, cache.length))
+    return [(cache.length - padding) * token for padding in held.padding]
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from eval.scoring.journal import Journal, request_key
 from eval.scoring.workers import Workers, load_engine
 from model import ZeroModel
 from model.export_files import TOKENIZER_NAME, load_config
+from model.latent_cot.rkv import CacheLimit, check_limit
 
 # Sharing fewer tokens than this saves less than another pass over the layers costs.
 MIN_SHARED_TOKENS = 8
@@ -25,6 +26,14 @@ class Batch(NamedTuple):
 
     requests: list[int]  # numbers in the call, in the order of the job's rows
     job: Job
+
+
+class Written(NamedTuple):
+    """A completion and what it took."""
+
+    text: str  # cut at the first stop string
+    tokens: int  # generated, the last one included
+    cache_bytes: int | None  # at most, with the prompt's; None: a Hugging Face network does not tell
 
 
 class Scorer:
@@ -241,11 +250,24 @@ class Scorer:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
+        """The texts of `write` with the whole cache."""
+        return [one.text for one in self.write(prompts, max_new_tokens, stop, temperature, seed)]
+
+    def write(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        limit: CacheLimit | None = None,
+    ) -> list[Written]:
         """Completion of each prompt, at most `max_new_tokens` tokens, cut at the first stop string.
 
         Greedy at temperature 0; other values divide the logits before sampling, where prompt i's draws are a
-        function of (seed, i). A prompt that leaves no room for the new tokens is cut from the left. Raises
-        ValueError if none could have room, or for a negative temperature.
+        function of (seed, i). A prompt that leaves no room for the new tokens is cut from the left. With a
+        limit, R-KV cuts the cache; what it keeps of a row does not depend on the batch. Raises ValueError if
+        no prompt could have room, for a negative temperature, or for a limit that the model cannot keep to.
         """
         room = self.max_length - max_new_tokens
         if max_new_tokens < 1 or room < 1:
@@ -255,10 +277,11 @@ class Scorer:
             )
         if temperature < 0:
             raise ValueError(f"temperature is {temperature}: 0 is greedy, and less has no meaning")
+        self.check_limit(limit)
         encoded = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
         self._num_truncated += sum(len(row) > room for row in encoded)
         encoded = [row[-room:] for row in encoded]
-        options = (max_new_tokens, tuple(stop), temperature, seed if temperature else 0)
+        options = (max_new_tokens, tuple(stop), temperature, seed if temperature else 0, limit)
         keys = [("generate", row, *options, i if temperature else 0) for i, row in enumerate(encoded)]
         prefix, batches = self._shared_prefix([row[:-1] for row in encoded]), []
         for members in self.by_length([len(row) for row in encoded]):
@@ -266,7 +289,21 @@ class Scorer:
             rows = [encoded[i][len(head) :] for i in members]
             batches.append(Batch(members, GenerateJob(head, rows, members, *options, self.depth)))
         answers = self._answers(batches, keys, "generating")
-        return [cut_at_stop(self.tokenizer.decode(answer.value), stop) for answer in answers]
+        found = []
+        for answer in answers:
+            ids, cache_bytes = answer.value
+            found.append(Written(cut_at_stop(self.tokenizer.decode(ids), stop), len(ids), cache_bytes))
+        return found
+
+    def check_limit(self, limit: CacheLimit | None) -> None:
+        """Raises ValueError for a limit that the model's cache cannot keep to."""
+        if limit is not None and isinstance(self.model, HFModel):
+            raise ValueError(
+                f"kv_budget={limit.budget}: R-KV cuts the cache of a model of ours, not of a Hugging Face"
+                " folder; import it (python -m model.hf import)"
+            )
+        if limit is not None:
+            check_limit(self.model.config, limit)
 
     # ---- batches
 

@@ -22,10 +22,10 @@ from eval.thinking.tasks import QuestionSet
 from model import ZeroModel
 from model.cache import LatentCache
 from model.generate import without_padding
+from model.latent_cot.rkv import BUFFER, IMPORTANCE_SHARE, OBSERVATION_WINDOW
 from model.latent_cot.thoughts import generate_with_thoughts
 
 MODES = ("cot", "thoughts", "none")
-KV_BUFFER = 128  # model.generate's
 COT_TOKENS = 256  # of a chain of thought with its answer, where no reference says how long it is
 SPARE_TOKENS = 8  # beyond the longest reference
 TIMED = 10  # questions of each depth that are also answered alone
@@ -40,7 +40,9 @@ class Way(NamedTuple):
     tolerance: float = 0.0
     replace: str | None = None
     kv_budget: int | None = None
-    kv_buffer: int = KV_BUFFER
+    kv_buffer: int = BUFFER
+    kv_lambda: float = IMPORTANCE_SHARE
+    kv_window: int = OBSERVATION_WINDOW
     temperature: float = 0.0  # of answers that vote, see votes.py; 0: the most likely token
 
 
@@ -200,7 +202,6 @@ def answer_batch(
         )
         cache, before, passes = thoughts.cache, thoughts.hidden.shape[1] + 1, 2 + thoughts.passes
     else:
-        options = {"kv_budget": way.kv_budget, "kv_buffer": way.kv_buffer}
         whole = model.generate(
             tokens,
             max_new_tokens,
@@ -209,7 +210,10 @@ def answer_batch(
             temperature=way.temperature,
             seed=seed,
             cache=cache,
-            **options,
+            kv_budget=way.kv_budget,
+            kv_buffer=way.kv_buffer,
+            kv_lambda=way.kv_lambda,
+            kv_window=way.kv_window,
         )
         new, passes = whole[:, tokens.shape[1] :], 1
     seconds = (_now(device) - start) / len(prompts)

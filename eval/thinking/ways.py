@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
-from eval.thinking.answers import KV_BUFFER, Way
+from eval.scoring.kv_flags import ALL, KVFlags, kv_settings
+from eval.thinking.answers import Way
 from model import ModelConfig
 
 
@@ -16,8 +17,10 @@ class WayFlags(NamedTuple):
     num_iterations: list[int] | None = None
     tolerance: float = 0.0
     replace: str | None = None
-    kv_budget: list[int] | None = None
+    kv_budget: list[int | None] | None = None
     kv_buffer: int | None = None
+    kv_lambda: float | None = None
+    kv_window: int | None = None
 
 
 def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) -> list[Way]:
@@ -27,7 +30,7 @@ def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) ->
     given = {**flags._asdict(), "samples": samples}
     of_mode = {
         "thoughts": ("num_latents", "num_iterations", "tolerance", "replace"),
-        "cot": ("kv_budget", "kv_buffer", "samples"),
+        "cot": (*KVFlags._fields, "samples"),
     }
     for needed, names in of_mode.items():
         for name in names:
@@ -38,15 +41,13 @@ def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) ->
                 )
     if mode == "thoughts" and not has_latents:
         raise ValueError("--mode thoughts: the checkpoint has no latent thoughts; choose cot or none")
-    if flags.kv_buffer and not flags.kv_budget:
-        raise ValueError(f"--kv_buffer {flags.kv_buffer} belongs to --kv_budget: give both or neither")
+    limits = KVFlags(*(given[name] for name in KVFlags._fields)).limits()
     if flags.replace == "shuffled" and batch_size < 2:
         raise ValueError(
             "--replace shuffled takes another question's latents: --batch_size must be 2 or more"
         )
     if mode == "cot":
-        budgets: Sequence[int | None] = flags.kv_budget or [None]
-        return [Way(mode, kv_budget=n, kv_buffer=flags.kv_buffer or KV_BUFFER) for n in budgets]
+        return [Way(mode) if limit is None else Way(mode, **kv_settings(limit)) for limit in limits]
     if mode == "none":
         return [Way(mode)]
     latents: Sequence[int | None] = flags.num_latents or [None]
@@ -55,7 +56,8 @@ def ways(flags: WayFlags, config: ModelConfig, batch_size: int, samples: int) ->
 
 
 def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    parts = value if isinstance(value, list) else [value]
+    return ",".join(ALL if part is None else str(part) for part in parts)
 
 
 def mark(way: Way, config: ModelConfig) -> str:
@@ -73,8 +75,9 @@ def mark(way: Way, config: ModelConfig) -> str:
 def settings(way: Way, config: ModelConfig) -> dict[str, Any]:
     """What `configs` says of a way, with the checkpoint's own numbers where none were given."""
     c = config.latent_cot
-    kv_buffer = None if way.kv_budget is None else way.kv_buffer
-    found: dict[str, Any] = {**way._asdict(), "kv_buffer": kv_buffer, "feedback": None}
+    found: dict[str, Any] = {**way._asdict(), "feedback": None}
+    if way.kv_budget is None:
+        found |= dict.fromkeys(KVFlags._fields)
     if way.mode == "thoughts":
         own_iterations = c.iterations or None
         found |= {

@@ -36,6 +36,11 @@ class DistillationConfig:
     kv_policy: str = "rkv"  # which tokens of the trace are kept: rkv | random | uniform
     # share of importance against redundancy in R-KV's score
     kv_lambda: Annotated[float, Limits(least=0, most=1)] = 0.1
+    use_projection: bool = (
+        False  # the student's keys and values go through learned maps first, layer by layer
+    )
+    use_layernorm: bool = False  # a LayerNorm after each map
+    prj_dim: Count | None = None  # numbers compared per latent; None: all heads' keys, and all heads' values
     # LOTUS (arXiv 2606.31779): each latent predicts a token of the trace
     latent_weight: Weight = 0.0
     latent_block: CountOrZero = 0  # latents per step of the trace; 0: the trace's tokens one after another
@@ -68,16 +73,32 @@ class DistillationConfig:
                     "student_pass=false; set it to 0"
                 )
 
+        self._check_projection()
+
+    def _check_projection(self) -> None:
+        if self.use_projection and not self.kv_weight:
+            raise ValueError(
+                "model.distillation.use_projection=true maps keys and values that kv_weight=0 does not "
+                "compare; set kv_weight, or leave use_projection out"
+            )
+        for name in ("use_layernorm", "prj_dim"):
+            if getattr(self, name) and not self.use_projection:
+                raise ValueError(
+                    f"model.distillation.{name}={getattr(self, name)} belongs to use_projection=true; set "
+                    "that, or leave it out"
+                )
+
     @property
     def needs_teacher(self) -> bool:
         return self.teacher_weight > 0 or self.hidden_weight > 0 or self.kv_weight > 0
 
-    def check(self, num_latents: int, others: dict[str, bool]) -> None:
+    def check(self, num_latents: int, others: dict[str, bool], kv_widths: tuple[int, int]) -> None:
         """Raises ValueError if the rest of the model config does not go with this section.
 
         Args:
             num_latents: latent_cot.num_latents.
             others: `key=value` of the model config -> whether it is in force.
+            kv_widths: numbers of all heads' keys, and of all heads' values, of a token in a layer.
         """
         for key, on in others.items():
             if on:
@@ -88,6 +109,11 @@ class DistillationConfig:
                     f"model.distillation.{name}={getattr(self, name)} needs latents; set "
                     "model.latent_cot.num_latents"
                 )
+        if self.prj_dim is not None and self.prj_dim > min(kv_widths):
+            raise ValueError(
+                f"model.distillation.prj_dim={self.prj_dim} exceeds the {kv_widths[0]} numbers of a layer's "
+                f"keys or the {kv_widths[1]} of its values; set it to {min(kv_widths)} or less"
+            )
         if self.stage_steps and (self.hidden_weight or self.kv_weight or self.latent_weight):
             raise ValueError(
                 f"model.distillation.stage_steps={self.stage_steps} is a curriculum without "

@@ -272,7 +272,7 @@ class ModelConfig:
             f"recurrence.halting.kind={self.recurrence.halting.kind}": halts,
             "use_moe=true without a teacher's pass": self.has_experts and not distillation.needs_teacher,
         }
-        distillation.check(self.latent_cot.num_latents, others)
+        distillation.check(self.latent_cot.num_latents, others, self.kv_widths)
 
     @property
     def qk_head_dim(self) -> int:
@@ -282,6 +282,13 @@ class ModelConfig:
     def plain_head_dim(self) -> int:
         """Width of a head of grouped-query attention."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_widths(self) -> tuple[int, int]:
+        """Numbers of all heads' keys, and of all heads' values, that attention compares for one token."""
+        if self.use_mla:
+            return self.num_attention_heads * self.qk_head_dim, self.num_attention_heads * self.v_head_dim
+        return self.kv_heads * self.plain_head_dim, self.kv_heads * self.plain_head_dim
 
     @property
     def kv_heads(self) -> int:

@@ -10,8 +10,7 @@ Shapes: E experts, D hidden, V vocabulary.
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,36 @@ import torch
 from torch import Tensor
 
 from common.files import write_file, write_json
-from common.locks import FolderLock
-from common.schema import from_plain
+from common.schema import as_type
 from model.config.model import ModelConfig
-from model.config.rope import Llama3RopeConfig, YarnConfig
-from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, read_object, save_weights
-from model.hf.dense import DENSE, import_dense
+from model.config.rope import Llama3RopeConfig
+from model.export_files import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    TRAINING_DATA_NAME,
+    WEIGHTS_NAME,
+    load_config,
+    save_weights,
+)
+from model.hf.card import write_card
+from model.hf.dense import DENSE, REFUSED, import_dense
 from model.hf.files import (
     FIX,
-    INDEX_NAME,
     MTP_NAME,
     check_config,
-    check_rope_keys,
     read_fields,
     read_headers,
     read_json,
     read_weights,
-    rope_parameters,
     take,
 )
-from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
+from model.hf.folder import refuse_stale_weights, writing
+from model.hf.own import export_own, import_own
+from model.hf.remote.section import MODEL_TYPE
+from model.hf.rope import deepseek_rope
+from model.hf.shards import DEFAULT_SIZE, size_in_bytes
+from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID
+from model.hf.tokenizer_export import ENDS, export_tokenizer
 from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
 from model.weight_files import check_size, save_tensors
@@ -91,27 +100,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: the format cannot express this model.
     """
-    refusals = (
-        (config.recurrence.placement != "none", f"recurrence.placement={config.recurrence.placement}"),
-        (config.embedding_mixing > 0, f"embedding_mixing={config.embedding_mixing}"),
-        (config.num_pause_tokens > 0, f"num_pause_tokens={config.num_pause_tokens}"),
-        (config.num_memory_tokens > 0, f"num_memory_tokens={config.num_memory_tokens}"),
-        (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
-        (not config.use_mla, "use_mla=false"),
-        (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
-        (config.tie_word_embeddings, "tie_word_embeddings=true"),
-        (config.qkv_bias, "qkv_bias=true"),
-        (not config.latent_norm, "latent_norm=false"),
-        (config.rope_pairs is not None, f"rope_pairs={config.rope_pairs}"),
-        (isinstance(config.rope_scaling, Llama3RopeConfig), "rope_scaling.rope_type=llama3"),
-        (
-            not config.is_moe_layer(config.num_hidden_layers) and config.num_nextn_predict_layers > 0,
-            "multi-token prediction with a dense layer",
-        ),
-    )
-    for refused, what in refusals:
-        if refused:
-            raise ValueError(f"the DeepseekV3 format cannot express {what}; only models without it export")
+    if (what := beyond_deepseek(config)) is not None:
+        raise ValueError(f"the DeepseekV3 format cannot express {what}; only models without it export")
     dense = config.first_k_dense_replace if config.use_moe else config.num_hidden_layers
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -130,6 +120,29 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": "float32",
         OWN_CONFIG: config.to_dict(),
     }
+
+
+def beyond_deepseek(config: ModelConfig) -> str | None:
+    """What of a model the DeepseekV3 format cannot express; None: nothing."""
+    refusals = (
+        (config.recurrence.placement != "none", f"recurrence.placement={config.recurrence.placement}"),
+        (config.embedding_mixing > 0, f"embedding_mixing={config.embedding_mixing}"),
+        (config.num_pause_tokens > 0, f"num_pause_tokens={config.num_pause_tokens}"),
+        (config.num_memory_tokens > 0, f"num_memory_tokens={config.num_memory_tokens}"),
+        (config.latent_cot.num_latents > 0, f"latent_cot.num_latents={config.latent_cot.num_latents}"),
+        (not config.use_mla, "use_mla=false"),
+        (config.hidden_act != "silu", f"hidden_act={config.hidden_act}"),
+        (config.tie_word_embeddings, "tie_word_embeddings=true"),
+        (config.qkv_bias, "qkv_bias=true"),
+        (not config.latent_norm, "latent_norm=false"),
+        (config.rope_pairs is not None, f"rope_pairs={config.rope_pairs}"),
+        (isinstance(config.rope_scaling, Llama3RopeConfig), "rope_scaling.rope_type=llama3"),
+        (
+            not config.is_moe_layer(config.num_hidden_layers) and config.num_nextn_predict_layers > 0,
+            "multi-token prediction with a dense layer",
+        ),
+    )
+    return next((what for refused, what in refusals if refused), None)
 
 
 def _hf_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
@@ -165,27 +178,11 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
                     f"{written[name]!r}; delete the section or make them agree"
                 )
         return own
-    theta, yarn = _rope_from_hf(values)
+    theta, yarn = deepseek_rope(values)
     return ModelConfig.from_dict({**given, "rope_theta": theta, "rope_scaling": yarn})
 
 
 _DEFAULTS: dict[str, Any] = {"num_nextn_predict_layers": 0, "q_lora_rank": None, "initializer_range": 0.02}
-
-
-def _rope_from_hf(values: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """Base, and the section rope_scaling."""
-    theta, kind, rope = rope_parameters(values)
-    if kind == "default":
-        return theta, None
-    known = [field.name for field in dataclasses.fields(YarnConfig)]
-    odd = sorted(set(rope) - set(known))
-    if kind != "yarn" or odd:
-        what = f"keys {', '.join(odd)}" if kind == "yarn" else f"rope_type={kind!r}"
-        raise ValueError(f"config.json scales positions by {what}; only yarn with {', '.join(known)} is read")
-    # transformers' defaults for absent keys.
-    absent: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}
-    check_rope_keys(rope, ("factor", "original_max_position_embeddings"))
-    return theta, dataclasses.asdict(from_plain(YarnConfig, absent | rope, "config.json: rope_scaling"))
 
 
 def to_hf(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -237,7 +234,10 @@ def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
             if copy in tensors and not torch.equal(tensors.pop(copy), state[original]):
                 raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
+        raise ValueError(
+            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
+            "describes another model"
+        )
     return state
 
 
@@ -268,82 +268,114 @@ def _empty_shared_experts(config: ModelConfig, prefix: str, dtype: torch.dtype) 
     return {f"{prefix}.{name}.weight": torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
 
 
-def export_folder(checkpoint: Path, out: Path) -> None:
-    """Writes the Hugging Face folder of an export/ folder; config.json, without which nothing reads the
-    folder, comes last.
+def export_deepseek(checkpoint: Path, out: Path) -> dict[str, Any]:
+    """Writes tokenizer and weights of an export/ folder that the DeepseekV3 format can express.
+
+    Returns:
+        config.json, not written yet.
 
     Raises:
-        ValueError, OSError: see load_pretrained, hf_config, write_tokenizer and _writing.
+        ValueError, OSError: see load_pretrained, hf_config and export_tokenizer.
     """
     model = load_pretrained(checkpoint)
-    values, tokenizer = hf_config(model.config), checkpoint / TOKENIZER_NAME
+    values = hf_config(model.config)
     tensors = to_hf(model.config, model.state_dict())
     dtype = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
     beyond = {name for name in tensors if _layer_number(name) >= model.config.num_hidden_layers}
-    with _writing(out, "a Hugging Face export", is_hf=True):
-        others = [INDEX_NAME] if beyond else [INDEX_NAME, MTP_NAME]
-        if stale := [name for name in others if (out / name).exists()]:
-            raise ValueError(f"{out} holds {stale[0]} of another model; delete it or choose another --out")
-        (out / CONFIG_NAME).unlink(missing_ok=True)
-        if tokenizer.is_file():
-            write_tokenizer(tokenizer, out, model.config.max_position_embeddings)
-            write_file(out / TOKENIZER_NAME, tokenizer.read_bytes())
+    refuse_stale_weights(out, [WEIGHTS_NAME, *([MTP_NAME] if beyond else [])])
+    (out / CONFIG_NAME).unlink(missing_ok=True)
+    ids = export_tokenizer(checkpoint, out, model.config.max_position_embeddings, begins=False)
+    values |= {name: ids[name] for name in ENDS}
+    if beyond:
+        save_tensors(out / MTP_NAME, {name: tensors[name] for name in beyond})
+    save_tensors(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
+    return {**values, "torch_dtype": dtype}
+
+
+def export_folder(
+    checkpoint: Path, out: Path, max_shard_size: int = size_in_bytes(DEFAULT_SIZE), scores: Path | None = None
+) -> str:
+    """Writes the Hugging Face folder of an export/ folder: in the DeepseekV3 format where that can express
+    the model, since vLLM reads it too; otherwise with its own code.
+
+    Args:
+        max_shard_size: bytes of weights in a file, for folders with their own code.
+        scores: folder of results for the model card; default: eval/ beside the checkpoint.
+
+    Returns:
+        Which format, and why.
+
+    Raises:
+        ValueError, OSError: see export_deepseek, export_own, write_card and folder.writing.
+    """
+    config = load_config(checkpoint)
+    beyond = beyond_deepseek(config)
+    with writing(out, "a Hugging Face export", is_hf=True):
+        if beyond is None:
+            values = export_deepseek(checkpoint, out)
         else:
-            values |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-            print(f"note: {checkpoint} has no {TOKENIZER_NAME}; {out} gets no tokenizer", file=sys.stderr)
-        if beyond:
-            save_tensors(out / MTP_NAME, {name: tensors[name] for name in beyond})
-        save_tensors(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
-        write_json(out / CONFIG_NAME, {**values, "torch_dtype": dtype}, indent=2)
+            values = export_own(checkpoint, out, max_shard_size)
+        write_card(config, checkpoint, out, scores, own_code=beyond is not None)
+        if (data := checkpoint / TRAINING_DATA_NAME).is_file():
+            write_file(out / TRAINING_DATA_NAME, data.read_bytes())
+        write_json(out / CONFIG_NAME, values, indent=2)  # last: without it nothing reads the folder
+    if beyond is None:
+        return "in the DeepseekV3 format, for transformers and vLLM"
+    return (
+        f"with its own code, since the DeepseekV3 format cannot express {beyond}; load it with "
+        "trust_remote_code=True"
+    )
 
 
 def import_folder(hf: Path, out: Path) -> None:
     """Writes an export/ folder from a Hugging Face folder. None of its code is run, no pickled file is read.
 
+    A line on stderr says what is left out: code, or a tokenizer that is not there.
+
     Raises:
-        ValueError, OSError: a file is missing or damaged, the model is of another kind, see also _writing.
+        ValueError, OSError: a file is missing or damaged, the model is of another kind, see also writing.
     """
     values = read_json(hf / CONFIG_NAME)
-    kind = values.get("model_type", _FIXED["model_type"])
-    if kind not in (_FIXED["model_type"], *DENSE):
-        known = ", ".join((_FIXED["model_type"], *DENSE))
-        raise ValueError(f"config.json has model_type={kind!r}; only {known} can be imported")
+    kind = _model_type(values)
+    if kind != MODEL_TYPE and ("auto_map" in values or any(hf.glob("*.py"))):
+        print(f"note: {hf} brings Python code, which is not run: {kind} is built in", file=sys.stderr)
     tokenizer: bytes | None
     if kind in DENSE:
         config, state, tokenizer = import_dense(values, hf)
+    elif kind == MODEL_TYPE:
+        config, state = import_own(values, hf)
+        path = hf / TOKENIZER_NAME
+        tokenizer = path.read_bytes() if path.is_file() else None
     else:
         config = config_from_hf(values)
         check_size(config, read_headers(hf), hf / CONFIG_NAME, FIX)
         state = from_hf(config, dict(read_weights(hf)))
         path = hf / TOKENIZER_NAME
         tokenizer = path.read_bytes() if path.is_file() else None
-    with _writing(out, "an import", is_hf=False):
+    with writing(out, "an import", is_hf=False):
+        (out / CONFIG_NAME).unlink(missing_ok=True)
         if tokenizer is None:
-            print(f"note: {hf} has no {TOKENIZER_NAME}; eval/ needs one next to the weights", file=sys.stderr)
+            (out / TOKENIZER_NAME).unlink(missing_ok=True)  # another model's
+            name = "tokenizer.json" if kind in DENSE else TOKENIZER_NAME
+            print(f"note: {hf} has no {name}; {out} gets no tokenizer, which eval/ needs", file=sys.stderr)
         else:
-            (out / CONFIG_NAME).unlink(missing_ok=True)
             write_file(out / TOKENIZER_NAME, tokenizer)
+        if kind == MODEL_TYPE and (data := hf / TRAINING_DATA_NAME).is_file():
+            write_file(out / TRAINING_DATA_NAME, data.read_bytes())
         save_weights(out, config, state)
 
 
-@contextmanager
-def _writing(out: Path, what: str, is_hf: bool) -> Iterator[None]:
-    """Holds the folder that a command writes.
-
-    Args:
-        is_hf: whether it is to be a Hugging Face folder.
-
-    Raises:
-        ValueError: another command writes there, or it already is a folder of the other kind, which would be
-            lost.
-    """
-    with FolderLock(out, what, "choose another --out"):
-        path = out / CONFIG_NAME
-        fix = "delete it or choose another --out"
-        if path.is_file() and ("model_type" in read_object(path, fix)) != is_hf:
-            other = "an export of ZeroModel" if is_hf else "a Hugging Face folder"
-            raise ValueError(f"{out} is {other}, whose files would be overwritten; choose another --out")
-        yield
+def _model_type(values: dict[str, Any]) -> str:
+    """The kind that config.json names. Raises ValueError for one that is not imported."""
+    kinds = (_FIXED["model_type"], *DENSE, MODEL_TYPE)
+    kind = as_type(str, values.get("model_type", kinds[0]), "config.json: model_type")
+    if kind in kinds:
+        return kind
+    close = get_close_matches(kind, kinds, n=1)
+    why = REFUSED.get(kind, f"is not {close[0]}" if close else "is unknown")
+    raise ValueError(
+        f"config.json has model_type={kind[:60]!r}, which {why}; choose a checkpoint of {', '.join(kinds)}"
+    )
 
 
 def _layer_number(name: str) -> int:

@@ -1,37 +1,29 @@
-"""Import of GPT-2 and Llama folders of Hugging Face, as models with plain attention and dense layers.
+"""Import of Hugging Face folders of GPT-2, Llama, Mistral, Qwen2 and Qwen3: plain attention, dense layers.
 
 Their values and names, GPT-2's transposed matrices, and the halves that Llama rotates where this network
-rotates neighbours, follow transformers' modeling_gpt2.py and modeling_llama.py. Dropout is left out. The
+rotates neighbours, follow transformers' configuration_*.py and modeling_*.py. Dropout is left out. The
 embedding, and an untied head, get rows for the special tokens that special_tokens.py adds.
 
 Shapes: D hidden, V vocabulary.
 """
 
-import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.schema import as_type, from_plain
+from common.schema import as_type
 from model.config.model import ModelConfig
-from model.config.rope import Llama3RopeConfig
 from model.export_files import CONFIG_NAME
-from model.hf.files import (
-    FIX,
-    check_config,
-    check_rope_keys,
-    read_fields,
-    read_headers,
-    read_weights,
-    rope_parameters,
-    take,
-)
-from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens
+from model.hf.files import FIX, check_config, read_fields, read_headers, read_weights, take
+from model.hf.rope import llama_rope
+from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens, changes_of_texts
 from model.transformer import ZeroModel
 from model.weight_files import check_size
 
@@ -67,7 +59,20 @@ _GPT2_DEFAULTS: dict[str, Any] = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
 }
-_LLAMA_FIXED: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+@dataclass(frozen=True)
+class LlamaKind:
+    """What a relative of Llama has of its own."""
+
+    name: str
+    fixed: dict[str, Any] = field(default_factory=dict)  # see check_config
+    defaults: dict[str, Any] = field(default_factory=dict)  # what transformers takes for an absent key
+    switches: dict[str, Any] = field(default_factory=dict)  # values of ModelConfig
+    window: str = "never"  # whether sliding_window is read: always | switched by use_sliding_window | never
+
+
+_LLAMA_FIXED: dict[str, Any] = {"hidden_act": "silu"}
 _LLAMA_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _LLAMA_DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
@@ -77,7 +82,28 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
 }
-_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_QWEN_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+LLAMA_KINDS = {  # by model_type
+    "llama": LlamaKind("Llama", fixed={"attention_bias": False, "mlp_bias": False}),
+    "mistral": LlamaKind(
+        "Mistral", defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8}, window="always"
+    ),
+    "qwen2": LlamaKind("Qwen2", defaults=_QWEN_DEFAULTS, switches={"qkv_bias": True}, window="switched"),
+    "qwen3": LlamaKind(
+        "Qwen3",
+        fixed={"attention_bias": False},
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
+        switches={"qk_norm": True},
+        window="switched",
+    ),
+}
+REFUSED = {  # kinds that are asked for, and what this network does not compute
+    "smollm3": "has layers without rotation (no_rope_layers), but all layers rotate here",
+    "olmo2": (
+        "has norms behind attention and feed-forward layers (post_feedforward_layernorm) and over all heads "
+        "together (q_norm), but they lie before them and span one head here"
+    ),
+}
 
 
 def gpt2_config(values: dict[str, Any]) -> ModelConfig:
@@ -107,25 +133,60 @@ def gpt2_config(values: dict[str, Any]) -> ModelConfig:
 
 
 def llama_config(values: dict[str, Any]) -> ModelConfig:
-    """The config for Llama's config.json.
+    """The config for config.json of a model_type in LLAMA_KINDS.
 
     Raises:
         ValueError: a size is missing, or this network does not compute this model.
     """
-    kind = "Llama"
-    check_config(values, kind, _LLAMA_FIXED)
-    names = (*_LLAMA_SIZES, *_LLAMA_DEFAULTS)
-    given = read_fields(values, kind, {name: name for name in names}, _LLAMA_DEFAULTS)
-    theta, rope_type, rope = rope_parameters(values)
-    if rope_type not in ("default", "llama3"):
-        raise ValueError(f"config.json scales positions by rope_type={rope_type!r}; only llama3 is read")
-    scaling = None
-    if rope_type == "llama3":
-        check_rope_keys(rope, _LLAMA3_KEYS)
-        scaling = dataclasses.asdict(from_plain(Llama3RopeConfig, rope, "config.json: rope_scaling"))
-    return ModelConfig.from_dict(
-        {**given, "rope_theta": theta, "rope_scaling": scaling, "use_mla": False, "use_moe": False}
+    kind = LLAMA_KINDS[values["model_type"]]
+    check_config(values, kind.name, _LLAMA_FIXED | kind.fixed)
+    defaults = _LLAMA_DEFAULTS | kind.defaults
+    given = read_fields(values, kind.name, {name: name for name in (*_LLAMA_SIZES, *defaults)}, defaults)
+    theta, scaling = llama_rope(values)
+    config = ModelConfig.from_dict(
+        {
+            **given,
+            **kind.switches,
+            "rope_theta": theta,
+            "rope_scaling": scaling,
+            "use_mla": False,
+            "use_moe": False,
+        }
     )
+    _check_window(values, kind, config)
+    return config
+
+
+def _check_window(values: dict[str, Any], kind: LlamaKind, config: ModelConfig) -> None:
+    """Raises ValueError if a layer attends to a window that is shorter than the context.
+
+    Defaults are transformers': a window of 4096 tokens, which Qwen's layers from number 28 on have if
+    use_sliding_window says so.
+    """
+    if kind.window == "never":
+        return
+    window = as_type(int | None, values.get("sliding_window", 4096), "config.json: sliding_window")
+    named = as_type(list[str] | None, values.get("layer_types"), "config.json: layer_types")
+    if odd := set(named or ()) - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"config.json: layer_types has {min(odd)!r}, but only full_attention is supported for "
+            f"{kind.name}; choose another checkpoint"
+        )
+    slides, listed = True, "sliding_attention" in (named or ())
+    if kind.window == "switched":
+        if not as_type(bool, values.get("use_sliding_window", False), "config.json: use_sliding_window"):
+            window = None
+        first = as_type(int, values.get("max_window_layers", 28), "config.json: max_window_layers")
+        slides = first < config.num_hidden_layers if named is None else listed
+    if listed and window is None:
+        raise ValueError(f"config.json: layer_types has 'sliding_attention', but no window is set; {FIX}")
+    length = config.max_position_embeddings
+    if slides and window is not None and window < length:
+        raise ValueError(
+            f"config.json has sliding_window={window}, below max_position_embeddings={length}, but attention "
+            "reaches back to the first token here; choose another checkpoint, or lower "
+            f"max_position_embeddings to {window} if no text is longer"
+        )
 
 
 def gpt2_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,7 +216,8 @@ def gpt2_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def llama_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Llama's tensors, already under ZeroModel's names, each head's halves (i, i + R/2) as pairs (2i, 2i+1).
+    """Tensors of a relative of Llama, already under ZeroModel's names, with pairs (2i, 2i+1) for the halves
+    (i, i + R/2) of a head: in rows and biases of queries and keys, and in the norms of a head.
 
     Raises:
         ValueError: see _complete.
@@ -163,7 +225,7 @@ def llama_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Te
     found = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     state = _complete(config, found)
     for name, value in state.items():
-        if re.search(r"self_attn\.[qk]_proj\.weight$", name):
+        if re.search(r"self_attn\.[qk]_(proj|norm)\.(weight|bias)$", name):
             halves = value.unflatten(0, (-1, 2, config.plain_head_dim // 2))
             state[name] = halves.transpose(1, 2).flatten(0, 2)
     return state
@@ -182,7 +244,10 @@ def _complete(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tens
     if tied is not None and not torch.equal(tied, state[EMBEDDING]):
         raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; fix one of them")
     if tensors:
-        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
+        raise ValueError(
+            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
+            "describes another model"
+        )
     return state
 
 
@@ -206,12 +271,14 @@ Importer = tuple[
 ]
 DENSE: dict[str, Importer] = {  # by model_type
     "gpt2": (gpt2_config, gpt2_state),
-    "llama": (llama_config, llama_state),
+    **dict.fromkeys(LLAMA_KINDS, (llama_config, llama_state)),
 }
 
 
-def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[str, Tensor], bytes]:
+def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[str, Tensor], bytes | None]:
     """Config, state and the content of the tokenizer file of an export/ folder.
+
+    None: the folder has no tokenizer, and the vocabulary stays as it is.
 
     Args:
         values: config.json, of a model_type in DENSE.
@@ -222,8 +289,13 @@ def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[st
     read_config, read_state = DENSE[values["model_type"]]
     config = read_config(values)
     check_size(config, read_headers(hf), hf / CONFIG_NAME, FIX)
-    tokenizer, tokens = add_special_tokens(hf, values)
+    found = add_special_tokens(hf, values)
     state = read_state(config, dict(read_weights(hf)))
+    if found is None:
+        return config, state, None
+    tokenizer, tokens = found
+    if changes := changes_of_texts(tokenizer):
+        print(f"note: the tokenizer of {hf} {' and '.join(changes)}", file=sys.stderr)
     for name in (EMBEDDING, HEAD):
         if name in state:
             state[name] = with_rows(state[name], tokens)

@@ -2,7 +2,7 @@
 
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,32 +56,6 @@ def read_fields(
     hints = typing.get_type_hints(ModelConfig, include_extras=True)
     given = {**defaults, **values}
     return {ours: as_type(hints[ours], given[name], f"config.json: {name}") for ours, name in names.items()}
-
-
-def rope_parameters(values: dict[str, Any]) -> tuple[float, str, dict[str, Any]]:
-    """Base, kind and further values of `rope_parameters` (transformers 5), or of `rope_theta` and
-    `rope_scaling` (earlier).
-
-    Raises:
-        ValueError: one of them has another type.
-    """
-    name = "rope_parameters" if values.get("rope_parameters") is not None else "rope_scaling"
-    rope = dict(as_type(dict[str, Any], values.get(name) or {}, f"config.json: {name}"))
-    theta = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    return (
-        as_type(float, theta, "config.json: rope_theta"),
-        as_type(str, kind, f"config.json: {name}.rope_type"),
-        rope,
-    )
-
-
-def check_rope_keys(rope: dict[str, Any], needed: Sequence[str]) -> None:
-    """Raises ValueError if `rope_parameters` lacks a key; our default would be another model's."""
-    missing = [name for name in needed if name not in rope]
-    if missing:
-        raise ValueError(f"config.json scales positions, but does not say {', '.join(missing)}; {FIX}")
 
 
 def take(tensors: dict[str, Tensor], name: str, shape: Size) -> Tensor:

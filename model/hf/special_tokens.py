@@ -4,15 +4,26 @@
 which task; data_pipeline/tokenization/json_tokenizer.py reads it.
 """
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.schema import as_type
 from model.hf.files import FIX, read_json
 
+# How the names of a tokenizer's files begin.
+OTHER_FILES = ("tokenizer", "vocab", "merges", "spiece", "tekken", "special_tokens", "added_tokens")
 SECTION = "zeromodel"  # key of the file
 VOCAB_SIZE = "vocab_size"
 ADDED = {"pad_id": "<pad>", "bot_id": "<bot>", "eot_id": "<eot>", "step_separator_id": "<step>"}
+
+
+# What betrays, in a tokenizer's normalizer or pre_tokenizer, that it changes texts; such are accepted.
+CHANGES = {
+    '"NFC"': "composes characters (Unicode NFC)",
+    '"Metaspace"': "drops the space at which a text begins",
+    '"\\u2581"': "reads U+2581 as a space",
+}
 
 
 class SpecialTokens(NamedTuple):
@@ -23,20 +34,27 @@ class SpecialTokens(NamedTuple):
     added: list[int]  # ids that are new
 
 
-def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any], SpecialTokens]:
-    """The folder's tokenizer.json with the special tokens and the section.
+def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any], SpecialTokens] | None:
+    """The folder's tokenizer.json with the special tokens and the section; None: it has no tokenizer.
 
     Args:
         values: config.json.
 
     Raises:
-        ValueError, FileNotFoundError: the file is missing, of another kind, or does not fit the model.
+        ValueError, FileNotFoundError: the tokenizer lies in other files, is of another kind, or does not fit
+            the model.
     """
     path = hf / "tokenizer.json"
     if not path.is_file():
+        others = sorted(
+            file.name for file in hf.iterdir() if file.name.startswith(OTHER_FILES) and file.suffix != ".py"
+        )
+        if not others:
+            return None
         raise FileNotFoundError(
-            f"{path} is missing; write it with transformers' AutoTokenizer.from_pretrained(DIR)"
-            ".save_pretrained(DIR)"
+            f"{path} is missing, and {others[0]} is not read; write it with transformers' "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), or delete the tokenizer's files to "
+            "import without one"
         )
     tokenizer = read_json(path)
     model = as_type(dict[str, Any], tokenizer.get("model"), f"{path}: model")
@@ -77,6 +95,12 @@ def add_special_tokens(hf: Path, values: dict[str, Any]) -> tuple[dict[str, Any]
     ids[VOCAB_SIZE] = max(size, values["vocab_size"])
     changed = {"added_tokens": listed, "truncation": None, "padding": None, SECTION: ids}
     return {**tokenizer, **changed}, SpecialTokens(ids, known, list(range(known, size)))
+
+
+def changes_of_texts(tokenizer: dict[str, Any]) -> list[str]:
+    """What of a text does not come back from a tokenizer.json; other losses are refused where it is used."""
+    steps = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    return [what for mark, what in CHANGES.items() if mark in steps]
 
 
 def _document_ends(hf: Path, values: dict[str, Any], special: dict[str, int]) -> dict[str, int]:

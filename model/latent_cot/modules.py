@@ -1,6 +1,6 @@
-"""The parameters of latent thoughts.
+"""The parameters of latent thoughts, and those that only their distillation needs.
 
-Shapes: B batch, c latents, D hidden.
+Shapes: B batch, c latents, D hidden, N documents, M latents, G key-value heads, W width of a head, P prj_dim.
 """
 
 import torch
@@ -53,3 +53,69 @@ class LatentThoughts(nn.Module):
         if self.config.feedback == "lotus":
             return self.initial(ids) + hidden
         return torch.cat((first, self.project(hidden[:, :-1])), 1)
+
+
+class ProjectedKV(nn.Module):
+    """One layer's maps of keys and values, which KaVa's loss compares after them (`use_projection`).
+
+    KaVa's paper compares keys and values as they are; the student's maps, and a LayerNorm after them, are
+    an addition of its public reimplementations (k_proj, v_proj, k_ln, v_ln).
+
+    Args:
+        widths: numbers of all heads' keys, and of all heads' values.
+        prj_dim: P; None: each its width.
+        layernorm: whether a LayerNorm follows the student's maps.
+        seed: of the fixed part, see _Projected.
+    """
+
+    def __init__(self, widths: tuple[int, int], prj_dim: int | None, layernorm: bool, seed: int) -> None:
+        super().__init__()
+        self.k_proj = _Projected(widths[0], prj_dim, layernorm, 2 * seed)
+        self.v_proj = _Projected(widths[1], prj_dim, layernorm, 2 * seed + 1)
+
+    def student(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, M, G, W) each -> (N, M, 1, P) each."""
+        return self.k_proj(keys.flatten(2)).unsqueeze(2), self.v_proj(values.flatten(2)).unsqueeze(2)
+
+    def teacher(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The same shapes; nothing here is learned."""
+        maps = self.k_proj.fixed, self.v_proj.fixed
+        k, v = (fixed(x.flatten(2)).unsqueeze(2) for fixed, x in zip(maps, (keys, values), strict=True))
+        return k, v
+
+
+class _Projected(nn.Module):
+    """x (..., width) -> LayerNorm(F x + A x + b), of which A and b are learned and start at 0.
+
+    F is fixed: the identity or, for a smaller prj_dim, that many orthonormal rows, a function of the seed.
+    The teacher's targets are F x. A learned map of the teacher's would have a trivial optimum, in which both
+    sides are constant; with this one the targets stay what they are, the loss (without LayerNorm) starts
+    where it is without maps, and weight decay pulls towards F instead of 0.
+    """
+
+    rows: Tensor | None
+
+    def __init__(self, width: int, prj_dim: int | None, layernorm: bool, seed: int) -> None:
+        super().__init__()
+        out = width if prj_dim is None else prj_dim
+        self.linear = Linear(width, out)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.norm = nn.LayerNorm(out) if layernorm else nn.Identity()
+        rows = None if out == width else orthonormal_rows(out, width, seed)
+        self.register_buffer("rows", rows, persistent=False)  # known from the seed
+
+    def fixed(self, x: Tensor) -> Tensor:
+        return x if self.rows is None else x @ self.rows.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.fixed(x) + self.linear(x))
+        return out
+
+
+def orthonormal_rows(count: int, width: int, seed: int) -> Tensor:
+    """(count, width) fp32, count <= width, a random subspace: in it, distances shrink by sqrt(count / width)
+    on average.
+    """
+    drawn = torch.randn(width, count, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return torch.linalg.qr(drawn).Q.T.contiguous()

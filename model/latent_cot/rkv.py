@@ -18,6 +18,7 @@ W numbers per cached token, n kept.
 """
 
 from collections import deque
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,20 @@ from model.interface import LanguageModel
 from model.layers import at_least_fp32, rotate, rotations
 
 OBSERVATION_WINDOW = 8  # last tokens: their queries judge the others, and they always stay
+BUFFER = 128  # tokens between two cuts
 POOL = 7  # neighbouring candidates, all of which get the largest attention among them
 SIMILAR = 0.5  # cosine above which two keys count as repeats
 IMPORTANCE_SHARE = 0.1  # lambda
 POLICIES = ("rkv", "random", "uniform")
+
+
+class CacheLimit(NamedTuple):
+    """How R-KV limits a cache while generating: the kv_ options of model.generate."""
+
+    budget: int  # generated tokens to keep
+    buffer: int = BUFFER  # tokens to generate between two cuts
+    lambda_: float = IMPORTANCE_SHARE  # share of importance in the score; the rest goes to redundancy
+    window: int = OBSERVATION_WINDOW  # last tokens: their queries judge the others, and they always stay
 
 
 def importance(
@@ -184,43 +195,38 @@ def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Ten
 class CacheCompressor:
     """Limits a cache to the prompt and at most budget + buffer generated tokens.
 
-    When it holds that many, they are cut to `budget`, including the last OBSERVATION_WINDOW. Each slot
-    (layer, loop step) chooses for itself; in plain attention, so does each key-value head. Latent attention
-    makes one choice per slot, because its heads share the latents. For a slot that several loop steps read,
-    the queries of all these steps count.
+    When it holds that many, they are cut to `budget`, including the last `window`. Each slot (layer, loop
+    step) chooses for itself; in plain attention, so does each key-value head. Latent attention makes one
+    choice per slot, because its heads share the latents. For a slot that several loop steps read, the queries
+    of all these steps count.
 
     Tokens keep the positions they were read at, so the cache's length no longer gives the next position.
     The embeddings' convolution keeps its last tokens, because it reads no others.
 
     Args:
         model: the model that reads.
-        tokens: (B, T) int64, the prompt, not yet read.
-        attention_mask: (B, T), 1 where a token is real; None: all.
-        cache: empty; it starts to collect queries.
-        budget: generated tokens to keep.
-        buffer: tokens to generate between two cuts.
+        prompt: (B, T), 1 where a token of the prompt is real.
+        cache: of the prompt, read or not; from the next pass on it collects queries.
+        limit: how many tokens to keep, and by what score.
         halting: with which the model reads; default: the config's.
 
     Raises:
-        ValueError: budget or buffer too small, or a model that caches more than keys and values.
+        ValueError: a number of the limit is out of range, or a model that caches more than keys and values.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
+        prompt: Tensor,
         cache: LatentCache,
-        budget: int,
-        buffer: int,
+        limit: CacheLimit,
         halting: HaltingConfig | None = None,
     ) -> None:
-        _check(model.config, budget, buffer, halting or model.config.recurrence.halting)
-        self.model, self.cache, self.budget, self.limit = model, cache, budget, budget + buffer
-        self.prompt_length = tokens.shape[1]
-        real = torch.ones_like(tokens) if attention_mask is None else attention_mask.long()
-        self.position = real.sum(1, keepdim=True) - 1  # (B, 1), of the last token read
-        self.window: deque[dict[Slot, list[Tensor]]] = deque(maxlen=OBSERVATION_WINDOW)
+        check_limit(model.config, limit, halting)
+        self.model, self.cache, self.limit = model, cache, limit
+        self.prompt_length = prompt.shape[1]
+        self.position = prompt.long().sum(1, keepdim=True) - 1  # (B, 1), of the last token read
+        self.window: deque[dict[Slot, list[Tensor]]] = deque(maxlen=limit.window)
 
     def next_position(self) -> Tensor:
         """(B, 1) position of the next generated token."""
@@ -240,7 +246,7 @@ class CacheCompressor:
             self.window.append(self.cache.queries)
         self.cache.queries = {}
         generated = self.cache.length - self.prompt_length
-        if generated < self.limit:
+        if generated < self.limit.budget + self.limit.buffer:
             return attention_mask
         if attention_mask is None:
             rows = self.position.shape[0]
@@ -251,25 +257,34 @@ class CacheCompressor:
         if attention_mask is None:
             return None
         # Every slot and head puts its real tokens first, and keeps all of them if they are few.
-        kept = torch.arange(self.budget, device=real.device) < real.sum(1, keepdim=True)
+        kept = torch.arange(self.limit.budget, device=real.device) < real.sum(1, keepdim=True)
         return torch.cat((attention_mask[:, : self.prompt_length], kept.to(attention_mask.dtype)), 1)
+
+    def select(self, rows: Tensor, cache: LatentCache) -> None:
+        """Goes on with `rows` (n,) int64, which `cache` holds, maybe with less padding before the prompt."""
+        self.prompt_length -= self.cache.length - cache.length
+        self.cache, self.position = cache, self.position[rows]
+        cache.queries = {}
+        for queries in self.window:
+            for slot, asked in queries.items():
+                queries[slot] = [query[rows] for query in asked]
 
     def _kept_entries(self, slot: Slot, held: Tensor, real: Tensor) -> Tensor:
         """Which of a slot's generated tokens held (B, S, W) to keep: (B, parts of W, budget)."""
+        budget, recent = self.limit.budget, self.limit.window
         if slot[0] == "embedding":
-            last = torch.arange(held.shape[1] - self.budget, held.shape[1], device=held.device)
+            last = torch.arange(held.shape[1] - budget, held.shape[1], device=held.device)
             return last.expand(len(held), 1, -1)
-        layer, recent = int(slot[0]), OBSERVATION_WINDOW
-        keys, _ = cached_keys(self.model, layer, held)
+        keys, _ = cached_keys(self.model, int(slot[0]), held)
         score = joint_score(
-            F.pad(self._importance(slot, keys[:, :-recent], real), (0, recent)),
+            F.pad(self._importance(slot, keys[:, :-recent], real[:, :-recent]), (0, recent)),
             redundancy(keys, real),
-            IMPORTANCE_SHARE,
+            self.limit.lambda_,
         )
         if self.model.config.use_mla:
             score = score.mean(1, keepdim=True)
         score[..., -recent:] = float("inf")
-        kept = best(score, real, self.budget)
+        kept = best(score, real, budget)
         return kept if self.model.config.use_mla else kept.repeat(1, 2, 1)  # of keys, and of values
 
     def _importance(self, slot: Slot, candidates: Tensor, real: Tensor) -> Tensor:
@@ -281,16 +296,26 @@ class CacheCompressor:
         query = torch.cat(asked, 1)
         # A row whose last tokens are padding has ended; what it keeps is never read.
         every = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
-        return importance(query, candidates, real[:, :-OBSERVATION_WINDOW], every, attention.scale)
+        return importance(query, candidates, real, every, attention.scale)
 
 
-def _check(config: ModelConfig, budget: int, buffer: int, halting: HaltingConfig) -> None:
-    if budget <= OBSERVATION_WINDOW or buffer < 1:
+def check_limit(config: ModelConfig, limit: CacheLimit, halting: HaltingConfig | None = None) -> None:
+    """Raises ValueError for a number out of range, or a model that caches more than keys and values."""
+    budget, buffer, lambda_, window = limit
+    if not 0 <= lambda_ <= 1:
         raise ValueError(
-            f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least "
-            f"{OBSERVATION_WINDOW + 1}, since the last {OBSERVATION_WINDOW} tokens always stay, and the "
-            "buffer at least 1"
+            f"kv_lambda={lambda_} must lie in 0 <= kv_lambda <= 1, the share of importance in the score"
         )
+    if window < 1:
+        raise ValueError(
+            f"kv_window={window} must be at least 1: the queries of so many last tokens judge the others"
+        )
+    if budget <= window or buffer < 1:
+        raise ValueError(
+            f"kv_budget={budget} and kv_buffer={buffer}: the budget must be at least {window + 1}, since the "
+            f"last kv_window={window} tokens always stay, and the buffer at least 1"
+        )
+    halting = halting or config.recurrence.halting
     averages = config.recurrence.placement != "none" and halting.kind != "fixed"
     for refused, name in (
         (config.num_memory_tokens, f"num_memory_tokens={config.num_memory_tokens}"),

@@ -1,6 +1,7 @@
 """What a plan is computed from: the model's tensors, the layout of the run, the hardware."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -138,15 +139,16 @@ class Part:
         }
 
 
-def model_parts(config: ModelConfig) -> dict[str, Part]:
-    """The modules of a model by name, from the model built without storage."""
+def model_parts(config: ModelConfig, without: Collection[str] = ()) -> dict[str, Part]:
+    """The modules of a model by name, from the model built without storage, without some of its tensors."""
     with torch.device("meta"):
         model = ZeroModel(config)
     tensors: dict[str, tuple[list[int], list[int]]] = {}
     for name, parameter in model.named_parameters():
         words = name.removeprefix("model.").split(".")
         part = ".".join(words[:2]) if words[0] in ("layers", "recurrence", "mtp") else words[0]
-        tensors.setdefault(part, ([], []))[".experts." in name].append(parameter.numel())
+        if name not in without:
+            tensors.setdefault(part, ([], []))[".experts." in name].append(parameter.numel())
     return {
         name: Part(tuple(dense), tuple(experts), name.startswith(("layers", "mtp")))
         for name, (dense, experts) in tensors.items()

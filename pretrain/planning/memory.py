@@ -14,35 +14,53 @@ from pretrain.planning.layout import Layout, Part
 LOGIT_ROWS = 1024  # of the head at once, see model/losses.chunked_cross_entropy
 
 
-def partitions(parts: dict[str, Part], layout: Layout) -> dict[str, int]:
+def partitions(
+    parts: dict[str, Part], layout: Layout, trained: dict[str, Part] | None = None
+) -> dict[str, int]:
     """Bytes that ZeRO holds throughout: mixed precision with AdamW in fp32.
 
     Stages 1 and 2 pad their flat groups by a few more elements.
+
+    Args:
+        trained: the parts without frozen tensors, which have neither gradients nor optimizer state.
     """
-    width, held = layout.element_bytes, sum(part.held(layout.ep) for part in parts.values())
-    if layout.stage == 3:
-        shard = sum(sum(part.shards(layout).values()) for part in parts.values())
-    else:
-        dense = sum(sum(part.dense) for part in parts.values())
-        shard = math.ceil(dense / layout.gpus) + math.ceil((held - dense) / layout.group("expert_data")[0])
+    width, learned = layout.element_bytes, parts if trained is None else trained
+    held, shard = sum(part.held(layout.ep) for part in learned.values()), _shard(learned, layout)
     gradients = held if layout.stage == 1 else shard
+    whole = sum(part.held(layout.ep) for part in parts.values())
     return {
-        "parameters": width * (shard if layout.stage == 3 else held),
+        "parameters": width * (_shard(parts, layout) if layout.stage == 3 else whole),
         "gradients": width * gradients,
         "optimizer": (4 + 4 + 4) * shard,  # fp32 weight and AdamW's two moments
     }
 
 
+def _shard(parts: dict[str, Part], layout: Layout) -> int:
+    """Elements of a rank's shards."""
+    if layout.stage == 3:
+        return sum(sum(part.shards(layout).values()) for part in parts.values())
+    dense = sum(sum(part.dense) for part in parts.values())
+    experts = sum(part.held(layout.ep) for part in parts.values()) - dense
+    return math.ceil(dense / layout.gpus) + math.ceil(experts / layout.group("expert_data")[0])
+
+
 def memory(
-    config: ModelConfig, parts: dict[str, Part], layout: Layout, gathering: Gathering | None, skew: float
+    config: ModelConfig,
+    parts: dict[str, Part],
+    layout: Layout,
+    gathering: Gathering | None,
+    skew: float,
+    trained: dict[str, Part] | None = None,
 ) -> dict[str, int]:
     """Bytes on a GPU at the peak, either in backward or in the optimizer's step.
 
     Args:
         gathering: ZeRO-3's; None for the other stages.
         skew: the most loaded rank's tokens as a multiple of an even load.
+        trained: see partitions.
     """
-    kept, width = partitions(parts, layout), layout.element_bytes
+    kept, width = partitions(parts, layout, trained), layout.element_bytes
+    learned = parts if trained is None else trained
     shard = kept["optimizer"] // 12
     # AdamW's fp32 gradient and one temporary of its foreach update.
     step = {"optimizer step": 8 * shard}
@@ -55,7 +73,7 @@ def memory(
     backward = {
         "gradient buckets": int(buckets * width * bucket),
         "gathered parameters": width * gathering.peak_elements if gathering else 0,
-        "largest layer's gradient": width * max(part.held(layout.ep) for part in parts.values()),
+        "largest layer's gradient": width * max(part.held(layout.ep) for part in learned.values()),
         "activations": activation_bytes(config, layout, skew),
         # Logits in `width`, in fp32 and their error in `width`; the head's gradient waits in fp32.
         "logits and head": logit_rows * vocabulary * (4 + 2 * width) + 4 * vocabulary * config.hidden_size,

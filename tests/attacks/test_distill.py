@@ -136,8 +136,8 @@ NAME = "model.layers.1.self_attn.o_proj.weight"
         (lambda w: w.pop(NAME), f"does not fit the model: {NAME} is missing"),
         (lambda w: w.update(more=torch.zeros(1)), r"does not fit the model: more is \(1,\)"),
         (lambda w: w.update({NAME: w[NAME].T[:8].contiguous()}), f"does not fit the model: {NAME} is "),
-        (lambda w: w.update({NAME: w[NAME].to(torch.int8)}), f"{NAME} has type I8, expected one of F16"),
-        (lambda w: w.update({NAME: w[NAME] > 0}), f"{NAME} has type BOOL, expected one of F16"),
+        (lambda w: w.update({NAME: w[NAME].to(torch.int8)}), f"{NAME} has type I8, expected one of BF16"),
+        (lambda w: w.update({NAME: w[NAME] > 0}), f"{NAME} has type BOOL, expected one of BF16"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(refused, teacher, tmp_path, change, message):
@@ -154,7 +154,7 @@ def test_a_teacher_with_nan_is_refused_by_name(launch, teacher, traced_data, tmp
     command += ["data.sequence_length=240", "global_batch_size=2", "micro_batch_size=1", "max_steps=1"]
     result = launch(2, *command, check=False)
     assert result.returncode
-    assert result.stderr.count(f"error: {NAME} holds NaN or infinity in the weights to start from") == 1
+    assert result.stderr.count(f"error: {init / WEIGHTS_NAME}: {NAME} holds NaN or infinity; export") == 1
     assert "Traceback" not in result.stderr
 
 

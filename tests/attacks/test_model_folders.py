@@ -26,7 +26,7 @@ from .mutations import byte_mutations, config_mutations
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-KINDS = ("gpt2", "llama", "deepseek_v3", "deepseek_section", "export")
+KINDS = ("gpt2", "llama", "qwen3", "deepseek_v3", "deepseek_section", "export")
 few_or_all = pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.slow)])
 
 
@@ -36,6 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     gpt2_folder(root / "gpt2")
     llama_folder(root / "llama", rope_parameters={**LLAMA3_ROPE, "rope_theta": 10000.0})
+    llama_folder(root / "qwen3", "qwen3", use_sliding_window=True, head_dim=6)
     section = exported(random_model(random_config(3)), root)
     shutil.copytree(section, root / "deepseek_v3")
     change_config(root / "deepseek_v3", zeromodel=None)

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as TheirTokenizer
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 
 from common.files import write_json
 from data_pipeline.build import build
@@ -18,18 +19,19 @@ from data_pipeline.recipe import Recipe, TokenizerRecipe, load_recipe
 from data_pipeline.sources.documents import TracedDocument
 from data_pipeline.tokenization.encode import encode_traced
 from data_pipeline.tokenization.tokenizer import Tokenizer
-from model.hf.special_tokens import add_special_tokens
+from model.hf.special_tokens import add_special_tokens, changes_of_texts
 
 from ..conftest import ROOT
-from ..model.hf_folders import GPT2_END, tokenizer_json
+from ..model.hf_folders import GPT2_END, KIN_ENDS, kin_tokenizer_json, tokenizer_json
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2")
     (folder / "tokenizer.json").write_text(tokenizer_json(GPT2_END))
-    changed, _ = add_special_tokens(folder, {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 0})
-    write_json(folder / "tokenizer.model", changed, indent=2)
+    found = add_special_tokens(folder, {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 0})
+    assert found is not None
+    write_json(folder / "tokenizer.model", found[0], indent=2)
     return folder / "tokenizer.model"
 
 
@@ -101,15 +103,61 @@ def test_recipes_that_cannot_be(overrides, message):
     assert "\n" not in str(caught.value)
 
 
+FORMS = {  # what comes back of a text
+    "llama3": lambda text: text,
+    "qwen2": lambda text: unicodedata.normalize("NFC", text),
+    "llama2": lambda text: text.replace("\u2581", " "),
+    "mistral": lambda text: text.replace("\u2581", " ").removeprefix(" "),
+}
+CHANGES = {
+    "llama3": [],
+    "qwen2": ["composes characters (Unicode NFC)"],
+    "llama2": ["reads U+2581 as a space"],
+    "mistral": ["drops the space at which a text begins", "reads U+2581 as a space"],
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def kin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Tokenizer]:
+    """The tokenizers of the models that are imported, in their forms."""
+    form, folder = request.param, tmp_path_factory.mktemp(request.param)
+    (folder / "tokenizer.json").write_text(kin_tokenizer_json(form))
+    ends = dict(zip(("bos_token", "eos_token"), KIN_ENDS, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps(ends))
+    found = add_special_tokens(folder, {"vocab_size": 400})
+    assert found is not None
+    assert changes_of_texts(found[0]) == CHANGES[form]
+    write_json(folder / "tokenizer.model", found[0], indent=2)
+    return form, Tokenizer(folder / "tokenizer.model")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from("</s> |pade\u0301\n\u2581"))
+)
+@example("  How many apples does she  have?\r\n\n\t12345 ")
+@example("e\u0301 \u212b \ufb01 \ufeff\x00 \U0001f600")
+def test_each_form_gives_the_librarys_ids_and_loses_what_it_says(kin, text):
+    form, ours = kin
+    theirs = TheirTokenizer.from_str(kin_tokenizer_json(form))
+    theirs.encode_special_tokens = True
+    found = ours.encode(text)
+    assert found == theirs.encode(text, add_special_tokens=False).ids
+    assert ours.decode(found) == FORMS[form](text)
+
+
 def test_files_that_are_none(path, tmp_path):
     values = json.loads(path.read_text())
-    loses = TheirTokenizer.from_str(tokenizer_json(GPT2_END))
-    loses.normalizer = normalizers.Lowercase()
+    loses, adds = (TheirTokenizer.from_str(tokenizer_json(GPT2_END)) for _ in range(2))
+    loses.normalizer = normalizers.NFKC()
+    adds.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    section = {"zeromodel": values["zeromodel"]}
     for content, message in (
         ("{", "is not a tokenizer.json"),
         ("{}", "is not a tokenizer.json"),
         (tokenizer_json(GPT2_END), "does not name its special tokens: convert its folder with"),
-        (json.dumps({**json.loads(loses.to_str()), "zeromodel": values["zeromodel"]}), "that loses nothing"),
+        (json.dumps(json.loads(loses.to_str()) | section), "that loses nothing"),
+        (json.dumps(json.loads(adds.to_str()) | section), "that loses nothing"),
     ):
         (tmp_path / "tokenizer.model").write_text(content)
         with pytest.raises(DataError, match=message) as caught:

@@ -5,20 +5,25 @@ Prints one JSON line per case, with the largest differences over the steps.
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from traces import IDS, VOCABULARY, documents, packed
 
+from distill.main import NEW
 from distill.methods import with_method
 from distill.student import Student
 from model import ModelConfig
+from model.export_files import save_weights
 from model.latent_cot.targets import loss_counts
 from model.losses import total_loss
-from pretrain.config import LoraConfig, RunConfig, check_layout
+from pretrain.config import InitConfig, LoraConfig, RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine, build_optimizer
+from pretrain.init import find, fit
 from pretrain.lora import adapt
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 
@@ -35,7 +40,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "kava": {"use_mla": True},
     "coconut": {"distillation": {"stage_steps": 1}},
     "lotus": {"distillation": {"latent_block": 2}, **GPT2},
-    "kava, lora": {"use_mla": True},
+    "kava, experts on both ranks": {
+        "distillation": {"use_projection": True, "use_layernorm": True, "prj_dim": 16},
+        **EXPERTS,
+    },
+    "kava, lora": {"use_mla": True, "distillation": {"use_projection": True}},
     "codi, lora": EXPERTS,
 }
 LORA = LoraConfig(r=4, alpha=8, dropout=0.0)
@@ -65,7 +74,7 @@ def lora(method: str) -> LoraConfig | None:
 def weights_to_start_from(config: ModelConfig) -> dict[str, Tensor]:
     """Weights of another seed, without the new parameters."""
     state = Student(config, seed=5).state_dict()
-    return {name: value for name, value in state.items() if not name.startswith("latent_thoughts")}
+    return {name: value for name, value in state.items() if not name.startswith(NEW)}
 
 
 def reference(
@@ -75,7 +84,7 @@ def reference(
     model = Student(config, seed=0).train()
     model.load_state_dict(weights_to_start_from(config), strict=False)
     if lora is not None:
-        adapt(model, lora, seed=0)
+        adapt(model, lora, 0, [name for name, _ in model.named_parameters() if name.startswith(NEW)])
     optimizer = build_optimizer(model, RunConfig().optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -96,11 +105,15 @@ def distributed(
     config: ModelConfig, lora: LoraConfig | None
 ) -> tuple[list[dict[str, float]], dict[str, Tensor], int]:
     """Also the steps in the spike guard's history."""
-    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, lora=lora)
+    ep_size = world_size() if config.has_experts and lora is None else 1
+    run = RunConfig(global_batch_size=ROWS, micro_batch_size=1, ep_size=ep_size, lora=lora)
     run.optimizer.clip = CLIP
     micro, accumulation = check_layout(run, config, world_size())
     ds_config = load_ds_config(sys.argv[-1], run, micro, accumulation)
-    engine = Engine(run, config, ds_config, Student, weights_to_start_from(config))
+    with tempfile.TemporaryDirectory() as folder:
+        save_weights(Path(folder), config, weights_to_start_from(config))
+        start = fit(*find(Path(folder), Path(folder)), config, InitConfig(), ep_size, Student, NEW)
+        engine = Engine(run, config, ds_config, Student, start)
     history = []
     for step in range(STEPS):
         inputs, total = batch(step), torch.zeros((), dtype=torch.float64)

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from model import ModelConfig, ZeroModel
 from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
-from model.export_files import WEIGHTS_NAME, save_weights
+from model.export_files import save_weights
 from model.latent_cot.thoughts import generate_with_thoughts, think
 from model.layers import Linear, whole_weight
-from pretrain.config import LoraConfig
-from pretrain.lora import adapt, identity, merged, save_base
+from pretrain.config import InitConfig, LoraConfig
+from pretrain.init import Start, find, fit, save_base
+from pretrain.lora import adapt, identity, merged
 from pretrain.run_config import load_run_config
 
 from ..model.conftest import SMALL
@@ -37,7 +38,7 @@ def model(kind: str, config: LoraConfig | None, checkpointing: str = "none") -> 
 
 
 def with_adapters(plain: Model, config: LoraConfig) -> Model:
-    adapt(plain, config, seed=4)
+    adapt(plain, config, seed=4, new=thoughts(plain))
     generator = torch.Generator().manual_seed(5)
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
@@ -45,12 +46,22 @@ def with_adapters(plain: Model, config: LoraConfig) -> Model:
     return plain
 
 
+def thoughts(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are trained in full."""
+    return {name for name, _ in model.named_parameters() if name.startswith("latent_thoughts.")}
+
+
+def started_from(model: ZeroModel, folder: Path) -> Start:
+    save_weights(folder / "start", model.config, dict(model.state_dict()))
+    return fit(*find(folder / "start", folder), model.config, InitConfig())
+
+
 def exported(start: ZeroModel, adapted: ZeroModel, folder: Path) -> dict[str, torch.Tensor]:
     """The weights of its export, in fp32."""
-    save_weights(folder / "start", start.config, dict(start.state_dict()))
-    save_base(folder, folder / "start" / WEIGHTS_NAME)
+    base = started_from(start, folder)
+    save_base(folder, base)
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
-    return merged(folder, trained, identity(CONFIG, folder / "start" / WEIGHTS_NAME))
+    return merged(folder, trained, identity(CONFIG, base.source.sha256))
 
 
 def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
@@ -105,7 +116,7 @@ def test_an_adapted_layer_follows_the_formula():
     holder = torch.nn.Sequential(Linear(6, 5))
     weight, bias = holder[0].weight.clone(), holder[0].bias.clone().normal_()
     holder[0].bias.data.copy_(bias)
-    adapt(holder, LoraConfig(r=2, alpha=5, dropout=0.5), seed=1)
+    adapt(holder, LoraConfig(r=2, alpha=5, dropout=0.5), seed=1, new=())
     layer = holder[0]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert (A.shape, B.shape) == ((2, 6), (5, 2))
@@ -181,25 +192,23 @@ def test_defaults_are_the_published_ones():
 def test_lora_needs_weights_and_peft(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="with --init, or leave lora out"):
         identity(CONFIG, None)
-    with pytest.raises(FileNotFoundError, match="give --init the export/ folder"):
-        identity(CONFIG, tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError, match="copy --init's model.safetensors there"):
         merged(tmp_path, {}, {"r": 4, "alpha": 4, "base": ""})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[lora\]'"):
-        identity(CONFIG, tmp_path)
+        identity(CONFIG, "0" * 64)
 
 
 def test_the_base_is_a_copy_and_a_damaged_one_is_refused(tmp_path):
     start = model("plain", None)
-    save_weights(tmp_path / "start", start.config, dict(start.state_dict()))
-    weights, run = tmp_path / "start" / WEIGHTS_NAME, tmp_path / "run"
+    given, run = started_from(start, tmp_path), tmp_path / "run"
     run.mkdir()
-    save_base(run, weights)
+    save_base(run, given)
     assert [path.name for path in run.iterdir()] == ["base.safetensors"]
     base = run / "base.safetensors"
-    assert base.read_bytes() == weights.read_bytes()
-    adapters = identity(CONFIG, weights)
+    assert given.weights is not None
+    assert base.read_bytes() == given.weights.read_bytes()
+    adapters = identity(CONFIG, given.source.sha256)
     whole = merged(run, {}, adapters)
     assert all(torch.equal(value, whole[name]) for name, value in start.state_dict().items())
     damaged = bytearray(base.read_bytes())

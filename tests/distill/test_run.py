@@ -26,6 +26,7 @@ def test_two_ranks_equal_one_plain_process(launch):
         "kava",
         "coconut",
         "lotus",
+        "kava, experts on both ranks",
         "kava, lora",
         "codi, lora",
     ]
@@ -84,7 +85,7 @@ def test_a_teacher_is_trained_and_teaches_itself(launch, traced_data, tmp_path):
         ({"init": Path("nowhere")}, "nowhere/config.json is missing"),
         ({"init": Path("nowhere"), "overrides": ["model.preset=nano"]}, "both give sizes; leave one of them"),
         ({"ds_config": "ds_configs/zero3_ep.json"}, "use ds_configs/zero2.json"),
-        ({"overrides": ["lora={}"]}, "start distill/main.py with --init, or leave lora out"),
+        ({"overrides": ["lora={}"]}, "give them with --init, or leave lora out"),
     ],
 )
 def test_a_user_error_is_one_line(traced_data, tmp_path, monkeypatch, changes, message):

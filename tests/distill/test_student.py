@@ -4,20 +4,22 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.main import check_weights
+from distill.main import NEW
 from distill.methods import METHODS, with_method
 from distill.student import Student
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.config.execution import ExecutionConfig
-from model.export_files import WEIGHTS_NAME
 from model.latent_cot.targets import hidden_loss, kv_loss, loss_counts
 from model.latent_cot.thoughts import think
 from model.losses import loss_terms, total_loss
+from pretrain.config import InitConfig
+from pretrain.init import find, fit
 
 from .traces import BOS, BOT, EOT, IDS, PREFIX, STEP, TRACE, VOCABULARY, Document, documents, packed
 
@@ -293,6 +295,10 @@ def test_given_keys_override_the_published_ones():
     assert with_method(given)["distillation"]["hidden_weight"] == 3.0
 
 
+def compare(folder: Path, config: ModelConfig) -> None:
+    fit(*find(folder, folder), config, InitConfig(), 1, Student, NEW)
+
+
 def test_the_export_is_a_plain_model(tmp_path):
     """It scores tokens like any model, and only a model of the same sizes can start from it."""
     student = model("latent attention", "kava").float()
@@ -300,16 +306,16 @@ def test_the_export_is_a_plain_model(tmp_path):
     batch = packed([DOCUMENTS], 160)
     plain = load_pretrained(tmp_path)(**batch)
     assert plain.loss_sums.keys() == {"cross_entropy"}
-    check_weights(tmp_path / WEIGHTS_NAME, student.config)
+    compare(tmp_path, student.config)
     without = model("latent attention", "cot").float()
     without.save_pretrained(tmp_path)
-    check_weights(tmp_path / WEIGHTS_NAME, student.config)  # the new parameters start from their seed
+    compare(tmp_path, student.config)  # the new parameters start from their seed
     for config, name in (
         (dataclasses.replace(student.config, intermediate_size=50), "mlp.down_proj.weight"),
         (dataclasses.replace(student.config, num_hidden_layers=1), "model.layers.1"),
     ):
         with pytest.raises(ValueError, match=f"{name}.* leave the model's sizes to --init"):
-            check_weights(tmp_path / WEIGHTS_NAME, config)
+            compare(tmp_path, config)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.run import TASKS
 from eval.scoring.core import Scorer
 from eval.scoring.task import Options
+from model import load_pretrained
+from model.hf.deepseek import export_folder
 
 from .lm_eval_reference import CHARACTERS, DIGESTS, SETTINGS, asked, digests, evaluate, lm_eval_asks
 
@@ -192,6 +194,51 @@ def test_the_same_model_scores_the_same_in_both(checkpoint, data_root):
                 assert mine["resps"] == sample["resps"][0][0]
                 assert mine["filtered_resps"][sample["filter"]] == sample["filtered_resps"][0]
                 assert mine[f"exact_match,{sample['filter']}"] == sample["exact_match"]
+
+
+@live
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("accelerate") is None, reason="accelerate, which lm-eval's hf needs, is missing"
+)
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "gsm8k"])
+def test_an_exported_looped_model_scores_the_same_under_lm_evals_own_hf(
+    task, checkpoint, data_root, tmp_path, monkeypatch
+):
+    """Log-probabilities to 1e-4, chosen options, texts and metrics exactly.
+
+    The model writes no single bytes: a run of them that is not UTF-8 is shown differently by sentencepiece
+    and by Hugging Face's tokenizers.
+    """
+    import transformers.dynamic_module_utils
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    changed = load_pretrained(checkpoint)
+    with torch.no_grad():
+        changed.lm_head.weight[4:260] = 0.0
+    changed.save_pretrained(tmp_path / "export")
+    (tmp_path / "export/tokenizer.model").write_bytes((checkpoint / "tokenizer.model").read_bytes())
+    checkpoint = tmp_path / "export"
+    export_folder(checkpoint, tmp_path / "hf")
+    options = {"device": "cpu", "batch_size": 4, "dtype": "float32"}
+    model = HFLM(pretrained=str(tmp_path / "hf"), trust_remote_code=True, **options)
+    theirs = evaluate(model, data_root, [task], None, limit=20, gen_kwargs="max_gen_toks=12")[task]
+    scorer = Scorer.from_checkpoint(checkpoint, batch_size=3)
+    ours = our_samples(scorer, data_root, task, limit=20, max_new_tokens=12)
+    assert len({sample["doc_id"] for sample in theirs}) == 20
+    for sample in theirs:
+        mine = ours[sample["doc_id"]]
+        assert mine["prompt"] == asked(sample)["prompt"]
+        if "acc" in sample:
+            scores = [float(response[0][0]) for response in sample["resps"]]
+            assert mine["resps"] == pytest.approx(scores, abs=1e-4)
+            assert (mine["acc"], mine["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+        else:
+            assert mine["resps"] == sample["resps"][0][0]
+            assert mine[f"exact_match,{sample['filter']}"] == sample["exact_match"]
 
 
 @live

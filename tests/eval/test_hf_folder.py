@@ -10,7 +10,10 @@ import torch
 
 from eval.scoring.core import Scorer
 from eval.scoring.hf_folder import is_hf_folder, load_hf_engine
+from model.hf.deepseek import import_folder
+from model.hf.special_tokens import ADDED
 
+from ..model.hf_folders import kin_folder
 from .conftest import TEXT
 from .test_scripts import assert_error_line, results_of, samples_of
 
@@ -107,6 +110,28 @@ def test_samples_depend_on_seed_and_row_alone(hf_folder):
     )
     assert alone == together
     assert alone[:4] != alone[4:]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_an_import_scores_and_writes_as_its_folder(kind, tmp_path):
+    """For a tokenizer that begins texts with bos, as an import does every text.
+
+    It has an import's special tokens: new ones would take a share of every probability.
+    """
+    save_tokenizer(tmp_path / "hf", adds_bos=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", local_files_only=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED.values())})
+    tokenizer.save_pretrained(tmp_path / "hf")
+    size = len(tokenizer) + 3
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    common = {"vocab_size": size, "hidden_size": 32, "intermediate_size": 48, "sliding_window": None}
+    kin_folder(kind, tmp_path / "hf", **sizes, **common, max_position_embeddings=256, eos_token_id=1)
+    import_folder(tmp_path / "hf", tmp_path / "ours")
+    direct, ours = (Scorer.from_checkpoint(tmp_path / name, batch_size=3) for name in ("hf", "ours"))
+    for expected, found in zip(direct.loglikelihood(REQUESTS), ours.loglikelihood(REQUESTS), strict=True):
+        assert found == (pytest.approx(expected[0], abs=1e-3), expected[1])
+    prompts = [context for context, _ in REQUESTS]
+    assert direct.generate(prompts, 12) == ours.generate(prompts, 12)
 
 
 def test_bos_is_the_tokenizers_own_policy(hf_folder):

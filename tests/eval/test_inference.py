@@ -14,6 +14,8 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.inference import ADAPTIVE
 from eval.scoring.scorer import Scorer, cut_at_stop
 from model import ModelConfig, ZeroModel
+from model.cache import LatentCache
+from model.latent_cot.rkv import CacheLimit
 
 from ..model.conftest import SMALL
 from ..model.loops import EVERY, EXACT
@@ -280,3 +282,33 @@ def test_cut_requests_share_what_the_others_do_not_lose(make):
         log_probs = scorer.model(torch.tensor([row])).logits[0, -len(target) :].double().log_softmax(-1)
         expected = log_probs.gather(-1, torch.tensor(target)[:, None]).sum().item()
         assert total == pytest.approx(expected, abs=1e-5, rel=1e-6)
+
+
+LIMITS = [CacheLimit(9, 4), CacheLimit(5, 1, 0.6, 3), CacheLimit(12, 2, 1.0, 11)]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("name", ["mla_moe", "gqa", "mixing", "virtual"])
+def test_a_limited_cache_answers_as_each_prompt_alone(make, name, limit):
+    """Rows that end leave the batch, and with them padding; what R-KV keeps of the others stays the same."""
+    scorer, n = make(batch_size=4, **MODELS[name]), 28
+    options = dict(zip(("kv_budget", "kv_buffer", "kv_lambda", "kv_window"), limit, strict=True))
+    prompts, expected = list(dict.fromkeys(PROMPTS)), []
+    for prompt in prompts:
+        ids = torch.tensor([scorer.tokenizer.encode(prompt, bos=True)])
+        with torch.inference_mode():
+            new = scorer.model.generate(ids, n, **options)[0, ids.shape[1] :].tolist()
+        expected.append((ids.shape[1], new))
+    text = scorer.tokenizer.decode(expected[1][1])
+    stop = [text[8:11]]  # a row that leaves early
+    written = scorer.write(prompts, n, stop, limit=limit)
+    assert written != scorer.write(prompts, n, stop)
+    for (length, new), one in zip(expected, written, strict=True):
+        assert one.text == cut_at_stop(scorer.tokenizer.decode(new), stop)
+        assert one.tokens <= n
+        cache = LatentCache()
+        with torch.inference_mode():
+            scorer.model(torch.tensor([[1]]), cache=cache)
+        held = min(one.tokens - 1, limit.budget + limit.buffer)
+        assert one.cache_bytes == (length + held) * cache.numel() * 4
+    assert min(one.tokens for one in written) < n

@@ -10,6 +10,7 @@ from common.pages import to_page
 from eval.report import build_page
 from eval.reports.runs import read_runs
 from eval.reports.thoughts import (
+    budget_figure,
     depth_table,
     figures,
     methods_table,
@@ -121,6 +122,20 @@ def test_depths_and_settings(folders):
     assert ("kava", "thoughts", "24", "1", "–", "0.250 ± 0.000", "4.0", "1,000") in rows
     assert ("cot", "cot", "–", "–", "16", "0.160 ± 0.010", "3.0", "160") in rows
     assert len(rows) == 2 + 3  # controls have columns of their own
+
+
+def test_ways_to_score_the_cache_are_told_apart(folders):
+    """In the table; the picture sweeps the budget alone. Older files do not name what could not be chosen."""
+    write_results(folders[2], {COT._replace(kv_budget=16, kv_buffer=8, kv_lambda=1.0): [0.3, 0.5, 0.5]}, 1)
+    arms = read_arms(read_runs(folders)[0])[TASK]
+    assert ("cot", "cot", "–", "–", "16, kv_lambda=1.0", "0.300 ± 0.010", "3.0", "160") in sweep_table(
+        arms
+    ).rows
+    assert budget_figure("", arms[1:]).axes[1].lines[0].get_xdata().tolist() == [16, 32]
+    path = folders[2] / "eval" / "results_0.json"
+    path.write_text(path.read_text().replace('"kv_lambda"', '"a"').replace('"kv_window"', '"b"'))
+    (cot,) = read_arms(read_runs(folders[2:])[0])[TASK]
+    assert COT._replace(kv_budget=16, kv_buffer=8) in cot.ways
 
 
 def test_published_results_appear_only_on_gsm8k(folders):

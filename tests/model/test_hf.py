@@ -249,7 +249,7 @@ def test_what_the_format_cannot_hold_is_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral'; only deepseek_v3, gpt2, llama can be imported"),
+        ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2', which is not deepseek_v3; choose"),
         ({"attention_bias": True}, "attention_bias=True, but only False"),
         ({"rope_interleave": False}, "rope_interleave=False"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),

@@ -101,9 +101,7 @@ def edited(folder: Path, name: str, **changes: object) -> None:
         (llama_folder, {"mlp_bias": True}, "mlp_bias=True, but only False is supported"),
         (llama_folder, {"hidden_act": "gelu"}, "hidden_act='gelu', but only 'silu' is supported"),
         (llama_folder, {"quantization_config": {"bits": 4}}, "convert the weights to bf16 first"),
-        (llama_folder, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "only llama3 is read"),
         (llama_folder, {"rope_parameters": {**LLAMA3_ROPE, "odd": 1}}, "rope_scaling.odd is not a known key"),
-        (llama_folder, {"model_type": "mistral"}, "only deepseek_v3, gpt2, llama can be imported"),
         (llama_folder, {"vocab_size": 300}, "tokens, but config.json has vocab_size=300"),
         (gpt2_folder, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         (gpt2_folder, {"activation_function": "relu"}, "activation_function='relu', but only 'gelu_new'"),
@@ -144,9 +142,6 @@ def test_folders_as_they_lie_on_the_hub(tmp_path):
     tensors["lm_head.weight"] += 1
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        import_folder(tmp_path / "hf", tmp_path / "ours")
-    (tmp_path / "hf" / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer.json is missing; write it with transformers"):
         import_folder(tmp_path / "hf", tmp_path / "ours")
 
 

@@ -206,8 +206,11 @@ class MaskedReplay:
     Everything is computed for one row without padding, from what the attention function is given.
     """
 
-    def __init__(self, model, prompt: torch.Tensor, budget: int, buffer: int, monkeypatch) -> None:
+    def __init__(
+        self, model, prompt: torch.Tensor, budget: int, buffer: int, lambda_: float, window: int, monkeypatch
+    ) -> None:
         monkeypatch.setattr(attention_module, "attend", self.attend)
+        self.lambda_, self.window = lambda_, window
         self.model, self.first, self.budget, self.limit = model, len(prompt), budget, budget + buffer
         self.cache, self.cuts = LatentCache(), 0
         self.kept: dict[int, list[list[int]]] = {}  # by call and head, the generated tokens' indices
@@ -250,33 +253,43 @@ class MaskedReplay:
 
     def _cut(self) -> None:
         self.cuts += 1
+        share, window = self.lambda_, self.window
         for call, heads in self.kept.items():
             scores = []
             for g, places in enumerate(heads):
                 size = self.queries[call][0].shape[0] // len(heads)
-                query = torch.stack(self.queries[call][-WINDOW:])[:, g * size : (g + 1) * size]
+                query = torch.stack(self.queries[call][-window:])[:, g * size : (g + 1) * size]
                 keys = self.keys[call][places, g : g + 1]
-                important = literal_importance(query, keys[:-WINDOW], self.scale)[0]
-                redundant = literal_redundancy(keys)[0][:-WINDOW]
+                important = literal_importance(query, keys[:-window], self.scale)[0]
+                redundant = literal_redundancy(keys)[0][:-window]
                 scores.append(
-                    [LAMBDA * i - (1 - LAMBDA) * r for i, r in zip(important, redundant, strict=True)]
+                    [share * i - (1 - share) * r for i, r in zip(important, redundant, strict=True)]
                 )
             if self.model.config.use_mla:
                 scores = [[sum(s) / len(s) for s in zip(*scores, strict=True)]] * len(heads)
             for g, (score, places) in enumerate(zip(scores, heads, strict=True)):
-                ranked = sorted(range(len(score)), key=lambda s: -score[s])[: self.budget - WINDOW]
-                heads[g] = [places[s] for s in sorted(ranked)] + places[-WINDOW:]
+                ranked = sorted(range(len(score)), key=lambda s: -score[s])[: self.budget - window]
+                heads[g] = [places[s] for s in sorted(ranked)] + places[-window:]
 
 
-@pytest.mark.parametrize("variant", KINDS)
-def test_a_compressed_cache_equals_masking_a_whole_one(build, monkeypatch, variant):
+@pytest.mark.parametrize(
+    ("variant", "score"),
+    [
+        *((kind, {}) for kind in KINDS),
+        ("deepseek", {"kv_lambda": 0.7, "kv_window": 3}),
+        ("grouped_query", {"kv_lambda": 1.0, "kv_window": 9}),
+        ("grouped_query", {"kv_lambda": 0.0, "kv_window": 1}),
+    ],
+)
+def test_a_compressed_cache_equals_masking_a_whole_one(build, monkeypatch, variant, score):
     model, lengths, budget, buffer, new = build(variant), [6, 3], 10, 5, 22
+    lambda_, window = score.get("kv_lambda", LAMBDA), score.get("kv_window", WINDOW)
     prompts = [torch.randint(1, 61, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     batch = torch.stack([F.pad(p, (6 - len(p), 0)) for p in prompts])
     mask = torch.stack([F.pad(torch.ones_like(p), (6 - len(p), 0)) for p in prompts])
     seen: list[torch.Tensor] = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, out: seen.append(out[:, -1]))
-    options = {"attention_mask": mask, "kv_budget": budget, "kv_buffer": buffer}
+    options = {"attention_mask": mask, "kv_budget": budget, "kv_buffer": buffer, **score}
     written = model.generate(batch, new, **options)
     whole = model.generate(batch, new, attention_mask=mask)
     hook.remove()
@@ -292,7 +305,7 @@ def test_a_compressed_cache_equals_masking_a_whole_one(build, monkeypatch, varia
     )
     with torch.no_grad():
         for row, prompt in enumerate(prompts):
-            replay = MaskedReplay(model, prompt, budget, buffer, monkeypatch)
+            replay = MaskedReplay(model, prompt, budget, buffer, lambda_, window, monkeypatch)
             logits = replay.logits + [replay.read(token[None]) for token in written[row, 6:-1]]
             assert replay.cuts == 2
             torch.testing.assert_close(compressed[:, row], torch.stack(logits), rtol=0, atol=2e-5)
@@ -358,6 +371,10 @@ def test_rows_that_ended_change_nothing_for_the_others(build, tokens):
     [
         ("deepseek", {"kv_budget": 8}, "kv_budget=8 and kv_buffer=128: the budget must be at least 9"),
         ("deepseek", {"kv_budget": 9, "kv_buffer": 0}, "kv_buffer=0: .* the buffer at least 1"),
+        ("deepseek", {"kv_budget": 9, "kv_window": 9}, "at least 10, since the last kv_window=9 tokens"),
+        ("deepseek", {"kv_budget": 9, "kv_window": 0}, "kv_window=0 must be at least 1"),
+        ("deepseek", {"kv_budget": 9, "kv_lambda": 1.1}, "kv_lambda=1.1 must lie in 0 <= kv_lambda <= 1"),
+        ("deepseek", {"kv_budget": 9, "kv_lambda": math.nan}, "kv_lambda=nan must lie in"),
         ("wide_mixing", {"kv_budget": 9}, "with embedding_mixing=10 needs more of every token"),
         ("pause", {"kv_budget": 9}, "with num_pause_tokens=2 needs"),
         ("memory", {"kv_budget": 9}, "with num_memory_tokens=2 needs"),

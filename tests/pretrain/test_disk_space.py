@@ -27,6 +27,7 @@ def run_of(folder: Path, stage: int = 3, half: bool = False, **config: Any) -> A
         folder=folder,
         ds_config={"bf16": {"enabled": half}},
         state=SimpleNamespace(zero_stage=stage),
+        start=None,
     )
 
 
