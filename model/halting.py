@@ -25,12 +25,12 @@ HALTING_BIAS = -2.0
 class HaltingUnit(nn.Module):
     """Halting logits: from a token's own state, and from the mean over its document so far."""
 
-    def __init__(self, width: int, config: HaltingConfig) -> None:
+    def __init__(self, width: int, config: HaltingConfig, zero: bool = False) -> None:
         super().__init__()
         if "token" in config.heads:
-            self.token = Linear(width, 1, initial_bias=HALTING_BIAS)
+            self.token = Linear(width, 1, initial_bias=HALTING_BIAS, zero=zero)
         if "sequence" in config.heads:
-            self.sequence = Linear(width, 1, initial_bias=HALTING_BIAS)
+            self.sequence = Linear(width, 1, initial_bias=HALTING_BIAS, zero=zero)
 
 
 class Halting:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.causal_mixing import CausalMixing
 from model.layers import Linear, RMSNorm
 from model.moe import Experts
-from model.recurrence import IterationEmbedding
+from model.recurrence import IterationEmbedding, RetrofitInjection
 
 
 @torch.no_grad()
@@ -29,6 +29,8 @@ def initialize(model: Any, seed: int, given: Callable[[Tensor], bool] = lambda p
             if isinstance(module, Experts):
                 for row, expert in zip(parameter, module.expert_ids, strict=True):
                     _fill(row, std, f"{stream}:{expert}")
+            elif isinstance(module, RetrofitInjection):
+                module.start()
             elif isinstance(module, Linear) and name == "bias":
                 parameter.fill_(module.initial_bias)
             elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding):

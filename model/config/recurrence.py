@@ -93,7 +93,9 @@ class RecurrenceConfig:
     # Each pass reads the normed state. False: it reads the state itself, so that with injection=none and
     # update=simple the residual stream runs through the passes as through layers of tied weights.
     state_norm: bool = True
-    output_norm: bool = True  # norms what the loop hands on; false: its state as it is
+    # Norms what the loop hands on. False: its state as it is, for a loop in a network that was trained
+    # without it; its new weights then start so that the network stays near what it was (see starts_near).
+    output_norm: bool = True
     iteration_embedding: bool = False  # tells the core which step it is in
     halting: HaltingConfig = field(default_factory=HaltingConfig)
     # block only
@@ -137,6 +139,15 @@ class RecurrenceConfig:
     def token_local(self) -> bool:
         """Whether the unit sits inside attention and iterates on each token's own state."""
         return self.placement in ("kv", "post_attention")
+
+    @property
+    def starts_near(self) -> bool:
+        """Whether the loop's new weights start so that a trained network stays near what it was.
+
+        A unit's core starts as the identity, an injection as the loop's input, halting without regard to the
+        state, whose size in trained networks would decide otherwise.
+        """
+        return not self.output_norm
 
     @property
     def carries_keys(self) -> bool:

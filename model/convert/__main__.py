@@ -1,6 +1,9 @@
 """Converts a trained model into another form.
 
 python -m model.convert mla --checkpoint runs/NAME/export --out DIR --kv_lora_rank 128 --qk_rope_head_dim 64
+python -m model.convert loop --checkpoint runs/NAME/export --out DIR --core 4-7 --num_steps 2
+python -m model.convert unit --checkpoint runs/NAME/export --out DIR --placement kv --num_steps 2
+python -m model.convert moe --checkpoint DIR --out DIR --n_routed_experts 4 --num_experts_per_tok 2
 """
 
 import argparse
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from common.errors import user_errors
-from model.convert import mla, ranks
+from model.convert import loop, mla, moe, ranks, unit
 
 
 class Command(Protocol):
@@ -27,7 +30,7 @@ class Command(Protocol):
         """
 
 
-COMMANDS: dict[str, Command] = {"mla": mla, "ranks": ranks}
+COMMANDS: dict[str, Command] = {"mla": mla, "ranks": ranks, "loop": loop, "unit": unit, "moe": moe}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,116 @@
+"""What loop, unit and moe share: a model of another form that keeps its weights, and the run of a command."""
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from model.config.model import ModelConfig
+from model.config.recurrence import LEARNED
+from model.convert.calibration import perplexity, read_texts
+from model.convert.folders import write, writing
+from model.pretrained import load_pretrained
+from model.transformer import ZeroModel
+
+KINDS = ("fixed", *LEARNED, "threshold")  # of halting
+DEPTHS = (1, 2, 4)  # at which perplexity is measured, beside num_steps
+
+# (config, its weights) -> (new config, its weights)
+Change = Callable[[ModelConfig, dict[str, Tensor]], tuple[ModelConfig, dict[str, Tensor]]]
+
+
+def with_new_parts(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a config's model: those of `state`, and initial values for whatever it lacks.
+
+    What pretrain's init.missing=allow does with the same config, which is why the values that suit a trained
+    network are set where every parameter gets its initial value, and not here.
+    """
+    fresh = ZeroModel(config).state_dict()
+    for name in state.keys() & fresh.keys():
+        fresh[name].copy_(state[name])
+    return fresh
+
+
+def layer_ranges(text: str, option: str, num_layers: int) -> list[list[int]]:
+    """`11-18` or `3-5,8-9` or `7` -> first and last layer of each range.
+
+    Raises:
+        ValueError: not ranges that rise and lie apart within the model's layers.
+    """
+    ranges, end = [], -1
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        if found is None:
+            raise ValueError(f"{option} {text!r} is not ranges of layers; write e.g. 11-18 or 3-5,8-9")
+        first = int(found[1])
+        last = int(found[2] or first)
+        if not end < first <= last < num_layers:
+            raise ValueError(
+                f"{option} {text} must name ranges that rise and lie apart, with every layer in "
+                f"0..{num_layers - 1} (num_hidden_layers={num_layers}); {part.strip()} does not"
+            )
+        ranges.append([first, last])
+        end = last
+    return ranges
+
+
+def refuse_second_loop(config: ModelConfig) -> None:
+    """Raises ValueError for a model that has a loop or units: it has one section `recurrence`."""
+    if config.recurrence.placement != "none":
+        raise ValueError(
+            f"the checkpoint already has a loop (recurrence.placement={config.recurrence.placement}), and a "
+            "model has one kind; convert the model that it was made from"
+        )
+
+
+def add_depth_arguments(parser: argparse.ArgumentParser) -> None:
+    """--num_steps and --halting."""
+    parser.add_argument("--num_steps", type=int, required=True, help="loop steps R")
+    parser.add_argument(
+        "--halting", choices=KINDS, default="fixed", help="when a token stops (default %(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace, change: Change, depths: Sequence[int] = ()) -> None:
+    """Reads --checkpoint, changes it, measures perplexity before and after on --text, and writes --out.
+
+    Args:
+        depths: loop steps at which the changed model is measured; default: the config's.
+    """
+    checkpoint, out = arguments.checkpoint, arguments.out
+    with writing(checkpoint, out):
+        print(f"reading {checkpoint}", flush=True)
+        model = load_pretrained(checkpoint)
+        texts = None
+        if arguments.text is not None:
+            texts = read_texts(arguments.text, checkpoint, model, arguments.evaluation_tokens)
+        config, state = change(model.config, model.state_dict())
+        options = {name: value for name, value in vars(arguments).items() if name not in _COMMON}
+        record = {"command": arguments.command, "source": str(checkpoint), **options}
+        if texts is not None:
+            changed = ZeroModel(config)
+            changed.load_state_dict(state)
+            record["text"] = arguments.text.name
+            record |= _measured(model, changed.eval(), texts.evaluation, depths)
+        write(checkpoint, out, config, state, record)
+    print(f"wrote {out}")
+
+
+_COMMON = ("command", "checkpoint", "out", "text", "evaluation_tokens")
+
+
+def _measured(before: ZeroModel, after: ZeroModel, windows: Tensor, depths: Sequence[int]) -> dict[str, Any]:
+    """Perplexities for the record, printed as they are measured; those after the change by loop steps."""
+    first = perplexity(before, windows)
+    print(f"perplexity on {first.tokens:,} tokens: {first} before", flush=True)
+    if not depths:
+        only = perplexity(after, windows)
+        print(f"perplexity {only} after", flush=True)
+        return {"perplexity_before": first.to_dict(), "perplexity_after": only.to_dict()}
+    found = {}
+    for steps in depths:
+        found[str(steps)] = (here := perplexity(after, windows, steps)).to_dict()
+        print(f"perplexity {here} after, with {steps} loop steps", flush=True)
+    return {"perplexity_before": first.to_dict(), "perplexity_after": found}
