@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +15,16 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from common.files import json_object, write_json
+from common.files import json_object, write_file, write_json
+from data_pipeline.shards.held_out import texts
 from experiments.record import FAILED, RECORD
 from model.export_files import CONFIG_NAME
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = "settings.json"  # of a cell's folder: what it was run with
 DATA = "DATA"  # stands for the data folder among the flags of an evaluation
+TEXT = "TEXT"  # stands for a file of its training texts among those of a conversion
+TEXT_CHARACTERS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Start:
     """The model that a job trains on: a base and the conversions that make it."""
 
     base: Path  # export/ folder
-    conversions: tuple[tuple[str, ...], ...]  # arguments of `python -m model.convert`, one after another
+    conversions: tuple[tuple[str, ...], ...]  # arguments of `python -m model.convert`, with TEXT
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _train_and_evaluate(job: Job, folder: Path, out: Path, lock: IO[str]) -> Non
         for name, (script, *flags) in job.evaluations.items()
     }
     if job.start is not None:
-        init = _converted(job.start, folder, lock)
+        init = _converted(job.start, folder, data, lock)
         for name, evaluation in evaluations.items():
             _evaluate(folder, init, f"start/{name}", job.results, evaluation, lock)
     start = [] if init is None else ["--init", init]
@@ -108,19 +111,33 @@ def _train_and_evaluate(job: Job, folder: Path, out: Path, lock: IO[str]) -> Non
         write_json(folder / RECORD, job.record(folder))
 
 
-def _converted(start: Start, folder: Path, lock: IO[str]) -> Path:
+def _converted(start: Start, folder: Path, data: Path, lock: IO[str]) -> Path:
     """The folder of the model that a job starts from. What a conversion left half-way is made again."""
     source = start.base
+    if any(TEXT in conversion for conversion in start.conversions) and not (folder / "text.txt").is_file():
+        write_file(folder / "text.txt", _beginning(texts(data, "train")).encode())
     for number, conversion in enumerate(start.conversions):
         last = number == len(start.conversions) - 1
         made = (folder / ("start" if last else f"start-{number}")).absolute()
         if not (made / CONFIG_NAME).is_file():
-            command = (sys.executable, "-m", "model.convert", *conversion)
+            given = [str(folder.absolute() / "text.txt") if part == TEXT else part for part in conversion]
+            command = (sys.executable, "-m", "model.convert", *given)
             call(folder / "convert.log", *command, "--checkpoint", source, "--out", made, lock=lock)
         if source != start.base:
             shutil.rmtree(source)
         source = made
     return source
+
+
+def _beginning(documents: Iterable[str]) -> str:
+    """The first documents, up to about TEXT_CHARACTERS."""
+    chosen, length = list[str](), 0
+    for document in documents:
+        chosen.append(document)
+        length += len(document)
+        if length >= TEXT_CHARACTERS:
+            break
+    return "\n\n".join(chosen)
 
 
 def build_data(data: Data, out: Path) -> Path:

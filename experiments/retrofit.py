@@ -10,11 +10,11 @@
       wikipedia: [eval/perplexity.py, --data, DATA, --limit, "100"]
     groups:                           # name -> conversions, each the arguments of `python -m model.convert`
       A: []
-      B: [[mla, --kv_lora_rank, "128", --qk_rope_head_dim, "64"]]
+      B: [[mla, --kv_lora_rank, "128", --qk_rope_head_dim, "64", --text, TEXT]]
 
-All groups train on the same batches, by pretrain/main.py --init. A cell's folder holds the converted model
-(start/), its scores (eval/start/NAME) and those after the recovery (eval/NAME). The base itself lies outside:
-a path is from the root of the repository.
+TEXT stands for a file of the training texts. All groups train on the same batches, by pretrain/main.py
+--init. A cell's folder holds the converted model (start/), its scores (eval/start/NAME) and those after the
+recovery (eval/NAME). The base itself lies outside: a path is from the root of the repository.
 """
 
 from collections.abc import Mapping

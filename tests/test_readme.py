@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from .model.hf_folders import llama_folder
+
 ROOT = Path(__file__).parents[1]
 # In the order in which they build on each other.
 PAGES = [
@@ -41,11 +43,15 @@ SHORT = [
     ("eval/thoughts.py", "--num_samples 8"),
     ("build.py", "sources.0.max_bytes=300000 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000"),
     ("real_cpu.yaml max_steps=380", TINY_RUN.replace("max_steps=2", "max_steps=4")),
+    ("continue.yaml", "max_steps=2 eval_every=0 global_batch_size=2 data.sequence_length=64"),
     ("pretrain/main.py", TINY_RUN),
     ("pretrain/export.py", "--step 4"),
     ("experiments/run.py", "--matrix tests/experiments/tiny.yaml"),
     ("eval/reasoning.py", "--num_samples 20 --checkpoint runs/quick/cells/p_hop/small/4/loop/0/export"),
     ("causal_loop_v2.py", "--num_samples 80"),
+    ("model.convert mla", "--calibration_tokens 512 --evaluation_tokens 512"),
+    ("model.convert ranks", "--calibration_tokens 512 --evaluation_tokens 512"),
+    ("gsm8k_cot.py", "--limit 1 --max_new_tokens 8"),
     ("eval/run.py", "--limit 1"),
     ("eval/arc.py", "--limit 2"),
     ("eval/logiqa.py", "--limit 2"),
@@ -82,6 +88,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     (copy / ".venv").symlink_to(sys.prefix)
+    sizes = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4, "intermediate_size": 64}
+    llama_folder(copy / "LLAMA_FOLDER", **sizes, max_position_embeddings=1024)
     return copy
 
 

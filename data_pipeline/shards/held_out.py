@@ -1,4 +1,4 @@
-"""The held-out documents of a built data folder as text, for scoring with another tokenizer."""
+"""The documents of a built data folder as text, for scoring with another tokenizer and for calibration."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +19,21 @@ def held_out_texts(folder: Path) -> Iterator[str]:
 
     Raises DataError for a damaged folder and for one without held-out documents.
     """
+    sources = open_manifest(folder).sources.values()
+    if not any(source.splits["validation"].documents for source in sources):
+        raise DataError(f"{folder} has no held-out documents: raise its recipe's validation_fraction")
+    yield from texts(folder, "validation")
+
+
+def texts(folder: Path, split: str) -> Iterator[str]:
+    """The documents of all sources' train or validation splits, decoded by the folder's tokenizer.
+
+    Raises DataError for a damaged folder.
+    """
     manifest = open_manifest(folder)
     tokenizer = Tokenizer(manifest.tokenizer_path)
-    held_out = {name: source.splits["validation"] for name, source in manifest.sources.items()}
-    if not any(split.documents for split in held_out.values()):
-        raise DataError(f"{folder} has no held-out documents: raise its recipe's validation_fraction")
-    for name in held_out:
-        stream = TokenStream(manifest, name, "validation")
+    for name in manifest.sources:
+        stream = TokenStream(manifest, name, split)
         starts = stream.document_starts.tolist()
         for start, stop in zip(starts, starts[1:], strict=False):
             yield tokenizer.decode(stream.read(start, stop).tolist())

@@ -15,7 +15,8 @@ from data_pipeline.loading.loader import Loader
 from model.losses import IGNORE_INDEX
 from pretrain.checkpoint import MANIFEST
 from pretrain.export import export_run
-from pretrain.lora import BASE, merged
+from pretrain.init import BASE
+from pretrain.lora import merged
 
 from ..pretrain.conftest import begin, finish, launch, seal, six_steps, train, unlink_buffer
 from ..pretrain.test_stopping import wait_for_step

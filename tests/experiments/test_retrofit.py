@@ -61,12 +61,27 @@ def test_a_mistake_in_a_matrix_is_one_line(changes, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def tiny_groups() -> dict[str, list[list[str]]]:
+    """The shipped groups with ranks of the tiny model, whose keys are 16 wide, and little text."""
+    sizes = {"128": "12", "64": "8", "4096": "256"}
+    groups = yaml.safe_load(SHIPPED.read_text())["groups"]
+    little = ["--calibration_tokens", "512"]
+    return {
+        name: [
+            [sizes.get(part, part) for part in given] + (little if given[0] == "mla" else [])
+            for given in conversions
+        ]
+        for name, conversions in groups.items()
+    }
+
+
 @pytest.mark.slow
 def test_a_tiny_matrix_converts_scores_trains_and_writes_its_table(tmp_path, data_root):
     llama_folder(tmp_path / "hf", max_position_embeddings=256, num_attention_heads=4, num_key_value_heads=2)
     import_folder(tmp_path / "hf", tmp_path / "base")
     changes = {
         "steps": 2,
+        "groups": tiny_groups(),
         "training": ["data.sequence_length=64", "global_batch_size=2", "optimizer.warmup_steps=1"],
         "evaluations": {"wikipedia": ["eval/perplexity.py", "--data", "DATA", "--limit", "2"]},
         "recipe_overrides": ["sources.0.max_bytes=200000"],

@@ -128,8 +128,8 @@ def test_the_example_of_the_guide(tmp_path, capsys):
     section = guide[guide.index("## Looped models on the Hub") :]
     code = re.search(r"```python\n(.*?)```", section, flags=re.S)
     assert code
-    exec(code[1].replace("runs/adaptive/hf", str(tmp_path / "hf")), {})
-    assert "A=3" in capsys.readouterr().out
+    exec(code[1].replace("runs/hub", str(tmp_path / "hf")), {})
+    assert "12 apples" in capsys.readouterr().out
 
 
 def test_large_weights_are_written_in_several_files(tmp_path):
