@@ -18,6 +18,7 @@ from model.hf.deepseek import import_folder
 from ..conftest import ROOT
 from ..model.hf_folders import llama_folder
 
+BITS = "perplexity bits_per_byte"
 SHIPPED = MATRICES / "retrofit.yaml"
 
 
@@ -83,8 +84,10 @@ def test_a_tiny_matrix_converts_scores_trains_and_writes_its_table(tmp_path, dat
         "steps": 2,
         "groups": tiny_groups(),
         "training": ["data.sequence_length=64", "global_batch_size=2", "optimizer.warmup_steps=1"],
-        "evaluations": {"wikipedia": ["eval/perplexity.py", "--data", "DATA", "--limit", "2"]},
-        "recipe_overrides": ["sources.0.max_bytes=200000"],
+        "evaluations": {
+            "wikipedia": ["eval/perplexity.py", "--data", "DATA", "--limit", "2", "--log_samples"]
+        },
+        "recipe_overrides": ["sources.0.max_bytes=200000", "validation_fraction=0.5"],
     }
     out = tmp_path / "out"
     command = [sys.executable, "experiments/run.py", "--matrix", write(tmp_path, **changes), "--out", out]
@@ -94,10 +97,11 @@ def test_a_tiny_matrix_converts_scores_trains_and_writes_its_table(tmp_path, dat
     groups = json.loads((out / "results.json").read_text())["groups"]
     assert list(groups) == ["A", "B", "C", "D"]
     scores = {
-        when: {name: record[when]["wikipedia"] for name, record in groups.items()}
+        when: {name: record[when]["wikipedia"][BITS]["value"] for name, record in groups.items()}
         for when in ("before", "after")
     }
-    assert scores["before"]["B"] == pytest.approx(scores["before"]["C"])  # a unit starts as the identity
+    assert groups["A"]["before"]["wikipedia"][BITS]["stderr"] > 0
+    assert scores["before"]["B"] == pytest.approx(scores["before"]["C"], rel=1e-5)  # a unit: the identity
     assert all(scores["before"][name] != scores["after"][name] for name in groups)
     assert groups["B"]["cached_numbers"] < groups["A"]["cached_numbers"]
     assert len({record["tokens"] for record in groups.values()}) == 1
