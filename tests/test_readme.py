@@ -41,6 +41,7 @@ SHORT = [
         "max_steps=2 optimizer.warmup_steps=1 global_batch_size=2 micro_batch_size=2 model.hidden_size=32",
     ),
     ("eval/thoughts.py", "--num_samples 8"),
+    ("recipes/wikipedia.yaml", "sources.0.max_bytes=300000 validation_fraction=0.3"),
     ("build.py", "sources.0.max_bytes=300000 tokenizer.train_bytes=300000 tokenizer.vocab_size=1000"),
     ("real_cpu.yaml max_steps=380", TINY_RUN.replace("max_steps=2", "max_steps=4")),
     ("continue.yaml", "max_steps=2 eval_every=0 global_batch_size=2 data.sequence_length=64"),
@@ -88,8 +89,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, copy / name)
     (copy / ".venv").symlink_to(sys.prefix)
-    sizes = {"hidden_size": 64, "head_dim": 64, "num_hidden_layers": 4, "intermediate_size": 64}
-    llama_folder(copy / "LLAMA_FOLDER", **sizes, max_position_embeddings=1024)
+    sizes = {"hidden_size": 128, "head_dim": 64, "num_hidden_layers": 4, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    llama_folder(copy / "LLAMA_FOLDER", **sizes, **heads, max_position_embeddings=1024)
     return copy
 
 

@@ -58,8 +58,8 @@ class LatentThoughts(nn.Module):
 class ProjectedKV(nn.Module):
     """One layer's maps of keys and values, which KaVa's loss compares after them (`use_projection`).
 
-    KaVa's paper compares keys and values as they are; the student's maps, and a LayerNorm after them, are
-    an addition of its public reimplementations (k_proj, v_proj, k_ln, v_ln).
+    KaVa's paper compares keys and values as they are; CODI projects the states that it compares, with a
+    LayerNorm (use_prj, prj_dim), and this is the same for keys and values.
 
     Args:
         widths: numbers of all heads' keys, and of all heads' values.
