@@ -145,8 +145,15 @@ def test_the_readme_itself_asks_for_two_commands():
     assert commands("README.md") == ["make demo", "make test"]  # the first is `demo`, the second runs this
 
 
-def test_the_python_example(project, demo):
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs/TRAINING.md").read_text(), flags=re.S)
+@pytest.mark.parametrize(
+    ("page", "section"),
+    [("TRAINING", ""), ("MODEL", "## Looped models on the Hub")],
+    ids=["TRAINING", "MODEL"],
+)
+def test_the_python_example(project, demo, page, section):
+    """After the page's commands, whose folders it reads."""
+    text = (ROOT / f"docs/{page}.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text[text.index(section) :], flags=re.S)
     assert code
     run(project, f"python -c {shlex.quote(code.group(1))}")
 

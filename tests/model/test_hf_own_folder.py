@@ -120,18 +120,6 @@ def test_a_folder_loads_generates_is_saved_and_imported_back(tmp_path, capsys):
             assert (tmp_path / f"from_{folder}" / name).read_bytes() == original, (folder, name)
 
 
-@pytest.mark.usefixtures("modules")
-def test_the_example_of_the_guide(tmp_path, capsys):
-    export(tmp_path / "run/export", latent_cot={"num_latents": 3})
-    export_folder(tmp_path / "run/export", tmp_path / "hf")
-    guide = (Path(__file__).parents[2] / "docs/MODEL.md").read_text()
-    section = guide[guide.index("## Looped models on the Hub") :]
-    code = re.search(r"```python\n(.*?)```", section, flags=re.S)
-    assert code
-    exec(code[1].replace("runs/hub", str(tmp_path / "hf")), {})
-    assert "12 apples" in capsys.readouterr().out
-
-
 def test_large_weights_are_written_in_several_files(tmp_path):
     ours = export(tmp_path / "run/export")
     export_folder(tmp_path / "run/export", tmp_path / "hf", max_shard_size=20_000)
