@@ -64,7 +64,8 @@ class RetrofitMatrix:
     @property
     def overrides(self) -> list[str]:
         steps = self.file.steps
-        return [f"max_steps={steps}", f"save_every={steps}", *self.file.training]
+        saves = [f"save_every={max(1, steps // 6)}", "keep_last=1"]
+        return [f"max_steps={steps}", *saves, *self.file.training]
 
     def jobs(self) -> list[Job]:
         """One per group, in the file's order."""
