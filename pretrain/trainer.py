@@ -1,13 +1,10 @@
 """The training loop: which batch, which depth, which learning rate, at which step."""
 
 import dataclasses
-import math
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +16,31 @@ from common.errors import error_line
 from common.files import replacing, write_file
 from data_pipeline.loading.loader import Batch, Loader
 from model import ModelConfig
-from model.counts import recomputed_flops_per_token, training_flops_per_token
 from model.interface import ModelOutput
 from model.latent_cot.targets import loss_counts
-from model.loop_trace import loop_figures, loop_sums
+from model.loop_trace import loop_sums
 from model.losses import loss_terms, total_loss
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig
-from pretrain.depths import StepDepths, step_depths, trained_at
+from pretrain.depths import StepDepths, step_depths
 from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
-from pretrain.metrics import MetricsLog, peak_tflops, say
+from pretrain.metrics import MetricsLog, say
 from pretrain.optim import learning_rate
 from pretrain.process_group import (
     all_reduce_sum,
     device,
     on_any_rank,
-    peak_memory_bytes,
     rank,
     world_size,
 )
 from pretrain.saver import Saver
+from pretrain.step_lines import Figures, StepLines, finite
 from pretrain.stopping import StopRequests
 
 
 class TrainingError(ValueError):
     """Training cannot continue: one line that says where it failed and what to do."""
-
-
-@dataclass
-class _Figures:
-    """A step's results. The tensors are read while the next step runs, so that the device never waits."""
-
-    step: int  # optimizer steps done, this one included
-    depths: StepDepths
-    lr: float
-    applied: bool  # whether it changed the weights
-    seconds: float
-    waited: float  # seconds spent waiting for data
-    stop: Tensor  # (2,) numbers of ranks that request a stop, and that know of a failed save
-    counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
-    terms: Tensor  # (terms,) sums over all ranks
-    loops: Tensor  # (3, deepest), see loop_trace.loop_sums
-    loads: Tensor | None  # (MoE layers, E) tokens
-    grad_norm: Tensor  # scalar
-    zscores: Tensor  # (2,) of loss and grad_norm
-    val_loss: float | None = None  # NaN: nothing was scored, or the model's outputs are not finite
 
 
 class Trainer:
@@ -89,8 +65,8 @@ class Trainer:
         self.saver = Saver(engine, self.run, config.keep_last, config.keep_every, rank(), warn=say)
         self.log: MetricsLog | None = None
         self.evaluator: Evaluator | None = None
-        self.peak, self.terms = peak_tflops(config, model_config), loss_terms(model_config)
-        self.old_lr_scale = config.init.old_lr_scale
+        self.terms = loss_terms(model_config)
+        self.lines = StepLines(config, model_config, loader, micro_batch_size)
         self.without_targets = False  # whether a step without any target was met
         self.save_seconds: float | None = None  # for which the last checkpoint paused training
 
@@ -126,7 +102,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written; noticed at the next step.
         """
         self._validate_again()
-        running: _Figures | None = None  # of the newest step, which may still run on the device
+        running: Figures | None = None  # of the newest step, which may still run on the device
         with ThreadPoolExecutor(1) as reader:
             batch = reader.submit(self.loader.batch, self.step)
             while self.step < self.config.max_steps and not self.stopped:
@@ -165,7 +141,7 @@ class Trainer:
         if on_any_rank(self.log is not None and not self.log.has_validation(self.step)):
             loss = self.validation_loss(self.validation)
             if self.log is not None and loss is not None:
-                self.log.validated(self.step, _finite(loss))
+                self.log.validated(self.step, finite(loss))
 
     def close(self) -> None:
         """Waits for the last checkpoint's scores if the run is complete, and closes the log.
@@ -197,7 +173,7 @@ class Trainer:
         except (OSError, RuntimeError) as error:
             say(f"warning: no profile: {error_line(error)}")
 
-    def _train_step(self, pending: "Future[Batch]") -> "_Figures":
+    def _train_step(self, pending: "Future[Batch]") -> Figures:
         """One optimizer step on this rank's rows; reads nothing from the device that DeepSpeed does not."""
         started = time.perf_counter()
         batch = pending.result()
@@ -223,7 +199,7 @@ class Trainer:
         loss = total_loss(self.model_config, self._named(sums), counts)
         self.engine.step(lr, loss, comparable=counts["targets"] > 0)
         self.step += 1
-        return _Figures(
+        return Figures(
             step=self.step,
             depths=depths,
             lr=lr,
@@ -243,9 +219,9 @@ class Trainer:
         """Sums (terms,) by the terms' names."""
         return {term.name: value for term, value in zip(self.terms, sums, strict=True)}
 
-    def _report(self, figures: "_Figures") -> None:
+    def _report(self, figures: Figures) -> None:
         """Reads a step's figures from the device, writes its metrics.jsonl line, decides whether to stop."""
-        record = self._record(figures)
+        record = self.lines.line(figures)
         if self.save_seconds is not None:  # reported with the next step
             record["save_seconds"], self.save_seconds = self.save_seconds, None
         if self.log is not None:
@@ -274,54 +250,6 @@ class Trainer:
                 "global_batch_size or look at the data with show_step.py",
                 flush=True,
             )
-
-    def _record(self, f: "_Figures") -> dict[str, Any]:
-        """A step's line in metrics.jsonl."""
-        counts = {name: int(count) for name, count in f.counts.items()}
-        terms = {  # None where there was nothing to average over
-            term.name: float(value) / counts[term.counted_in] if counts[term.counted_in] else None
-            for term, value in zip(self.terms, f.terms, strict=True)
-        }
-        tokens = self.config.tokens_per_step
-        loads = [] if f.loads is None else f.loads.tolist()
-        shares = [[n / max(sum(load), 1) for n in load] for load in loads]
-        losses = {
-            "loss" if name == "cross_entropy" else f"loss_{name}": value for name, value in terms.items()
-        }
-        measured: dict[str, float | None] = {**losses, "grad_norm": float(f.grad_norm)}
-        return {
-            "step": f.step,
-            **{name: _finite(value) for name, value in measured.items()},
-            "lr": f.lr,
-            **({} if self.old_lr_scale == 1 else {"lr_old": f.lr * self.old_lr_scale}),
-            "tokens": f.step * tokens,
-            "target_tokens": counts["targets"],
-            "padded_tokens": tokens - counts["real_tokens"],
-            "damaged_rows": counts["damaged_rows"],
-            "tokens_per_second": tokens / f.seconds,
-            **self._utilisation(tokens / f.seconds, f),
-            "recurrence_depth": f.depths.mean,
-            **(loop_figures(f.loops) if self.model_config.recurrence.placement != "none" else {}),
-            "seconds": f.seconds,
-            "data_wait_fraction": f.waited / f.seconds,
-            "memory_bytes": peak_memory_bytes(),
-            "expert_load_max": max((max(x) * len(x) for x in shares), default=None),
-            "expert_load_entropy": min((normalised_entropy(x) for x in shares), default=None),
-            "dropped_tokens": self._routed_tokens(counts) - sum(map(sum, loads)),
-            "expert_load": shares,
-            **({} if f.val_loss is None else {"val_loss": _finite(f.val_loss)}),
-            **({} if f.applied else self._skipped(f, measured)),
-        }
-
-    def _skipped(self, f: "_Figures", measured: dict[str, float | None]) -> dict[str, Any]:
-        """Why a step was skipped, and which rows of which sources it consisted of."""
-        wrong = [f"{name} is {v}" for name, v in measured.items() if v is not None and not math.isfinite(v)]
-        names = ("loss", "grad_norm")
-        high = [f"z-score of {n} is {z:.1f}" for n, z in zip(names, f.zscores.tolist(), strict=True)]
-        return {
-            "skipped": ", ".join(wrong or high),
-            "sample_ids": self.loader.sample_ids(f.step - 1),
-        }
 
     def _step_depths(self) -> StepDepths:
         rows = self.config.global_batch_size
@@ -363,15 +291,6 @@ class Trainer:
                     inputs["depths"] = depths.rows[rank(), rows].to(device())
             yield inputs
 
-    def _routed_tokens(self, counts: dict[str, int]) -> int:
-        """Expert choices of a step over all MoE layers: what the loads must add up to."""
-        c = self.model_config
-        layers = [i for i in range(c.num_hidden_layers + c.num_nextn_predict_layers) if c.is_moe_layer(i)]
-        once, deeper = (sum(c.runs_of_layer(i, n, training=True) for i in layers) for n in (1, 2))
-        looped = deeper - once
-        runs = counts["real_tokens"] * (once - looped) + counts["looped_tokens"] * looped
-        return runs * c.positions_per_token * c.num_experts_per_tok
-
     @torch.no_grad()
     def validation_loss(self, loader: Loader) -> float | None:
         """Mean cross-entropy per target over the first eval_batches batches of the validation split.
@@ -401,30 +320,6 @@ class Trainer:
             )
         return float(totals[0] / totals[1])
 
-    def _utilisation(self, tokens_per_second: float, f: "_Figures") -> dict[str, float | None]:
-        """FLOPs relative to the devices' peak: `mfu` the model's, `hfu` with those recomputed and those of
-        passes that a row only waits through.
-
-        None without a peak, see metrics.peak_tflops.
-        """
-        if self.peak is None:
-            return {"mfu": None, "hfu": None}
-        length, checkpointing = self.config.data.sequence_length, self.config.execution.checkpointing
-        config = trained_at(self.model_config, f.step - 1)
-
-        def computed(depth: int) -> float:
-            twice = recomputed_flops_per_token(config, checkpointing, length, depth)
-            return training_flops_per_token(config, length, depth) + twice
-
-        model = f.depths.mean_of(lambda depth: training_flops_per_token(config, length, depth))
-        done = statistics.mean(map(computed, f.depths.all_passes(self.micro_batch_size)))
-        share = tokens_per_second / (world_size() * self.peak * 1e12)
-        return {"mfu": share * model, "hfu": share * done}
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value
-
 
 @torch.no_grad()
 def _loop_sums(output: ModelOutput, like: Tensor) -> Tensor:
@@ -452,9 +347,3 @@ def update_router_biases(engine: Engine) -> Tensor | None:
             layer.update_bias(load)
         layer.load.zero_()
     return loads
-
-
-def normalised_entropy(shares: list[float]) -> float:
-    """Entropy of the experts' shares over its maximum: 1 is an even load, 0 is all tokens on one expert."""
-    entropy = -sum(p * math.log(p) for p in shares if p > 0)
-    return entropy / math.log(len(shares)) if len(shares) > 1 else 1.0
