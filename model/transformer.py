@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.schema import Count, as_type
 from model.cache import LatentCache, full_mask
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
@@ -154,8 +155,7 @@ class ZeroModel(nn.Module):
                 arguments see forward.
         """
         steps = self.config.recurrence.num_steps if num_steps is None else num_steps
-        if steps < 1:
-            raise ValueError(f"num_steps={steps} must be at least 1")
+        as_type(Count, steps, "num_steps")
         recurrence = self._recurrence(halting, steps, statistics)
         if depths is not None:
             self._check_depths(recurrence, depths, cache)

@@ -220,6 +220,14 @@ def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
         raise ValueError(f"checkpoint {folder} cannot be used: {error_line(error)}") from None
 
 
+def _difference(key: str, theirs: Any, ours: Any) -> tuple[str, Any, Any]:
+    """The first key of a section that differs, with the keys down to it; a plain value is its own."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        name = next(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        return _difference(f"{key}.{name}", theirs.get(name), ours.get(name))
+    return key, theirs, ours
+
+
 def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) -> None:
     """Raises ValueError for the first difference between the checkpoint and this run.
 
@@ -234,6 +242,7 @@ def check_compatible(folder: Path, found: TrainingState, wanted: TrainingState) 
     for key, ours in wanted.model.items():
         theirs = recorded[key]
         if theirs != ours and key != "preset":
+            key, theirs, ours = _difference(key, theirs, ours)
             raise ValueError(
                 f"checkpoint {folder} is of another model: its {key} is {theirs}, the config's is {ours}; "
                 "use the same model or another output_dir"

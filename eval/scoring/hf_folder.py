@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from common.schema import as_type
 from eval.scoring.hf_checks import check_folder, check_loaded, check_parameters, check_tokenizer, probe
-from eval.scoring.inference import Engine, GenerateJob, ScoreJob, choose, pad, score_value
-from model import RecurrenceConfig
+from eval.scoring.inference import Depth, Engine, GenerateJob, ScoreJob, choose, pad, score_value
+from model import ModelConfig, RecurrenceConfig
 from model.hf.files import read_headers
+from model.hf.remote.section import MODEL_TYPE, SECTION
 from model.weight_files import unchanged
 
 # lm-eval's names for the number of positions, and its default for a model without any of these.
@@ -43,7 +44,7 @@ class HFConfig:
     num_memory_tokens: int = 0
 
     def decodes_exactly(self, num_steps: int) -> bool:
-        """See ModelConfig.decodes_exactly: nothing loops here."""
+        """See ModelConfig.decodes_exactly: every row is read whole here."""
         return True
 
 
@@ -100,13 +101,21 @@ class HFModel(nn.Module):
         self.eos_ids = set(ends if isinstance(ends, list) else [ends])
 
     def forward(
-        self, tokens: Tensor, attention_mask: Tensor, logits_to_keep: int = 0, past_key_values: Any = None
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int = 0,
+        past_key_values: Any = None,
+        depth: Depth = None,
     ) -> Any:
         """Tokens (B, T) and the mask of all tokens so far to the output of transformers, logits (B, T, V).
 
         Positions are counted as transformers' own generation does; a network that takes none counts itself.
+
+        Args:
+            depth: of a loop that this project exported, see Scorer.set_depth.
         """
-        arguments: dict[str, Any] = {"logits_to_keep": logits_to_keep}
+        arguments: dict[str, Any] = {"logits_to_keep": logits_to_keep, **self._loop_arguments(depth)}
         positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         arguments["position_ids"] = positions[:, -tokens.shape[1] :]
         known = {name: value for name, value in arguments.items() if name in self.accepts}
@@ -117,6 +126,21 @@ class HFModel(nn.Module):
             use_cache=past_key_values is not None,
             **known,
         )
+
+    def _loop_arguments(self, depth: Depth) -> dict[str, Any]:
+        """Raises ValueError for a depth that the exported class has no argument for."""
+        r = self.config.recurrence
+        if r.placement == "none" or depth is None:
+            return {}
+        if isinstance(depth, int) and r.halting.kind == "threshold":
+            raise ValueError(
+                f"num_steps is {depth}, but this folder's loop halts by a threshold, which its class cannot "
+                "switch off: score the export that it was made from, or leave num_steps out"
+            )
+        if isinstance(depth, int):
+            return {"num_steps": depth}
+        measure = "kl" if r.placement == "block" else "cosine"
+        return {"exit_measure": measure} if r.halting.kind == "fixed" else {}
 
 
 class HFEngine(Engine):
@@ -134,7 +158,7 @@ class HFEngine(Engine):
             tokens, mask = pad(rows, self.device)
             starts = [len(row) - len(member.target) for row, member in zip(rows, members, strict=True)]
             kept = tokens.shape[1] - min(starts)  # the logits of whole prompts would fill the memory
-            logits = self.model(tokens, mask, logits_to_keep=kept).logits[:, -kept:]
+            logits = self.model(tokens, mask, logits_to_keep=kept, depth=job.depth).logits[:, -kept:]
             for line, (first, member) in enumerate(zip(starts, members, strict=True)):
                 at = first - min(starts)
                 log_probs = logits[line, at : at + len(member.target)].float().log_softmax(-1)
@@ -152,7 +176,8 @@ class HFEngine(Engine):
         new: list[list[int]] = [[] for _ in job.prompts]
         ended = set[int]()
         for n in range(job.max_new_tokens):
-            logits = self.model(tokens, mask, logits_to_keep=1, past_key_values=cache).logits[:, -1]
+            out = self.model(tokens, mask, logits_to_keep=1, past_key_values=cache, depth=job.depth)
+            logits = out.logits[:, -1]
             chosen = choose(logits, job.temperature, None if draws is None else draws[:, n])  # (B,)
             for row, token in enumerate(chosen.tolist()):
                 if row not in ended:
@@ -265,4 +290,11 @@ def _hf_config(text: Any, tokenizer: Any) -> HFConfig:
     for name, size in sizes.items():
         if type(size) is not int or size < 2:
             raise ValueError(f"its {name} is {size!r}, not an integer of at least 2")
-    return HFConfig(sizes["vocab_size"], sizes["positions"])
+    return HFConfig(sizes["vocab_size"], sizes["positions"], _recurrence(text))
+
+
+def _recurrence(text: Any) -> RecurrenceConfig:
+    """The loop of a model that this project exported; other models have none."""
+    if text.model_type != MODEL_TYPE:
+        return RecurrenceConfig()
+    return ModelConfig.from_stored(getattr(text, SECTION)).recurrence

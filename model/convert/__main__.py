@@ -33,6 +33,9 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {"mla": mla, "ranks": ranks, "loop": loop, "unit": unit, "moe": moe}
 
 
+_OUT = {"ranks": "file of JSON to write"}
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; a user's mistake ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         own = commands.add_parser(name, help=command.HELP, description=command.HELP)
         own.add_argument("--checkpoint", type=Path, required=True, help="export/ folder to read")
-        own.add_argument("--out", type=Path, required=True, help="folder to write (ranks: file)")
+        own.add_argument("--out", type=Path, required=True, help=_OUT.get(name, "folder to write"))
         command.add_arguments(own)
     arguments = parser.parse_args(argv)
     with user_errors(ValueError, OSError):

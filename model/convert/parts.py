@@ -112,5 +112,5 @@ def _measured(before: ZeroModel, after: ZeroModel, windows: Tensor, depths: Sequ
     found = {}
     for steps in depths:
         found[str(steps)] = (here := perplexity(after, windows, steps)).to_dict()
-        print(f"perplexity {here} after, with {steps} loop steps", flush=True)
+        print(f"perplexity {here} after, with num_steps={steps}", flush=True)
     return {"perplexity_before": first.to_dict(), "perplexity_after": found}

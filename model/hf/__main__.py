@@ -14,7 +14,9 @@ from model.hf.shards import DEFAULT_SIZE, size_in_bytes
 
 def main() -> None:
     """The command line, export and import; a user's mistake ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Convert to and from Hugging Face's formats.")
+    parser = argparse.ArgumentParser(
+        prog="python -m model.hf", description="Convert to and from Hugging Face's formats."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="write a folder that transformers loads")
     export.add_argument("--checkpoint", type=Path, required=True, help="export/ folder of a run")

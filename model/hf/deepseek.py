@@ -354,12 +354,17 @@ def import_folder(hf: Path, out: Path) -> None:
         state = from_hf(config, dict(read_weights(hf)))
         path = hf / TOKENIZER_NAME
         tokenizer = path.read_bytes() if path.is_file() else None
+    if (hf / "chat_template.jinja").is_file():
+        print(f"note: the chat template of {hf} is not kept: prompts here are plain text", file=sys.stderr)
     with writing(out, "an import", is_hf=False):
         (out / CONFIG_NAME).unlink(missing_ok=True)
         if tokenizer is None:
             (out / TOKENIZER_NAME).unlink(missing_ok=True)  # another model's
             name = "tokenizer.json" if kind in DENSE else TOKENIZER_NAME
-            print(f"note: {hf} has no {name}; {out} gets no tokenizer, which eval/ needs", file=sys.stderr)
+            copy = "; copy it from the folder that was exported" if kind == MODEL_TYPE else ""
+            print(
+                f"note: {hf} has no {name}{copy}; {out} gets no tokenizer, which eval/ needs", file=sys.stderr
+            )
         else:
             write_file(out / TOKENIZER_NAME, tokenizer)
         if kind == MODEL_TYPE and (data := hf / TRAINING_DATA_NAME).is_file():

@@ -63,6 +63,7 @@ def _write_json_tokenizer(path: Path, out: Path, max_length: int) -> dict[str, i
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{end}_token": names[section[f"{end}_id"]] for end in ("bos", "eos", "pad")},
+        "padding_side": "left",  # a continuation follows the last token
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }

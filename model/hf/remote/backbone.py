@@ -3,6 +3,7 @@
 Shapes: B batch, T new tokens, S cached and new tokens, D hidden, U loops.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,8 @@ class Backbone(ZeroModel):
         layer = None
         if past_key_values is not None:
             layer = latent_layer(past_key_values, self.config.positions_per_token, torch.is_grad_enabled())
+        if num_steps not in (None, 1) and self.config.recurrence.placement == "none":
+            raise ValueError(f"num_steps={num_steps}: the model has no loop; leave it out")
         loop: dict[str, Any] = {"num_steps": num_steps, "halting": self._exits(exit_threshold, exit_measure)}
         mask = without_padding(attention_mask)
         if num_latents and not (layer is not None and layer.latent.length):
@@ -100,6 +103,16 @@ class Backbone(ZeroModel):
         """The halting that these arguments ask for; None: the config's."""
         if threshold is None and measure is None:
             return None
+        if self.config.recurrence.placement == "none":
+            raise ValueError(
+                f"exit_threshold={threshold}, exit_measure={measure}: the model has no loop; leave them out"
+            )
+        lowest, highest = (0.0, math.inf) if measure == "kl" else (-1.0, 1.0)
+        if threshold is not None and not lowest <= threshold <= highest:
+            raise ValueError(
+                f"exit_threshold={threshold} must lie in {lowest:g}..{highest:g} for exit_measure="
+                f"{measure or 'cosine'}"
+            )
         least = self.config.recurrence.virtual_layers or 1  # every token fills as many steps
         return HaltingConfig(
             kind="threshold", measure=measure or "cosine", threshold=threshold, min_steps=least
