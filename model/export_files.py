@@ -14,6 +14,7 @@ from model.weight_files import all_finite, check_size, read_header, write_tensor
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # Further files that evaluation needs; pretrain/export.py writes them.
 TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
+CONVERSIONS_NAME = "conversion.json"  # how model.convert made the folder
 # How the names of parameters begin that only training needs: exports lack them.
 TRAINING_ONLY = "kv_projections."
 FIX = "export the checkpoint again"

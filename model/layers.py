@@ -222,7 +222,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         rotation = rotation.unsqueeze(2)
     pairs = at_least_fp32(x)
     if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
-        pairs = pairs.contiguous()  # a complex view must start at an even offset
+        # A complex view must start at an even offset; contiguous() leaves a single token where it is.
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
     turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 

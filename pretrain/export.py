@@ -20,6 +20,7 @@ from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.manifest import Manifest
 from model import ModelConfig, ZeroModel
 from model.export_files import (
+    CONVERSIONS_NAME,
     TOKENIZER_NAME,
     TRAINING_DATA_NAME,
     TRAINING_ONLY,
@@ -62,9 +63,12 @@ def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], 
     weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING_ONLY)}
     require_finite(weights, f"the weights to export to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONVERSIONS_NAME).unlink(missing_ok=True)  # of a model that was there before
     for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
         if name == TOKENIZER_NAME or (run / name).is_file():
             write_file(folder / name, (run / name).read_bytes())
+        else:
+            (folder / name).unlink(missing_ok=True)
     save_weights(folder, config, weights)
 
 

@@ -17,6 +17,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from model.export_files import TOKENIZER_NAME
 from model.transformer import ZeroModel
 
+_MOST_NATS = 700  # of a mean loss whose perplexity is a finite number
 WINDOW = 512  # tokens predicted in a window; fewer for a model whose sequences are shorter
 _CHARACTERS_PER_TOKEN = 8  # first guess of how much of a file to encode
 
@@ -120,12 +121,21 @@ def perplexity(model: ZeroModel, windows: Tensor, num_steps: int | None = None) 
 
     Args:
         num_steps: loop steps; default: the config's.
+
+    Raises:
+        ValueError: the loss is not finite, or too large to be one of a language model.
     """
     means = []
     for window in windows.split(1):
         out = model(window[:, :-1], targets=window[:, 1:], num_steps=num_steps)
         means.append(float(out.loss_sums["cross_entropy"]) / (window.shape[1] - 1))
     losses = torch.tensor(means, dtype=torch.float64)
-    value = math.exp(losses.mean())
+    mean = float(losses.mean())
+    if not mean < _MOST_NATS:
+        raise ValueError(
+            f"the model's mean loss on the text is {mean:g} nats, which gives no perplexity (at most "
+            f"{_MOST_NATS}); its weights are damaged, choose another checkpoint"
+        )
+    value = math.exp(mean)
     error = float(losses.std() / len(losses) ** 0.5) if len(losses) > 1 else math.nan
     return Perplexity(value, value * error, windows[:, 1:].numel())

@@ -12,6 +12,7 @@ from common.locks import FolderLock
 from model.config.model import ModelConfig
 from model.export_files import (
     CONFIG_NAME,
+    CONVERSIONS_NAME,
     TOKENIZER_NAME,
     TRAINING_DATA_NAME,
     read_object,
@@ -19,7 +20,6 @@ from model.export_files import (
     save_weights,
 )
 
-RECORD_NAME = "conversion.json"
 _FIX = "choose another --out"
 
 
@@ -60,7 +60,7 @@ def write(
             write_file(out / name, (checkpoint / name).read_bytes())
         else:
             (out / name).unlink(missing_ok=True)  # of the model that was there before
-    write_json(out / RECORD_NAME, {"conversions": conversions}, indent=2)
+    write_json(out / CONVERSIONS_NAME, {"conversions": conversions}, indent=2)
     save_weights(out, config, state)
 
 
@@ -70,7 +70,7 @@ def earlier_conversions(checkpoint: Path) -> list[Any]:
     Raises:
         ValueError: conversion.json is damaged.
     """
-    path = checkpoint / RECORD_NAME
+    path = checkpoint / CONVERSIONS_NAME
     if not path.is_file():
         return []
     fix = "convert the original again, or delete the file"

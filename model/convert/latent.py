@@ -55,7 +55,7 @@ def rotated_keys(layer: GroupedQueryAttention, moments: Moments) -> RotatedKeys:
     inputs, attended = moments.inputs.to(query.dtype), moments.attended.to(query.dtype)
     asked = torch.einsum("phi,ij,phj->ph", query, inputs, query.conj()).real
     asked = asked.unflatten(1, (c.kv_heads, -1)).sum(2)  # (P, G)
-    weight = (asked + _DAMPING * asked.mean()).sqrt().to(query.dtype)
+    weight = (asked + _DAMPING * _above_zero(asked.mean())).sqrt().to(query.dtype)
     weighted = weight[:, :, None] * key
     energy, directions = torch.linalg.eigh(
         torch.einsum("pgi,ij,phj->pgh", weighted, attended, weighted.conj())
@@ -153,16 +153,18 @@ def _joint_latent(
         for weight, projection in ((key_weight, layer.k_proj), (value_weight, layer.v_proj))
     )
     key_energy, value_energy = ((part @ moments.attended * part).sum() for part in (key, value))
-    balance = math.sqrt(KEY_WEIGHT * value_energy / key_energy)
+    balance = math.sqrt(KEY_WEIGHT * _above_zero(value_energy) / _above_zero(key_energy))
     weight = torch.block_diag(key_weight * balance, value_weight)
     inverse = torch.block_diag(key_inverse / balance, value_inverse)
     weighted = weight @ whole
     energy, directions = torch.linalg.eigh(weighted @ moments.attended @ weighted.T)
     first = directions[:, -kv_lora_rank:].flip(1)
     down, up = first.T @ weighted, inverse @ first
-    size = (up.square().mean() / down.square().mean()) ** 0.25  # both matrices get entries of one size
+    # Both matrices get entries of one size.
+    size = (_above_zero(up.square().mean()) / _above_zero(down.square().mean())) ** 0.25
     energy = energy.clamp(min=0)
-    return down * size, up / size, float(energy[-kv_lora_rank:].sum() / energy.sum())
+    lost = energy[:-kv_lora_rank].sum() / _above_zero(energy.sum())
+    return down * size, up / size, float(1 - lost)
 
 
 def _error_weights(layer: GroupedQueryAttention, inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -176,7 +178,8 @@ def _error_weights(layer: GroupedQueryAttention, inputs: Tensor) -> list[tuple[T
     weights = []
     for cost in (of_keys, of_values):
         energy, directions = torch.linalg.eigh(cost.unflatten(0, (c.kv_heads, -1)).sum(1))
-        root = (energy.clamp(min=0) + _DAMPING * energy.mean(1, keepdim=True)).sqrt()[:, None]
+        least = _DAMPING * _above_zero(energy.mean(1, keepdim=True))
+        root = (energy.clamp(min=0) + least).sqrt()[:, None]
         weights.append(
             (
                 torch.block_diag(*(directions * root @ directions.mT)),
@@ -184,6 +187,11 @@ def _error_weights(layer: GroupedQueryAttention, inputs: Tensor) -> list[tuple[T
             )
         )
     return weights
+
+
+def _above_zero(energy: Tensor) -> Tensor:
+    """1 in place of 0, the energy in a layer with weights of 0, where no choice loses anything."""
+    return torch.where(energy == 0, 1.0, energy)
 
 
 def affine(projection: Linear) -> Tensor:

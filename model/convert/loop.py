@@ -86,6 +86,7 @@ def block_loop(
         placement="block",
         ranges=core,
         num_steps=num_steps,
+        max_steps=max(num_steps, RecurrenceConfig.max_steps),
         injection=injection,
         update=update,
         state_norm=False,

@@ -6,7 +6,8 @@ approximate; latent.py says how.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,23 @@ def full_latent(config: ModelConfig, qk_rope_head_dim: int) -> int:
 def prepare(model: ZeroModel, texts: Texts | None) -> Prepared:
     """Runs the calibration texts; without them, all inputs count as equally likely."""
     moments = assumed(model) if texts is None else measured(model, texts.calibration)
-    keys = {name: rotated_keys(layer, moments[name]) for name, layer in attention_layers(model).items()}
+    keys = {}
+    for name, layer in attention_layers(model).items():
+        with _decomposing(name):
+            keys[name] = rotated_keys(layer, moments[name])
     return Prepared(model, moments, keys)
+
+
+@contextmanager
+def _decomposing(name: str) -> Iterator[None]:
+    """Says which layer's energies have no principal components: they are not finite."""
+    try:
+        yield
+    except torch.linalg.LinAlgError:
+        raise ValueError(
+            f"the weights of {name} are too large to convert: the energies of its keys and values are not "
+            "finite; choose another checkpoint"
+        ) from None
 
 
 @torch.no_grad()
@@ -192,7 +208,8 @@ def converted(prepared: Prepared, ranks: Ranks) -> tuple[ZeroModel, dict[str, fl
     state: dict[str, Tensor] = dict(model.state_dict())
     kept = {}
     for name, layer in attention_layers(model).items():
-        weights, kept[name] = latent_weights(layer, prepared.keys[name], prepared.moments[name], config)
+        with _decomposing(name):
+            weights, kept[name] = latent_weights(layer, prepared.keys[name], prepared.moments[name], config)
         for own in OWN_WEIGHTS:
             for kind in ("weight", "bias"):
                 state.pop(f"{name}.{own}.{kind}", None)

@@ -1,6 +1,7 @@
 """What loop, unit and moe share: a model of another form that keeps its weights, and the run of a command."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,11 @@ from model.config.model import ModelConfig
 from model.config.recurrence import LEARNED
 from model.convert.calibration import perplexity, read_texts
 from model.convert.folders import write, writing
+from model.counts import num_parameters
 from model.pretrained import load_pretrained
 from model.transformer import ZeroModel
 
+_BYTES = 4  # of a parameter in fp32
 KINDS = ("fixed", *LEARNED, "threshold")  # of halting
 DEPTHS = (1, 2, 4)  # at which perplexity is measured, beside num_steps
 
@@ -26,7 +29,16 @@ def with_new_parts(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str
 
     What pretrain's init.missing=allow does with the same config, which is why the values that suit a trained
     network are set where every parameter gets its initial value, and not here.
+
+    Raises:
+        ValueError: the model needs more memory than the machine has.
     """
+    needed = _BYTES * num_parameters(config)
+    if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(
+            f"the converted model would take {needed / 1e9:,.1f} GB in fp32, but this machine has "
+            f"{memory / 1e9:,.1f} GB of memory; ask for fewer or smaller new parts"
+        )
     fresh = ZeroModel(config).state_dict()
     for name in state.keys() & fresh.keys():
         fresh[name].copy_(state[name])

@@ -15,8 +15,10 @@ from model.convert.mla import (
     prepare,
     texts_record,
 )
+from model.export_files import read_object
 from model.pretrained import load_pretrained
 
+FIX = "choose another --out"
 HELP = "table of perplexity by the ranks that `mla` would be given; converts nothing"
 
 
@@ -42,13 +44,15 @@ def convert(arguments: argparse.Namespace) -> None:
         raise ValueError("ranks are compared by perplexity; give --text FILE")
     if out.suffix != ".json":
         raise ValueError(f"--out {out} must be the name of a .json file, for the table")
+    if out.exists() and not (out.is_file() and "ranks" in read_object(out, FIX)):
+        raise ValueError(f"--out {out} is not a table of ranks and would be overwritten; {FIX}")
     tried = []
     for R in arguments.qk_rope_head_dim:
         check_ranks(model.config, 1, R)
         full = full_latent(model.config, R)
         latents = sorted({width for width in arguments.kv_lora_rank if width < full} | {full})
         tried += [check_ranks(model.config, width, R) for width in latents]
-    with FolderLock(out.parent, "a table of ranks", "choose another --out", name=f".{out.name}.lock"):
+    with FolderLock(out.parent, "a table of ranks", FIX, name=f".{out.name}.lock"):
         texts = calibration_texts(arguments, model)
         assert texts is not None
         before, prepared = perplexity(model, texts.evaluation), prepare(model, texts)

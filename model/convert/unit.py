@@ -73,6 +73,7 @@ def with_units(
         placement=placement,
         ranges=layers,
         num_steps=num_steps,
+        max_steps=max(num_steps, RecurrenceConfig.max_steps),
         injection="none",
         update="simple",
         state_norm=False,

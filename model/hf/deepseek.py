@@ -41,7 +41,7 @@ from model.hf.files import (
     read_weights,
     take,
 )
-from model.hf.folder import refuse_stale_weights, writing
+from model.hf.folder import refuse_stale_weights, remove_old, writing
 from model.hf.own import export_own, import_own
 from model.hf.remote.section import MODEL_TYPE
 from model.hf.rope import deepseek_rope
@@ -285,7 +285,7 @@ def export_deepseek(checkpoint: Path, out: Path) -> dict[str, Any]:
     dtype = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
     beyond = {name for name in tensors if _layer_number(name) >= model.config.num_hidden_layers}
     refuse_stale_weights(out, [WEIGHTS_NAME, *([MTP_NAME] if beyond else [])])
-    (out / CONFIG_NAME).unlink(missing_ok=True)
+    remove_old(out)
     ids = export_tokenizer(checkpoint, out, model.config.max_position_embeddings, begins=False)
     values |= {name: ids[name] for name in ENDS}
     if beyond:
@@ -357,9 +357,8 @@ def import_folder(hf: Path, out: Path) -> None:
     if (hf / "chat_template.jinja").is_file():
         print(f"note: the chat template of {hf} is not kept: prompts here are plain text", file=sys.stderr)
     with writing(out, "an import", is_hf=False):
-        (out / CONFIG_NAME).unlink(missing_ok=True)
+        remove_old(out)
         if tokenizer is None:
-            (out / TOKENIZER_NAME).unlink(missing_ok=True)  # another model's
             name = "tokenizer.json" if kind in DENSE else TOKENIZER_NAME
             copy = "; copy it from the folder that was exported" if kind == MODEL_TYPE else ""
             print(

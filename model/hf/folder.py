@@ -5,8 +5,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.locks import FolderLock
-from model.export_files import CONFIG_NAME, read_object
+from model.export_files import (
+    CONFIG_NAME,
+    CONVERSIONS_NAME,
+    TOKENIZER_NAME,
+    TRAINING_DATA_NAME,
+    read_object,
+)
 from model.hf.files import INDEX_NAME
+
+# Files of a model's that speak for it where they lie, beside its config and weights.
+_PARTS = (
+    TOKENIZER_NAME,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    TRAINING_DATA_NAME,
+    CONVERSIONS_NAME,
+)
 
 
 @contextmanager
@@ -27,6 +43,12 @@ def writing(out: Path, what: str, is_hf: bool) -> Iterator[None]:
             other = "an export of ZeroModel" if is_hf else "a Hugging Face folder"
             raise ValueError(f"{out} is {other}, whose files would be overwritten; choose another --out")
         yield
+
+
+def remove_old(out: Path) -> None:
+    """Deletes what an earlier model left in a folder and this one may not have; config.json goes first."""
+    for name in (CONFIG_NAME, *_PARTS):
+        (out / name).unlink(missing_ok=True)
 
 
 def refuse_stale_weights(out: Path, written: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from model.export_files import CONFIG_NAME, FIX, WEIGHTS_NAME, load_config
 from model.hf import bundle
 from model.hf.files import FIX as HF_FIX
 from model.hf.files import read_headers, read_weights, take
-from model.hf.folder import refuse_stale_weights
+from model.hf.folder import refuse_stale_weights, remove_old
 from model.hf.remote.section import MODEL_TYPE, SECTION, SHARED, described_model
 from model.hf.shards import ShardPlan
 from model.hf.tokenizer_export import ENDS, export_tokenizer
@@ -50,7 +50,7 @@ def export_own(checkpoint: Path, out: Path, max_shard_size: int) -> dict[str, An
         check_fits(shapes(config), {name: tensor.shape for name, tensor in stored.items()}, path)
         plan, files = ShardPlan(stored, max_shard_size), bundle.bundle()
         refuse_stale_weights(out, plan.written)
-        (out / CONFIG_NAME).unlink(missing_ok=True)
+        remove_old(out)
         ids = export_tokenizer(checkpoint, out, config.max_position_embeddings, begins=True)
         for name, text in files.items():  # whole once config.json is there, which comes last
             (out / name).write_bytes(text.encode())

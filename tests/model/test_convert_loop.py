@@ -303,7 +303,7 @@ REFUSED = {
         ("loop", "--core", "1-2", "--coda", -1, "--num_steps", 2),
         "--coda -1 must lie in 0..1,",
     ),
-    "too many steps": (("loop", "--core", "1-2", "--num_steps", 33), "num_steps=33 .* 1..max_steps=32"),
+    "too many steps": (("loop", "--core", "1-2", "--num_steps", 10_001), "num_steps=10001 .* 10,000"),
     "no step": (("loop", "--core", "1-2", "--num_steps", 0), "num_steps=0 must be at least 1"),
     "units beyond the layers": (
         ("unit", "--placement", "post_attention", "--layers", "4", "--num_steps", 2),

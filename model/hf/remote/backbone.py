@@ -19,6 +19,7 @@ from model.config.recurrence import HaltingConfig
 from model.generate import without_padding
 from model.hf.remote.configuration_zeromodel import ZeroModelConfig
 from model.hf.remote.latent_layer import latent_layer
+from model.hf.remote.section import network_config
 from model.latent_cot.thoughts import think
 from model.transformer import ZeroModel
 
@@ -34,7 +35,7 @@ class Backbone(ZeroModel):
     """ZeroModel whose forward is that of a base model of transformers."""
 
     def __init__(self, config: ZeroModelConfig, execution: ExecutionConfig) -> None:
-        super().__init__(config.network_config(), execution=execution)
+        super().__init__(network_config(config), execution=execution)
         self.defaults = config  # of arguments that are None
 
     def forward(  # type: ignore[override]

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from model.config.model import ModelConfig
-from model.hf.remote.section import MODEL_TYPE, SECTION, SHARED, described_model
+from model.hf.remote.section import MODEL_TYPE, SHARED, network_config
 
 
 class ZeroModelConfig(PretrainedConfig):
@@ -52,4 +52,4 @@ class ZeroModelConfig(PretrainedConfig):
         Raises:
             ValueError: the section contradicts the other values.
         """
-        return described_model({SECTION: self.zeromodel, **{name: getattr(self, name) for name in SHARED}})
+        return network_config(self)

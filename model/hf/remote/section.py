@@ -18,6 +18,18 @@ SHARED = (
 )
 
 
+def network_config(config: Any) -> ModelConfig:
+    """The network's own config, from the attributes of a ZeroModelConfig.
+
+    transformers loads the configuration and the network of a local folder as two copies of this code, whose
+    classes are not each other's: each needs the config in its own.
+
+    Raises:
+        ValueError: the section contradicts the other values.
+    """
+    return described_model({SECTION: config.zeromodel, **{name: getattr(config, name) for name in SHARED}})
+
+
 def described_model(values: dict[str, Any]) -> ModelConfig:
     """The config of the network that a config.json describes.
 
