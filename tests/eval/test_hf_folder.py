@@ -10,7 +10,7 @@ import torch
 
 from eval.scoring.core import Scorer
 from eval.scoring.hf_folder import is_hf_folder, load_hf_engine
-from model.hf.deepseek import import_folder
+from model.hf.deepseek import export_folder, import_folder
 from model.hf.special_tokens import ADDED
 
 from ..model.hf_folders import kin_folder
@@ -132,6 +132,25 @@ def test_an_import_scores_and_writes_as_its_folder(kind, tmp_path):
         assert found == (pytest.approx(expected[0], abs=1e-3), expected[1])
     prompts = [context for context, _ in REQUESTS]
     assert direct.generate(prompts, 12) == ours.generate(prompts, 12)
+
+
+def test_an_exported_loop_runs_at_the_depth_asked_for(checkpoint, tmp_path, monkeypatch):
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    export_folder(checkpoint, tmp_path / "hf")
+    theirs = Scorer.from_checkpoint(tmp_path / "hf", batch_size=3, trust_remote_code=True)
+    ours = Scorer.from_checkpoint(checkpoint, batch_size=3)
+    scores = []
+    for depth in (1, 4, "adaptive", None):
+        theirs.set_depth(depth)
+        ours.set_depth(depth)
+        scores.append([total for total, _ in theirs.loglikelihood(REQUESTS)])
+        assert scores[-1] == pytest.approx([total for total, _ in ours.loglikelihood(REQUESTS)], abs=1e-3)
+    assert scores[0] != pytest.approx(scores[1], abs=1e-2)
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_bos_is_the_tokenizers_own_policy(hf_folder):

@@ -172,7 +172,14 @@ def test_impossible_arguments_are_one_line(tokens):
     for call, message in (
         (lambda: loop(tokens, num_steps=0), "num_steps=0 must be at least 1"),
         (lambda: loop(tokens, exit_measure="l2"), "measure='l2' is unknown"),
-        (lambda: plain(tokens, exit_threshold=0.9), "but the model has none"),
+        (lambda: loop(tokens, num_steps=2.5), "num_steps=2.5 is not an integer"),
+        (lambda: loop(tokens, exit_threshold=2.0), "exit_threshold=2.0 must lie in -1..1"),
+        (
+            lambda: loop(tokens, exit_threshold=-1.0, exit_measure="kl"),
+            "must lie in 0..inf for exit_measure=kl",
+        ),
+        (lambda: plain(tokens, exit_threshold=0.9), "exit_threshold=0.9, .*: the model has no loop"),
+        (lambda: plain(tokens, num_steps=4), "num_steps=4: the model has no loop"),
         (lambda: loop(tokens, past_key_values=other), "DynamicCache with 4 tokens"),
         (lambda: loop(tokens, past_key_values=static), "StaticLayer with 0 tokens"),
         (lambda: loop(tokens, output_attentions=True), "output_attentions=True"),
