@@ -15,6 +15,7 @@ WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 # Further files that evaluation needs; pretrain/export.py writes them.
 TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
 CONVERSIONS_NAME = "conversion.json"  # how model.convert made the folder
+INIT_NAME = "init.json"  # beside a run's export/: the weights that the run began with
 # How the names of parameters begin that only training needs: exports lack them.
 TRAINING_ONLY = "kv_projections."
 FIX = "export the checkpoint again"

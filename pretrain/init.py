@@ -22,12 +22,12 @@ from common.files import replacing, write_json
 from common.schema import from_plain
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
-from model.export_files import FIX, TOKENIZER_NAME, WEIGHTS_NAME, load_config, read_object
+from model.export_files import FIX, INIT_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_config, read_object
 from model.weight_files import FLOATS, check_values, read_header, read_tensors, unchanged
 from pretrain.checkpoint import Origin
 from pretrain.config import InitConfig
 
-RECORD, BASE = "init.json", "base.safetensors"  # in the run's folder
+RECORD, BASE = INIT_NAME, "base.safetensors"  # in the run's folder
 # What a model may do without: its logits of the next token are the same.
 OPTIONAL = ("latent_thoughts.", "model.mtp.")
 Shapes = dict[str, tuple[int, ...]]

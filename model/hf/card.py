@@ -12,7 +12,7 @@ from common.result_files import results_files
 from common.schema import as_type
 from model.config.model import ModelConfig
 from model.counts import num_parameters
-from model.export_files import TRAINING_DATA_NAME, read_object
+from model.export_files import CONVERSIONS_NAME, INIT_NAME, TRAINING_DATA_NAME, read_object
 from model.transformer import ZeroModel
 
 FIX = "delete the file, or write it again"
@@ -36,9 +36,13 @@ def write_card(config: ModelConfig, checkpoint: Path, out: Path, scores: Path | 
         "## Use\n\n```python\n" + _usage(config, own_code) + "```",
         "## Size\n\n" + _table(("", ""), _sizes(config)),
     ]
+    if origin := _origin(checkpoint):
+        parts.append("## Origin\n\n" + origin)
     data = checkpoint / TRAINING_DATA_NAME
     if data.is_file():
-        parts.append("## Training data\n\n" + _training_data(data))
+        parts.append("## Training data\n\nTokens are those of the data set.\n\n" + _training_data(data))
+    if scores is not None and not scores.is_dir():
+        raise ValueError(f"--scores {scores} is not a folder; give one with results_*.json")
     folder = checkpoint.resolve().parent / "eval" if scores is None else scores
     if rows := [row for path in results_files(folder) for row in _scores(path)]:
         header = ("task", "n", "loop steps", "metric (filter)", "value", "standard error")
@@ -111,6 +115,22 @@ def _sizes(config: ModelConfig) -> list[tuple[str, str]]:
     ]
 
 
+def _origin(checkpoint: Path) -> str:
+    """What the weights began as and how they were converted, as far as files beside them say."""
+    lines = []
+    start = checkpoint.resolve().parent / INIT_NAME
+    if start.is_file():
+        found = read_object(start, FIX)
+        name, digest = Path(str(found.get("folder"))).name, str(found.get("sha256"))[:12]
+        lines.append(f"Training began with the weights of {plain(name)} (sha256 {plain(digest)}).")
+    record = checkpoint / CONVERSIONS_NAME
+    conversions = read_object(record, FIX).get("conversions") if record.is_file() else None
+    for one in as_type(list[dict[str, Any]], conversions or [], f"{record}: conversions"):
+        source = Path(str(one.get("source"))).name
+        lines.append(f"Converted by `model.convert {plain(str(one.get('command')))}` from {plain(source)}.")
+    return "\n\n".join(lines)
+
+
 def _training_data(path: Path) -> str:
     sources = _section(path, "sources")
     rows = [
@@ -133,7 +153,8 @@ def _scores(path: Path) -> list[tuple[str, ...]]:
             error = entry.get(f"{metric}_stderr,{which}")
             shown = f"{error:.4f}" if type(error) is float else ""
             cells = (task, n, "" if steps is None else steps, f"{metric} ({which})")
-            rows.append((*(plain(str(cell)) for cell in cells), f"{value:.4f}", shown))
+            number = f"{value:.4f}" if type(value) is float else str(value)
+            rows.append((*(plain(str(cell)) for cell in cells), number, shown))
     return rows
 
 

@@ -206,6 +206,21 @@ def test_the_card_says_what_is_known(tmp_path):
     assert "custom_code" not in ModelCard.load(tmp_path / "hf/README.md").data.tags
 
 
+def test_the_card_says_where_the_weights_came_from(tmp_path):
+    export(tmp_path / "run/export")
+    start = {"folder": "/home/somebody/runs/llama", "sha256": "0123456789abcdef"}
+    (tmp_path / "run/init.json").write_text(json.dumps(start))
+    conversions = [{"command": "loop", "source": "/home/somebody/runs/start"}]
+    (tmp_path / "run/export/conversion.json").write_text(json.dumps({"conversions": conversions}))
+    export_folder(tmp_path / "run/export", tmp_path / "hf")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "Training began with the weights of llama (sha256 0123456789ab)." in card
+    assert "Converted by `model.convert loop` from start." in card
+    assert "somebody" not in card
+    with pytest.raises(ValueError, match="--scores .*/nowhere is not a folder"):
+        export_folder(tmp_path / "run/export", tmp_path / "other", scores=tmp_path / "nowhere")
+
+
 def test_the_card_of_a_damaged_run_is_refused(tmp_path):
     export(tmp_path / "run/export")
     for name in ("export/training_data.json", "eval/results_1.json"):
