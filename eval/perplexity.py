@@ -1,6 +1,6 @@
 """Perplexity of text: bits per byte, so that models with different tokenizers compare.
 
-python eval/perplexity.py --checkpoint runs/NAME/export --data FILE [--limit N documents]
+python eval/perplexity.py --checkpoint runs/NAME/export --data FILE [--limit N documents] [--max_length N]
 
 FILE is text, JSON lines (their field `text`), parquet or a tar of texts, read as data_pipeline reads them; or
 a folder that data_pipeline/build.py made, whose held-out documents are scored. In a folder of data sets it is
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data_pipeline.shards.held_out import held_out_texts, is_build
 from data_pipeline.sources.text import read_jsonl, read_parquet, read_text
-from eval.scoring.cli import main
+from eval.scoring.cli import main, positive_integer
 from eval.scoring.core import Score, Scorer
 from eval.scoring.results import TaskResult, taken
 from eval.scoring.task import Evaluation, EvaluationTask, Options, find_data
@@ -28,8 +28,12 @@ DEFAULT = "text/tinyshakespeare.txt"
 Window = tuple[list[int], list[int]]  # context, tokens to score
 
 
-def load(options: Options) -> Evaluation:
-    """Reads the texts. Raises ValueError for exemplars, which it does not take, and for no text."""
+def load(options: Options, max_length: int | None = None) -> Evaluation:
+    """Reads the texts. Raises ValueError for exemplars, which it does not take, and for no text.
+
+    Args:
+        max_length: tokens that a window predicts; default: as many as the model has positions.
+    """
     if options.num_fewshot:
         raise ValueError(f"perplexity has no exemplars: num_fewshot is {options.num_fewshot}, it must be 0")
     path = options.data if is_build(options.data) else find_data(options.data, DEFAULT)
@@ -39,7 +43,7 @@ def load(options: Options) -> Evaluation:
     texts = documents[: options.limit]
 
     def evaluation(scorer: Scorer) -> list[TaskResult]:
-        log_probs = score_texts(scorer, texts)
+        log_probs = score_texts(scorer, texts, max_length)
         return [
             TaskResult(
                 task="perplexity",
@@ -77,10 +81,16 @@ def read_texts(path: Path) -> Iterator[str]:
         yield from read_text(path)
 
 
-def score_texts(scorer: Scorer, texts: Sequence[str]) -> list[float]:
-    """Log-probability of each text in nats."""
-    bos = scorer.tokenizer.bos_id
-    windows = [disjoint_windows(scorer.tokenizer.encode(text), bos, scorer.max_length) for text in texts]
+def score_texts(scorer: Scorer, texts: Sequence[str], max_length: int | None = None) -> list[float]:
+    """Log-probability of each text in nats; for max_length see load.
+
+    Raises:
+        ValueError: the model has fewer positions.
+    """
+    bos, length = scorer.tokenizer.bos_id, max_length or scorer.max_length
+    if length > scorer.max_length:
+        raise ValueError(f"--max_length {length} exceeds the model's {scorer.max_length} positions: lower it")
+    windows = [disjoint_windows(scorer.tokenizer.encode(text), bos, length) for text in texts]
     scores = iter(scorer.loglikelihood_tokens([window for own in windows for window in own]))
     return [math.fsum(next(scores)[0] for _ in own) for own in windows]
 
@@ -139,7 +149,14 @@ def byte_entropy(texts: Sequence[str]) -> float:
     return -sum(count / total * math.log2(count / total) for count in counts.values())
 
 
-TASK = EvaluationTask("perplexity", load)
+FLAGS = {
+    "--max_length": {
+        "type": positive_integer,
+        "metavar": "N",
+        "help": "tokens that a window predicts (default: as many as the model has positions)",
+    }
+}
+TASK = EvaluationTask("perplexity", load, flags=FLAGS)
 
 if __name__ == "__main__":
     main(TASK, __doc__)

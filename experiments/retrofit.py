@@ -7,7 +7,7 @@
     steps: 130                        # optimizer steps of the recovery, of experiments/retrofit_base.yaml
     training: [optimizer.lr=1e-4]     # overrides of that file (default: none)
     evaluations:                      # name -> script of eval/ and its flags; DATA: the built folder
-      wikipedia: [eval/perplexity.py, --data, DATA, --limit, "100", --log_samples]
+      wikipedia: [eval/perplexity.py, --data, DATA, --limit, "100"]
     groups:                           # name -> conversions, each the arguments of `python -m model.convert`
       A: []
       B: [[mla, --kv_lora_rank, "128", --qk_rope_head_dim, "64", --text, TEXT]]
@@ -17,14 +17,13 @@ TEXT stands for a file of the training texts. All groups train on the same batch
 recovery (eval/NAME). The base itself lies outside: a path is from the root of the repository.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.files import json_object, read_json_lines, write_file, write_json
-from common.result_files import results_files, samples_file
+from common.files import json_object, write_file, write_json
+from common.result_files import results_files
 from common.schema import from_plain
 from data_pipeline.errors import DataError
 from eval.scoring.results import format_table
@@ -140,8 +139,7 @@ def _training(folder: Path) -> dict[str, Any]:
 
 def _scores(folder: Path) -> dict[str, Any]:
     """Value, standard error and n of every metric in the newest results of an evaluation."""
-    path = results_files(folder)[-1]
-    report = json_object(path.read_bytes())
+    report = json_object(results_files(folder)[-1].read_bytes())
     if report is None:
         raise ValueError(f"the results in {folder} are damaged; move {folder} away")
     found: dict[str, Any] = {}
@@ -149,26 +147,12 @@ def _scores(folder: Path) -> dict[str, Any]:
         for metric in METRICS:
             if f"{metric},none" in values:
                 error = values.get(f"{metric}_stderr,none")
-                if metric == "bits_per_byte":
-                    error = _error_over_documents(samples_file(path, task))
                 found[f"{task} {metric}"] = {
                     "value": values[f"{metric},none"],
                     "stderr": error if isinstance(error, float) else None,
                     "n": report["n-samples"][task]["effective"],
                 }
     return found
-
-
-def _error_over_documents(samples: Path) -> float | None:
-    """Standard error of bits per byte, a ratio of sums over documents (Cochran 1977, eq. 2.46)."""
-    lines = read_json_lines(samples).records
-    bits = [-line["resps"] / math.log(2) for line in lines]
-    sizes = [len(line["target"].encode()) for line in lines]
-    if len(lines) < 2:
-        return None
-    ratio = sum(bits) / sum(sizes)
-    squares = sum((b - ratio * s) ** 2 for b, s in zip(bits, sizes, strict=True))
-    return math.sqrt(squares * len(lines) / (len(lines) - 1)) / sum(sizes)
 
 
 METRICS = ("bits_per_byte", "word_perplexity", "acc", "acc_norm")

@@ -296,17 +296,18 @@ def test_bits_per_byte_of_the_models_own_probabilities(make_scorer, tmp_path):
     assert result.totals["bits_per_byte,none"].stderr == pytest.approx(stderr, rel=1e-4)
 
 
-def test_long_documents_go_through_windows(make_scorer, tmp_path):
-    """A context of 16 positions: each window against a pass of its own."""
+@pytest.mark.parametrize("asked", [None, 7])
+def test_long_documents_go_through_windows(make_scorer, tmp_path, asked):
+    """A context of 16 positions, or fewer: each window against a pass of its own."""
     text = (
         "Question: Which statement best explains why photosynthesis is the foundation of most food webs?" * 4
     )
     (tmp_path / "t.txt").write_text(text)
     scorer = make_scorer(max_length=16)
-    (result,) = perplexity.load(Options(data=tmp_path / "t.txt"))(scorer)
+    (result,) = perplexity.load(Options(data=tmp_path / "t.txt"), max_length=asked)(scorer)
     ids = scorer.tokenizer.encode(text)
     total = 0.0
-    for context, target in perplexity.disjoint_windows(ids, scorer.tokenizer.bos_id, 16):
+    for context, target in perplexity.disjoint_windows(ids, scorer.tokenizer.bos_id, asked or 16):
         row = torch.tensor([context + target])
         with torch.inference_mode():
             log_probs = scorer.model(row[:, :-1]).logits[0].double().log_softmax(-1)[-len(target) :]
@@ -314,6 +315,8 @@ def test_long_documents_go_through_windows(make_scorer, tmp_path):
     assert result.samples[0]["resps"] == pytest.approx(total, rel=1e-5)
     assert result.totals["bits_per_byte,none"].stderr is None
     assert result.num_truncated == 0
+    with pytest.raises(ValueError, match="--max_length 17 exceeds the model's 16 positions"):
+        perplexity.load(Options(data=tmp_path / "t.txt"), max_length=17)(scorer)
 
 
 def test_held_out_split_of_a_build(data_folder, make_scorer):

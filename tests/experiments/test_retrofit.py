@@ -85,7 +85,7 @@ def test_a_tiny_matrix_converts_scores_trains_and_writes_its_table(tmp_path, dat
         "groups": tiny_groups(),
         "training": ["data.sequence_length=64", "global_batch_size=2", "optimizer.warmup_steps=1"],
         "evaluations": {
-            "wikipedia": ["eval/perplexity.py", "--data", "DATA", "--limit", "2", "--log_samples"]
+            "wikipedia": ["eval/perplexity.py", "--data", "DATA", "--limit", "2", "--max_length", "64"]
         },
         "recipe_overrides": ["sources.0.max_bytes=200000", "validation_fraction=0.5"],
     }
