@@ -23,7 +23,6 @@ from model.hf.deepseek import export_folder, import_folder
 
 from ..model.conftest import SMALL, VARIANTS, YARN
 from ..model.hf_folders import llama_folder
-from ..model.test_hf_own_folder import modules as modules
 from .faults import Faults, in_child
 
 ATTENTION = "model.layers.1.self_attn."
@@ -149,7 +148,7 @@ def test_a_folder_says_nothing_of_the_model_that_was_there_before(base, convert,
 
 
 @pytest.mark.parametrize("scaling", [YARN, VARIANTS["llama"]["rope_scaling"]])
-@pytest.mark.usefixtures("modules")
+@pytest.mark.usefixtures("remote_code")
 def test_transformers_turns_positions_as_we_do(tmp_path, scaling):
     config = ModelConfig.from_dict({**SMALL, **VARIANTS["llama"], "rope_scaling": scaling})
     ours, folder = ZeroModel(config).eval(), f"turns_{scaling.get('rope_type', 'yarn')}"

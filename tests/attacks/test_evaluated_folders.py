@@ -260,14 +260,13 @@ def with_code(folder: Path, marker: Path, part: str) -> None:
         path.write_text(json.dumps(values))
 
 
+@pytest.mark.usefixtures("remote_code")
 @pytest.mark.parametrize("part", ["network", "tokenizer"])
 def test_the_folders_python_runs_only_when_it_is_trusted(copy, part, tmp_path, monkeypatch):
     folder, marker = copy("llama"), tmp_path / "ran"
     expected = Scorer.from_checkpoint(folder).loglikelihood([("A b c", " d")])
     with_code(folder, marker, part)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
     found = refusal(part, lambda: load(folder))
     assert found is None or "give --trust_remote_code" in found
     refusal("import", lambda: import_folder(folder, tmp_path / "out"))

@@ -201,21 +201,18 @@ def test_the_same_model_scores_the_same_in_both(checkpoint, data_root):
 @pytest.mark.skipif(
     find_spec("accelerate") is None, reason="accelerate, which lm-eval's hf needs, is missing"
 )
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("offline", "remote_code")
 @pytest.mark.parametrize("task", ["arc_easy", "arc_challenge", "gsm8k"])
 def test_an_exported_looped_model_scores_the_same_under_lm_evals_own_hf(
-    task, checkpoint, data_root, tmp_path, monkeypatch
+    task, checkpoint, data_root, tmp_path
 ):
     """Log-probabilities to 1e-4, chosen options, texts and metrics exactly.
 
     The model writes no single bytes: a run of them that is not UTF-8 is shown differently by sentencepiece
     and by Hugging Face's tokenizers.
     """
-    import transformers.dynamic_module_utils
     from lm_eval.models.huggingface import HFLM
 
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
     changed = load_pretrained(checkpoint)
     with torch.no_grad():
         changed.lm_head.weight[4:260] = 0.0

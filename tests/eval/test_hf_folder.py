@@ -134,11 +134,8 @@ def test_an_import_scores_and_writes_as_its_folder(kind, tmp_path):
     assert direct.generate(prompts, 12) == ours.generate(prompts, 12)
 
 
-def test_an_exported_loop_runs_at_the_depth_asked_for(checkpoint, tmp_path, monkeypatch):
-    import transformers.dynamic_module_utils
-
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+@pytest.mark.usefixtures("remote_code")
+def test_an_exported_loop_runs_at_the_depth_asked_for(checkpoint, tmp_path):
     export_folder(checkpoint, tmp_path / "hf")
     theirs = Scorer.from_checkpoint(tmp_path / "hf", batch_size=3, trust_remote_code=True)
     ours = Scorer.from_checkpoint(checkpoint, batch_size=3)
@@ -149,8 +146,6 @@ def test_an_exported_loop_runs_at_the_depth_asked_for(checkpoint, tmp_path, monk
         scores.append([total for total, _ in theirs.loglikelihood(REQUESTS)])
         assert scores[-1] == pytest.approx([total for total, _ in ours.loglikelihood(REQUESTS)], abs=1e-3)
     assert scores[0] != pytest.approx(scores[1], abs=1e-2)
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 def test_bos_is_the_tokenizers_own_policy(hf_folder):

@@ -285,7 +285,7 @@ def test_the_command_writes_an_export(hugging_face, tmp_path, capsys):
     started, mixed = (second[f"perplexity_{when}"]["perplexity"] for when in ("before", "after"))
     assert started == after["2"]["perplexity"]
     assert mixed == pytest.approx(started, rel=1e-4)
-    assert "with 4 loop steps" in capsys.readouterr().out
+    assert "with num_steps=4" in capsys.readouterr().out
     tokens = torch.arange(20, 60)[None]
     with torch.no_grad():
         expected = load_pretrained(folder)(tokens).logits

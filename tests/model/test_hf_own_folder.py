@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -61,16 +60,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """transformers copies the code that it runs into a folder of this test, and imports it from there."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
-
-
 def tokenizer_of(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 
@@ -85,7 +74,7 @@ def loaded(folder: Path, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.usefixtures("modules")
+@pytest.mark.usefixtures("remote_code")
 def test_a_folder_loads_generates_is_saved_and_imported_back(tmp_path, capsys):
     ours = export(tmp_path / "run/export")
     sys.argv = ["hf", "export", "--checkpoint", str(tmp_path / "run/export"), "--out", str(tmp_path / "hf")]
@@ -149,7 +138,7 @@ def test_bf16_weights_stay_bf16(tmp_path):
     assert (tmp_path / "back/model.safetensors").read_bytes() == path.read_bytes()
 
 
-@pytest.mark.usefixtures("modules")
+@pytest.mark.usefixtures("remote_code")
 def test_an_imported_model_leaves_again_with_its_tokenizer(tmp_path):
     theirs = llama_folder(tmp_path / "llama")
     import_folder(tmp_path / "llama", tmp_path / "import")
@@ -293,7 +282,7 @@ def test_transformers_finds_all_the_code_and_no_missing_package(shared):
     assert {Path(name).name for name in reached} | {entry.name} == files.keys()
 
 
-@pytest.mark.usefixtures("modules")
+@pytest.mark.usefixtures("remote_code")
 def test_the_config_alone_loads(shared):
     ours = load_pretrained(shared / "run/export")
     config = AutoConfig.from_pretrained(shared / "hf", trust_remote_code=True)
