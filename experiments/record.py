@@ -154,7 +154,7 @@ def make_record(plan: PlannedCell, matrix: Matrix, folder: Path) -> dict[str, An
         "variant": None if cell.vary is None else {cell.vary[0]: cell.vary[1]},
         "examples": plan.task.examples,
         "learning_rate": cell.learning_rate,
-        "device": json.loads((folder / "environment.json").read_text())["device"],
+        "device": device_of(folder),
         **_sizes(plan),
         **_training(plan, folder),
         "trained_depth": plan.task.trained_depth,
@@ -186,12 +186,29 @@ def _sizes(plan: PlannedCell) -> dict[str, Any]:
     }
 
 
-def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a cell's metrics.jsonl. Raises ValueError if one is damaged."""
     metrics = read_json_lines(folder / "metrics.jsonl")
     if metrics.damaged:
         raise ValueError(f"{metrics.warnings()[0]}, but a record needs every step; move the folder away")
-    steps = [record for record in metrics.records if "loss" in record]
-    validation = [r["val_loss"] for r in metrics.records if r.get("val_loss") is not None]
+    return metrics.records
+
+
+def device_of(folder: Path) -> str:
+    """What a cell was trained on: the GPU's name, or cpu."""
+    return str(json.loads((folder / "environment.json").read_text())["device"])
+
+
+def newest_report(folder: Path) -> dict[str, Any]:
+    """The newest results file in a folder."""
+    found: dict[str, Any] = json.loads(results_files(folder)[-1].read_text())
+    return found
+
+
+def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
+    records = read_metrics(folder)
+    steps = [record for record in records if "loss" in record]
+    validation = [r["val_loss"] for r in records if r.get("val_loss") is not None]
     if not validation:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no val_loss; move the folder away")
     per_token = [
@@ -214,8 +231,7 @@ def _training(plan: PlannedCell, folder: Path) -> dict[str, Any]:
 
 
 def _report(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(results_files(folder / "eval" / name)[-1].read_text())
-    return found
+    return newest_report(folder / "eval" / name)
 
 
 def _samples(folder: Path, name: str) -> list[dict[str, Any]]:

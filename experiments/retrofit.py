@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from common.files import json_object, write_file, write_json
-from common.result_files import results_files
 from common.schema import from_plain
 from data_pipeline.errors import DataError
 from eval.scoring.results import format_table
 from experiments.jobs import ROOT, Data, Job, Start, cell_folder
-from experiments.record import RECORD
+from experiments.record import RECORD, device_of, newest_report, read_metrics
 from experiments.settings import DS_CONFIG
 from experiments.tasks import HERE, at_least, read_yaml
 from model.counts import cached_numbers, num_parameters
@@ -126,22 +125,18 @@ def read_retrofit(path: Path) -> RetrofitMatrix:
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    lines = (json_object(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines())
-    steps = [line for line in lines if line is not None and "loss" in line]
-    environment = json_object((folder / "environment.json").read_bytes())
+    steps = [line for line in read_metrics(folder) if "loss" in line]
     return {
         "optimizer_steps": len(steps),
         "tokens": sum(line["tokens"] for line in steps),
         "train_seconds": sum(line["seconds"] for line in steps),
-        "device": None if environment is None else environment["device"],
+        "device": device_of(folder),
     }
 
 
 def _scores(folder: Path) -> dict[str, Any]:
     """Value, standard error and n of every metric in the newest results of an evaluation."""
-    report = json_object(results_files(folder)[-1].read_bytes())
-    if report is None:
-        raise ValueError(f"the results in {folder} are damaged; move {folder} away")
+    report = newest_report(folder)
     found: dict[str, Any] = {}
     for task, values in report["results"].items():
         for metric in METRICS:
