@@ -6,6 +6,7 @@
     recipe_overrides: []              # of it (default: none)
     steps: 130                        # optimizer steps of the recovery, of experiments/retrofit_base.yaml
     training: [optimizer.lr=1e-4]     # overrides of that file (default: none)
+    ds_config: ds_configs/zero1.json  # DeepSpeed's settings (default: this one)
     evaluations:                      # name -> script of eval/ and its flags; DATA: the built folder
       wikipedia: [eval/perplexity.py, --data, DATA, --limit, "100"]
     groups:                           # name -> conversions, each the arguments of `python -m model.convert`
@@ -48,6 +49,7 @@ class RetrofitFile:
     groups: dict[str, list[list[str]]]
     recipe_overrides: list[str] = field(default_factory=list)
     training: list[str] = field(default_factory=list)
+    ds_config: str = DS_CONFIG
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class RetrofitMatrix:
                 name=group,
                 max_steps=file.steps,
                 script="pretrain/main.py",
-                training=("--ds_config", DS_CONFIG, "--config", str(BASE), *self.overrides),
+                training=("--ds_config", file.ds_config, "--config", str(BASE), *self.overrides),
                 data=Data(file.recipe, file.recipe, (*data, *file.recipe_overrides)),
                 evaluations=file.evaluations,
                 start=Start(base, tuple(map(tuple, conversions))),
