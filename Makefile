@@ -20,8 +20,9 @@ GSM8K_RUN ?= runs/distill_gsm8k
 MATRIX ?=
 EXPERIMENTS_RUN ?= runs/experiments/quick
 BENCH ?=
+GPU_CHECK ?=
 
-.PHONY: setup setup-gpu demo real experiments results distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check
+.PHONY: setup setup-gpu demo real experiments results distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check test-gpu
 
 setup: $(VENV)/ready
 
@@ -31,8 +32,9 @@ $(VENV)/ready: requirements.txt requirements-dev.txt requirements-lora.txt pypro
 	python -c "from pretrain.process_group import prepare_extensions; prepare_extensions()"
 	touch $@
 
+# Optional GPU backends, one by one; it continues where it was interrupted.
 setup-gpu: setup
-	pip install --no-deps --no-build-isolation -r requirements-gpu.txt
+	python bench/gpu_setup.py
 
 demo: setup
 	rm -rf $(RUN)
@@ -97,7 +99,11 @@ bench: setup
 	$(ONE_THREAD) python bench/data.py --out runs/bench_data.json
 	$(ONE_THREAD) python bench/evaluation.py --out runs/bench_evaluation.json
 
-# What only a GPU can show; after `make setup-gpu`, or the table names what is missing.
+# Everything that only a GPU can show, in at most 8 minutes on one GPU; GPU_CHECK holds further flags, such as
+# --device=cpu, which runs all but the CUDA kernels.
 gpu-check: setup
+	python bench/gpu_check.py $(GPU_CHECK)
+
+# The tests of single backends, which need a GPU.
+test-gpu: setup
 	python -m pytest -m gpu
-	python bench/gpu.py --out runs/gpu.json

@@ -2,10 +2,12 @@
 
     python bench/gpu.py [--batch 8] [--length 2048] [--runs 10] [--out FILE.json]
 
-A forward and a backward pass in bf16 of a model of about 1B parameters with 64 experts, 6 of them per token.
-Every backend runs in a separate process, so that a failure does not affect the others: the table then gives
-its package's version and the error. MFU counts the model's FLOPs, without recomputation, with attention over
-the full sequence (PaLM, arXiv 2204.02311, appendix B). `--device cpu` only tests the script.
+A forward and a backward pass in bf16 of a model of about 1B parameters with 64 experts, 6 of them per token,
+over packed rows as training has them: several documents in a row, which attention keeps apart. Every backend
+runs in a separate process, so that a failure does not affect the others: the table then gives its package's
+version and the error. MFU counts the model's FLOPs, without recomputation, with attention over the full
+sequence (PaLM, arXiv 2204.02311, appendix B), so that skipping other documents raises it. `--device cpu` only
+tests the script.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from measuring import (
     listed,
     memory_growth,
     our_model,
+    packed_starts,
     print_table,
     random_tokens,
     spread,
@@ -85,7 +88,9 @@ def _run(arguments: argparse.Namespace) -> None:
     check_at_least({name: (getattr(arguments, name), 1) for name in ("runs", "batch", "length")})
     config = ModelConfig.from_dict(arguments.sizes)
     if arguments.only:
-        print(json.dumps(_measure(arguments, config, *arguments.only)))
+        sizes = (arguments.device, arguments.batch, arguments.length, arguments.runs)
+        attention, experts = arguments.only
+        print(json.dumps(measure(config, attention, experts, *sizes)))
         return
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,21 +107,21 @@ def _run(arguments: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def _measure(
-    arguments: argparse.Namespace, config: ModelConfig, attention: str, experts: str
+def measure(
+    config: ModelConfig, attention: str, experts: str, device: str, batch: int, length: int, runs: int
 ) -> dict[str, Any]:
-    """Seconds of the counted training steps, and the peak bytes that another one adds."""
-    execution = ExecutionConfig(attention=attention, experts=experts)
-    model = our_model(config, arguments.device, "bf16", execution)
-    tokens = random_tokens(config, arguments.batch, arguments.length, arguments.device)
+    """Seconds of the counted training steps on packed rows, and the peak bytes that another one adds."""
+    model = our_model(config, device, "bf16", ExecutionConfig(attention=attention, experts=experts))
+    tokens = random_tokens(config, batch, length, device)
+    starts = packed_starts(batch, length).to(device)
     label = f"attention {attention}, experts {experts}"
-    seconds = interleaved(arguments.runs, label, {"ours": lambda: train_step(model, tokens)})["train"]
+    seconds = interleaved(runs, label, {"ours": lambda: train_step(model, tokens, starts)})["train"]
     # Memory last: the first step's compiling and tuning do not belong to a step.
-    return {"seconds": seconds["ours"], "bytes": memory_growth(model, tokens)}
+    return {"seconds": seconds["ours"], "bytes": memory_growth(model, tokens, starts)}
 
 
 def _in_own_process(attention: str, experts: str) -> dict[str, Any]:
-    """The result of _measure, or the error that ended it."""
+    """The result of `measure`, or the error that ended it."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", attention, experts]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     pair = {"attention": attention, "experts": experts}

@@ -80,7 +80,7 @@ PACKAGES = {
     "flash-attn": Package(
         ("flash_attn", "flash_attn_2_cuda"), "execution.attention=flash_attn", compiled=True
     ),
-    "flash-attn-4": Package(("flash_attn.cute",), "FlashAttention 4", own_needs=True),
+    "flash-attn-4": Package(("flash_attn.cute",), "execution.attention=flash_attn_4", own_needs=True),
 }
 
 

@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -112,14 +113,31 @@ def random_tokens(config: ModelConfig, rows: int, length: int, device: str) -> T
     return torch.randint(config.vocab_size, (rows, length), generator=generator).to(device)
 
 
-def train_step(model: nn.Module, tokens: Tensor) -> Seconds:
-    """Forward and backward pass of next-token prediction over tokens (B, T); then frees the gradients."""
+def packed_starts(rows: int, length: int) -> Tensor:
+    """(rows, n) int32, starts of documents as the loader packs them, padded with `length`, seeded.
+
+    Half of the documents are shorter than a quarter of a row (log-normal lengths, as in web text); there are
+    documents of one token and empty ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.empty(rows, 32).log_normal_(math.log(length / 4), 1.0, generator=generator).long()
+    lengths[:, 1] = 1
+    starts = torch.cat((torch.zeros(rows, 1, dtype=torch.int64), lengths.cumsum(1)), 1).clamp(max=length)
+    starts[:, -1] = length
+    return starts.int()
+
+
+def train_step(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Seconds:
+    """Forward and backward pass of next-token prediction over tokens (B, T); then frees the gradients.
+
+    cu_seqlens: see ZeroModel.forward; of our models only.
+    """
     model.train()
     start = now(tokens)
     if isinstance(model, ZeroModel):
         targets = tokens.roll(-1, 1)
         targets[:, -1] = IGNORE_INDEX
-        loss = model(tokens, targets=targets).loss
+        loss = model(tokens, targets=targets, cu_seqlens=cu_seqlens).loss
     else:  # shifts the labels itself; a cache would only cost time and memory
         loss = model(tokens, labels=tokens, use_cache=False).loss
     loss.backward()
@@ -153,7 +171,7 @@ def interleaved(
     return seconds
 
 
-def memory_growth(model: nn.Module, tokens: Tensor) -> int:
+def memory_growth(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor | None = None) -> int:
     """Bytes that a training step adds, at its peak, to what the process already held.
 
     On a CPU only a process's first step shows it: freed memory stays with the process and is reused later.
@@ -162,7 +180,7 @@ def memory_growth(model: nn.Module, tokens: Tensor) -> int:
         ValueError: on a CPU whose system has no /proc.
     """
     gc.collect()
-    step = partial(train_step, model, tokens)
+    step = partial(train_step, model, tokens, cu_seqlens)
     if tokens.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

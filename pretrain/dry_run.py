@@ -20,7 +20,7 @@ def describe(run: Outline) -> str:
     """
     config, model = run.config, run.model_config
     resolved = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "model": model.to_dict()}))
-    layout = _layout(run)
+    layout = layout_of(run)
     parts, trained = model_parts(model), deepest(model)
     gathering = gather_schedule(trained, parts, layout) if layout.stage == 3 else None
     learned = model_parts(model, () if run.start is None else run.start.frozen)
@@ -53,7 +53,7 @@ def describe(run: Outline) -> str:
     return "\n".join(lines)
 
 
-def _layout(run: Outline) -> Layout:
+def layout_of(run: Outline) -> Layout:
     config, zero, defaults = run.config, run.ds_config["zero_optimization"], ZeroSettings()
     return Layout(
         gpus=run.world_size,
