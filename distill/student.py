@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
+from model.backends.flash import Documents
 from model.cache import LatentCache, Slot
 from model.config.distillation import DistillationConfig
 from model.latent_cot import rkv
@@ -91,6 +92,7 @@ class Student(ZeroModel):
         cu_seqlens: Tensor,
         attention_mask: Tensor | None = None,
         num_steps: int | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """The losses of a packed batch; in eval mode only the student's cross-entropy."""
         d = self._distillation
@@ -106,6 +108,7 @@ class Student(ZeroModel):
                 tokens,
                 attention_mask,
                 cu_seqlens=cu_seqlens,
+                documents=documents,
                 targets=targets,
                 num_steps=num_steps,
                 cache=cache,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.backends.attention import attend, sdpa
-from model.config.execution import ExecutionConfig
+from model.config.execution import DOCUMENT_BACKENDS, ExecutionConfig
 from model.config.model import ModelConfig
 from model.context import AttentionContext, causal_context
 from model.layers import (
@@ -160,8 +160,9 @@ class MultiHeadLatentAttention(nn.Module):
         decodes = context.cache is not None and not context.cache.differentiable
         if held is not None and decodes and self._absorbing_is_cheaper(q_nope.shape[1], held.shape[1]):
             return self._attend_absorbed(q_nope, q_rope, held, context.mask), kept
-        key, value = self._keys_and_values(parts, up)
-        return attend(_joined(q_nope, q_rope), key, value, context, self.scale), kept
+        by_head = context.backend not in DOCUMENT_BACKENDS
+        key, value = self._keys_and_values(parts, up, by_head)
+        return attend(_joined(q_nope, q_rope, by_head), key, value, context, self.scale), kept
 
     def _absorbing_is_cheaper(self, T: int, S: int) -> bool:
         """Compares how many multiplications a head takes in either form."""
@@ -187,15 +188,17 @@ class MultiHeadLatentAttention(nn.Module):
         return self._keys_and_values(held.split(self.config.held_widths, -1))
 
     def _keys_and_values(
-        self, parts: tuple[Tensor, ...], up: tuple[Tensor, Tensor] | None = None
+        self, parts: tuple[Tensor, ...], up: tuple[Tensor, Tensor] | None = None, by_head: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """parts: [latent, k_rope] or [latent, k_rope, 1/rms]; up: what `_up` gave for this latent."""
+        """parts: [latent, k_rope] or [latent, k_rope, 1/rms]; up: what `_up` gave for this latent; by_head:
+        see _joined.
+        """
         latent, k_rope, *inverse_rms = parts
         k_nope, value = self._up(latent) if up is None else up
         k_rope = k_rope[:, :, None].expand(-1, -1, self.config.num_attention_heads, -1)
         for factor in inverse_rms:
             k_nope, k_rope = k_nope * factor[..., None], k_rope * factor[..., None]
-        return _joined(k_nope, k_rope), value
+        return _joined(k_nope, k_rope, by_head), value
 
     def _attend_absorbed(self, q_nope: Tensor, q_rope: Tensor, held: Tensor, mask: Tensor | None) -> Tensor:
         """Attention over the cached latents themselves: held (B, S, W) -> (B, T, H, V).
@@ -250,8 +253,13 @@ def _attend_shared_key(
     return scores.softmax(-1).to(key.dtype).flatten(1, 2) @ key
 
 
-def _joined(nope: Tensor, rope: Tensor) -> Tensor:
-    """(B, T, H, N) and (B, T, H, R) -> (B, T, H, N+R), laid out as (B, H, T, N+R), as attention reads it."""
+def _joined(nope: Tensor, rope: Tensor, by_head: bool) -> Tensor:
+    """(B, T, H, N) and (B, T, H, R) -> (B, T, H, N+R), laid out as the attention backend reads it.
+
+    by_head: as (B, H, T, N+R); else as (B, T, H, N+R), where all rows are one without a copy.
+    """
+    if not by_head:
+        return torch.cat((nope, rope), -1)
     return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), -1).transpose(1, 2)
 
 

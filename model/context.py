@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from model.backends.blockwise import BlockwiseMask, blockwise_mask
+from model.backends.flash import Documents, choose_kernels, row_documents
 from model.cache import LatentCache, full_mask, kept_keys, slot_of
-from model.config.execution import ExecutionConfig, attention_backend
+from model.config.execution import DOCUMENT_BACKENDS, ExecutionConfig, attention_backend
 from model.config.model import ModelConfig
 from model.config.recurrence import RecurrenceConfig
 from model.layers import rotations
@@ -24,13 +24,13 @@ from model.layers import rotations
 class AttentionContext:
     """What every attention layer of one forward pass shares."""
 
-    rotation: Tensor | None = None  # (B or 1, T, R/2) complex, see layers.rotations; None: learned positions
+    rotation: Tensor | None = None  # (B or 1, T, R/2, 2), see layers.rotations; None: learned positions
     positions: Tensor | None = None  # (B or 1, T) int64, where they are learned
     backend: str = "sdpa"  # see execution.attention_backend
     mask: Tensor | None = None  # (B or 1, 1, T, S) booleans, True: may attend; None: plain causal
     blockwise_mask: BlockwiseMask | None = None  # the mask in blockwise attention's form
     flex_mask: Any = None  # the mask in flex_attention's form
-    boundaries: Tensor | None = None  # (n,) int32, starts of the documents in the B*T tokens of all rows
+    documents: Documents | None = None  # for the backends that read all rows as one
     segment: Tensor | None = None  # (B or 1, S), see segments; None: one document per row, without padding
     token_mask: Tensor | None = None  # (B, T) booleans, False: no part of statistics; None: all are real
     row_weights: Tensor | None = None  # (B,) of the rows in the experts' losses; None: 1
@@ -108,6 +108,7 @@ def build_context(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    documents: Documents | None = None,
     cache: LatentCache | None = None,
 ) -> AttentionContext:
     """The context of a forward pass over tokens (B, T) by a model in `dtype`; see ZeroModel.forward.
@@ -123,6 +124,8 @@ def build_context(
             attention_mask = attention_mask.repeat_interleave(repeats, 1)
         if cu_seqlens is not None:
             cu_seqlens = cu_seqlens * repeats
+        if documents is not None:
+            documents = documents.repeated(repeats)
         if position_ids is not None:
             offsets = torch.arange(repeats, device=tokens.device)
             position_ids = (position_ids[..., None] * repeats + offsets).flatten(1)
@@ -139,8 +142,11 @@ def build_context(
         context.positions = position_ids
     else:
         context.rotation = rotations(position_ids, config)
-    backend = attention_backend(execution.attention, tokens.device.type, dtype)
-    _choose_backend(context, backend, config.recurrence.cache == "parallel", tokens, cu_seqlens)
+    plain = config.plain_head_dim
+    widths = (config.qk_head_dim, config.v_head_dim) if config.use_mla else (plain, plain)
+    packed = cu_seqlens is not None
+    backend = attention_backend(execution.attention, tokens.device.type, dtype, packed, widths)
+    _choose_backend(context, backend, config.recurrence.cache == "parallel", tokens, cu_seqlens, documents)
     return context
 
 
@@ -154,16 +160,22 @@ def causal_context(config: ModelConfig, x: Tensor) -> AttentionContext:
 
 
 def _choose_backend(
-    context: AttentionContext, backend: str, parallel_cache: bool, tokens: Tensor, cu_seqlens: Tensor | None
+    context: AttentionContext,
+    backend: str,
+    parallel_cache: bool,
+    tokens: Tensor,
+    cu_seqlens: Tensor | None,
+    documents: Documents | None,
 ) -> None:
     """Fills in what the attention backend needs.
 
-    flex takes whole rows; varlen and flash_attn take whole rows whose padding, if any, is a segment of its
-    own; everything else goes through sdpa.
+    flex takes whole rows; DOCUMENT_BACKENDS take whole rows whose padding, if any, is a segment of its own;
+    everything else goes through sdpa.
     """
     B, T = tokens.shape
     past = context.cache.length if context.cache is not None else 0
     segment = context.segment
+    choose_kernels(backend)
     if parallel_cache:  # the keys of several steps need a mask of their own
         context.mask = visible_keys(tokens.new_zeros(1, past + T) if segment is None else segment, T)
         return
@@ -174,12 +186,9 @@ def _choose_backend(
     if backend == "flex" and not past:
         segment = tokens.new_zeros(B, T) if segment is None else segment
         context.backend, context.flex_mask = backend, _flex_mask(segment)
-    elif (
-        backend in ("varlen", "flash_attn")
-        and not past
-        and (context.token_mask is None or cu_seqlens is not None)
-    ):
-        context.backend, context.boundaries = backend, _row_boundaries(B, T, cu_seqlens, tokens.device)
+    elif backend in DOCUMENT_BACKENDS and not past and (context.token_mask is None or cu_seqlens is not None):
+        context.backend = backend
+        context.documents = documents or row_documents(B, T, cu_seqlens, tokens.device)
     elif backend == "blockwise" and not past:
         context.backend = backend
         if segment is not None:
@@ -235,11 +244,6 @@ def _flex_mask(segment: Tensor) -> Any:
         return (segment[b, q] == segment[b, k]) & (k <= q)
 
     B, S = segment.shape
-    return create_block_mask(visible, B, None, S, S, device=segment.device)
-
-
-def _row_boundaries(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Starts of all documents in the flattened B*T tokens, then the end; empty documents are allowed."""
-    rows = torch.arange(B, device=device, dtype=torch.int32)[:, None] * T
-    starts = rows if cu_seqlens is None else rows + cu_seqlens.int()
-    return F.pad(starts.flatten(), (0, 1), value=B * T)
+    # Uncompiled, it forms all S*S booleans; on a CPU, compiling takes longer than that.
+    compiled = segment.device.type != "cpu"
+    return create_block_mask(visible, B, None, S, S, device=segment.device, _compile=compiled)

@@ -154,7 +154,7 @@ def layer_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
 
 
 def rotations(position_ids: Tensor, config: ModelConfig) -> Tensor:
-    """(B, T, R/2) complex factors cos + i sin of positions (B, T) (Su et al. 2021, eq. 15; YaRN, eq. 23)."""
+    """Positions (B, T) -> cos and sin of their angles, (B, T, R/2, 2) (Su et al. 2021; YaRN, eq. 23)."""
     R = config.rope_pairs_dim or config.rotary_dim
     exponents = torch.arange(0, R, 2, device=position_ids.device, dtype=torch.float32) / R
     frequencies, scale = config.rope_theta**-exponents, 1.0
@@ -166,7 +166,9 @@ def rotations(position_ids: Tensor, config: ModelConfig) -> Tensor:
     if config.rope_pairs is not None:
         frequencies = frequencies[config.rope_pairs]
     angles = position_ids[..., None].float() * frequencies
-    return torch.polar(torch.full_like(angles, scale), angles)
+    if angles.device.type == "cpu":  # rounds otherwise than cos and sin: results stay the same numbers
+        return torch.view_as_real(torch.polar(torch.full_like(angles, scale), angles))
+    return torch.stack((angles.cos(), angles.sin()), -1) * scale
 
 
 def _yarn_frequencies(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Tensor:
@@ -217,15 +219,26 @@ def _temperature(factor: float, mscale: float) -> float:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turns the pairs (2i, 2i+1) of x (B, T, R) or (B, T, H, R), as DeepSeek does; computed in fp32."""
+    """Turns the pairs (2i, 2i+1) of x (B, T, R) or (B, T, H, R), as DeepSeek does; computed in fp32.
+
+    rotation: (B or 1, T, R/2, 2), see rotations.
+    """
     if x.dim() == 4:
         rotation = rotation.unsqueeze(2)
-    pairs = at_least_fp32(x)
-    if any(n % 2 for n in (pairs.storage_offset(), *pairs.stride()[:-1])):
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _rotated_by_complex(at_least_fp32(x), rotation).to(x.dtype)
+    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def _rotated_by_complex(x: Tensor, rotation: Tensor) -> Tensor:
+    """The same by complex products, which a CPU rounds otherwise: it fuses some multiplications with sums."""
+    if any(n % 2 for n in (x.storage_offset(), *x.stride()[:-1])):
         # A complex view must start at an even offset; contiguous() leaves a single token where it is.
-        pairs = pairs.clone(memory_format=torch.contiguous_format)
-    turned = torch.view_as_complex(pairs.unflatten(-1, (-1, 2))) * rotation
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        x = x.clone(memory_format=torch.contiguous_format)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(rotation)
+    return torch.view_as_real(turned).flatten(-2)
 
 
 class Products(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.schema import Count, as_type
+from model.backends.flash import Documents
 from model.cache import LatentCache, full_mask
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
@@ -74,6 +75,7 @@ class ZeroModel(nn.Module):
         states: list[Tensor] | None = None,
         halting: HaltingConfig | None = None,
         depths: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> ModelOutput:
         """Runs the model.
 
@@ -94,6 +96,8 @@ class ZeroModel(nn.Module):
                 need a model that was trained with them. A cache is used with one halting throughout.
             depths: (B,) int64, the loop steps that each row takes, within 1..num_steps (not checked: the
                 device would have to be waited for). The loop still runs num_steps passes over all rows.
+            documents: what the host knows of cu_seqlens, which flash kernels need; None: they allow for empty
+                documents and for one that fills its row.
 
         Raises:
             ValueError: the row is longer than max_position_embeddings, or the arguments do not fit together.
@@ -103,6 +107,7 @@ class ZeroModel(nn.Module):
             attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
+            documents=documents,
             num_steps=num_steps,
             cache=cache,
             noise_seed=noise_seed,
@@ -139,6 +144,7 @@ class ZeroModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        documents: Documents | None = None,
         num_steps: int | None = None,
         cache: LatentCache | None = None,
         noise_seed: int | None = None,
@@ -184,6 +190,7 @@ class ZeroModel(nn.Module):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cu_seqlens=cu_seqlens,
+                documents=documents,
                 cache=before,
             )
             context.statistics, context.num_steps, context.states = statistics, steps, states

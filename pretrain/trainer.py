@@ -16,6 +16,7 @@ from common.errors import error_line
 from common.files import replacing, write_file
 from data_pipeline.loading.loader import Batch, Loader
 from model import ModelConfig
+from model.backends.flash import Documents
 from model.interface import ModelOutput
 from model.latent_cot.targets import loss_counts
 from model.loop_trace import loop_sums
@@ -282,6 +283,8 @@ class Trainer:
                 "targets": torch.from_numpy(batch.targets[rows]).to(device()).long(),
                 "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
             }
+            boundaries, longest = batch.documents(rows)
+            inputs["documents"] = Documents(torch.from_numpy(boundaries).to(device()), longest)
             if (batch.lengths[rows] < T).any():  # padding enters no statistic of experts or loop
                 lengths = torch.from_numpy(batch.lengths[rows]).to(device())
                 inputs["attention_mask"] = torch.arange(T, device=device()) < lengths[:, None]

@@ -28,7 +28,7 @@ READ_BY_EVAL = ("errors", "sources", "tasks", "tokenization", "shards.held_out")
 READ_BY_CONVERT = ("errors", "tokenization")
 # Imported where they are used and nowhere else: GPU kernels, and YAML for a command line.
 WHERE_USED = {
-    "model/backends/attention.py": {"flash_attn"},
+    "model/backends/flash.py": {"flash_attn"},
     "model/backends/experts.py": {"megablocks"},
     "model/dense_twin.py": {"omegaconf", "yaml"},
 }

@@ -52,6 +52,18 @@ class Batch:
     sample_ids: list[tuple[str, int]]  # (source, row) of each row
     epochs: list[int]  # of each row's source
 
+    def documents(self, rows: slice) -> tuple[np.ndarray, int]:
+        """The segments of some rows, one row after the other, without empty ones.
+
+        Returns:
+            (n + 1,) int32, where each begins in the tokens of these rows, and their number; and the tokens of
+            the longest.
+        """
+        starts, T = self.cu_seqlens[rows], self.tokens.shape[1]
+        first = np.arange(len(starts), dtype=np.int32)[:, None] * T
+        boundaries = np.unique(np.append(starts + first, len(starts) * T)).astype(np.int32)
+        return boundaries, int(np.diff(boundaries).max())
+
 
 class Loader:
     """Batches of a built data folder: the global batch of a step depends only on (manifest, seed, step) and

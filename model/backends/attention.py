@@ -13,8 +13,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from model.backends.blockwise import BlockwiseAttention
+from model.backends.flash import Documents, flash_attn, flash_attn_4, varlen
 from model.context import AttentionContext
 from model.layers import product_dtype, upcasts
+
+# (query, key, value, context, scale), see attend
+Backend = Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
@@ -32,6 +36,8 @@ def sdpa(
     width = value.shape[-1]
     if query.device.type == "cpu":  # the fused kernel needs equal widths
         value = _widened(value, query.shape[-1])
+    elif mask is None and width != query.shape[-1]:  # so does a GPU's, which takes no mask
+        query, key, value = (_widened(x, max(width, query.shape[-1])) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -76,54 +82,24 @@ def _flex_function(device: str) -> Any:
     return flex_attention if device == "cpu" else torch.compile(flex_attention)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _by_documents(function: Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]) -> Backend:
+    def backend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
+        assert context.documents is not None
+        return function(query, key, value, context.documents, scale)
 
-    T, width, bounds = query.shape[1], value.shape[-1], context.boundaries
-    assert bounds is not None
-    out = varlen_attn(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
-        _widened(value, query.shape[-1]).flatten(0, 1),
-        bounds,
-        bounds,
-        T,
-        T,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    assert isinstance(out, Tensor)
-    return out.unflatten(0, (-1, T))[..., :width]
+    return backend
 
 
-def _flash_attn(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, scale: float) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
-    T, width, bounds = query.shape[1], value.shape[-1], context.boundaries
-    out = flash_attn_varlen_func(
-        query.flatten(0, 1),
-        key.flatten(0, 1),
-        _widened(value, query.shape[-1]).flatten(0, 1),
-        bounds,
-        bounds,
-        T,
-        T,
-        softmax_scale=scale,
-        causal=True,
-    )
-    return out.unflatten(0, (-1, T))[..., :width]
+def _widened(x: Tensor, width: int) -> Tensor:
+    """Pads with zero columns up to `width`: they add nothing to scores, and the caller cuts values' off."""
+    return F.pad(x, (0, max(width - x.shape[-1], 0)))
 
 
-def _widened(value: Tensor, width: int) -> Tensor:
-    """Pads with zero columns up to `width`; they change nothing and the caller cuts them off."""
-    return F.pad(value, (0, max(width - value.shape[-1], 0)))
-
-
-_BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionContext, float], Tensor]] = {
+_BACKENDS: dict[str, Backend] = {
     "sdpa": _sdpa,
     "blockwise": _blockwise,
     "flex": _flex,
-    "varlen": _varlen,
-    "flash_attn": _flash_attn,
+    "varlen": _by_documents(varlen),
+    "flash_attn": _by_documents(flash_attn),
+    "flash_attn_4": _by_documents(flash_attn_4),
 }

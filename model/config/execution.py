@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import logging
 from dataclasses import dataclass
 
@@ -9,8 +10,11 @@ import torch
 
 log = logging.getLogger("zeromodel")
 
-ATTENTION_BACKENDS = ("auto", "sdpa", "blockwise", "flex", "varlen", "flash_attn")
+DOCUMENT_BACKENDS = ("varlen", "flash_attn", "flash_attn_4")  # flash kernels, see backends/flash.py
+ATTENTION_BACKENDS = ("auto", "sdpa", "blockwise", "flex", *DOCUMENT_BACKENDS)
 EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "megablocks")
+HALF = (torch.bfloat16, torch.float16)
+FLASH_WIDTH = 256  # the widest head of FlashAttention-2's kernels, which torch's are too
 CHECKPOINTING = ("none", "block", "selective", "iteration")
 
 
@@ -22,7 +26,8 @@ class ExecutionConfig:
         ValueError: unknown value.
     """
 
-    # auto: blockwise on a CPU, else sdpa | flex (on a CPU no gradients) | varlen, flash_attn (GPU, 16 bits)
+    # auto: blockwise on a CPU; on a GPU varlen for packed rows in 16 bits, else sdpa
+    # | flex (on a CPU no gradients) | varlen, flash_attn, flash_attn_4 (GPU, 16 bits)
     attention: str = "auto"
     # auto: grouped_mm where its kernels take the sizes, else loop | megablocks (GPU, bf16)
     experts: str = "auto"
@@ -44,17 +49,40 @@ class ExecutionConfig:
 
 
 @functools.cache
-def attention_backend(name: str, device: str, dtype: torch.dtype) -> str:
+def attention_backend(
+    name: str, device: str, dtype: torch.dtype, packed: bool, widths: tuple[int, int]
+) -> str:
     """The backend that `name` selects on a device ("cpu", "cuda"); logged once.
+
+    Args:
+        packed: whether rows hold several documents.
+        widths: of a head's keys and values.
 
     Raises:
         ValueError: an explicitly named backend does not run there.
     """
-    chosen = {"cpu": "blockwise"}.get(device, "sdpa") if name == "auto" else name
-    if chosen in ("varlen", "flash_attn"):
+    fits = max(widths) <= FLASH_WIDTH
+    chosen = name
+    if name == "auto":
+        flash = device == "cuda" and dtype in HALF and packed and fits
+        chosen = "blockwise" if device == "cpu" else "varlen" if flash else "sdpa"
+    if chosen in DOCUMENT_BACKENDS:
         _require_gpu("attention", chosen, device, dtype)
+        if not fits:
+            raise ValueError(
+                f"execution.attention={chosen} takes heads of at most {FLASH_WIDTH} numbers, but keys and "
+                f"values have {widths[0]} and {widths[1]}; choose execution.attention=auto"
+            )
     if chosen == "flash_attn":
-        _require_package("attention", "flash_attn")
+        _require_package("attention", "flash_attn.flash_attn_interface", "flash-attn")
+    if chosen == "flash_attn_4":
+        _require_package("attention", "flash_attn.cute", "flash-attn-4")
+        generation, _ = torch.cuda.get_device_capability()
+        if generation not in (9, 10):
+            raise ValueError(
+                f"execution.attention=flash_attn_4 runs on GPUs of compute capability 9 and 10, but this one "
+                f"has {generation}; choose execution.attention=auto"
+            )
     log.info("attention backend on %s: %s", device, chosen)
     return chosen
 
@@ -77,22 +105,24 @@ def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int
         )
     if chosen == "megablocks":
         _require_gpu("experts", chosen, device, dtype)
-        _require_package("experts", "megablocks")
-        _require_package("experts", "grouped_gemm")
+        _require_package("experts", "megablocks", "megablocks")
+        _require_package("experts", "grouped_gemm", "grouped_gemm")
     log.info("expert backend on %s in %s: %s", device, dtype, chosen)
     return chosen
 
 
 def _require_gpu(switch: str, name: str, device: str, dtype: torch.dtype) -> None:
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device != "cuda" or dtype not in HALF:
         raise ValueError(
             f"execution.{switch}={name} needs a GPU and half precision, but the model runs in {dtype} on "
             f"{device}; choose execution.{switch}=auto"
         )
 
 
-def _require_package(switch: str, package: str) -> None:
-    if importlib.util.find_spec(package) is None:
+def _require_package(switch: str, module: str, package: str) -> None:
+    """module: what only this package has (flash-attn and flash-attn-4 share a folder)."""
+    parents = itertools.accumulate(module.split("."), lambda parent, child: f"{parent}.{child}")
+    if any(importlib.util.find_spec(name) is None for name in parents):
         raise ValueError(
             f"execution.{switch} needs the package {package}, which is not installed; run `make setup-gpu` "
             f"or choose execution.{switch}=auto"

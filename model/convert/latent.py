@@ -62,7 +62,7 @@ def rotated_keys(layer: GroupedQueryAttention, moments: Moments) -> RotatedKeys:
     )
     energy, directions = energy.flip(1).clamp(min=0), directions.flip(2)
     positions = torch.arange(len(moments.distances))[None]
-    rotation = rotations(positions, c)[0].to(query.dtype)  # (T, P)
+    rotation = torch.view_as_complex(rotations(positions, c))[0].to(query.dtype)  # (T, P)
     mean_rotation = moments.distances.to(query.dtype) @ (rotation[0] * rotation.conj())
     whole = rotation[0].abs().square()  # above 1 with YaRN
     return RotatedKeys(

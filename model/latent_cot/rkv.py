@@ -180,7 +180,8 @@ def expanded_keys(model: LanguageModel, layer: int, held: Tensor, positions: Ten
     if model.config.learned_positions:
         return keys, values
     width = model.config.rotary_dim
-    turned_back = rotate(keys[..., -width:], rotations(positions, model.config).reciprocal())
+    inverse = torch.view_as_complex(rotations(positions, model.config)).reciprocal()
+    turned_back = rotate(keys[..., -width:], torch.view_as_real(inverse))
     return torch.cat((keys[..., :-width], turned_back), -1), values
 
 

@@ -8,6 +8,7 @@ from model.attention import SCORED_QUERIES, MultiHeadLatentAttention
 from model.cache import LatentCache
 from model.config.execution import ExecutionConfig
 from model.context import build_context
+from model.layers import rotate, rotations
 
 from .conftest import SMALL, YARN
 
@@ -59,6 +60,36 @@ def literal_attention(layer: MultiHeadLatentAttention, x: torch.Tensor) -> torch
             heads.append(sum(w * (up[head, N:] @ latents[s]) for s, w in enumerate(scores.softmax(0))))
         out.append(layer.o_proj.weight @ torch.cat(heads))
     return torch.stack(out)
+
+
+@pytest.mark.parametrize("R", [2, 6, 8, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_in_real_numbers_is_the_complex_product(R, dtype):
+    """On a CPU to the last digit, where eager rotation is that product; while compiling, to rounding."""
+    generator = torch.Generator().manual_seed(R)
+    position = torch.arange(17)[None] * 31
+    turn = rotations(position, ModelConfig.from_dict({**SMALL, "qk_rope_head_dim": R}))
+    angles = position[..., None].float() * 10_000.0 ** -(torch.arange(0, R, 2) / R)
+    whole = torch.randn(3, 17, 5, R + 3, generator=generator).to(dtype)
+    for x in (whole[..., 3:], whole[..., :R].contiguous(), whole[:, :, 0, :R]):
+        x = x.requires_grad_()
+        upstream = torch.randn(x.shape, generator=generator).to(dtype)
+        wide = x.detach().float()
+        if any(n % 2 for n in (wide.storage_offset(), *wide.stride()[:-1])):  # no complex view of that
+            wide = wide.clone(memory_format=torch.contiguous_format)
+        factor = torch.polar(torch.ones(1, 17, R // 2), angles)
+        factor = factor[:, :, None] if x.dim() == 4 else factor
+        expected = torch.view_as_real(torch.view_as_complex(wide.unflatten(-1, (-1, 2))) * factor).flatten(-2)
+        results = []
+        for compiling in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+                out = rotate(x, turn)
+            results.append((out, *torch.autograd.grad(out, x, upstream)))
+        assert torch.equal(results[0][0], expected.to(dtype))
+        limit = 1e-6 if dtype == torch.float32 else 0.01
+        for found, exact in zip(results[1], results[0], strict=True):
+            torch.testing.assert_close(found, exact, rtol=limit, atol=limit)
 
 
 FORMS = {

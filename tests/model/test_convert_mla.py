@@ -148,7 +148,7 @@ def test_what_a_lost_rotation_costs_is_the_mean_square_over_all_distances():
     distances = torch.arange(1.0, T + 1, dtype=torch.float64) / 15
     moment = rows.T @ rows / len(rows)
     keys = rotated_keys(layer, Moments(moment, moment, distances))
-    turn = rotations(torch.arange(T)[None], model.config)[0].to(torch.complex128)
+    turn = torch.view_as_complex(rotations(torch.arange(T)[None], model.config))[0].to(torch.complex128)
     query = torch.view_as_complex((rows @ affine(layer.q_proj).T).view(-1, 6, 4, 2))
     query = query[:, :, None] * keys.mixing.conj().permute(1, 2, 0).repeat_interleave(2, 0)  # (m, H, G, P)
     key = torch.einsum("pgc,nc->ngp", keys.keys, rows.to(torch.complex128))
