@@ -31,7 +31,7 @@ from measuring import (
     listed,
     memory_growth,
     our_model,
-    packed_starts,
+    packed_rows,
     print_table,
     random_tokens,
     spread,
@@ -46,7 +46,11 @@ from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, Executio
 from model.counts import num_parameters, training_flops_per_token
 from pretrain.metrics import PEAK_TFLOPS
 
-PACKAGES = {"flash_attn": ("flash-attn",), "megablocks": ("megablocks", "grouped_gemm")}
+PACKAGES = {
+    "flash_attn": ("flash-attn",),
+    "flash_attn_4": ("flash-attn-4",),
+    "megablocks": ("megablocks", "grouped_gemm"),
+}
 PINS = Path(__file__).parents[1] / "requirements-gpu.txt"
 
 
@@ -59,7 +63,12 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Throughput and MFU of every backend.")
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cuda")
-    add("--attention", type=listed, default=listed("sdpa,flash_attn,varlen,flex"), help="comma-separated")
+    add(
+        "--attention",
+        type=listed,
+        default=listed("varlen,flash_attn,flash_attn_4,sdpa,flex"),
+        help="comma-separated",
+    )
     add("--experts", type=listed, default=listed("grouped_mm,loop,megablocks"), help="comma-separated")
     add("--runs", type=int, default=10, help="counted runs of each (default: 10)")
     add("--batch", type=int, help="rows (default: 8)")
@@ -113,11 +122,11 @@ def measure(
     """Seconds of the counted training steps on packed rows, and the peak bytes that another one adds."""
     model = our_model(config, device, "bf16", ExecutionConfig(attention=attention, experts=experts))
     tokens = random_tokens(config, batch, length, device)
-    starts = packed_starts(batch, length).to(device)
+    packed = packed_rows(batch, length, device)
     label = f"attention {attention}, experts {experts}"
-    seconds = interleaved(runs, label, {"ours": lambda: train_step(model, tokens, starts)})["train"]
+    seconds = interleaved(runs, label, {"ours": lambda: train_step(model, tokens, **packed)})["train"]
     # Memory last: the first step's compiling and tuning do not belong to a step.
-    return {"seconds": seconds["ours"], "bytes": memory_growth(model, tokens, starts)}
+    return {"seconds": seconds["ours"], "bytes": memory_growth(model, tokens, **packed)}
 
 
 def _in_own_process(attention: str, experts: str) -> dict[str, Any]:

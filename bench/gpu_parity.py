@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gpu_rows import ABSENT, FAILED, Setting
-from measuring import our_model, packed_starts, random_tokens
+from measuring import our_model, packed_rows, random_tokens
 from torch import Tensor
 
 from common.errors import error_line
@@ -126,8 +126,8 @@ def values(case: Case, execution: dict[str, str], device: str, dtype: str) -> Va
         layer.gate.e_score_correction_bias[:2] += case.bias
     rows, length = 2, 96
     tokens = random_tokens(config, rows, length, device)
-    starts = packed_starts(rows, length).to(device) if case.packed else None
-    output = model(tokens, targets=tokens.roll(-1, 1), cu_seqlens=starts)
+    packed = packed_rows(rows, length, device) if case.packed else {}
+    output = model(tokens, targets=tokens.roll(-1, 1), **packed)
     assert output.loss is not None
     output.loss.backward()
     found = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}

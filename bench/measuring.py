@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data_pipeline.loading.loader import Batch
 from model import ModelConfig, ZeroModel
+from model.backends.flash import Documents
 from model.config.execution import ExecutionConfig
 from model.losses import IGNORE_INDEX
 
@@ -113,31 +116,35 @@ def random_tokens(config: ModelConfig, rows: int, length: int, device: str) -> T
     return torch.randint(config.vocab_size, (rows, length), generator=generator).to(device)
 
 
-def packed_starts(rows: int, length: int) -> Tensor:
-    """(rows, n) int32, starts of documents as the loader packs them, padded with `length`, seeded.
+def packed_rows(rows: int, length: int, device: str) -> dict[str, Any]:
+    """What training hands the model of packed rows, `cu_seqlens` and `documents`; seeded.
 
-    Half of the documents are shorter than a quarter of a row (log-normal lengths, as in web text); there are
-    documents of one token and empty ones.
+    Half of the documents are shorter than a quarter of a row, with log-normal lengths as web text has; some
+    have one token, and the starts repeat at the end of a row.
     """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.empty(rows, 32).log_normal_(math.log(length / 4), 1.0, generator=generator).long()
     lengths[:, 1] = 1
     starts = torch.cat((torch.zeros(rows, 1, dtype=torch.int64), lengths.cumsum(1)), 1).clamp(max=length)
     starts[:, -1] = length
-    return starts.int()
+    empty = np.zeros((rows, length), dtype=np.int32)
+    batch = Batch(empty, empty, starts.int().numpy(), np.full(rows, length), [], [])
+    boundaries, longest = batch.documents(slice(rows))
+    documents = Documents(torch.from_numpy(boundaries).to(device), longest)
+    return {"cu_seqlens": torch.from_numpy(batch.cu_seqlens).to(device), "documents": documents}
 
 
-def train_step(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Seconds:
+def train_step(model: nn.Module, tokens: Tensor, **packed: Any) -> Seconds:
     """Forward and backward pass of next-token prediction over tokens (B, T); then frees the gradients.
 
-    cu_seqlens: see ZeroModel.forward; of our models only.
+    packed: see packed_rows; for our models only.
     """
     model.train()
     start = now(tokens)
     if isinstance(model, ZeroModel):
         targets = tokens.roll(-1, 1)
         targets[:, -1] = IGNORE_INDEX
-        loss = model(tokens, targets=targets, cu_seqlens=cu_seqlens).loss
+        loss = model(tokens, targets=targets, **packed).loss
     else:  # shifts the labels itself; a cache would only cost time and memory
         loss = model(tokens, labels=tokens, use_cache=False).loss
     loss.backward()
@@ -171,7 +178,7 @@ def interleaved(
     return seconds
 
 
-def memory_growth(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor | None = None) -> int:
+def memory_growth(model: nn.Module, tokens: Tensor, **packed: Any) -> int:
     """Bytes that a training step adds, at its peak, to what the process already held.
 
     On a CPU only a process's first step shows it: freed memory stays with the process and is reused later.
@@ -180,7 +187,7 @@ def memory_growth(model: nn.Module, tokens: Tensor, cu_seqlens: Tensor | None = 
         ValueError: on a CPU whose system has no /proc.
     """
     gc.collect()
-    step = partial(train_step, model, tokens, cu_seqlens)
+    step = partial(train_step, model, tokens, **packed)
     if tokens.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

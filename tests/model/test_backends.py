@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from model import ModelConfig, ZeroModel
 from model.backends.attention import attend
 from model.backends.blockwise import blockwise_mask
-from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
+from model.config.execution import (
+    ATTENTION_BACKENDS,
+    DOCUMENT_BACKENDS,
+    EXPERT_BACKENDS,
+    ExecutionConfig,
+    expert_backend,
+)
 from model.context import AttentionContext, segments, visible_keys
 
 from .conftest import SMALL
@@ -20,7 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 STARTS = torch.tensor([[0, 5, 6, 17], [0, 17, 17, 17], [0, 1, 16, 17]], dtype=torch.int32)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-ON_GPU = [pytest.param(name, marks=[pytest.mark.gpu, GPU]) for name in ("varlen", "flash_attn")]
+ON_GPU = [pytest.param(name, marks=[pytest.mark.gpu, GPU]) for name in DOCUMENT_BACKENDS]
+# What only the package behind a backend has (`make setup-gpu`); varlen is torch's own.
+MODULES = {"flash_attn": "flash_attn.flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
 ATTENTION = ["sdpa", "blockwise", "flex", *ON_GPU]
 # Sizes that the GPU kernels take: half precision, widths that are multiples of 16 bytes.
 GPU_SIZES = {
@@ -37,7 +45,9 @@ GPU_SIZES = {
 
 def make(build, attention: str, variant: str = "deepseek", **overrides) -> tuple[ZeroModel, torch.device]:
     """A model that the backend can run, on the backend's device."""
-    if attention in ("varlen", "flash_attn"):
+    if attention in DOCUMENT_BACKENDS:
+        if attention in MODULES:
+            pytest.importorskip(MODULES[attention])
         model = build(variant, execution={"attention": attention}, **{**GPU_SIZES, **overrides})
         return model.to("cuda", torch.bfloat16), torch.device("cuda")
     return build(variant, execution={"attention": attention}, **overrides), torch.device("cpu")
