@@ -65,7 +65,8 @@ def backends(setting: Setting) -> None:
     """A training step of every backend on packed rows, in two wide layers."""
     config = ModelConfig.from_dict(SMALL if setting.small else WIDE)
     sizes = (setting.device, 2, 64, 1) if setting.small else (setting.device, 4, 4096, 5)
-    pairs = [(name, "auto") for name in ATTENTION_BACKENDS] + [("auto", name) for name in EXPERT_BACKENDS[1:]]
+    names = sorted(ATTENTION_BACKENDS, key=lambda name: name == "flex")  # which compiles: last
+    pairs = [("auto", name) for name in EXPERT_BACKENDS[1:]] + [(name, "auto") for name in names]
     for attention, experts in pairs:
         what = f"attention {attention}, experts {experts}"
         try:
