@@ -106,7 +106,8 @@ class MultiHeadLatentAttention(nn.Module):
             heads = self.q_norm(heads)
         q_nope, q_rope = heads.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope, trace = self._latent(x, query, context)
-        up, inverse_rms = None, list[Tensor]()
+        up = None
+        inverse_rms: list[Tensor] = []
         if c.qk_norm:
             up = self._up(latent)
             q_nope, k_rope, *inverse_rms = self.k_norm(q_nope, up[0], k_rope)

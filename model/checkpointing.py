@@ -35,6 +35,11 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self.operations, self.results = operations, list[Any]()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Otherwise torch.compile would leave everything under the mode eager."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -50,6 +55,10 @@ class _Replay(TorchDispatchMode):
     def __init__(self, record: _Record) -> None:
         super().__init__()
         self.record, self.used = record, 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
 
     def __enter__(self) -> Any:
         self.used = 0

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from model.attention import AttentionOutput, GroupedQueryAttention, MultiHeadLatentAttention
 from model.checkpointing import recomputed
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = layer_norm(config)
         self.self_attn = attention(config, layer, execution)
         self.post_attention_layernorm = layer_norm(config)
-        self.compile_dense = execution.compile
+        self.compiled = execution.compile
         self.mlp: nn.Module = (
             moe_class(config, execution)
             if config.is_moe_layer(layer)
@@ -57,18 +57,27 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        compiled = self.compile_dense and context.cache is None  # with a cache, lengths grow
-        attention = maybe_compiled(self.self_attn, compiled, self.input_layernorm(x), context)
-        x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
-        normed, statistics = self.post_attention_layernorm(x), None
+        compiled = self.compiled and context.cache is None  # with a cache, lengths grow
+        x, normed, attention = maybe_compiled(self._attend, compiled, x, context)
+        statistics = None
         if isinstance(self.mlp, MoE):
             out, statistics = self.mlp(normed, context.token_mask, context.statistics, context.row_weights)
         else:
-            out = maybe_compiled(self.mlp, self.compile_dense, normed)
-        x = x + (self.mlp_output_layernorm(out) if self.sandwich else out)
+            out = maybe_compiled(self.mlp, self.compiled, normed)
+        x = maybe_compiled(self._add, self.compiled and self.sandwich, x, out)
         aux = None if statistics is None else torch.stack((statistics.balance, statistics.router_z))
         load = None if statistics is None else statistics.load
         return LayerOutput(x, aux, load, attention.kept, attention.trace)
+
+    def _attend(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, AttentionOutput]:
+        """x (B, T, D) -> x with attention's output added; that normed; attention's result."""
+        attention = self.self_attn(self.input_layernorm(x), context)
+        x = x + (self.attention_output_layernorm(attention.out) if self.sandwich else attention.out)
+        return x, self.post_attention_layernorm(x), attention
+
+    def _add(self, x: Tensor, out: Tensor) -> Tensor:
+        """The feed-forward layer's output added to x, both (B, T, D)."""
+        return x + (self.mlp_output_layernorm(out) if self.sandwich else out)
 
     def count(self, load: Tensor) -> None:
         """Adds the load of a forward pass to the experts' own count."""

@@ -17,6 +17,7 @@ from model.config.rope import Llama3RopeConfig, YarnConfig
 
 
 @functools.cache
+@torch.compiler.assume_constant_result
 def _cpu_multiplies_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -368,15 +369,19 @@ def feed_forward(config: ModelConfig, width: int) -> SwiGLU | UngatedFeedForward
     return UngatedFeedForward(config.hidden_size, width, config.hidden_act, config.use_bias)
 
 
-def maybe_compiled(module: nn.Module, compiled: bool, *inputs: Any) -> Any:
-    """module(*inputs); in training through torch.compile if `compiled`.
+def maybe_compiled(part: Callable[..., Any], compiled: bool, *inputs: Any) -> Any:
+    """part(*inputs); in training through torch.compile if `compiled`.
 
-    All modules of a class share one compiled forward. Decoding stays eager, because its lengths grow.
+    All modules of a class share what is compiled. Decoding stays eager, because its lengths grow.
+
+    Args:
+        part: a module, or a method of one.
     """
-    kind: Any = type(module)
-    return _compiled(kind)(module, *inputs) if compiled and module.training else module(*inputs)
+    method: Any = part.forward if isinstance(part, nn.Module) else part
+    module, function = method.__self__, getattr(type(method.__self__), method.__name__)
+    return _compiled(function)(module, *inputs) if compiled and module.training else part(*inputs)
 
 
 @functools.cache
-def _compiled(kind: Any) -> Any:
-    return torch.compile(kind.forward)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)

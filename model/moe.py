@@ -204,7 +204,7 @@ class MoE(nn.Module):
             (B, T, D) and the statistics.
         """
         tokens = x.flatten(0, 1)
-        routing = self.gate(tokens)
+        routing = maybe_compiled(self.gate, self.execution.compile, tokens)
         flat = routing.chosen.flatten()
         order = flat.argsort(stable=True)
         back = inverse_permutation(order)

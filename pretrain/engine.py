@@ -45,7 +45,7 @@ from pretrain.expert_parallel import (
 from pretrain.init import Start, copy_into
 from pretrain.lora import adapt, seed_dropout
 from pretrain.muon import MOMENTUM, restore_momentum, store_momentum
-from pretrain.optim import parameter_groups
+from pretrain.optim import choose_adamw_kernel, parameter_groups
 from pretrain.process_group import all_reduce_sum, device, rank, world_size
 from pretrain.stability import SpikeGuard
 from pretrain.universal import no_pickle_code
@@ -133,6 +133,7 @@ class Engine:
         optimizer = build_optimizer(model, config.optimizer, start)
         self.muon = config.optimizer.kind == "muon"
         self.muon_lr_ratio = config.optimizer.muon_lr / config.optimizer.lr
+        choose_adamw_kernel(optimizer, device().type)
         self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
@@ -251,6 +252,7 @@ class Engine:
 
     def finish_loading(self, checkpoint: Path) -> None:
         """Loads of a checkpoint of any layout what DeepSpeed does not, or stores otherwise than it trains."""
+        choose_adamw_kernel(self.optimizer.optimizer, device().type)
         if self.muon:
             restore_momentum(self.deepspeed.optimizer)
         self.load_average(checkpoint)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from model.causal_mixing import CausalMixing
@@ -84,3 +85,22 @@ def parameter_groups(
         old = {"name": f"{name}_old", "lr": options[name]["lr"] * scale, "lr_scale": scale}
         split += [{**options[name], "params": parts[0]}, {**options[name], **old, "params": parts[1]}]
     return [group for group in split if group["params"]]
+
+
+def choose_adamw_kernel(optimizer: torch.optim.Optimizer, device: str) -> None:
+    """Fused AdamW on a GPU, one launch per group; on a CPU it rounds otherwise than torch's plain one.
+
+    Also after loading: a checkpoint holds the choice of the machine that wrote it. Fused, the count of steps
+    lies beside the weights, else on the CPU.
+
+    Args:
+        optimizer: torch's AdamW, or DeepSpeed's Muon around it, as ZeRO holds it.
+        device: "cpu" or "cuda", where training runs.
+    """
+    fused = device != "cpu"
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = fused or None
+    for parameter, state in optimizer.state.items():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].to(parameter.device if fused else "cpu")

@@ -34,7 +34,7 @@ class ExecutionConfig:
     # none | block: a layer keeps its input and its router's choice | selective: also its matrix products
     # | iteration: every step of a loop keeps its state and the routers' choices
     checkpointing: str = "none"
-    compile: bool = False  # torch.compile of each layer's dense parts
+    compile: bool = False  # torch.compile of each layer's parts between expert products and exchanges
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -88,6 +88,7 @@ def attention_backend(
 
 
 @functools.cache
+@torch.compiler.assume_constant_result  # compiled code does not log
 def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int, ...]) -> str:
     """The backend that `name` selects; widths: the inner sizes of the experts' products. Logged once.
 

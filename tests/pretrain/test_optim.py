@@ -17,7 +17,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.ds_config import load_ds_config
 from pretrain.export import export_run
 from pretrain.muon import optimizer_states
-from pretrain.optim import learning_rate, parameter_groups
+from pretrain.optim import choose_adamw_kernel, learning_rate, parameter_groups
 from pretrain.run_config import load_run_config
 
 from .conftest import ROOT, seal
@@ -110,6 +110,40 @@ def test_every_parameter_is_where_its_name_says(name, kind):
     if kind == "muon":
         assert {n for n, p in model.named_parameters() if p.use_muon} == expected["muon"]
         assert {g["name"]: g["lr"] for g in groups} == {"muon": 0.5, "decay": 1e-3, "no_decay": 1e-3}
+
+
+def test_fused_adamw_takes_over_a_checkpoint_of_the_plain_one_and_back():
+    """Fused on a GPU, plain on a CPU, whichever wrote the checkpoint; the same steps to rounding."""
+
+    def trained(kinds: list[str]) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (7, 1000)]
+        optimizer = torch.optim.AdamW(weights, lr=0.01, weight_decay=0.1)
+        for kind in kinds:
+            saved, optimizer = optimizer.state_dict(), torch.optim.AdamW(weights, lr=0.01)
+            optimizer.load_state_dict(saved)
+            choose_adamw_kernel(optimizer, kind)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+            assert [group["fused"] for group in optimizer.param_groups] == [True if kind == "cuda" else None]
+        return weights
+
+    plain = trained(["cpu"] * 6)
+    for kinds in (["cuda"] * 6, ["cpu", "cuda", "cuda", "cpu", "cpu", "cuda"]):
+        for found, expected in zip(trained(kinds), plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_counts_of_steps_lie_where_the_kernel_reads_them():
+    weight = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.state[weight]["step"] = torch.ones(())
+    choose_adamw_kernel(optimizer, "cuda")
+    assert optimizer.state[weight]["step"].device.type == "meta"
+    optimizer.state[weight]["step"] = torch.ones(())
+    choose_adamw_kernel(optimizer, "cpu")
+    assert optimizer.state[weight]["step"].device.type == "cpu"
 
 
 @pytest.mark.parametrize(
