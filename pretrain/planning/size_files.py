@@ -7,7 +7,6 @@ writes pretrain/configs/sizes/ and the tables of docs/SCALING.md anew, as a chan
 
 import functools
 import itertools
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def run_yaml(run: Sized, plan: LayoutPlan, folder: str = "") -> str:
     return "\n".join(
         (
             *_header(run, run.config, plan),
-            *_commands(run, plan, f"--config {folder}{name}.yaml", name),
+            *_commands(run, plan, (f"{folder}{name}.yaml",), name),
             "# Keys and defaults: pretrain/config.py (the run) and model/config/model.py (the model).",
             f"output_dir: runs/{name}",
             f"max_steps: {steps}  # {run.tokens:,} tokens",
@@ -62,7 +61,7 @@ def run_yaml(run: Sized, plan: LayoutPlan, folder: str = "") -> str:
 def looped_yaml(run: Sized, plan: LayoutPlan, folder: str = "") -> str:
     """What the looped form changes, to be laid over the plain one."""
     layout, name = plan.layout, f"{run.name}_looped"
-    configs = f"--config {folder}{run.name}.yaml --config {folder}{name}.yaml"
+    configs = (f"{folder}{run.name}.yaml", f"{folder}{name}.yaml")
     loop = loop_of(run.config.num_hidden_layers)
     return "\n".join(
         (
@@ -95,7 +94,7 @@ def _header(run: Sized, config: ModelConfig, plan: LayoutPlan) -> Iterator[str]:
     layout, rows = plan.layout, run.rows(plan.layout.gpus)
     forward = flops_per_token(config, run.sequence_length)
     if config.recurrence.placement == "none":
-        yield f"# {run.size}, {_kind(config)}, latent attention: `python pretrain/plan.py --size` made it."
+        yield f"# {run.size}, {_kind(config)}, latent attention: `pretrain/plan.py --size {run.size}`."
     else:
         first, last = config.recurrence.layer_ranges(config.num_hidden_layers)[0]
         yield f"# {run.size} looped, over {run.name}.yaml and with its batch and learning rate:"
@@ -107,8 +106,8 @@ def _header(run: Sized, config: ModelConfig, plan: LayoutPlan) -> Iterator[str]:
     if config.recurrence.placement == "none":
         others = num_parameters(config) - 2 * config.vocab_size * config.hidden_size
         rate, batch = step_law(others, run.tokens)
-        yield "# docs/SCALING.md has the rules. Another, Step Law (arXiv 2503.04715), gives a learning rate of"
-        yield f"# {rate:.1e} and {batch:,.0f} tokens per step."
+        yield f"# docs/SCALING.md has the rules. Another, Step Law, gives a learning rate of {rate:.1e} and"
+        yield f"# {batch:,.0f} tokens per step."
 
 
 def _kind(config: ModelConfig) -> str:
@@ -118,7 +117,7 @@ def _kind(config: ModelConfig) -> str:
     return f"{config.n_routed_experts} experts, {config.num_experts_per_tok} {shared}"
 
 
-def _commands(run: Sized, plan: LayoutPlan, configs: str, name: str) -> Iterator[str]:
+def _commands(run: Sized, plan: LayoutPlan, configs: tuple[str, ...], name: str) -> Iterator[str]:
     gpus, stage, vocabulary = plan.layout.gpus, plan.layout.stage, run.config.vocab_size
     out = f"--out runs/fineweb_edu_{_vocabulary(run)}"
     nodes = f"--nodes {gpus // 8}" if gpus >= 8 else f"--ntasks-per-node {gpus} --gpus-per-node {gpus}"
@@ -126,7 +125,9 @@ def _commands(run: Sized, plan: LayoutPlan, configs: str, name: str) -> Iterator
     yield f"#   python data_pipeline/build.py --recipe data_pipeline/recipes/fineweb_edu.yaml {out} \\"
     yield f"#     tokenizer.vocab_size={vocabulary} 'sources.0.files=[\"{sample}\"]'"
     yield f"#   sbatch {nodes} slurm/pretrain.sbatch --ds_config ds_configs/{DS_CONFIGS[stage]}.json \\"
-    yield f"#     {configs} output_dir=runs/{name}"
+    for config in configs:
+        yield f"#     --config {config} \\"
+    yield f"#     output_dir=runs/{name}"
 
 
 def _sample(run: Sized) -> str:
@@ -159,8 +160,8 @@ def files(sizes: Iterable[str] = SHIPPED) -> Iterator[tuple[str, str]]:
 def shapes_table() -> str:
     """What the shipped sizes are, and what looping them keeps and costs."""
     lines = _table_head(
-        "file", "layers x width", "experts", "parameters", "active", "forward FLOPs per token", "looped layers",
-        "parameters looped", "FLOPs looped", "tokens at equal FLOPs",
+        "file", "layers x width", "experts", "parameters", "active", "forward FLOPs per token",
+        "looped layers", "parameters looped", "FLOPs looped", "tokens at equal FLOPs",
     )  # fmt: skip
     for size in SHIPPED:
         run = _run(size)
@@ -209,7 +210,7 @@ def plans_table() -> str:
                     f"{plan.memory_bytes / 1e9:.1f}",
                     f"{plan.step_seconds:.3f}",
                     f"{plan.tokens_per_second:,.0f}",
-                    f"{run.steps(rows) * plan.step_seconds / 3600:,.1f}",
+                    f"{run.steps(rows) * plan.step_seconds / 3600:,.2f}",
                     plan.limit,
                 )
             )
@@ -229,9 +230,8 @@ TABLES = {"shapes": shapes_table, "plans": plans_table}
 
 def in_page(page: str, name: str, table: str) -> str:
     """The page with another table between `<!-- NAME -->` and `<!-- end -->`."""
-    marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    assert marked.search(page), name
-    return marked.sub(lambda found: found[1] + table + found[2], page)
+    start, rest = page.split(f"<!-- {name} -->\n", 1)
+    return f"{start}<!-- {name} -->\n{table}\n{rest[rest.index('<!-- end -->') :]}"
 
 
 def main() -> None:

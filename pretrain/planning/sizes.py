@@ -96,8 +96,8 @@ def sized(size: str, tokens: str | None = None) -> Sized:
 def loop_of(layers: int) -> Model:
     """The section `recurrence` of the looped form: the middle half of the layers run twice.
 
-    After SMELT (arXiv 2609.01343). The residual stream runs through both passes as through layers of tied weights; the second one is told
-    apart by its embedding, and its experts are chosen anew.
+    After SMELT (arXiv 2609.01343). The residual stream runs through both passes as through layers of tied
+    weights; an embedding tells the second one apart, and its experts are chosen anew.
     """
     quarter = round(layers / 4)
     return {
