@@ -44,6 +44,8 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
         _check(typed, values, config.optimizer)
     except ValueError as error:
         raise ValueError(f"--ds_config {path}: {error}") from None
+    if typed.bf16.enabled:  # DeepSpeed's default would add micro-batches up in 8 bits of mantissa
+        values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values["train_batch_size"] = config.global_batch_size
     values["train_micro_batch_size_per_gpu"] = micro
     values["gradient_accumulation_steps"] = accumulation
@@ -115,12 +117,6 @@ def _check(typed: DeepSpeedJson, values: dict[str, Any], optimizer: OptimizerCon
     precision = typed.data_types.grad_accum_dtype
     if precision == "bf16" and not half:
         raise ValueError("data_types.grad_accum_dtype=bf16 does not go with fp32 weights; enable bf16 too")
-    if zero.stage == 1 and half and precision == "fp32":
-        # DeepSpeed uses a separate optimizer here, in which judge_grad_norm cannot skip a step.
-        raise ValueError(
-            "data_types.grad_accum_dtype=fp32 with bf16 and stage 1 is not supported; "
-            "set zero_optimization.stage to 2 or 3"
-        )
     if optimizer.kind == "muon" and zero.stage == 3 and given.get("reduce_scatter"):
         raise ValueError("reduce_scatter=true does not go with optimizer.kind=muon under ZeRO-3; delete it")
     if typed.zero_force_ds_cpu_optimizer:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -55,6 +56,9 @@ T = TypeVar("T")
 # resumed run would meet the shapes in another order and might round differently. Without compilation, the
 # compiler, which takes seconds to import, is not imported at all.
 compiler.compile = lambda: compiler.dummy_decorator
+# For ZeRO-1 in bf16 with fp32 accumulation DeepSpeed would take another optimizer, in which judge_grad_norm
+# cannot skip a step. Its optimizer of stages 1 and 2 accumulates in fp32 too.
+DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMIZATION
 
 
 class _Snapshots(CheckpointEngine):
