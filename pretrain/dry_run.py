@@ -38,6 +38,7 @@ def describe(run: Outline) -> str:
         f"starts from      {_start(run)}, ends after step {config.max_steps}",
         *([] if run.start is None else [f"weights          {run.start.summary()}", *run.start.notes()[1:]]),
         f"data             {_data(run)}",
+        *_unchecked(run),
         *(f"set but unused   {line}" for line in unused_keys(model)),
         f"parameters       {total:,} ({active:,} active per token)",
         f"FLOPs per token  {forward:.4g} forward, {training:.4g} in training, at {depths}",
@@ -78,6 +79,17 @@ def _data(run: Outline) -> str:
         return f"{path}, a vocabulary of {vocabulary}"
     given = "from model.vocab_size" if "vocab_size" in run.config.model else "assumed"
     return f"{path} IS NOT BUILT YET: a vocabulary of {vocabulary}, {given}"
+
+
+def _unchecked(run: Outline) -> list[str]:
+    """What only the data can tell."""
+    if isinstance(run, Run):
+        return []
+    tokens = run.config.max_steps * run.config.tokens_per_step
+    return [
+        "not checked      whether the tokenizer has that vocabulary, how often the data hold the "
+        f"{tokens:,} tokens of the run, and whether a checkpoint in output_dir fits them"
+    ]
 
 
 def _start(run: Outline) -> str:

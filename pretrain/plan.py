@@ -1,12 +1,15 @@
 """Predicts memory, communication and step time of a training run on GPUs that are not available here.
 
     python pretrain/plan.py --model large --gpus 256 --ep 8
+    python pretrain/plan.py --size 1B --tokens 20B --gpus 64 > 1b_moe.yaml
 
---model is a preset, or the YAML of a run whose model is read. Whatever is not given (ep, ZeRO stage,
-micro-batch, activation checkpointing) is searched for the most tokens/s that fit; with several numbers of
-GPUs the best layout for each is listed. Bytes follow from the model and from what DeepSpeed sends
-(planning/communication.py and planning/memory.py, tested against it on 2 and 4 CPU ranks). STEP TIMES ARE
-PREDICTED AND UNVERIFIED, see planning/search.py. A run whose depth changes is planned at its deepest.
+--model is a preset, or the YAML of a run whose model is read. --size is one dial instead: it gives a model,
+its batch, learning rate and layout, printed as the YAML of a run (docs/SCALING.md has the rules). Whatever
+is not given (ep, ZeRO stage, micro-batch, activation checkpointing) is searched for the most tokens/s that
+fit; with several numbers of GPUs the best layout for each is listed. Bytes follow from the model and from
+what DeepSpeed sends (planning/communication.py and planning/memory.py, tested against it on 2 and 4 CPU
+ranks). STEP TIMES ARE PREDICTED AND UNVERIFIED, see planning/search.py. A run whose depth changes is planned
+at its deepest.
 """
 
 import argparse
@@ -25,25 +28,34 @@ from model.counts import num_parameters
 from pretrain.depths import deepest
 from pretrain.planning.layout import Hardware, Layout, Loads
 from pretrain.planning.search import LayoutPlan, describe, search
+from pretrain.planning.size_files import looped_yaml, run_yaml
+from pretrain.planning.sizes import Sized, sized
 from pretrain.run_config import load_run_config
 
+SEQUENCE_LENGTH, ROWS = 2048, 2048  # of a step of --model
 SEARCHED = ("ep", "stage", "micro_batch_size", "checkpointing")
 
 
 def main() -> None:
     arguments = _parse()
     with user_errors(ValueError, OSError):
-        config = deepest(read_model(arguments.model))
+        run = read_size(arguments)
+        config = deepest(read_model(arguments.model)) if run is None else _form(run, arguments.looped)
         hardware = read_hardware(arguments.hardware)
         loads = None if arguments.loads is None else read_loads(arguments.loads)
         fixed = {name: getattr(arguments, name) for name in SEARCHED if getattr(arguments, name) is not None}
-        fixed["sequence_length"] = arguments.sequence_length
+        length = SEQUENCE_LENGTH if arguments.sequence_length is None else arguments.sequence_length
+        fixed["sequence_length"] = length if run is None else run.sequence_length
         for n in arguments.gpus:
             checked_values(Layout, {**fixed, "gpus": n}, "")
-        rows = as_type(Count, arguments.global_batch_size, "--global_batch_size")
-        plans = [search(config, hardware, rows, {**fixed, "gpus": n}, loads) for n in arguments.gpus]
+        given = ROWS if arguments.global_batch_size is None else arguments.global_batch_size
+        given = as_type(Count, given, "--global_batch_size")
+        rows = {n: given if run is None else run.rows(n) for n in arguments.gpus}
+        plans = [search(config, hardware, rows[n], {**fixed, "gpus": n}, loads) for n in arguments.gpus]
     if arguments.json:
         print(json.dumps([as_dict(p) for p in plans], indent=2))
+    elif run is not None and len(plans) == 1:
+        print((looped_yaml if arguments.looped else run_yaml)(run, plans[0]), end="")
     elif len(plans) == 1:
         print(as_text(arguments.model, config, plans[0], hardware))
     else:
@@ -52,7 +64,15 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict a training run on GPUs that are not here.")
-    parser.add_argument("--model", required=True, help="preset (python -m model lists them) or YAML of a run")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="preset (python -m model lists them) or YAML of a run")
+    what.add_argument("--size", help="parameters in total, such as 130M or 1B: plans a run of that size")
+    parser.add_argument(
+        "--tokens", help="with --size: tokens of the run, such as 20B; default: 20 per parameter"
+    )
+    parser.add_argument(
+        "--looped", action="store_true", help="with --size: the middle half of the layers twice"
+    )
     parser.add_argument(
         "--gpus", type=int, required=True, nargs="+", help="one number, or several for a table"
     )
@@ -62,8 +82,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--checkpointing", choices=CHECKPOINTING, help="default: the better of none and block"
     )
-    parser.add_argument("--sequence_length", type=int, default=2048, help="tokens per row")
-    parser.add_argument("--global_batch_size", type=int, default=2048, help="rows per step, over all GPUs")
+    parser.add_argument(
+        "--sequence_length", type=int, help=f"tokens per row of --model (default: {SEQUENCE_LENGTH})"
+    )
+    parser.add_argument(
+        "--global_batch_size", type=int, help=f"rows per step of --model, over all GPUs (default: {ROWS})"
+    )
     parser.add_argument(
         "--loads", type=Path, help="metrics.jsonl whose last expert_load is used; default: even loads"
     )
@@ -76,6 +100,24 @@ def _parse() -> argparse.Namespace:
         help="figures that replace an H100's: " + ", ".join(f.name for f in dataclasses.fields(Hardware)),
     )
     return parser.parse_args()
+
+
+def read_size(arguments: argparse.Namespace) -> Sized | None:
+    """The run of --size, if it was given.
+
+    Raises:
+        ValueError: a flag that goes with --model alone, or with --size alone; one line.
+    """
+    sizes, models = ("tokens", "looped"), ("sequence_length", "global_batch_size")
+    wrong, other = (sizes, "--size") if arguments.size is None else (models, "--model")
+    for flag in wrong:
+        if getattr(arguments, flag) not in (None, False):
+            raise ValueError(f"--{flag} goes with {other} alone; leave it out")
+    return None if arguments.size is None else sized(arguments.size, arguments.tokens)
+
+
+def _form(run: Sized, looped: bool) -> ModelConfig:
+    return run.looped if looped else run.config
 
 
 def read_model(name: str) -> ModelConfig:

@@ -1,5 +1,6 @@
 """What a plan is computed from: the model's tensors, the layout of the run, the hardware."""
 
+import functools
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -69,6 +70,7 @@ class Layout:
     sequence_length: Count = 2048  # tokens
     checkpointing: str = "none"  # as execution.checkpointing
     element_bytes: int = 2  # of weights, gradients, activations: bf16
+    reduction_bytes: int = 4  # of gradients where ranks add them up: communication_data_type of ds_configs/
     gpus_per_node: GPUs = 8
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 
@@ -134,9 +136,14 @@ class Part:
         """Elements that one rank keeps under ZeRO-3, which pads each tensor, by process group."""
         world, data = layout.group("world")[0], layout.group("expert_data")[0]
         return {
-            "world": sum(math.ceil(n / world) for n in self.dense),
-            "expert_data": sum(math.ceil(n // layout.ep / data) for n in self.experts),
+            "world": _sharded(self.dense, 1, world),
+            "expert_data": _sharded(self.experts, layout.ep, data),
         }
+
+
+@functools.cache
+def _sharded(sizes: tuple[int, ...], ep: int, ranks: int) -> int:
+    return sum(math.ceil(n // ep / ranks) for n in sizes)
 
 
 def model_parts(config: ModelConfig, without: Collection[str] = ()) -> dict[str, Part]:

@@ -38,6 +38,7 @@ SOME_USES = {"max_reuse_distance": 150_000, "prefetch_bucket_size": 0}
 
 
 def case(stage: int, ep: int, accumulation: int = 1, **other: Any) -> dict[str, Any]:
+    width = other.pop("element_bytes", 2)
     return {
         "stage": stage,
         "ep": ep,
@@ -45,7 +46,8 @@ def case(stage: int, ep: int, accumulation: int = 1, **other: Any) -> dict[str, 
         "accumulation": accumulation,
         "sequence_length": 64,
         "checkpointing": other.pop("checkpointing", "none"),
-        "element_bytes": other.pop("element_bytes", 2),
+        "element_bytes": width,
+        "reduction_bytes": other.pop("reduction_bytes", width),
         "model": SMALL | other.pop("model", {}),
         **other,
     }
@@ -58,9 +60,11 @@ TWO_RANKS = {
     "blocks recomputed": case(3, 2, zero=EVERY_USE, checkpointing="block", element_bytes=4),
     "steps recomputed": case(3, 2, 2, zero=EVERY_USE, checkpointing="iteration"),
     "no expert parallelism": case(3, 1, 2),
+    "reduced in fp32": case(3, 2, 2, reduction_bytes=4),
     "ZeRO-2": case(2, 2, 2),
     "ZeRO-1": case(1, 2, 2, model={"num_nextn_predict_layers": 1}),
     "ZeRO-1, no expert parallelism": case(1, 1),
+    "ZeRO-1, reduced in fp32": case(1, 2, 2, reduction_bytes=4),
 }
 FOUR_RANKS = {
     "experts sharded twice": case(3, 2, 2, zero=EVERY_USE),
