@@ -1,13 +1,13 @@
 """Matrix products in FP8 as DeepSeek-V3 trains them (arXiv 2412.19437, section 3.3): execution.precision=fp8.
 
 Every operand is E4M3. Activations and gradients are scaled by tiles of 1 x 128 numbers along the dimension
-that is summed over, weights by blocks of 128 x 128; a scale is the largest magnitude / 448, in fp32. The three
-products of a linear layer, forward, to the rows' gradient and to the weight's, sum 128 products at a time and
-add these sums, scaled, in fp32. For the weight's gradient both operands have tiles along the tokens.
+they are summed over, weights by blocks of 128 x 128; a scale is the largest magnitude / 448, in fp32. The
+three products of a linear layer, forward, to the rows' gradient and to the weight's, sum 128 products at a
+time and add these sums, scaled, in fp32. For the weight's gradient both operands have tiles along the tokens.
 
-Where this differs from the paper: no scale is a power of two. The paper rounds them so for activations that it
-keeps in FP8 and scales a second time for the weight's gradient; here what backward needs stays in the
-model's dtype and scaled once per product. For the same reason attention's output needs no E5M6.
+Where this differs from the paper: no scale is a power of two. The paper rounds some to powers of two, those
+of activations that it keeps in FP8 and scales again for the weight's gradient. Here backward reads what the
+forward pass kept in the model's dtype: every operand is rounded once, and attention's output needs no E5M6.
 
 Shapes: n rows, E experts. An operand of a product is (rows or columns of the result, length of the sum).
 """
@@ -89,8 +89,8 @@ def product(a: Scaled, b: Scaled, shape: tuple[int, int], dtype: torch.dtype) ->
 def emulated(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     """The product in plain torch, the same bits at any shape and on any number of threads.
 
-    Products of E4M3 are multiples of 2^-18 below 2^18, so fp64 adds 128 of them exactly: each sum is
-    rounded once to fp32, scaled, and added in fp32 in the order of the tiles. Hopper's cores keep fewer digits.
+    Products of E4M3 are multiples of 2^-18 below 2^18, so fp64 adds 128 of them exactly: each sum is rounded
+    once to fp32, scaled, and added in fp32 in the order of the tiles. Hopper's cores keep fewer digits.
     """
     scales_b = b.scales.repeat_interleave(BLOCK, 0) if b.in_blocks else b.scales
     out = a.values.new_zeros(len(a.values), len(b.values), dtype=torch.float32)
@@ -103,25 +103,25 @@ def emulated(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
 
 
 def on_device(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
-    """The product by cuBLAS, whose scales have adjacent rows; those of blocks are padded to 4 along the sum.
+    """The product by cuBLAS. Rows of scales are adjacent; blocks have theirs as (sum, columns), padded to 4.
 
     torch 2.13 has it for compute capability 9 and CUDA 12.9 or later; see execution.require_fp8.
     """
-    scales_b = F.pad(b.scales, (0, -b.scales.shape[1] % 4)).T if b.in_blocks else _rows_first(b.scales)
+    scales_b = F.pad(b.scales.T, (0, 0, 0, -b.scales.shape[1] % 4)) if b.in_blocks else b.scales
     return F.scaled_mm(
         a.values,
         b.values.T,
-        _rows_first(a.scales),
+        _rows_adjacent(a.scales),
         F.ScalingType.BlockWise1x128,
-        scales_b,
+        _rows_adjacent(scales_b),
         F.ScalingType.BlockWise128x128 if b.in_blocks else F.ScalingType.BlockWise1x128,
         output_dtype=dtype,
     )
 
 
-def _rows_first(scales: Tensor) -> Tensor:
-    """The same (R, L/128) with strides (1, R)."""
-    return scales.T.contiguous().T
+def _rows_adjacent(scales: Tensor) -> Tensor:
+    """The same (R, C) with strides (1, R); contiguous() would leave a single column as it is."""
+    return scales.T.clone(memory_format=torch.contiguous_format).T
 
 
 def fp8_forward(rows: Tensor, weight: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class GroupedFp8:
         return torch.cat(out)[places]
 
     def _places(self, multiple: int) -> tuple[Tensor, list[int]]:
-        """Places (n,) of the rows if each expert starts at a multiple; where each starts, and the last ends."""
+        """Places (n,) of the rows if each expert starts at a multiple, and the experts' bounds."""
         missing = -self.counts % multiple
         shift = (missing.cumsum(0) - missing).repeat_interleave(self.counts, output_size=sum(self.sizes))
         bounds = accumulate((size + -size % multiple for size in self.sizes), initial=0)
