@@ -356,7 +356,7 @@ def test_weights_that_need_no_gradient_get_none():
 
 
 def learn(precision: str, steps: int) -> list[float]:
-    """Losses of a small looped mixture of experts in bf16, whose fp32 master weights are kept as by DeepSpeed."""
+    """Losses of a small looped mixture of experts in bf16 with fp32 master weights, as under DeepSpeed."""
     sizes: dict[str, Any] = {"hidden_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2}
     model = fp8_model(precision, **LOOP, **sizes, moe_intermediate_size=48)
     masters = [parameter.detach().clone() for parameter in model.parameters()]
@@ -445,7 +445,7 @@ def test_devices_that_cannot_are_refused(monkeypatch, device, dtype, capability,
         require_fp8(device, dtype)
 
 
-def test_hopper_and_cpus_are_not_refused(monkeypatch, tokens):
+def test_hopper_and_cpus_are_not_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.9")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     require_fp8.cache_clear()
