@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from model.backends.blockwise import BlockwiseMask, blockwise_mask
 from model.backends.flash import Documents, choose_kernels, row_documents
 from model.cache import LatentCache, full_mask, kept_keys, slot_of
-from model.config.execution import DOCUMENT_BACKENDS, ExecutionConfig, attention_backend
+from model.config.execution import DOCUMENT_BACKENDS, ExecutionConfig, attention_backend, require_fp8
 from model.config.model import ModelConfig
 from model.config.recurrence import RecurrenceConfig
 from model.layers import rotations
@@ -142,6 +142,8 @@ def build_context(
         context.positions = position_ids
     else:
         context.rotation = rotations(position_ids, config)
+    if execution.precision == "fp8":
+        require_fp8(tokens.device.type, dtype)
     plain = config.plain_head_dim
     widths = (config.qk_head_dim, config.v_head_dim) if config.use_mla else (plain, plain)
     packed = cu_seqlens is not None

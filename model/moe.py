@@ -123,7 +123,8 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
-        self.expert_ids, self.execution = expert_ids, execution  # global numbers of the experts held here
+        self.expert_ids = expert_ids  # global numbers of the experts held here
+        self.backend = "fp8" if execution.precision == "fp8" else execution.experts
         E, D, width = len(expert_ids), config.hidden_size, config.moe_intermediate_size
         self.widths, self.gated = (D, width), config.hidden_act == "silu"
         self.w1 = nn.Parameter(torch.empty(E, width, D))
@@ -136,10 +137,10 @@ class Experts(nn.Module):
 
         Experts without rows still take part, so that every weight always has a gradient.
         """
-        backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
-        if few_rows(x) and len(x):
+        backend = expert_backend(self.backend, x.device.type, x.dtype, self.widths)
+        if few_rows(x) and len(x) and backend != "fp8":
             return self._decode(x, counts)
-        products, dtype = expert_products(backend, counts), product_dtype(x)
+        products, dtype = expert_products(backend, counts), x.dtype if backend == "fp8" else product_dtype(x)
         if not self.gated:
             return SquaredReluFeedForward.apply(x, self.w1, self.w2, products, dtype)
         return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, dtype)

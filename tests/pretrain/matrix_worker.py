@@ -50,7 +50,9 @@ def configs(case: dict[str, Any]) -> tuple[RunConfig, ModelConfig]:
         ep_size=case["ep_size"],
         global_batch_size=ROWS,
         micro_batch_size=ROWS // world_size() // case["accumulation"],
-        execution=ExecutionConfig(checkpointing=case["checkpointing"]),
+        execution=ExecutionConfig(
+            checkpointing=case["checkpointing"], precision=case.get("precision", "auto")
+        ),
     )
     run.optimizer.clip = case["clip"]
     model = ModelConfig(
@@ -69,7 +71,8 @@ def configs(case: dict[str, Any]) -> tuple[RunConfig, ModelConfig]:
 
 
 def plain(run: RunConfig, config: ModelConfig) -> list[dict[str, Any]]:
-    model = ZeroModel(config, seed=run.seed).train()
+    execution = ExecutionConfig(precision=run.execution.precision)
+    model = ZeroModel(config, seed=run.seed, execution=execution).train()
     optimizer = build_optimizer(model, run.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -142,6 +145,7 @@ def compare(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[
     """The largest differences over the steps."""
     report: dict[str, Any] = dict.fromkeys(("loss", "norm", "gradient", "gradient_relative"), 0.0)
     report["missing"], report["smallest_norm"] = [], float("inf")
+    report["first_loss"] = abs(ours[0]["loss"] - expected[0]["loss"])
     for a, b in zip(ours, expected, strict=True):
         report["loss"] = max(report["loss"], abs(a["loss"] - b["loss"]))
         report["norm"] = max(report["norm"], abs(a["norm"] - b["norm"]))
