@@ -10,9 +10,10 @@ stays if it fails, runs out of time or is interrupted. The exit status is 1 if a
 It needs no `make setup` where torch has CUDA: bring these packages as wheels, put them and the root of
 this checkout on PYTHONPATH, and start it from there. DeepSpeed has no wheel: `DS_BUILD_OPS=0 pip wheel
 --no-deps deepspeed==0.19.8` makes one. Beside torch and numpy:
-    deepspeed, with einops, hjson, msgpack, ninja, packaging, psutil, py-cpuinfo, pydantic, tqdm
-    omegaconf, with antlr4-python3-runtime and PyYAML
-    fsspec, pyarrow, rensa, safetensors, sentencepiece, webdataset, xxhash, zstandard
+    deepspeed, with einops, hjson, msgpack, ninja, packaging, psutil, py-cpuinfo, tqdm, and pydantic with
+    annotated-types, pydantic-core, typing-inspection
+    omegaconf, with PyYAML; webdataset, with braceexpand
+    rensa, safetensors, sentencepiece, xxhash
 """
 
 import argparse

@@ -84,23 +84,46 @@ def test_the_command_prints_the_table(tmp_path):
     assert counted < wall
 
 
-def test_backends_that_do_not_run_show_their_version_and_error(tmp_path):
+def test_backends_that_do_not_run_show_their_version_and_error(tmp_path, measuring, monkeypatch, capsys):
     out = tmp_path / "gpu.json"
     flags = ["--device", "cpu", "--runs", "1", "--batch", "2", "--length", "16", "--peak_tflops", "0.5"]
-    done, _ = run("gpu.py", *flags, "--attention", "sdpa,flash_attn", "--experts", "loop", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    sdpa, flash, loop = json.loads(out.read_text())["results"]
-    for result in (sdpa, loop):
-        config = ModelConfig.from_dict({**json.loads(out.read_text())["machine"]["sizes"]})
-        forward_and_backward = 3 * flops_per_token(config, 16) * 2 * 16
-        expected = forward_and_backward / result["seconds"][0] / 0.5e12
-        assert result["mfu"] == pytest.approx(expected)
-        assert f"{expected:.1%}" in done.stdout
+    flags += ["--attention", "flash_attn", "--experts", "loop", "--sizes", json.dumps(SIZES)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags, "--out", str(out)])
+    importlib.import_module("gpu").main()
+    printed = capsys.readouterr().out
+    flash, loop = json.loads(out.read_text())["results"]
+    config = ModelConfig.from_dict({**json.loads(out.read_text())["machine"]["sizes"]})
+    forward_and_backward = 3 * flops_per_token(config, 16) * 2 * 16
+    expected = forward_and_backward / loop["seconds"][0] / 0.5e12
+    assert loop["mfu"] == pytest.approx(expected)
+    assert f"{expected:.1%}" in printed
     assert flash["mfu"] is None
     assert "seconds" not in flash
     assert "flash-attn 2.8.3" in flash["versions"]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("flash_attn"))
+    line = next(x for x in printed.splitlines() if x.startswith("flash_attn"))
     assert "flash_attn needs a GPU" in line
+
+
+def test_the_model_is_timed_on_the_documents_that_training_hands_it(measuring, monkeypatch):
+    gpu, given = importlib.import_module("gpu"), list[dict[str, Any]]()
+
+    def forward(model: nn.Module, arguments: Any, more: dict[str, Any]) -> None:
+        given.append(more)
+
+    def built(*arguments: Any) -> nn.Module:
+        model = measuring.our_model(*arguments)
+        model.register_forward_pre_hook(forward, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(gpu, "our_model", built)
+    gpu.measure(ModelConfig.from_dict(SIZES), "auto", "auto", "cpu", 2, 16, 1)
+    assert len(given) == 3  # a warm-up, a counted run, the one whose memory is measured
+    for inputs in given:
+        starts = inputs["cu_seqlens"]
+        assert starts.shape[0] == 2
+        assert inputs["documents"].boundaries.tolist() == sorted(
+            {*(starts + 16 * torch.arange(2)[:, None]).flatten().tolist()}
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
