@@ -1,7 +1,7 @@
 """Everything that only a GPU can show, in one command of at most 8 minutes: a table and a JSON file.
 
     python bench/gpu_check.py [--config YAML] [--ds_config JSON] [--only NAME,...]      (make gpu-check)
-    python bench/gpu_check.py --device cpu       all but the CUDA kernels at tiny sizes, in about a minute
+    python bench/gpu_check.py --device cpu       all but the CUDA kernels at tiny sizes, in a minute or two
 
 Checks run one after the other, the most important first, each in a process of its own with its own share of
 the time; what it leaves goes to the next. The JSON file is rewritten after each, and whatever a check found

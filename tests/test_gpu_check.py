@@ -177,6 +177,13 @@ def test_the_shares_are_the_whole_time_and_parity_comes_first(check):
     assert check.NAMES[:3] == ("parity", "waits", "real size")
 
 
+def test_what_is_measured_by_default_exists(check, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    arguments = check._parse()
+    assert (ROOT / arguments.config).is_file()
+    assert (ROOT / arguments.ds_config).is_file()
+
+
 @pytest.fixture
 def scripted(check, tmp_path, monkeypatch) -> Any:
     """Runs checks whose processes only run some Python, which may add lines to the table by `note(...)`."""
