@@ -425,10 +425,13 @@ def test_the_first_steps_follow_bf16():
 
 @pytest.mark.slow
 def test_a_looped_mixture_of_experts_learns_as_in_bf16():
-    """400 steps."""
-    fp8, bf16 = learn("fp8", 400), learn("auto", 400)
-    ends = [sum(losses[-20:]) / 20 for losses in (fp8, bf16)]
-    print(ends, fp8[::50], bf16[::50])
+    """300 steps: means over a hundred differ by 0.002, -0.002 and 0.05, while the loss falls by 3.3."""
+    fp8, bf16 = (
+        [sum(losses[i : i + 100]) / 100 for i in (0, 100, 200)]
+        for losses in (learn("fp8", 300), learn("auto", 300))
+    )
+    assert all(abs(a - b) < limit for a, b, limit in zip(fp8, bf16, (0.02, 0.05, 0.15), strict=True))
+    assert fp8[2] < 1.0
 
 
 def test_trained_weights_load_without_fp8(tokens):
