@@ -123,7 +123,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
-        self.expert_ids = expert_ids  # global numbers of the experts held here
+        self.expert_ids, self.execution = expert_ids, execution  # global numbers of the experts held here
         self.backend = "fp8" if execution.precision == "fp8" else execution.experts
         E, D, width = len(expert_ids), config.hidden_size, config.moe_intermediate_size
         self.widths, self.gated = (D, width), config.hidden_act == "silu"

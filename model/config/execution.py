@@ -26,7 +26,7 @@ PRECISIONS = ("auto", "fp8")
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Switches that change no result; not part of a checkpoint.
+    """Switches that change no result but by rounding; not part of a checkpoint.
 
     Raises:
         ValueError: unknown value.

@@ -261,6 +261,35 @@ def test_a_gpu_is_asked_for_what_it_takes_and_computes_the_same_bits(sizes):
     assert len(calls) == (3 if n else 0)
 
 
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="no H100 or H200"
+)
+
+
+@pytest.mark.gpu
+@HOPPER
+@pytest.mark.parametrize("sizes", [(5, 130, 40), (130, 512, 640), (1000, 2048, 1408), (1, 1, 1)])
+def test_a_gpu_computes_what_the_cpu_emulates(sizes):
+    """Operands to the bit; products up to the digits that Hopper drops, and bf16's rounding."""
+    n, inner, outer = sizes
+    x, w, g = (numbers(s).bfloat16() for s in ((n, inner), (outer, inner), (n, outer)))
+    for scaled in (tiles, blocks):
+        for ours, expected in zip(scaled(x.cuda()), scaled(x), strict=True):
+            assert torch.equal(ours.cpu().float(), expected.float())
+    counts = torch.tensor([n // 3, 0, n - n // 3])
+    stacked = w.expand(3, -1, -1).contiguous()
+    grouped = [GroupedFp8(counts.to(name)) for name in ("cuda", "cpu")]
+    pairs = [
+        (product(a.cuda(), b.cuda()), product(a, b))
+        for product, a, b in ((fp8_forward, x, w), (fp8_to_rows, g, w), (fp8_to_weight, g, x))
+    ]
+    pairs.append((grouped[0].forward(x.cuda(), stacked.cuda()), grouped[1].forward(x, stacked)))
+    pairs.append((grouped[0].to_weight(g.cuda(), x.cuda()), grouped[1].to_weight(g, x)))
+    for ours, expected in pairs:
+        apart = (ours.cpu().double() - expected.double()).norm()
+        assert apart <= 4e-3 * expected.double().norm()
+
+
 # Every expert sees every token, so that rounding changes no choice.
 ALL_CHOSEN = {"n_routed_experts": 3, "num_experts_per_tok": 3}
 
@@ -396,10 +425,13 @@ def test_the_first_steps_follow_bf16():
 
 @pytest.mark.slow
 def test_a_looped_mixture_of_experts_learns_as_in_bf16():
-    """400 steps."""
-    fp8, bf16 = learn("fp8", 400), learn("auto", 400)
-    ends = [sum(losses[-20:]) / 20 for losses in (fp8, bf16)]
-    print(ends, fp8[::50], bf16[::50])
+    """300 steps: means over a hundred differ by 0.002, -0.002 and 0.05, while the loss falls by 3.3."""
+    fp8, bf16 = (
+        [sum(losses[i : i + 100]) / 100 for i in (0, 100, 200)]
+        for losses in (learn("fp8", 300), learn("auto", 300))
+    )
+    assert all(abs(a - b) < limit for a, b, limit in zip(fp8, bf16, (0.02, 0.05, 0.15), strict=True))
+    assert fp8[2] < 1.0
 
 
 def test_trained_weights_load_without_fp8(tokens):

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -141,6 +142,16 @@ def full_gradients(engine: Engine, ep_size: int) -> dict[str, Tensor]:
     return gradients
 
 
+def refusal(run: RunConfig, config: ModelConfig) -> str:
+    """What the engine says to a run in fp32 on a GPU."""
+    with patch("pretrain.engine.device", lambda: torch.device("cuda")):
+        try:
+            Engine(run, config, {})
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def compare(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, Any]:
     """The largest differences over the steps."""
     report: dict[str, Any] = dict.fromkeys(("loss", "norm", "gradient", "gradient_relative"), 0.0)
@@ -171,6 +182,8 @@ def main() -> None:
         ours, spread = distributed(run, config, case)
         if rank() == 0:
             report = compare(ours, plain(run, config)) | {"case": case, "bias_spread": spread}
+            if "precision" in case:
+                report["refusal"] = refusal(run, config)
             print("REPORT " + json.dumps(report), flush=True)
 
 
