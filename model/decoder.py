@@ -60,7 +60,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        compiled = self.compiled and context.cache is None  # with a cache, lengths grow
+        # Not with a cache, where lengths grow, nor where loop steps keep keys: each would be compiled by itself.
+        compiled = self.compiled and context.cache is None and context.loop is None
         x, normed, attention = maybe_compiled(self._attend, compiled, x, context)
         statistics = None
         if isinstance(self.mlp, MoE):

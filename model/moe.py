@@ -217,7 +217,8 @@ class MoE(nn.Module):
             out = out + maybe_compiled(self.shared_experts, self.execution.compile, tokens)
         if not statistics:
             return out.view_as(x), None
-        return out.view_as(x), self._statistics(routing, x.shape[0], token_mask, row_weights)
+        inputs = (routing, x.shape[0], token_mask, row_weights)
+        return out.view_as(x), maybe_compiled(self._statistics, self.execution.compile, *inputs)
 
     def _statistics(
         self, routing: Routing, B: int, token_mask: Tensor | None, row_weights: Tensor | None

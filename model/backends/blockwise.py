@@ -38,7 +38,7 @@ class BlockwiseAttention(torch.autograd.Function):
         out = torch.empty_like(value)
         for begin, start, end in _blocks(query, mask):
             weights = _weights(query, key, mask, scale, begin, start, end)
-            torch.bmm(weights, value[:, begin:end], out=out[:, start:end])
+            out[:, start:end].baddbmm_(weights, value[:, begin:end], beta=0)  # bmm(out=) breaks a graph
         return out
 
     @staticmethod

@@ -39,8 +39,14 @@ def told(boundaries: list[int]) -> Documents:
     return Documents(ends, int(ends.diff().max()))
 
 
-@pytest.mark.parametrize("backend", DOCUMENT_BACKENDS)
-@pytest.mark.parametrize("variant", ["deepseek", "wide_values", "grouped_query", "normed", "loop", "pause"])
+@pytest.mark.parametrize(
+    ("backend", "variant"),
+    [
+        *(("varlen", variant) for variant in ("wide_values", "grouped_query", "normed", "loop", "pause")),
+        ("flash_attn", "deepseek"),
+        ("flash_attn_4", "deepseek"),
+    ],
+)
 def test_numbers_and_gradients_are_those_of_sdpa(build, tokens, kernels, backend, variant):
     results = []
     for name, documents in ((backend, told(BOUNDARIES)), (backend, None), ("sdpa", None)):
