@@ -51,6 +51,7 @@ class ZeroSettings:
 
     reduce_bucket_size: float = 5e8
     max_reuse_distance: float = 1e9  # stage 3 keeps what is used again within this many parameters
+    sub_group_size: float = 1e9  # stage 3 updates at most this many of a rank's elements at once
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Layout:
     sequence_length: Count = 2048  # tokens
     checkpointing: str = "none"  # as execution.checkpointing
     element_bytes: int = 2  # of weights, gradients, activations: bf16
+    gradient_bytes: int | None = None  # of accumulated gradients: grad_accum_dtype; None: as element_bytes
     gpus_per_node: GPUs = 8
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 

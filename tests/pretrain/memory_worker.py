@@ -2,9 +2,10 @@
 
     memory_worker.py FOLDER CASE_AS_JSON
 
-Every rank writes FOLDER/RANK.json: peaks in bytes, without what the process held before the engine was built.
+Every rank writes FOLDER/RANK.json: peaks in bytes, without what the process holds after a tiny model's step.
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -21,6 +22,7 @@ from pretrain.engine import Engine
 from pretrain.process_group import init_process_group, rank, world_size
 
 CLEAR = Path("/proc/self/clear_refs")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def resident(field: str) -> int:
@@ -67,6 +69,8 @@ def built(case: dict[str, Any], **sizes: int) -> Engine:
 
 def main() -> None:
     folder, case = Path(sys.argv[-2]), json.loads(sys.argv[-1])
+    if case["freed"]:  # glibc would keep freed blocks of up to 32 MiB, so that more is resident than in use
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     init_process_group()
     tiny = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
     engine = built(case, **tiny)  # what it leaves behind is the interpreter's own
