@@ -38,7 +38,6 @@ SOME_USES = {"max_reuse_distance": 150_000, "prefetch_bucket_size": 0}
 
 
 def case(stage: int, ep: int, accumulation: int = 1, **other: Any) -> dict[str, Any]:
-    width = other.pop("element_bytes", 2)
     return {
         "stage": stage,
         "ep": ep,
@@ -46,8 +45,8 @@ def case(stage: int, ep: int, accumulation: int = 1, **other: Any) -> dict[str, 
         "accumulation": accumulation,
         "sequence_length": 64,
         "checkpointing": other.pop("checkpointing", "none"),
-        "element_bytes": width,
-        "reduction_bytes": other.pop("reduction_bytes", width),
+        "element_bytes": other.pop("element_bytes", 2),
+        "reduction_bytes": other.pop("reduction_bytes", None),
         "model": SMALL | other.pop("model", {}),
         **other,
     }
