@@ -237,7 +237,7 @@ def test_the_search_finds_the_best_that_fits():
     for stage in (1, 2, 3):
         for ep in (1, 2, 4, 8):
             for micro in (1, 2, 4, 8):
-                layout = Layout(8, ep, stage, micro, 8 // micro)
+                layout = Layout(8, ep, stage, micro, 8 // micro, gradient_bytes=4, reduction_bytes=4)
                 other = plan(config, layout, Hardware())
                 assert other.tokens_per_second <= best + 10 or other.memory_bytes > Hardware().usable_bytes
     tight = Hardware(memory_bytes=found.memory_bytes / 0.9 * 0.7)
