@@ -20,32 +20,46 @@ def initialize(model: Any, seed: int, given: Callable[[Tensor], bool] = lambda p
     Args:
         given: whether a parameter already has its value, which then stays.
     """
-    std = model.config.initializer_range
-    for module_name, module in model.named_modules():
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if given(parameter):
-                continue
-            stream = f"{seed}:{module_name}.{name}"
-            if isinstance(module, Experts):
-                for row, expert in zip(parameter, module.expert_ids, strict=True):
-                    _fill(row, std, f"{stream}:{expert}")
-            elif isinstance(module, RetrofitInjection):
-                module.start()
-            elif isinstance(module, Linear) and name == "bias":
-                parameter.fill_(module.initial_bias)
-            elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding):
-                parameter.zero_()
-            elif isinstance(module, nn.LayerNorm):
-                parameter.fill_(float(name == "weight"))
-            elif isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            elif isinstance(module, CausalMixing):
-                _fill(parameter, module.initial_std, stream)
-            else:
-                _fill(parameter, std, stream)
+            if not given(parameter):
+                fill_initial(parameter, module, path, name, model.config.initializer_range, seed)
 
 
-def _fill(parameter: Tensor, std: float, stream: str) -> None:
+def fill_initial(value: Tensor, module: nn.Module, path: str, name: str, std: float, seed: int) -> None:
+    """Writes the initial value of one parameter of a model.
+
+    Args:
+        value: in its shape, of any floating type, wherever it is to be.
+        module: its owner, of which no parameter is read.
+        path: the owner's name in the model.
+        name: the parameter's name in its owner.
+        std: standard deviation.
+    """
+    stream = f"{seed}:{path}.{name}"
+    if isinstance(module, Experts):
+        for row, expert in zip(value, module.expert_ids, strict=True):
+            _fill(row, std, f"{stream}:{expert}")
+    elif isinstance(module, RetrofitInjection):
+        module.start(name, value)
+    elif isinstance(module, Linear) and name == "bias":
+        value.fill_(module.initial_bias)
+    elif isinstance(module, Linear) and module.zero or isinstance(module, IterationEmbedding):
+        value.zero_()
+    elif isinstance(module, nn.LayerNorm):
+        value.fill_(float(name == "weight"))
+    elif isinstance(module, RMSNorm):
+        value.fill_(1.0)
+    elif isinstance(module, CausalMixing):
+        _fill(value, module.initial_std, stream)
+    else:
+        _fill(value, std, stream)
+
+
+def _fill(value: Tensor, std: float, stream: str) -> None:
     seed = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:7], "little")
     generator = torch.Generator().manual_seed(seed)
-    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    if value.dtype == torch.float32 and value.device.type == "cpu" and value.is_contiguous():
+        value.normal_(generator=generator).mul_(std)  # what randn gives, without its copy
+    else:
+        value.copy_(torch.randn(value.shape, generator=generator).mul_(std))

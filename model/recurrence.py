@@ -261,16 +261,20 @@ class RetrofitInjection(Linear):
     two are equal, and so is what comes out.
     """
 
-    @torch.no_grad()
-    def start(self) -> None:
-        """Writes the initial weights: concat [(1 - s) I, s I], or a gate that stands open to a share of s."""
+    def start(self, name: str, value: Tensor) -> None:
+        """Writes an initial value: concat [(1 - s) I, s I], or a gate that stands open to a share of s.
+
+        Args:
+            name: weight or bias.
+        """
         share = RETROFIT_INPUT_SHARE
-        if self.bias is None:
+        if name == "bias":
+            value.fill_(math.log(share / (1 - share)))
+        elif self.bias is None:
             identity = torch.eye(self.out_features)
-            self.weight.copy_(torch.cat(((1 - share) * identity, share * identity), 1))
+            value.copy_(torch.cat(((1 - share) * identity, share * identity), 1))
         else:
-            self.weight.zero_()
-            self.bias.fill_(math.log(share / (1 - share)))
+            value.zero_()
 
 
 class IterationEmbedding(nn.Module):

@@ -5,7 +5,7 @@ Nothing else is read as weights: pickled files can run code.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -60,6 +60,17 @@ def read_tensors(path: Path, fix: str) -> Iterator[tuple[str, Tensor]]:
     with _opened(path, fix) as file:
         for name in file.keys():  # noqa: SIM118
             yield name, file.get_tensor(name)
+
+
+@contextmanager
+def readable_tensors(path: Path, fix: str) -> Iterator[Callable[[str], Tensor]]:
+    """Inside, a function that reads the tensor of a name, as read_tensors does.
+
+    Raises:
+        ValueError, FileNotFoundError: see read_header.
+    """
+    with _opened(path, fix) as file:
+        yield file.get_tensor
 
 
 @contextmanager

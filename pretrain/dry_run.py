@@ -9,14 +9,18 @@ from model.counts import flops_per_token, num_parameters, training_flops_per_tok
 from pretrain.depths import deepest
 from pretrain.planning.communication import gather_schedule
 from pretrain.planning.layout import Layout, ZeroSettings, model_parts
-from pretrain.planning.memory import memory
+from pretrain.planning.memory import host_start, memory, start_memory
 from pretrain.setup import Outline, Run, host_memory
+
+# Of an accumulated gradient, by grad_accum_dtype; None: as of a weight.
+GRADIENT_BYTES = {None: None, "bf16": 2, "fp32": 4}
 
 
 def describe(run: Outline) -> str:
     """The resolved config, parameters, FLOPs and memory per rank, part by part.
 
-    Memory is predicted by planning/memory.py, for even expert loads in the precision of the DeepSpeed JSON.
+    Memory is predicted by planning/memory.py, on a GPU unless it says otherwise, for even expert loads in the
+    precision of the DeepSpeed JSON.
     """
     config, model = run.config, run.model_config
     resolved = OmegaConf.to_yaml(OmegaConf.create({**asdict(config), "model": model.to_dict()}))
@@ -25,7 +29,15 @@ def describe(run: Outline) -> str:
     gathering = gather_schedule(trained, parts, layout) if layout.stage == 3 else None
     learned = model_parts(model, () if run.start is None else run.start.frozen)
     predicted = memory(trained, parts, layout, gathering, skew=1.0, trained=learned)
-    built, room = 4 * sum(part.held(layout.ep) for part in parts.values()), host_memory()
+    given, room = run.start is not None, host_memory()
+    start = start_memory(parts, layout, learned, given)
+    on_cpus = [
+        sum(bytes_of.values())
+        for bytes_of in (
+            start_memory(parts, layout, learned, given, cpu=True),
+            memory(trained, parts, layout, gathering, skew=1.0, trained=learned, cpu=True),
+        )
+    ]
     length = config.data.sequence_length
     total, active = num_parameters(model), num_parameters(model, active=True)
     forward, training = flops_per_token(model, length), training_flops_per_token(trained, length)
@@ -48,8 +60,11 @@ def describe(run: Outline) -> str:
         f"memory per rank  {_megabytes(sum(predicted.values()))}, predicted{adapters}; the process itself "
         "comes on top",
         *(f"  {part:24}{_megabytes(size)}" for part, size in predicted.items()),
-        f"built on a host  {_megabytes(built)} per rank, before ZeRO shards the model"
-        + (f": MORE THAN THIS MACHINE'S {room / 1e6:,.1f} MB" if built > room else ""),
+        f"before step 1    {_megabytes(sum(start.values()))} per rank, and while it makes the weights "
+        f"{host_start(parts, layout, given) / 1e6:,.1f} MB of host memory",
+        f"without GPUs     {_megabytes(on_cpus[0])} of host memory per rank before step 1, then "
+        f"{on_cpus[1] / 1e6:,.1f} MB"
+        + (f": MORE THAN THIS MACHINE'S {room / 1e6:,.1f} MB" if max(on_cpus) > room else ""),
     ]
     return "\n".join(lines)
 
@@ -64,11 +79,13 @@ def layout_of(run: Outline) -> Layout:
         accumulation=run.accumulation,
         sequence_length=config.data.sequence_length,
         checkpointing=config.execution.checkpointing,
-        element_bytes=2 if run.ds_config.get("bf16", {}).get("enabled") else 4,
+        element_bytes=run.element_bytes,
+        gradient_bytes=GRADIENT_BYTES[run.ds_config.get("data_types", {}).get("grad_accum_dtype")],
         gpus_per_node=run.world_size,
         zero=ZeroSettings(
             zero.get("reduce_bucket_size", defaults.reduce_bucket_size),
             zero.get("stage3_max_reuse_distance", defaults.max_reuse_distance),
+            zero.get("sub_group_size", defaults.sub_group_size),
         ),
     )
 

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: optimizer, one optimizer step, checkpoint files, full weights.
 
-Only this file, universal.py, process_group.py and expert_parallel.py import deepspeed.
+Only this file, building.py, universal.py, process_group.py and expert_parallel.py import deepspeed.
 """
 
 import copy
@@ -29,22 +29,20 @@ from torch import Tensor, nn
 from model import ModelConfig, ModelOutput, ZeroModel
 from model.config.execution import require_fp8
 from model.decoder import DecoderLayer
-from model.moe import MoE
+from pretrain.building import build_model
 from pretrain.checkpoint import EMA, CheckpointError
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage, average_files, read_average
 from pretrain.expert_parallel import (
     create_groups,
-    expert_parallel_class,
     experts_in_checkpoints,
     gather_experts,
     is_expert,
     local_experts,
     reduce_gradients_when_complete,
-    unmark_frozen,
 )
-from pretrain.init import Start, copy_into
-from pretrain.lora import adapt, seed_dropout
+from pretrain.init import Start
+from pretrain.lora import seed_dropout
 from pretrain.muon import MOMENTUM, restore_momentum, store_momentum
 from pretrain.optim import choose_adamw_kernel, parameter_groups
 from pretrain.process_group import all_reduce_sum, device, rank, world_size
@@ -120,15 +118,8 @@ class Engine:
             require_fp8(device().type, torch.bfloat16 if half else torch.float32)
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
-        # DeepSpeed cannot save frozen AutoEP experts.
-        moe_class = MoE if config.lora else expert_parallel_class(config.ep_size)
-        model = model_class(model_config, moe_class, config.seed, config.execution)
-        if start is not None:
-            copy_into(model, start, self._own_part)
-            unmark_frozen(model)
+        model = build_model(config, model_config, ds_config, model_class, start)
         self.lora, self.seed = config.lora, config.seed
-        if config.lora is not None:
-            adapt(model, config.lora, config.seed, start.missing if start is not None else ())
         self.freezes = not all(parameter.requires_grad for parameter in model.parameters())
         # ZeRO-3 gathers a whole decoder layer at once: at small sizes, hooks on every module cost more than
         # the arithmetic.

@@ -9,7 +9,8 @@ import difflib
 import fnmatch
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from common.schema import from_plain
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
 from model.export_files import FIX, INIT_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_config, read_object
-from model.weight_files import FLOATS, check_values, read_header, read_tensors, unchanged
+from model.weight_files import (
+    FLOATS,
+    check_values,
+    read_header,
+    read_tensors,
+    readable_tensors,
+    unchanged,
+)
 from pretrain.checkpoint import Origin
 from pretrain.config import InitConfig
 
@@ -258,25 +266,34 @@ def _check_experts(names: Iterable[str], frozen: Sequence[str], ep_size: int) ->
             )
 
 
-@torch.no_grad()
-def copy_into(model: nn.Module, start: Start, own_part: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Copies the weights, tensor by tensor, into a model that is not sharded yet, and freezes some.
+def freeze(model: nn.Module, start: Start) -> None:
+    """Takes what is frozen out of training."""
+    own = dict(model.named_parameters())
+    for name in start.frozen:
+        own[name].requires_grad_(False)
 
-    Args:
-        own_part: (parameter or buffer, whole tensor) -> what of it this rank holds.
+
+@contextmanager
+def given_values(start: Start | None) -> Iterator[Callable[[str], Tensor | None]]:
+    """Inside, a function that reads the whole tensor of a parameter or buffer; None: it starts from the seed.
 
     Raises:
         ValueError, OSError: one line; a tensor is not finite, or the file is damaged.
     """
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    if start.weights is not None:
-        with unchanged(start.weights):
-            for name, value in read_tensors(start.weights, FIX):
-                check_values(name, value, start.weights, FIX)
-                if name not in start.unused:
-                    own[name].copy_(own_part(own[name], value))
-    for name in start.frozen:
-        own[name].requires_grad_(False)
+    if start is None or start.weights is None:
+        yield lambda name: None
+        return
+    weights, held = start.weights, start.source.tensors
+    with unchanged(weights), readable_tensors(weights, FIX) as read:
+
+        def given(name: str) -> Tensor | None:
+            if name not in held:
+                return None
+            value = read(name)
+            check_values(name, value, weights, FIX)
+            return value
+
+        yield given
 
 
 def write_record(run: Path, start: Start) -> None:

@@ -59,8 +59,9 @@ def parameter_groups(
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "decay": [], "no_decay": []}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         owner = owners[id(parameter)]
-        matrix = parameter.dim() >= 2 and not isinstance(owner, nn.Embedding)
-        hidden = matrix and min(parameter.shape[-2:]) > 1 and not isinstance(owner, _NOT_FOR_MUON)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 holds shards of it
+        matrix = len(shape) >= 2 and not isinstance(owner, nn.Embedding)
+        hidden = matrix and min(shape[-2:]) > 1 and not isinstance(owner, _NOT_FOR_MUON)
         muon = config.kind == "muon" and hidden
         groups["muon" if muon else "decay" if matrix else "no_decay"].append(parameter)
         if config.kind == "muon":

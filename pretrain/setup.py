@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ class Outline:
     @property
     def zero_stage(self) -> int:
         return int(self.ds_config["zero_optimization"]["stage"])
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight as it is trained."""
+        return 2 if self.ds_config.get("bf16", {}).get("enabled") else 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +99,14 @@ def prepare(
     model_config = build_model_config(config, None if loader is None else loader.vocab_size)
     if complete is None and model_config.distillation is not None:
         raise ValueError("model.distillation is for distill/main.py; start that, or leave it out")
+    outline = _outline(config, ds_config_path, model_config, world_size, model_class)
     if not dry_run:
-        check_host_memory(model_config, config.ep_size)
+        sharded_over = world_size if outline.zero_stage == 3 else config.ep_size
+        check_host_memory(model_config, sharded_over, outline.element_bytes)
     start = None
     if found is not None:
         start = fit(*found, model_config, config.init, config.ep_size, model_class, new)
-    outline = _outline(config, ds_config_path, model_config, world_size, start, model_class)
+        outline = replace(outline, start=start)
     if loader is None:
         return outline
     sha256 = None if start is None else start.source.sha256
@@ -167,7 +174,6 @@ def _outline(
     ds_config_path: str,
     model_config: ModelConfig,
     world_size: int,
-    start: Start | None,
     model_class: type[ZeroModel],
 ) -> Outline:
     micro, accumulation = check_layout(config, model_config, world_size)
@@ -181,7 +187,6 @@ def _outline(
         accumulation=accumulation,
         world_size=world_size,
         model_class=model_class,
-        start=start,
     )
 
 
@@ -190,21 +195,25 @@ def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_host_memory(model_config: ModelConfig, ep_size: int) -> None:
-    """Refuses a model that no rank of this machine could build, by arithmetic: nothing is allocated.
+def check_host_memory(model_config: ModelConfig, sharded_over: int, element_bytes: int = 4) -> None:
+    """Refuses a model that no rank of this machine could hold, by arithmetic: nothing is allocated.
 
-    Every rank builds its part of the model, at least 1 / ep_size of all parameters, in fp32 in host memory
-    before ZeRO shards it. This is the least that a run needs, so whatever could run is accepted.
+    This is the least that a run needs, so whatever could run is accepted.
+
+    Args:
+        sharded_over: ranks that share the weights, under ZeRO-3 all; otherwise they share only the experts.
+        element_bytes: of a weight as it is trained.
 
     Raises:
         ValueError: one line.
     """
     parameters, room = num_parameters(model_config), host_memory()
-    built = 4 * parameters // ep_size
-    if built > room:
+    held = element_bytes * parameters // sharded_over
+    if held > room:
         raise ValueError(
-            f"the model has {parameters:,} parameters, and with ep_size={ep_size} a rank builds {built:,} "
-            f"bytes of them or more, but this machine has {room:,}; lower the model's sizes or raise ep_size"
+            f"the model has {parameters:,} parameters, and a rank holds {held:,} bytes of them or more, but "
+            f"this machine has {room:,}; lower the model's sizes, or raise ep_size or, under ZeRO-3, the "
+            "number of ranks"
         )
 
 

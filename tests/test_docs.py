@@ -10,7 +10,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{name}.md" for name in ("ARCHITECTURE", "MODEL", "TRAINING", "EVALUATION", "EXPERIMENTS")),
-    *(f"docs/{name}.md" for name in ("LATENT_THOUGHT", "PLAN", "NOT_HERE", "RELIABILITY")),
+    *(f"docs/{name}.md" for name in ("LATENT_THOUGHT", "PLAN", "SCALING", "NOT_HERE", "RELIABILITY")),
 ]
 ROOMS = ("common", "model", "data_pipeline", "pretrain", "distill", "eval", "experiments", "bench", "tests")
 # What a page calls a file that its reader is to write.

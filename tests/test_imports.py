@@ -33,7 +33,7 @@ WHERE_USED = {
     "model/dense_twin.py": {"omegaconf", "yaml"},
 }
 REMOTE = "model/hf/remote"  # the classes of transformers that an exported folder takes along
-DEEPSPEED = {"engine.py", "universal.py", "expert_parallel.py", "process_group.py"}
+DEEPSPEED = {"engine.py", "building.py", "universal.py", "expert_parallel.py", "process_group.py"}
 # The optional extras of a room, beside requirements.txt.
 EXTRAS = {
     "model": ["dev"],

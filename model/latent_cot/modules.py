@@ -98,9 +98,7 @@ class _Projected(nn.Module):
     def __init__(self, width: int, prj_dim: int | None, layernorm: bool, seed: int) -> None:
         super().__init__()
         out = width if prj_dim is None else prj_dim
-        self.linear = Linear(width, out)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = Linear(width, out, zero=True)
         self.norm = nn.LayerNorm(out) if layernorm else nn.Identity()
         rows = None if out == width else orthonormal_rows(out, width, seed)
         self.register_buffer("rows", rows, persistent=False)  # known from the seed

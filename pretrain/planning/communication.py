@@ -88,7 +88,7 @@ def _zero12(parts: dict[str, Part], layout: Layout) -> list[Collective]:
         buckets = -(-elements // layout.zero.reduce_bucket_size)
         full = float(elements * width)
         shard = full / layout.group(group)[0]
-        reduced = elements * layout.reduction_bytes * reductions
+        reduced = float(elements * (layout.reduction_bytes or width) * reductions)
         found.append(Collective("all_reduce", group, "backward", reduced, buckets * reductions))
         if layout.group(group)[0] > 1:
             found.append(Collective("all_gather_into_tensor", group, "step", shard, 1))
@@ -98,7 +98,7 @@ def _zero12(parts: dict[str, Part], layout: Layout) -> list[Collective]:
 def _zero3(config: ModelConfig, parts: dict[str, Part], layout: Layout) -> list[Collective]:
     gathering = gather_schedule(config, parts, layout)
     width, found = layout.element_bytes * layout.accumulation, list[Collective]()
-    reduction = layout.reduction_bytes * layout.accumulation
+    reduction = (layout.reduction_bytes or layout.element_bytes) * layout.accumulation
     for group in ("world", "expert_data"):
         size = layout.group(group)[0]
         shards = {name: part.shards(layout)[group] for name, part in parts.items()}

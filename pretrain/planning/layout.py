@@ -52,6 +52,7 @@ class ZeroSettings:
 
     reduce_bucket_size: float = 5e8
     max_reuse_distance: float = 1e9  # stage 3 keeps what is used again within this many parameters
+    sub_group_size: float = 1e9  # stage 3 updates at most this many of a rank's elements at once
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ class Layout:
     sequence_length: Count = 2048  # tokens
     checkpointing: str = "none"  # as execution.checkpointing
     element_bytes: int = 2  # of weights, gradients, activations: bf16
-    reduction_bytes: int = 4  # of gradients where ranks add them up: communication_data_type of ds_configs/
+    gradient_bytes: int | None = None  # of accumulated gradients: grad_accum_dtype; None: as element_bytes
+    reduction_bytes: int | None = (
+        None  # of what ranks add up: communication_data_type; None: as element_bytes
+    )
     gpus_per_node: GPUs = 8
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 

@@ -1,4 +1,4 @@
-"""Bytes of memory that a training run needs on each GPU, part by part.
+"""Bytes of memory that a training run needs on each GPU, or in each rank's host memory on CPUs, part by part.
 
 The partitions of parameters, gradients and optimizer are exact (tests/pretrain/test_plan.py compares them
 with DeepSpeed's on 2 and 4 ranks). Activations count what autograd saves in a layer, within 10% of what
@@ -30,8 +30,8 @@ def partitions(
     whole = sum(part.held(layout.ep) for part in parts.values())
     return {
         "parameters": width * (_shard(parts, layout) if layout.stage == 3 else whole),
-        "gradients": width * gradients,
-        "optimizer": (4 + 4 + 4) * shard,  # fp32 weight and AdamW's two moments
+        "gradients": (layout.gradient_bytes or width) * gradients,
+        "optimizer": (4 + 4 + 4) * shard,  # fp32 weight, also of fp32 parameters, and AdamW's two moments
     }
 
 
@@ -51,29 +51,34 @@ def memory(
     gathering: Gathering | None,
     skew: float,
     trained: dict[str, Part] | None = None,
+    cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes on a GPU at the peak, either in backward or in the optimizer's step.
 
     Args:
+        cpu: of a rank without a GPU, in host memory. torch's AdamW makes two temporaries there, gloo copies
+            what it reduces, and most CPUs multiply bf16 weights in fp32.
         gathering: ZeRO-3's; None for the other stages.
         skew: the most loaded rank's tokens as a multiple of an even load.
         trained: see partitions.
     """
     kept, width = partitions(parts, layout, trained), layout.element_bytes
     learned = parts if trained is None else trained
-    shard = kept["optimizer"] // 12
+    shard = _shard(learned, layout)
     # AdamW's fp32 gradient and one temporary of its foreach update.
-    step = {"optimizer step": 8 * shard}
+    step = {"optimizer step": 12 * max(_groups(learned, layout)) if cpu else 8 * shard}
     rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
     buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other is sent
     # setup.prepare makes them no larger than the model.
     bucket = min(layout.zero.reduce_bucket_size, sum(part.held(1) for part in parts.values()))
     vocabulary = config.vocab_size
     logit_rows = min(LOGIT_ROWS, layout.micro_tokens)
+    largest = max(part.held(layout.ep) for part in learned.values())
     backward = {
-        "gradient buckets": int(buckets * width * bucket),
+        "gradient buckets": int((buckets + 2 * cpu) * width * bucket),
         "gathered parameters": width * gathering.peak_elements if gathering else 0,
-        "largest layer's gradient": width * max(part.held(layout.ep) for part in learned.values()),
+        # On a CPU also its weights and their gradient in fp32.
+        "largest layer's gradient": (width + (8 if cpu and width == 2 else 0)) * largest,
         "activations": activation_bytes(config, layout, skew),
         # Logits in `width`, in fp32 and their error in `width`; the head's gradient waits in fp32.
         "logits and head": logit_rows * vocabulary * (4 + 2 * width) + 4 * vocabulary * config.hidden_size,
@@ -84,6 +89,81 @@ def memory(
     step["gradient buckets"] = backward["gradient buckets"]
     fullest = max((backward, step), key=lambda moment: sum(moment.values()))
     return kept | {name: value for name, value in fullest.items() if value}
+
+
+def start_memory(
+    parts: dict[str, Part],
+    layout: Layout,
+    trained: dict[str, Part] | None = None,
+    given: bool = False,
+    cpu: bool = False,
+) -> dict[str, int]:
+    """Bytes on a GPU at the peak before the first step; AdamW's moments come in that step.
+
+    Args:
+        trained: see partitions.
+        given: whether the weights are those of --init.
+        cpu: of a rank without a GPU, in host memory.
+    """
+    width, learned = layout.element_bytes, parts if trained is None else trained
+    kept = partitions(parts, layout, trained)
+    weights, groups = kept["parameters"], _groups(learned, layout)
+    masters = 4 * sum(groups)
+    one = host_start(parts, layout, given) if cpu else width * largest_tensor(parts, layout)
+    moments = [{"one tensor": one}]
+    if layout.stage == 3:
+        # DeepSpeed clones a group's fp32 weights, and makes it a gradient, before it keeps the partitions'.
+        moments.append({"fp32 weights": masters, "a group's fp32 copy": 4 * max(groups)})
+        # Last it gathers one parameter after another, which gloo copies.
+        gathered = (1 + cpu) * width * largest_tensor(parts, layout)
+        held = {"fp32 weights": masters, "gradients": kept["gradients"]}
+        moments.append({**held, "one tensor gathered": gathered})
+    else:
+        # It flattens a group of weights by copying it, and makes an fp32 gradient of every partition.
+        moments.append({"a group's weights again": width * max(_groups(learned, layout, whole=True))})
+        moments.append({"fp32 weights": masters, "fp32 gradients": masters})
+    fullest = max(moments, key=lambda moment: sum(moment.values()))
+    return {"parameters": weights} | {name: value for name, value in fullest.items() if value}
+
+
+def host_start(parts: dict[str, Part], layout: Layout, given: bool = False) -> int:
+    """Bytes of host memory in which a rank makes its largest tensor, see pretrain/building.py.
+
+    A 16-bit tensor is rounded from fp32 values; of experts, one expert at a time has them. Given weights are
+    read whole, here taken to be stored in fp32.
+    """
+    width = layout.element_bytes
+    made = [n * (width if width == 4 else width + 4) for part in parts.values() for n in part.dense]
+    made += [n // layout.ep * width for part in parts.values() for n in part.experts]
+    if given:
+        made = [n * (width + 4) for part in parts.values() for n in part.dense]
+        made += [n * 4 + n // layout.ep * width for part in parts.values() for n in part.experts]
+    return max(made)
+
+
+def largest_tensor(parts: dict[str, Part], layout: Layout) -> int:
+    """Elements of the largest tensor that a rank holds whole."""
+    dense = [n for part in parts.values() for n in part.dense]
+    return max(dense + [n // layout.ep for part in parts.values() for n in part.experts])
+
+
+def _groups(parts: dict[str, Part], layout: Layout, whole: bool = False) -> list[int]:
+    """This rank's elements of each group that the optimizer updates at once; whole: of its weights instead.
+
+    Embeddings have no weight decay, and experts are sharded otherwise; vectors are few. ZeRO-3 cuts groups
+    into those of sub_group_size.
+    """
+    embeddings = {name: part for name, part in parts.items() if name == "embed_tokens"}
+    others = {name: Part(part.dense, (), part.leaf) for name, part in parts.items() if name not in embeddings}
+    experts = {name: Part((), part.experts, part.leaf) for name, part in parts.items()}
+    kinds = (embeddings, others, experts)
+    if whole:
+        return [sum(part.held(layout.ep) for part in kind.values()) for kind in kinds]
+    shards = [_shard(kind, layout) for kind in kinds]
+    if layout.stage < 3:
+        return shards
+    most = int(layout.zero.sub_group_size)
+    return [size for shard in shards for size in [most] * (shard // most) + [shard % most] if size]
 
 
 def activation_bytes(config: ModelConfig, layout: Layout, skew: float = 1.0) -> int:

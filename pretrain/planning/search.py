@@ -219,6 +219,8 @@ def _layouts(config: ModelConfig, hardware: Hardware, rows: int, fixed: dict[str
             gpus=gpus,
             sequence_length=fixed["sequence_length"],
             accumulation=own // chosen["micro_batch_size"],
+            gradient_bytes=4,  # as ds_configs/*_bf16.json have it
+            reduction_bytes=4,
             gpus_per_node=node,
             **chosen,
         )

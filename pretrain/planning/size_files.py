@@ -139,20 +139,21 @@ def _sample(run: Sized) -> str:
 
 
 @functools.cache
-def _run(size: str) -> Sized:
+def shipped(size: str) -> Sized:
+    """The run of one of SHIPPED."""
     return sized(size)
 
 
 @functools.cache
 def _plan(size: str, looped: bool, gpus: int) -> LayoutPlan:
-    run = _run(size)
+    run = shipped(size)
     return run.plan(run.looped if looped else run.config, gpus, Hardware())
 
 
 def files(sizes: Iterable[str] = SHIPPED) -> Iterator[tuple[str, str]]:
     """(name, text) of the files in FOLDER."""
     for size in sizes:
-        run, gpus = _run(size), SHIPPED[size]
+        run, gpus = shipped(size), SHIPPED[size]
         yield f"{run.name}.yaml", run_yaml(run, _plan(size, False, gpus), f"{FOLDER}/")
         yield f"{run.name}_looped.yaml", looped_yaml(run, _plan(size, True, gpus), f"{FOLDER}/")
 
@@ -164,7 +165,7 @@ def shapes_table() -> str:
         "looped layers", "parameters looped", "FLOPs looped", "tokens at equal FLOPs",
     )  # fmt: skip
     for size in SHIPPED:
-        run = _run(size)
+        run = shipped(size)
         plain, looped = run.config, run.looped
         flops = [flops_per_token(c, run.sequence_length) for c in (plain, looped)]
         first, last = looped.recurrence.layer_ranges(plain.num_hidden_layers)[0]
@@ -193,7 +194,7 @@ def plans_table() -> str:
         "step, s", "tokens/s", "hours", "limited by",
     )  # fmt: skip
     for size in SHIPPED:
-        run = _run(size)
+        run = shipped(size)
         for looped, gpus in itertools.product((False, True), GPUS):
             plan, rows = _plan(size, looped, gpus), run.rows(gpus)
             layout = plan.layout

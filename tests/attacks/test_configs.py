@@ -145,7 +145,7 @@ def test_absurd_values_are_refused_before_anything_is_built(overrides, line):
     def read() -> None:
         given = ["data.path=x", "model.recurrence.placement=none", overrides]
         config = load_run_config(str(ROOT / "pretrain/configs/real_cpu.yaml"), given)
-        check_host_memory(ModelConfig.from_dict(config.model), config.ep_size)
+        check_host_memory(ModelConfig.from_dict(config.model), sharded_over=config.ep_size)
 
     found = refusal(read)
     assert found is not None

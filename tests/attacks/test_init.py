@@ -16,7 +16,7 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
 from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
 from pretrain import setup
-from pretrain.init import BASE, RECORD, base_weights, copy_into, digest, save_base, write_record
+from pretrain.init import BASE, RECORD, base_weights, digest, given_values, save_base, write_record
 from pretrain.setup import Run, prepare
 
 from ..conftest import ROOT
@@ -51,7 +51,9 @@ def started(folder: Path, data_folder: Path, tmp_path: Path, monkeypatch) -> Pre
         assert isinstance(run, Run)
         assert run.start is not None
         model = ZeroModel(run.model_config)
-        copy_into(model, run.start, lambda parameter, value: value)
+        with given_values(run.start) as given:
+            for name, value in model.state_dict().items():
+                value.copy_(given(name))
         assert all(value.isfinite().all() for value in model.state_dict().values())
         return run
 

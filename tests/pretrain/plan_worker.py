@@ -59,7 +59,7 @@ def settings(case: dict[str, Any], rows: int) -> dict[str, Any]:
             **{f"stage3_{key}": value for key, value in case.get("zero", {}).items()},
         },
         "bf16": {"enabled": case["element_bytes"] == 2},
-        "communication_data_type": {2: "bf16", 4: "fp32"}[case["reduction_bytes"]],
+        **({"communication_data_type": "fp32"} if case["reduction_bytes"] == 4 else {}),
         "comms_logger": {"enabled": True, "prof_all": True, "verbose": False, "debug": False},
     }
 

@@ -97,10 +97,13 @@ def test_a_model_that_the_host_cannot_hold_is_refused_and_described(monkeypatch)
     monkeypatch.chdir(ROOT)
     given = ("pretrain/configs/demo.yaml", "ds_configs/zero1.json", ["ep_size=1"])
     run = prepare(*given, dry_run=True)  # 2.9 million parameters
-    with pytest.raises(ValueError, match="but this machine has 11,000,000; lower the model's sizes or raise"):
-        setup.check_host_memory(run.model_config, ep_size=1)
-    setup.check_host_memory(run.model_config, ep_size=2)
-    assert "per rank, before ZeRO shards the model: MORE THAN THIS MACHINE'S 11.0 MB" in describe(run)
+    with pytest.raises(
+        ValueError, match="but this machine has 11,000,000; lower the model's sizes, or raise"
+    ):
+        setup.check_host_memory(run.model_config, sharded_over=1)
+    setup.check_host_memory(run.model_config, sharded_over=2)
+    setup.check_host_memory(run.model_config, sharded_over=1, element_bytes=2)
+    assert ": MORE THAN THIS MACHINE'S 11.0 MB" in describe(run)
 
 
 def test_a_profiled_step_leaves_a_trace(alone, training, tmp_path):

@@ -38,7 +38,6 @@ SOME_USES = {"max_reuse_distance": 150_000, "prefetch_bucket_size": 0}
 
 
 def case(stage: int, ep: int, accumulation: int = 1, **other: Any) -> dict[str, Any]:
-    width = other.pop("element_bytes", 2)
     return {
         "stage": stage,
         "ep": ep,
@@ -46,8 +45,8 @@ def case(stage: int, ep: int, accumulation: int = 1, **other: Any) -> dict[str, 
         "accumulation": accumulation,
         "sequence_length": 64,
         "checkpointing": other.pop("checkpointing", "none"),
-        "element_bytes": width,
-        "reduction_bytes": other.pop("reduction_bytes", width),
+        "element_bytes": other.pop("element_bytes", 2),
+        "reduction_bytes": other.pop("reduction_bytes", None),
         "model": SMALL | other.pop("model", {}),
         **other,
     }
@@ -238,7 +237,7 @@ def test_the_search_finds_the_best_that_fits():
     for stage in (1, 2, 3):
         for ep in (1, 2, 4, 8):
             for micro in (1, 2, 4, 8):
-                layout = Layout(8, ep, stage, micro, 8 // micro)
+                layout = Layout(8, ep, stage, micro, 8 // micro, gradient_bytes=4, reduction_bytes=4)
                 other = plan(config, layout, Hardware())
                 assert other.tokens_per_second <= best + 10 or other.memory_bytes > Hardware().usable_bytes
     tight = Hardware(memory_bytes=found.memory_bytes / 0.9 * 0.7)
