@@ -75,7 +75,8 @@ def outlined(build: Callable[[], M]) -> M:
     def without_values(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
         return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    with register_module_parameter_registration_hook(without_values):
+    hook: Any = without_values  # torch declares that it returns nothing, and takes what it returns
+    with register_module_parameter_registration_hook(hook):
         return build()
 
 

@@ -11,6 +11,7 @@ from model import ModelConfig
 from pretrain.planning.communication import Gathering, expert_runs, recomputes
 from pretrain.planning.layout import Layout, Part
 
+EXPERT_GROUP = 178_956_971  # elements of a rank's experts that DeepSpeed puts into one group (moe/utils.py)
 LOGIT_ROWS = 1024  # of the head at once, see model/losses.chunked_cross_entropy
 
 
@@ -150,20 +151,21 @@ def largest_tensor(parts: dict[str, Part], layout: Layout) -> int:
 def _groups(parts: dict[str, Part], layout: Layout, whole: bool = False) -> list[int]:
     """This rank's elements of each group that the optimizer updates at once; whole: of its weights instead.
 
-    Embeddings have no weight decay, and experts are sharded otherwise; vectors are few. ZeRO-3 cuts groups
-    into those of sub_group_size.
+    Embeddings have no weight decay, and experts are sharded otherwise; vectors are few. DeepSpeed cuts the
+    experts into groups of EXPERT_GROUP, and ZeRO-3 each group into those of sub_group_size.
     """
     embeddings = {name: part for name, part in parts.items() if name == "embed_tokens"}
     others = {name: Part(part.dense, (), part.leaf) for name, part in parts.items() if name not in embeddings}
     experts = {name: Part((), part.experts, part.leaf) for name, part in parts.items()}
-    kinds = (embeddings, others, experts)
-    if whole:
-        return [sum(part.held(layout.ep) for part in kind.values()) for kind in kinds]
-    shards = [_shard(kind, layout) for kind in kinds]
-    if layout.stage < 3:
-        return shards
-    most = int(layout.zero.sub_group_size)
-    return [size for shard in shards for size in [most] * (shard // most) + [shard % most] if size]
+    ranks = 1 if whole else layout.group("expert_data")[0]
+    cut = math.inf if whole or layout.stage < 3 else layout.zero.sub_group_size
+    found = []
+    for kind, limit in ((embeddings, cut), (others, cut), (experts, min(cut, EXPERT_GROUP // ranks))):
+        size = sum(part.held(layout.ep) for part in kind.values()) if whole else _shard(kind, layout)
+        while size:
+            found.append(int(min(size, limit)))
+            size -= found[-1]
+    return found
 
 
 def activation_bytes(config: ModelConfig, layout: Layout, skew: float = 1.0) -> int:
