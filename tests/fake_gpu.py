@@ -145,6 +145,8 @@ def _as_number(dtype: torch.dtype, value: int) -> bool | int | float:
 def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
+        if frame.name == "__torch_dispatch__":  # another recorder, such as activation checkpointing's
+            continue
         if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ROOMS:
             return f"{path.relative_to(ROOT)}:{frame.name}"
     return "autograd"
