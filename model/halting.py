@@ -61,7 +61,7 @@ class Halting:
         self.running: Tensor | None = None  # (B, T) tokens that execute the next step; None: all
         self.probabilities: list[Tensor] = []  # p_n, each (B, T)
         self.executed: list[Tensor] = []  # booleans, each (B, T)
-        self._remaining = torch.ones(())
+        self._remaining: Tensor | None = None  # (B, T), left to the steps to come; None: 1
         self._signals: dict[str, Tensor] = {}
         self._prediction: Tensor | None = None
 
@@ -75,7 +75,9 @@ class Halting:
         running = (
             torch.ones(shape, dtype=torch.bool, device=after.device) if self.running is None else self.running
         )
-        left = self._remaining.to(after.device).expand(shape) if step == 0 else self._remaining
+        left = self._remaining
+        if left is None:
+            left = torch.ones((), device=after.device).expand(shape)
         self.executed.append(running)
         if step == self.num_steps - 1:
             if self.config.learned and torch.is_grad_enabled() and self.context.cache is None:

@@ -155,11 +155,14 @@ def loop_sums(
         (3, N) fp64: tokens that stopped after each step, their probability, change times tokens that ran.
     """
     N = halt_probs.shape[-1]
-    real = torch.ones_like(num_iterations[0], dtype=torch.bool) if real is None else real
-    steps = num_iterations[:, real]
+    steps, halted = num_iterations.flatten(1), halt_probs.flatten(1, 2)
+    if real is not None and real.device.type == "cpu":
+        steps, halted = steps[:, real.flatten()], halted[:, real.flatten()]
+    elif real is not None:  # nothing is selected: the host would wait for how much
+        steps, halted = steps * real.flatten(), halted.masked_fill(~real.flatten()[:, None], 0.0)
     ran = torch.stack([(steps > n).sum(1) for n in range(N)], -1).double()
     stopped = ran.sum(0) - torch.cat((ran.sum(0)[1:], ran.new_zeros(1)))
-    probability = halt_probs[:, real].double().sum((0, 1))
+    probability = halted.double().sum((0, 1))
     return torch.stack((stopped, probability, (residuals.double() * ran).sum(0)))
 
 

@@ -14,6 +14,7 @@ from model.config.model import ModelConfig
 from model.layers import at_least_fp32, linear
 
 IGNORE_INDEX = -100  # a position without a target
+_Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]  # hidden (N, D), weight (V, D), targets and share (N,)
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,25 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Summed fp32 cross-entropy of hidden (N, D) under a head (V, D); skips targets (N,) of IGNORE_INDEX.
 
+    A CPU leaves their rows out of the products. Another device multiplies them too, with a share of 0: how
+    many rows are kept is only known there, and the host would wait for it.
+
     Args:
         share: (N,) fp32 factor on each token's loss, such as the probability of halting here; None: 1.
         chunk: rows of logits held at a time.
     """
+    rows = kept_rows if hidden.device.type == "cpu" else weighted_rows
+    return _ChunkedCrossEntropy.apply(*rows(hidden, weight, targets, share), chunk)
+
+
+def kept_rows(hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None) -> _Rows:
+    """The arguments of _ChunkedCrossEntropy for the rows with a target."""
     kept = targets != IGNORE_INDEX
-    share = None if share is None else share[kept]
-    return _ChunkedCrossEntropy.apply(hidden[kept], weight, targets[kept], share, chunk)
+    return hidden[kept], weight, targets[kept], None if share is None else share[kept]
+
+
+def weighted_rows(hidden: Tensor, weight: Tensor, targets: Tensor, share: Tensor | None) -> _Rows:
+    """The same for all rows: those without a target have a share of 0 and any target."""
+    ignored = targets == IGNORE_INDEX
+    share = (~ignored).float() if share is None else share.masked_fill(ignored, 0.0)
+    return hidden, weight, targets.masked_fill(ignored, 0), share

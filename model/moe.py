@@ -3,15 +3,17 @@
 Shapes: N tokens (batch and time flattened), D hidden, E experts, K experts per token, F expert width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.experts import expert_products
+from model.backends.experts import WeightedFeedForward, expert_products
 from model.config.execution import ExecutionConfig, expert_backend
 from model.config.model import ModelConfig
+from model.dispatch import Dispatch, Permute, ToRows, ToTokens, dispatch
 from model.layers import (
     GatedFeedForward,
     SquaredReluFeedForward,
@@ -76,43 +78,6 @@ class Router(nn.Module):
         return outside.repeat_interleave(grouped.shape[-1], dim=1)
 
 
-class Permute(torch.autograd.Function):
-    """Rows in another order: x[order]. Its gradient gathers too; indexing's would scatter and add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        """x (n, D), order (n,) a permutation and back (n,) its inverse -> (n, D)."""
-        ctx.save_for_backward(back)
-        return x[order]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grads[0][back], None, None
-
-
-class _Dispatch(torch.autograd.Function):
-    """A copy of every token for each of its K experts, sorted by expert."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        """x (N, D), order and back (N*K,) -> (N*K, D)."""
-        ctx.save_for_backward(back)
-        ctx.K = len(order) // len(x)
-        return x[order // ctx.K]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grads[0][back].unflatten(0, (-1, ctx.K)).sum(1), None, None
-
-
-def inverse_permutation(order: Tensor) -> Tensor:
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return back
-
-
 class Experts(nn.Module):
     """Stacked experts, in DeepSpeed's names.
 
@@ -131,15 +96,20 @@ class Experts(nn.Module):
         if self.gated:
             self.w3 = nn.Parameter(torch.empty(E, width, D))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
         """x (rows sorted by expert, D) and the rows of each expert (E,) -> (rows, D).
+
+        weights: (rows,) fp32 factors on the rows of the result; None: 1.
 
         Experts without rows still take part, so that every weight always has a gradient.
         """
         backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
-        if few_rows(x) and len(x):
+        if few_rows(x) and len(x) and weights is None:
             return self._decode(x, counts)
         products, dtype = expert_products(backend, counts), product_dtype(x)
+        if weights is not None:
+            w3 = self.w3 if self.gated else None
+            return WeightedFeedForward.apply(x, weights, self.w1, w3, self.w2, products, dtype)
         if not self.gated:
             return SquaredReluFeedForward.apply(x, self.w1, self.w2, products, dtype)
         return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, dtype)
@@ -156,6 +126,14 @@ class Experts(nn.Module):
                     hidden = F.relu(hidden).square()
                 outputs.append(self.w2[expert].to(dtype) @ hidden)
         return torch.cat(outputs, 1).T.to(x.dtype)
+
+
+def folds_weights(x: Tensor) -> bool:
+    """Whether experts multiply by the router's weights themselves, which saves passes over their results.
+
+    Not on a CPU, where the results would be rounded differently than before.
+    """
+    return x.device.type != "cpu"
 
 
 class MoE(nn.Module):
@@ -179,9 +157,21 @@ class MoE(nn.Module):
     def build_experts(self) -> Experts:
         return Experts(self.config, range(self.config.n_routed_experts), self.execution)
 
-    def run_experts(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x (N*K, D) sorted by expert, counts (E,) -> (N*K, D). Expert parallelism overrides this."""
-        return self.experts(x, counts)
+    def run_experts(
+        self, tokens: Tensor, weights: Tensor | None, to: Dispatch, meanwhile: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each token through its experts. Expert parallelism overrides this.
+
+        Args:
+            tokens: (N, D).
+            weights: (N*K,) sorted by expert, factors on the result; None: 1.
+            meanwhile: what does not depend on the experts, to run while rows travel.
+
+        Returns:
+            (N*K, D) sorted by expert, and what `meanwhile` returned.
+        """
+        rows = self.experts(ToRows.apply(tokens, to.order, to.back), to.counts, weights)
+        return rows, meanwhile()
 
     def forward(
         self,
@@ -205,15 +195,23 @@ class MoE(nn.Module):
         """
         tokens = x.flatten(0, 1)
         routing = maybe_compiled(self.gate, self.execution.compile, tokens)
-        flat = routing.chosen.flatten()
-        order = flat.argsort(stable=True)
-        back = inverse_permutation(order)
-        counts = flat.bincount(minlength=self.config.n_routed_experts)
-        rows = self.run_experts(_Dispatch.apply(tokens, order, back), counts)
-        rows = Permute.apply(rows, back, order).unflatten(0, (len(tokens), -1))
-        out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
-        if self.config.n_shared_experts:
-            out = out + maybe_compiled(self.shared_experts, self.execution.compile, tokens)
+        to = dispatch(routing.chosen, self.config.n_routed_experts)
+
+        def shared() -> Tensor | None:
+            if not self.config.n_shared_experts:
+                return None
+            out: Tensor = maybe_compiled(self.shared_experts, self.execution.compile, tokens)
+            return out
+
+        if folds_weights(tokens):
+            weights = Permute.apply(routing.weights.flatten(), to.order, to.back)
+            rows, always = self.run_experts(tokens, weights, to, shared)
+            out = ToTokens.apply(rows, to.order, to.back, self.config.num_experts_per_tok)
+        else:
+            rows, always = self.run_experts(tokens, None, to, shared)
+            rows = Permute.apply(rows, to.back, to.order).unflatten(0, (len(tokens), -1))
+            out = (rows * routing.weights[..., None].to(rows.dtype)).sum(1)
+        out = out if always is None else out + always
         if not statistics:
             return out.view_as(x), None
         inputs = (routing, x.shape[0], token_mask, row_weights)

@@ -134,7 +134,7 @@ class ZeroModel(nn.Module):
         if loops is not None:
             sums |= dict(zip(LATENT_TERMS, loops.terms.mean(0).unbind(), strict=True))
         sums = {term.name: sums[term.name] for term in plain_loss_terms(self.config)}
-        counts = {"targets": int((targets != IGNORE_INDEX).sum()), "rows": len(targets)}
+        counts: dict[str, int | Tensor] = {"targets": (targets != IGNORE_INDEX).sum(), "rows": len(targets)}
         return ModelOutput(loss=total_loss(self.config, sums, counts), loss_sums=sums, **report)
 
     def read(

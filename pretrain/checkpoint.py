@@ -24,6 +24,7 @@ from common.errors import error_line
 from common.files import sync_folder, write_file, writing_failed
 from common.schema import from_plain
 from model import ModelConfig
+from pretrain.patience import gather_when_done
 
 T = TypeVar("T")
 CHECKPOINTS, LATEST = "checkpoints", "latest"  # folder of a run, and the file in it
@@ -81,19 +82,24 @@ class TrainingState:
 def together(engine: Checkpointed, work: Callable[[], T]) -> list[T]:
     """Runs `work`, which must not communicate, on every rank and returns all ranks' results.
 
+    It may take longer on one rank than communication_timeout_minutes, see patience.py.
+
     Raises:
         CheckpointError: on all ranks if it failed on one, so that no rank is left waiting.
     """
-    result: Any = None
-    problem, cause = None, None
-    try:
-        result = work()
-    except (OSError, ValueError, RuntimeError, MemoryError, UnpicklingError, SafetensorError) as error:
-        problem, cause = error_line(error), error
-    outcomes = engine.gather((result, problem))
+    causes: list[Exception] = []
+
+    def attempt() -> tuple[Any, str | None]:
+        try:
+            return work(), None
+        except (OSError, ValueError, RuntimeError, MemoryError, UnpicklingError, SafetensorError) as error:
+            causes.append(error)
+            return None, error_line(error)
+
+    outcomes = gather_when_done(engine.gather, attempt)
     problems = [text for _, text in outcomes if text is not None]
     if problems:
-        raise CheckpointError(problems[0]) from cause
+        raise CheckpointError(problems[0]) from (causes[0] if causes else None)
     return [value for value, _ in outcomes]
 
 

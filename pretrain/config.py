@@ -163,6 +163,9 @@ class RunConfig:
     keep_every: CountOrZero = 0  # checkpoints whose step is a multiple of it are kept as well; 0: none
     resume: str = "auto"  # auto: newest complete checkpoint, if any | none | PATH of a checkpoint
     time_limit_minutes: Time | None = None  # after which the run stops with a checkpoint; None: never
+    # Minutes that a rank waits for the others before it gives up, in every process group; after a tenth of
+    # them a line names the rank that is waited for (pretrain/heartbeat.py).
+    communication_timeout_minutes: Annotated[float, Limits(least=1, most=10**6)] = 30.0
     eval_every: CountOrZero = 0  # steps between validation losses; 0: never
     eval_batches: Rows = 8  # global batches of one validation
     log_every: Count = 10  # steps between step lines (metrics.jsonl has every step)

@@ -6,7 +6,7 @@ expert-data-parallel group, sum their gradients there and count them once in the
 Shapes: n rows sent here, m rows received, D hidden, E experts, L = E / ep_size local experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -36,7 +36,9 @@ from torch import Tensor, nn
 
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
-from model.moe import Experts, MoE, Permute, inverse_permutation
+from model.dispatch import Dispatch, Permute, ToRows, inverse_permutation
+from model.moe import Experts, MoE
+from pretrain.transfer import Fetched
 
 PINNED_VERSION = "0.19.8"
 
@@ -77,23 +79,61 @@ def expert_parallel_class(ep_size: int) -> type[MoE]:
     return type("ExpertParallelMoE", (_ExpertParallelMoE,), {"ep_size": ep_size})
 
 
-class _AllToAll(torch.autograd.Function):
-    """Sends rows to their experts' ranks; gradients return the same way."""
+class _Exchange:
+    """Rows on their way to other ranks of a group, and later their gradients on the way back.
+
+    Args:
+        send, receive: rows to and from each rank.
+    """
+
+    def __init__(self, send: list[int], receive: list[int], group: Any) -> None:
+        self.send, self.receive, self.group = send, receive, group
+        self._travelling: tuple[Tensor, Any] | None = None
+
+    def start(self, rows: Tensor, back: bool = False) -> Tensor:
+        """rows (n, ...) -> (m, ...), empty until finish(); back: the other way."""
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
+        received = rows.new_empty(sum(receive), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            received, rows.contiguous(), receive, send, group=self.group, async_op=True
+        )
+        self._travelling = received, work
+        return received
+
+    def finish(self) -> Tensor:
+        """What start() returned, filled. Waits on a CPU; on a GPU its queue waits, not the host."""
+        assert self._travelling is not None
+        (received, work), self._travelling = self._travelling, None
+        work.wait()
+        return received
+
+
+class _Start(torch.autograd.Function):
+    """Sends rows; the result is for _Finish alone. Backward takes what _Finish's has sent back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.finish(), None
 
 
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-    received = rows.new_empty(sum(receive), rows.shape[1])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+class _Finish(torch.autograd.Function):
+    """Waits for rows. Backward sends gradients back: what autograd runs between it and _Start's overlaps."""
+
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.finish()
+        return received.view_as(received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.start(grads[0], back=True)
+        return grads[0], None  # for autograd, which wants the shape of what was received
 
 
 class _AutoEPMarker(AutoEPMoELayer):
@@ -191,22 +231,39 @@ class _SpreadMoE(MoE):
         for name, value in marks.items():
             setattr(parameter, name, value)
 
-    def run_experts(self, x: Tensor, counts: Tensor) -> Tensor:
-        """x (n, D) sorted by expert, counts (E,) -> (n, D), through the ranks that hold the experts."""
+    def run_experts(
+        self, tokens: Tensor, weights: Tensor | None, to: Dispatch, meanwhile: Callable[[], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """See MoE; through the ranks that hold the experts, with `meanwhile` while rows travel there."""
         if self.ep_size == 1:
-            return super().run_experts(x, counts)
+            return super().run_experts(tokens, weights, to, meanwhile)
+        by_source, sizes = self._exchanged_counts(to.counts)
+        rows = ToRows.apply(tokens, to.order, to.back)  # queued before the host waits
+        send, receive = sizes.read()["rows"].tolist()
+        given = [rows] if weights is None else [rows, weights]
+        exchanges = [_Exchange(send, receive, self.ep_group) for _ in given]
+        travelling = [_Start.apply(x, e) for x, e in zip(given, exchanges, strict=True)]
+        always = meanwhile()
+        # Rows arrive ordered by source rank, then expert; the experts take them ordered by expert.
+        expert = torch.arange(self.num_local_experts, device=tokens.device).repeat(self.ep_size)
+        order = expert.repeat_interleave(by_source.flatten(), output_size=sum(receive)).argsort(stable=True)
+        back = inverse_permutation(order)
+        arrived = [_Finish.apply(x, e) for x, e in zip(travelling, exchanges, strict=True)]
+        arrived = [Permute.apply(x, order, back) for x in arrived]
+        out = self.experts(arrived[0], by_source.sum(0), *arrived[1:])
+        exchange = _Exchange(receive, send, self.ep_group)
+        return _Finish.apply(_Start.apply(Permute.apply(out, back, order), exchange), exchange), always
+
+    def _exchanged_counts(self, counts: Tensor) -> tuple[Tensor, Fetched]:
+        """counts (E,) of the rows to send -> (ep_size, L) of those to receive, and on its way to the host
+        "rows" (2, ep_size), sent to and received from each rank.
+
+        all_to_all takes its sizes from the host, which must wait for them: a layer's one wait.
+        """
         received = torch.empty_like(counts)
         dist.all_to_all_single(received, counts, group=self.ep_group)
-        by_source = received.view(self.ep_size, self.num_local_experts)
-        send = counts.view(self.ep_size, self.num_local_experts).sum(1).tolist()
-        receive = by_source.sum(1).tolist()
-        rows = _AllToAll.apply(x, send, receive, self.ep_group)
-        # Rows arrive ordered by source rank, then expert; the experts take them ordered by expert.
-        expert = torch.arange(self.num_local_experts, device=x.device).repeat(self.ep_size)
-        order = expert.repeat_interleave(by_source.flatten()).argsort(stable=True)
-        back = inverse_permutation(order)
-        out = self.experts(Permute.apply(rows, order, back), by_source.sum(0))
-        return _AllToAll.apply(Permute.apply(out, back, order), receive, send, self.ep_group)
+        both = torch.stack((counts, received)).view(2, self.ep_size, self.num_local_experts)
+        return both[1], Fetched({"rows": both.sum(2)})
 
 
 class _ExpertParallelMoE(_SpreadMoE, _AutoEPMarker):

@@ -109,6 +109,26 @@ def join_slurm_step() -> None:
         given.setdefault("MASTER_PORT", str(FIRST_PORT + own % NUM_PORTS))
 
 
+def device_number(visible: int) -> int:
+    """Which of the `visible` devices is this rank's.
+
+    Where every task sees only its own GPU, as with srun --gpus-per-task=1, that is number 0 for all of them.
+
+    Raises:
+        ValueError: there are fewer devices than ranks on this machine, but more than one.
+    """
+    local = int(os.environ["LOCAL_RANK"])
+    if visible == 1:
+        return 0
+    if local >= visible:
+        raise ValueError(
+            f"LOCAL_RANK={local} has no GPU of its own, since this process sees {visible} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start at most "
+            f"{visible} ranks per node, or give each task one GPU (--gpus-per-task=1)"
+        )
+    return local
+
+
 def meeting_place() -> str | None:
     """A name that the ranks of this launch share with no other, if they may meet on any free port.
 

@@ -26,19 +26,21 @@ from data_pipeline.errors import DataError
 from model.config.unused import unused_keys
 from model.counts import num_parameters
 from model.export_files import TOKENIZER_NAME, TRAINING_DATA_NAME
-from pretrain import checkpoint, init
+from pretrain import checkpoint, heartbeat, init
 from pretrain.checkpoint import CheckpointError, together
 from pretrain.disk_space import require_room
 from pretrain.dry_run import describe
 from pretrain.export import describe_data, with_base, write_export
 from pretrain.launch import join_slurm_step
-from pretrain.metrics import environment, peak_tflops
+from pretrain.metrics import environment, peak_tflops, say
 from pretrain.setup import Outline, Run, choose_checkpoint, prepare
 from pretrain.stopping import STOP_FILE, StopRequests
 
 if TYPE_CHECKING:
     from pretrain.engine import Engine
     from pretrain.trainer import Trainer
+
+WAITS_PER_TIMEOUT = 10  # of communication_timeout_minutes; after each a standstill is worth a line
 
 
 def main() -> None:
@@ -108,10 +110,13 @@ def _join(run: Run) -> None:
     """
     from pretrain.process_group import equal_on_all_ranks, init_process_group, on_any_rank
 
-    init_process_group()
+    minutes = run.config.communication_timeout_minutes
+    init_process_group(minutes)
     problem = _hold(run.folder) if run.rank == 0 else None
     if on_any_rank(problem is not None):
         raise ValueError(problem)
+    heartbeat.start(run.folder, run.rank, run.state.world_size, 60 * minutes / WAITS_PER_TIMEOUT, say)
+    heartbeat.note("start", run.state.step)
     for line in unused_keys(run.model_config) if run.rank == 0 else ():
         print(line)
     parts = (asdict(run.config), run.ds_config, asdict(run.state))
@@ -134,6 +139,7 @@ def _hold(folder: Path) -> str | None:
             "can be created and written"
         )
     atexit.register(lock.release)  # when the thread that writes checkpoints has ended
+    heartbeat.clear(folder)
     if (folder / STOP_FILE).is_dir():
         return f"{folder / STOP_FILE} is a folder, but a file of that name stops the run; remove or rename it"
     return None
@@ -183,6 +189,7 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
         run.state,
         stop_requests,
     )
+    heartbeat.note("load of a checkpoint")
     with user_errors(ValueError):
         resume_from = _verified(run, engine)
         if resume_from is not None:
@@ -202,7 +209,9 @@ def _train(run: Run, stop_requests: StopRequests) -> None:
     if not trainer.complete and run.rank == 0:
         reason = stop_requests.reason() or "another rank's request"
         print(f"stopped after step {trainer.step} by {reason}; the same command continues")
+    heartbeat.note("end")
     engine.barrier()
+    heartbeat.stop()
     engine.close()
     trainer.close()
     stop_requests.done()
@@ -224,6 +233,7 @@ def _finish(run: Run, engine: "Engine") -> None:
     Raises:
         CheckpointError: on all ranks, if they cannot be written.
     """
+    heartbeat.note("export")
     _export(run, engine, "export", engine.full_weights())
     if engine.average is not None:
         _export(run, engine, "export_ema", engine.averaged_weights())

@@ -7,48 +7,69 @@ import os
 import resource
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import deepspeed.comm as dist
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.constants import default_pg_timeout
 from deepspeed.utils import logger
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from pretrain.launch import meeting_place, publish_port, published_port
+from pretrain.config import RunConfig
+from pretrain.launch import device_number, meeting_place, publish_port, published_port
 
 logger.setLevel(logging.WARNING)
 # Raised by DeepSpeed's own calls; users cannot act on them.
 warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
-def init_process_group() -> None:
+def init_process_group(timeout_minutes: float = RunConfig.communication_timeout_minutes) -> None:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
     Without a launcher this process forms a group of one. Ranks of one machine for which no port was named
     meet on a free one, so that concurrent runs never meet.
+
+    Args:
+        timeout_minutes: that a rank waits for the others, in this group and in every later one.
+
+    Raises:
+        ValueError: this rank has no GPU of its own.
     """
     prepare_extensions()
     alone = "RANK" not in os.environ
     place = None if alone else meeting_place()
     if alone:
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, MASTER_ADDR="127.0.0.1")
-    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    if get_accelerator().device_name() != "cpu":
+        # DeepSpeed and torch, too, read from here which device is this rank's.
+        os.environ["LOCAL_RANK"] = str(device_number(get_accelerator().device_count()))
+    use_device()
+    timeout = timedelta(minutes=timeout_minutes)
+    # What torch gives to groups made without a time-out, as DeepSpeed makes those of experts and their
+    # replicas: 10 minutes with NCCL, 30 with gloo.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     if alone or place is not None:
-        _meet_on_a_free_port(place)
-    deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+        _meet_on_a_free_port(place, timeout)
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     dist.barrier()
     _remove_shared_memory()
 
 
-def _meet_on_a_free_port(place: str | None) -> None:
+def use_device() -> None:
+    """Makes this rank's device that of the calling thread; a new thread would begin with device 0."""
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _meet_on_a_free_port(place: str | None, timeout: timedelta) -> None:
     """Forms torch's process group. The port also names DeepSpeed's buffer, which two runs must not share."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     port = 0 if rank == 0 or place is None else published_port(place)  # 0: any free one
     store = torch.distributed.TCPStore(
-        "127.0.0.1", port, size, is_master=rank == 0, timeout=default_pg_timeout, wait_for_workers=False
+        "127.0.0.1", port, size, is_master=rank == 0, timeout=timeout, wait_for_workers=False
     )
     os.environ["MASTER_PORT"] = str(store.port)
     if rank == 0 and place is not None:
@@ -58,7 +79,7 @@ def _meet_on_a_free_port(place: str | None) -> None:
         store=store,
         rank=rank,
         world_size=size,
-        timeout=default_pg_timeout,
+        timeout=timeout,
     )
 
 
@@ -105,6 +126,16 @@ def communication_problem(error: RuntimeError) -> str | None:
         return (
             f"port {port} is in use, perhaps by another run; give the launcher another --master_port, "
             "or srun another MASTER_PORT"
+        )
+    if "Duplicate GPU" in str(error):  # of NCCL, which knows the GPUs of all ranks
+        return (
+            f"rank {rank} shares its GPU with another rank; start as many ranks per node as it has GPUs, or "
+            "give each task its own (--gpus-per-task=1)"
+        )
+    if "gloo/transport" in reason and "Timed out" in reason:
+        return (
+            f"rank {rank} waited longer than communication_timeout_minutes for another rank; if that one was "
+            f"still at work, raise it ({reason})"
         )
     if isinstance(error, torch.distributed.DistError) or "gloo/transport" in reason:
         return f"rank {rank} lost another rank, whose own error says why if it had one ({reason})"

@@ -18,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 
 from common.errors import error_line
 from common.files import write_file, writing_failed
+from pretrain import heartbeat
 from pretrain.checkpoint import (
     BUFFERS,
     CHECKPOINTS,
@@ -57,7 +58,7 @@ class Saver:
         self.engine, self.run, self.rank, self.warn = engine, run, rank, warn
         self.keep_last, self.keep_every = keep_last, keep_every
         # Python waits for the thread at exit, whatever ended the run, so a save that has begun finishes.
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1, initializer=heartbeat.saves_checkpoints)
         self.pending: Future[None] | None = None
         self.in_use: int | None = None  # step of a checkpoint being read, which is kept as well
 
@@ -99,6 +100,7 @@ class Saver:
         return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def _write(self, step: int, files: dict[str, Any], before: Callable[[], None]) -> None:
+        heartbeat.note("write of the checkpoint", step)
         folder = self.run / CHECKPOINTS / f"step-{step}"
         first, created = self.rank == 0, False
         try:
@@ -121,6 +123,7 @@ class Saver:
             for line in _name_latest(folder):
                 self.warn(f"warning: {line}")
             self.rotate(step)
+        heartbeat.note(heartbeat.IDLE)
 
     def rotate(self, step: int) -> None:
         """Deletes what is not kept beside the whole checkpoint of that step, such as a killed run's rest."""

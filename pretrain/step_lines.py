@@ -5,8 +5,6 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from data_pipeline.loading.loader import Loader
 from model import ModelConfig
 from model.counts import recomputed_flops_per_token, training_flops_per_token
@@ -16,11 +14,12 @@ from pretrain.config import RunConfig
 from pretrain.depths import StepDepths, trained_at
 from pretrain.metrics import peak_tflops
 from pretrain.process_group import peak_memory_bytes, world_size
+from pretrain.transfer import Fetched
 
 
 @dataclass
 class Figures:
-    """A step's results. The tensors are read while the next step runs, so that the device never waits."""
+    """A step's results. Those on the device are read while the next step runs, so that it never waits."""
 
     step: int  # optimizer steps done, this one included
     depths: StepDepths
@@ -28,13 +27,11 @@ class Figures:
     applied: bool  # whether it changed the weights
     seconds: float
     waited: float  # seconds spent waiting for data
-    stop: Tensor  # (2,) numbers of ranks that request a stop, and that know of a failed save
-    counts: dict[str, Tensor]  # of all ranks, see Trainer._global_counts
-    terms: Tensor  # (terms,) sums over all ranks
-    loops: Tensor  # (3, deepest), see loop_trace.loop_sums
-    loads: Tensor | None  # (MoE layers, E) tokens
-    grad_norm: Tensor  # scalar
-    zscores: Tensor  # (2,) of loss and grad_norm
+    counted: list[str]  # what `counts` are of, see step_inputs.read_step
+    # stop (2,) numbers of ranks that request a stop, and that know of a failed save; counts (counted,) and
+    # terms (terms,) sums over all ranks; loops (3, deepest), see loop_trace.loop_sums; loads (MoE layers, E)
+    # tokens, if there are experts; grad_norm scalar; zscores (2,) of loss and grad_norm
+    results: Fetched
     val_loss: float | None = None  # NaN: nothing was scored, or the model's outputs are not finite
 
 
@@ -50,18 +47,20 @@ class StepLines:
 
     def line(self, f: Figures) -> dict[str, Any]:
         """A step's line in metrics.jsonl."""
-        counts = {name: int(count) for name, count in f.counts.items()}
+        results = f.results.read()
+        counts = dict(zip(f.counted, results["counts"].tolist(), strict=True))
+        counts["rows"] = self.config.global_batch_size
         terms = {  # None where there was nothing to average over
             term.name: float(value) / counts[term.counted_in] if counts[term.counted_in] else None
-            for term, value in zip(self.terms, f.terms, strict=True)
+            for term, value in zip(self.terms, results["terms"], strict=True)
         }
         tokens = self.config.tokens_per_step
-        loads = [] if f.loads is None else f.loads.tolist()
+        loads = results["loads"].tolist() if "loads" in results else []
         shares = [[n / max(sum(load), 1) for n in load] for load in loads]
         losses = {
             "loss" if name == "cross_entropy" else f"loss_{name}": value for name, value in terms.items()
         }
-        measured: dict[str, float | None] = {**losses, "grad_norm": float(f.grad_norm)}
+        measured: dict[str, float | None] = {**losses, "grad_norm": float(results["grad_norm"])}
         return {
             "step": f.step,
             **{name: finite(value) for name, value in measured.items()},
@@ -74,7 +73,7 @@ class StepLines:
             "tokens_per_second": tokens / f.seconds,
             **self._utilisation(tokens / f.seconds, f),
             "recurrence_depth": f.depths.mean,
-            **(loop_figures(f.loops) if self.model_config.recurrence.placement != "none" else {}),
+            **(loop_figures(results["loops"]) if self.model_config.recurrence.placement != "none" else {}),
             "seconds": f.seconds,
             "data_wait_fraction": f.waited / f.seconds,
             "memory_bytes": peak_memory_bytes(),
@@ -89,8 +88,8 @@ class StepLines:
     def _skipped(self, f: Figures, measured: dict[str, float | None]) -> dict[str, Any]:
         """Why a step was skipped, and which rows of which sources it consisted of."""
         wrong = [f"{name} is {v}" for name, v in measured.items() if v is not None and not math.isfinite(v)]
-        names = ("loss", "grad_norm")
-        high = [f"z-score of {n} is {z:.1f}" for n, z in zip(names, f.zscores.tolist(), strict=True)]
+        zscores = zip(("loss", "grad_norm"), f.results.read()["zscores"].tolist(), strict=True)
+        high = [f"z-score of {name} is {z:.1f}" for name, z in zscores]
         return {
             "skipped": ", ".join(wrong or high),
             "sample_ids": self.loader.sample_ids(f.step - 1),

@@ -3,8 +3,9 @@
 import dataclasses
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from torch import Tensor
 
 from common.errors import error_line
 from common.files import replacing, write_file
-from data_pipeline.loading.loader import Batch, Loader
+from data_pipeline.loading.loader import Loader
 from model import ModelConfig
-from model.backends.flash import Documents
 from model.interface import ModelOutput
-from model.latent_cot.targets import loss_counts
 from model.loop_trace import loop_sums
 from model.losses import loss_terms, total_loss
+from pretrain import heartbeat
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig
 from pretrain.depths import StepDepths, step_depths
@@ -28,16 +28,12 @@ from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
 from pretrain.metrics import MetricsLog, say
 from pretrain.optim import learning_rate
-from pretrain.process_group import (
-    all_reduce_sum,
-    device,
-    on_any_rank,
-    rank,
-    world_size,
-)
+from pretrain.process_group import all_reduce_sum, device, on_any_rank, rank, use_device, world_size
 from pretrain.saver import Saver
+from pretrain.step_inputs import StepInputs, one_ahead, read_step
 from pretrain.step_lines import Figures, StepLines, finite
 from pretrain.stopping import StopRequests
+from pretrain.transfer import Fetched, pinned, to_device
 
 
 class TrainingError(ValueError):
@@ -74,6 +70,7 @@ class Trainer:
     def save(self) -> None:
         """Copies the state; the checkpoint is written while training continues."""
         started = time.perf_counter()
+        heartbeat.note("save")
         state = dataclasses.replace(self.initial_state, step=self.step)
         self.saver.save(state, before=self.log.sync if self.log is not None else lambda: None)
         self.save_seconds = time.perf_counter() - started
@@ -102,28 +99,41 @@ class Trainer:
             TrainingError: too many consecutive steps were skipped.
             CheckpointError: a checkpoint could not be written; noticed at the next step.
         """
-        self._validate_again()
-        running: Figures | None = None  # of the newest step, which may still run on the device
-        with ThreadPoolExecutor(1) as reader:
-            batch = reader.submit(self.loader.batch, self.step)
-            while self.step < self.config.max_steps and not self.stopped:
-                following = reader.submit(self.loader.batch, self.step + 1)
-                with self._profiler():
-                    figures = self._train_step(batch)
-                batch = following
-                if running is not None:
-                    self._report(running)
-                running = figures
-                self._poll_evaluator()
-                if self.validation is not None and self.step % self.config.eval_every == 0:
-                    running.val_loss = self.validation_loss(self.validation)
-                last = self.stopped or self.step == self.config.max_steps
-                if last or self.step % self.config.save_every == 0:
-                    self._report(running)
-                    running = None
-                    self.save()
+        with ThreadPoolExecutor(1, initializer=use_device) as reader:
+            self._validate_again(reader)
+            self._train(reader)
         self.saver.wait()
         self._poll_evaluator()
+
+    def _train(self, reader: Executor) -> None:
+        running: Figures | None = None  # of the newest step, which may still run on the device
+        try:
+            inputs = reader.submit(self._read, self.step)
+            while self.step < self.config.max_steps and not self.stopped:
+                following = reader.submit(self._read, self.step + 1)
+                with self._profiler():
+                    figures = self._train_step(inputs)
+                inputs = following
+                previous, running = running, figures
+                if previous is not None:
+                    self._report(previous)
+                self._poll_evaluator()
+                validates = self.validation is not None and self.step % self.config.eval_every == 0
+                if validates:
+                    running.val_loss = self.validation_loss(reader)
+                if validates or self._save_is_due():
+                    running = None
+                    self._report(figures)
+                if self._save_is_due():
+                    self.save()
+        except BaseException:
+            if running is not None:
+                with suppress(RuntimeError):  # of a device that has failed, which is already being raised
+                    self._write(running)
+            raise
+
+    def _save_is_due(self) -> bool:
+        return self.stopped or self.step == self.config.max_steps or self.step % self.config.save_every == 0
 
     def _poll_evaluator(self) -> None:
         if self.evaluator is not None:
@@ -135,12 +145,12 @@ class Trainer:
         """Whether the run has done all its steps and their validations."""
         return self.step == self.config.max_steps and not self.validation_cut_short
 
-    def _validate_again(self) -> None:
+    def _validate_again(self, reader: Executor) -> None:
         """Validates the step that the run resumes from, if a stop cut its validation short."""
         if self.validation is None or self.step == 0 or self.step % self.config.eval_every:
             return
         if on_any_rank(self.log is not None and not self.log.has_validation(self.step)):
-            loss = self.validation_loss(self.validation)
+            loss = self.validation_loss(reader)
             if self.log is not None and loss is not None:
                 self.log.validated(self.step, finite(loss))
 
@@ -174,61 +184,88 @@ class Trainer:
         except (OSError, RuntimeError) as error:
             say(f"warning: no profile: {error_line(error)}")
 
-    def _train_step(self, pending: "Future[Batch]") -> Figures:
-        """One optimizer step on this rank's rows; reads nothing from the device that DeepSpeed does not."""
+    def _read(self, step: int) -> StepInputs:
+        """This rank's part of a step; in the reader's thread."""
+        depths = self._step_depths(step)
+        return read_step(self.loader, step, self.model_config, self.micro_batch_size, depths)
+
+    def _train_step(self, pending: "Future[StepInputs]") -> Figures:
+        """One optimizer step on this rank's rows.
+
+        The host reads nothing from the device, with one exception: whether DeepSpeed applies the update, by
+        its own check of the gradients' norm, which `SpikeGuard` makes infinite for a refused step. Deciding
+        that later would let a bad step reach the weights.
+        """
         started = time.perf_counter()
-        batch = pending.result()
+        heartbeat.note("wait for data", self.step + 1)
+        inputs = pending.result()
         waited = time.perf_counter() - started
-        depths = self._step_depths()
+        depths = self._step_depths(self.step)
         lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
-        counts = self._global_counts(batch, depths)
+        heartbeat.note("sum of counts")
+        totals = all_reduce_sum(to_device(inputs.pinned_counts))
+        counts = dict(zip(inputs.counts, totals.unbind(), strict=True))
+        counts["rows"] = totals.new_full((), self.config.global_batch_size)
         self.engine.train(self.step)
         sums = torch.zeros(len(self.terms), dtype=torch.float64, device=device())
         loops = torch.zeros(3, depths.deepest, dtype=torch.float64, device=device())
-        micro_batches = list(self._micro_batches(batch, depths))
-        for number, inputs in enumerate(micro_batches, start=1):
-            output = self.engine.forward(**inputs)
+        for number, micro_batch in enumerate(inputs.micro_batches, start=1):
+            heartbeat.note(f"forward {number}/{len(inputs.micro_batches)}")
+            output = self.engine.forward(**micro_batch.on_device())
             assert output.loss_sums is not None
             sums += torch.stack([output.loss_sums[t.name].detach().double() for t in self.terms])
             loops += _loop_sums(output, loops)
+            heartbeat.note(f"backward {number}/{len(inputs.micro_batches)}")
             self.engine.backward(total_loss(self.model_config, output.loss_sums, counts))
-            if number < len(micro_batches):
+            if number < len(inputs.micro_batches):
                 self.engine.step(lr)
-        stop = sums.new_tensor([self.stop_requests.reason() is not None, self.saver.failed()])
+        heartbeat.note("sum of losses")
+        stop = _flags(self.stop_requests.reason() is not None, self.saver.failed())
         summed = all_reduce_sum(torch.cat((stop, sums, loops.flatten())))  # the step's only exchange of sums
         stop, sums, loops = summed.split([2, len(sums), loops.numel()])
         loss = total_loss(self.model_config, self._named(sums), counts)
+        heartbeat.note("optimizer step")
         self.engine.step(lr, loss, comparable=counts["targets"] > 0)
+        seconds = time.perf_counter() - started
+        loads = update_router_biases(self.engine)
+        results = {
+            "stop": stop,
+            "counts": totals,
+            "terms": sums,
+            "loops": loops.view(3, -1),
+            "grad_norm": self.engine.grad_norm(),
+            "zscores": self.engine.guard.zscores,
+        }
         self.step += 1
         return Figures(
             step=self.step,
             depths=depths,
             lr=lr,
             applied=self.engine.step_applied(),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             waited=waited,
-            stop=stop,
-            counts=counts,
-            terms=sums,
-            loops=loops.view(3, -1),
-            loads=update_router_biases(self.engine),
-            grad_norm=self.engine.grad_norm(),
-            zscores=self.engine.guard.zscores,
+            counted=list(inputs.counts),
+            results=Fetched(results if loads is None else {**results, "loads": loads}),
         )
 
     def _named(self, sums: Tensor) -> dict[str, Tensor]:
         """Sums (terms,) by the terms' names."""
         return {term.name: value for term, value in zip(self.terms, sums, strict=True)}
 
-    def _report(self, figures: Figures) -> None:
-        """Reads a step's figures from the device, writes its metrics.jsonl line, decides whether to stop."""
+    def _write(self, figures: Figures) -> dict[str, Any]:
+        """Writes a step's line of metrics.jsonl, and returns it."""
         record = self.lines.line(figures)
         if self.save_seconds is not None:  # reported with the next step
             record["save_seconds"], self.save_seconds = self.save_seconds, None
         if self.log is not None:
             self._warn_without_targets(record)
             self.log.write(record)
-        stop, failed = figures.stop.tolist()
+        return record
+
+    def _report(self, figures: Figures) -> None:
+        """Writes a step's line once the step's figures are in host memory, and decides whether to stop."""
+        record = self._write(figures)
+        stop, failed = figures.results.read()["stop"].tolist()
         if failed:  # some ranks may still wait for the others' part of the news
             self.saver.wait()
             raise CheckpointError("the last checkpoint could not be written by another rank")
@@ -252,76 +289,53 @@ class Trainer:
                 flush=True,
             )
 
-    def _step_depths(self) -> StepDepths:
+    def _step_depths(self, step: int) -> StepDepths:
         rows = self.config.global_batch_size
-        return step_depths(self.model_config, self.config.seed, self.step, world_size(), rows)
-
-    def _global_counts(self, batch: Batch, depths: StepDepths) -> dict[str, Tensor]:
-        """Sums over all ranks and micro-batches, scalars on the device: every loss term's counted_in,
-        `real_tokens`, which excludes padding, `looped_tokens`, the same times their row's loop steps, and
-        `damaged_rows`, skipped so far.
-        """
-        own = {**self._loss_counts(batch), "real_tokens": int(batch.lengths.sum())}
-        own["looped_tokens"] = int((torch.from_numpy(batch.lengths) * depths.rows[rank()]).sum())
-        own["damaged_rows"] = len(self.loader.damaged)
-        totals = all_reduce_sum(torch.tensor(list(own.values()), device=device()))
-        rows = totals.new_tensor(self.config.global_batch_size)
-        return {**dict(zip(own, totals.unbind(), strict=True)), "rows": rows}
-
-    def _loss_counts(self, batch: Batch) -> dict[str, int]:
-        """This rank's counts, see latent_cot.targets.loss_counts."""
-        parts = (batch.tokens, batch.targets, batch.cu_seqlens)
-        return loss_counts(self.model_config, self.step, *(torch.from_numpy(part) for part in parts))
-
-    def _micro_batches(self, batch: Batch, depths: StepDepths | None = None) -> Iterator[dict[str, Any]]:
-        """This rank's rows as arguments of the model; without `depths` at the config's depth."""
-        T = batch.tokens.shape[1]
-        for start in range(0, len(batch.tokens), self.micro_batch_size):
-            rows = slice(start, start + self.micro_batch_size)
-            inputs: dict[str, Any] = {
-                "tokens": torch.from_numpy(batch.tokens[rows]).to(device()).long(),
-                "targets": torch.from_numpy(batch.targets[rows]).to(device()).long(),
-                "cu_seqlens": torch.from_numpy(batch.cu_seqlens[rows]).to(device()),
-            }
-            boundaries, longest = batch.documents(rows)
-            inputs["documents"] = Documents(torch.from_numpy(boundaries).to(device()), longest)
-            if (batch.lengths[rows] < T).any():  # padding enters no statistic of experts or loop
-                lengths = torch.from_numpy(batch.lengths[rows]).to(device())
-                inputs["attention_mask"] = torch.arange(T, device=device()) < lengths[:, None]
-            if depths is not None:
-                inputs["num_steps"] = depths.passes(rows)
-                if depths.per_row:
-                    inputs["depths"] = depths.rows[rank(), rows].to(device())
-            yield inputs
+        return step_depths(self.model_config, self.config.seed, step, world_size(), rows)
 
     @torch.no_grad()
-    def validation_loss(self, loader: Loader) -> float | None:
+    def validation_loss(self, reader: Executor) -> float | None:
         """Mean cross-entropy per target over the first eval_batches batches of the validation split.
 
         NaN, with a warning, if none of them has a target. None if a rank was asked to stop meanwhile.
         """
+        assert self.validation is not None
+        heartbeat.note("validation")
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=device())
-        asked = [torch.zeros(1, device=device())]
-        for step in range(self.config.eval_batches):
-            batch = loader.batch(step)
-            totals[1] += self._loss_counts(batch)["targets"]
-            for inputs in self._micro_batches(batch):
-                output = self.engine.forward(**inputs)
+        asked: list[Fetched] = []
+        options = (self.validation, self.model_config, self.micro_batch_size, self.step)
+        for inputs in one_ahead(reader, partial(_read_validation, *options), self.config.eval_batches):
+            totals[1] += inputs.counts["targets"]
+            for micro_batch in inputs.micro_batches:
+                output = self.engine.forward(**micro_batch.on_device())
                 assert output.loss_sums is not None
                 totals[0] += output.loss_sums["cross_entropy"].double()
-            asked.append(all_reduce_sum(totals.new_tensor([self.stop_requests.reason() is not None])))
-            if bool(asked[-2]):  # the batch before: the device computes this one meanwhile
+            flag = all_reduce_sum(_flags(self.stop_requests.reason() is not None))
+            asked.append(Fetched({"stop": flag}))
+            if len(asked) > 1 and bool(asked[-2].read()["stop"]):  # of the batch before, which is done
                 self.stopped = self.validation_cut_short = True
                 return None
         all_reduce_sum(totals)
-        if rank() == 0 and not totals[1]:
+        loss, targets = Fetched({"totals": totals}).read()["totals"]  # the one wait of a validation
+        if rank() == 0 and not targets:
             print(
                 f"warning: none of the {self.config.eval_batches} validation batches has a target, so that "
                 f"val_loss of step {self.step} is null; raise eval_batches or build other data",
                 flush=True,
             )
-        return float(totals[0] / totals[1])
+        return float(loss / targets)
+
+
+def _read_validation(
+    loader: Loader, model_config: ModelConfig, micro_batch_size: int, training_step: int, number: int
+) -> StepInputs:
+    return read_step(loader, number, model_config, micro_batch_size, training_step=training_step)
+
+
+def _flags(*values: bool) -> Tensor:
+    """(values,) fp64 on the device."""
+    return to_device(pinned(torch.tensor(values, dtype=torch.float64)))
 
 
 @torch.no_grad()

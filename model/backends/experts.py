@@ -1,9 +1,11 @@
 """Products of rows sorted by expert with stacked weights (E, out, in), behind one switch.
 
-Shapes: E experts.
+Shapes: E experts, n rows, D hidden, F expert width.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,65 @@ def _grouped_mm(counts: Tensor) -> Products:
     )
 
 
+def _padded(counts: Tensor) -> Products:
+    """Batched products over blocks of equally many rows, for devices without grouped products.
+
+    Every expert's rows fill blocks of their own, and zeros fill up the last. The number of blocks then has a
+    limit that the host knows without reading the counts, wherever the router sends the rows: see _blocks.
+    """
+    blocks = functools.cache(functools.partial(_blocks, counts))
+
+    def forward(rows: Tensor, weight: Tensor) -> Tensor:
+        b = blocks(len(rows))
+        return b.rows(torch.bmm(b.padded(rows), weight[b.expert].transpose(1, 2)))
+
+    def to_rows(grad: Tensor, weight: Tensor) -> Tensor:
+        b = blocks(len(grad))
+        return b.rows(torch.bmm(b.padded(grad), weight[b.expert]))
+
+    def to_weight(grad: Tensor, rows: Tensor) -> Tensor:
+        b = blocks(len(rows))
+        each = torch.bmm(b.padded(grad).transpose(1, 2), b.padded(rows))
+        # The sum over an expert's blocks as a product, which is exact to fp32 and always in the same order.
+        own = (b.expert == torch.arange(len(counts), device=counts.device)[:, None]).to(each.dtype)
+        return (own @ each.flatten(1)).unflatten(1, each.shape[1:])
+
+    return Products(forward, to_rows, to_weight)
+
+
+class _Blocks(NamedTuple):
+    """Where n rows sorted by expert lie in blocks of `size` rows."""
+
+    expert: Tensor  # (blocks,) whose weight a block is multiplied by; any for a block without rows
+    place: Tensor  # (n,) of each row, counted through all blocks
+    size: int
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """(n, width) -> (blocks, size, width)."""
+        room = rows.new_zeros(len(self.expert) * self.size, rows.shape[1])
+        return room.index_copy_(0, self.place, rows).unflatten(0, (-1, self.size))
+
+    def rows(self, padded: Tensor) -> Tensor:
+        """(blocks, size, width) -> (n, width)."""
+        return padded.flatten(0, 1)[self.place]
+
+
+def _blocks(counts: Tensor, n: int) -> _Blocks:
+    """Blocks for counts (E,) rows of each expert, n in all, from sizes that the host knows.
+
+    With the mean n / E as their size (a multiple of 16, for tensor cores) there are at most 2 E blocks: twice
+    the products of even routing, and two copies of the weights.
+    """
+    size = 16 * max(1, -(-n // (16 * len(counts))))
+    blocks = n // size + min(len(counts), n)  # each expert has at most one that is not full
+    ends, last = counts.cumsum(0), ((counts + size - 1) // size).cumsum(0)
+    of_row = torch.searchsorted(ends, torch.arange(n, device=counts.device), right=True)
+    first_place = size * F.pad(last[:-1], (1, 0)) - (ends - counts)
+    place = torch.arange(n, device=counts.device) + first_place[of_row]
+    of_block = torch.searchsorted(last, torch.arange(blocks, device=counts.device), right=True)
+    return _Blocks(of_block.clamp(max=len(counts) - 1), place, size)
+
+
 def _megablocks(counts: Tensor) -> Products:
     """The grouped products of megablocks' grouped MLP (GPU, bf16)."""
     from megablocks.grouped_gemm_util import backend  # type: ignore[import-not-found]
@@ -58,5 +119,66 @@ def _megablocks(counts: Tensor) -> Products:
 _PRODUCTS: dict[str, Callable[[Tensor], Products]] = {
     "loop": _loop,
     "grouped_mm": _grouped_mm,
+    "padded": _padded,
     "megablocks": _megablocks,
 }
+
+
+class WeightedFeedForward(torch.autograd.Function):
+    """The experts' feed-forward layers times a factor p of each row, applied to the F hidden numbers:
+
+        down(p silu(gate(x)) up(x)), or without a gate down(p relu(up(x))^2).
+
+    As down is linear, this equals p times the layer, but takes no pass over the (n, D) results, and backward
+    needs none of them. p is not rounded to the dtype of the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        p: Tensor,
+        w1: Tensor,
+        w3: Tensor | None,
+        w2: Tensor,
+        products: Products,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """x (n, D), p (n,), w1 and w3 (E, F, D), w2 (E, D, F) as in moe.Experts -> (n, D).
+
+        dtype: of the products, see layers.product_dtype.
+        """
+        rows = x.to(dtype)
+        first = products.forward(rows, w1.to(dtype))
+        up = None if w3 is None else products.forward(rows, w3.to(dtype))
+        ctx.save_for_backward(p, None if up is None else up.to(x.dtype), w3, x, first.to(x.dtype), w1, w2)
+        ctx.products, ctx.product_dtype = products, dtype
+        hidden = _hidden(first, up).mul_(p[:, None])
+        return products.forward(hidden, w2.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (p, up, w3), wide = ctx.saved_tensors[:3], ctx.product_dtype
+        x, first, w1, w2 = (t.to(wide) for t in ctx.saved_tensors[3:])
+        up = None if up is None else up.to(wide)
+        products, grad = ctx.products, grads[0].to(wide).contiguous()
+        hidden, grad_hidden = _hidden(first, up), products.to_rows(grad, w2)
+        grad_p = (grad_hidden * hidden).sum(-1, dtype=p.dtype)
+        grad_w2 = products.to_weight(grad, hidden.mul_(p[:, None]))
+        grad_hidden.mul_(p[:, None])
+        dtype, grad_w3 = grads[0].dtype, None
+        if up is None:
+            grad_first = grad_hidden.mul_(F.relu(first)).mul_(2)
+            grad_x = products.to_rows(grad_first, w1)
+        else:
+            grad_up = F.silu(first).mul_(grad_hidden)
+            grad_first = torch.ops.aten.silu_backward(grad_hidden.mul_(up), first)
+            grad_x = products.to_rows(grad_first, w1) + products.to_rows(grad_up, w3.to(wide))
+            grad_w3 = products.to_weight(grad_up, x).to(dtype)
+        grad_w1 = products.to_weight(grad_first, x).to(dtype)
+        return grad_x.to(dtype), grad_p, grad_w1, grad_w3, grad_w2.to(dtype), None, None
+
+
+def _hidden(first: Tensor, up: Tensor | None) -> Tensor:
+    """The products (n, F) with the gate and the up projection, or with the latter alone -> (n, F)."""
+    return F.relu(first).square_() if up is None else F.silu(first).mul_(up)

@@ -12,7 +12,7 @@ log = logging.getLogger("zeromodel")
 
 DOCUMENT_BACKENDS = ("varlen", "flash_attn", "flash_attn_4")  # flash kernels, see backends/flash.py
 ATTENTION_BACKENDS = ("auto", "sdpa", "blockwise", "flex", *DOCUMENT_BACKENDS)
-EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "megablocks")
+EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "padded", "megablocks")
 HALF = (torch.bfloat16, torch.float16)
 FLASH_WIDTH = 256  # the widest head of FlashAttention-2's kernels, which torch's are too
 CHECKPOINTING = ("none", "block", "selective", "iteration")
@@ -29,7 +29,8 @@ class ExecutionConfig:
     # auto: blockwise on a CPU; on a GPU varlen for packed rows in 16 bits, else sdpa
     # | flex (on a CPU no gradients) | varlen, flash_attn, flash_attn_4 (GPU, 16 bits)
     attention: str = "auto"
-    # auto: grouped_mm where its kernels take the sizes, else loop | megablocks (GPU, bf16)
+    # auto: grouped_mm where it has kernels for the sizes, else loop on a CPU and padded (batched products) on
+    # a GPU | megablocks (GPU, bf16)
     experts: str = "auto"
     # none | block: a layer keeps its input and its router's choice | selective: also its matrix products
     # | iteration: every step of a loop keeps its state and the routers' choices
@@ -98,7 +99,8 @@ def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int
     aligned = all(width * dtype.itemsize % 16 == 0 for width in widths) and dtype != torch.float64
     chosen = name
     if name == "auto":
-        chosen = "grouped_mm" if aligned and (device == "cpu" or dtype == torch.bfloat16) else "loop"
+        grouped = aligned and (device == "cpu" or _has_grouped_products(device, dtype))
+        chosen = "grouped_mm" if grouped else "loop" if device == "cpu" else "padded"
     if chosen == "grouped_mm" and not aligned:
         raise ValueError(
             f"execution.experts=grouped_mm needs expert widths that are multiples of 16 bytes, but they are "
@@ -110,6 +112,14 @@ def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int
         _require_package("experts", "grouped_gemm", "grouped_gemm")
     log.info("expert backend on %s in %s: %s", device, dtype, chosen)
     return chosen
+
+
+def _has_grouped_products(device: str, dtype: torch.dtype) -> bool:
+    """Whether torch 2.13 has a GPU's kernel for grouped products (aten/src/ATen/native/cuda/GroupedBlas.cpp).
+
+    Elsewhere grouped_mm runs too, but the host waits for the sizes and multiplies group by group.
+    """
+    return device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def _require_gpu(switch: str, name: str, device: str, dtype: torch.dtype) -> None:
