@@ -60,7 +60,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> LayerOutput:
         """x (B, T, D) -> the layer's output."""
-        # Not with a cache, where lengths grow, nor where loop steps keep keys: each would be compiled by itself.
+        # Not with a cache, where lengths grow, nor where loop steps keep keys: each would be compiled anew.
         compiled = self.compiled and context.cache is None and context.loop is None
         x, normed, attention = maybe_compiled(self._attend, compiled, x, context)
         statistics = None

@@ -26,7 +26,7 @@ class MicroBatch:
     tokens: Tensor  # (b, T) int32
     targets: Tensor  # (b, T) int32
     cu_seqlens: Tensor  # (b, S) int32
-    documents: Documents  # the same boundaries for flash kernels, without empty documents
+    documents: Documents  # the same boundaries, as flash kernels read them
     lengths: Tensor | None  # (b,) int32; None: no row has padding
     num_steps: int | None  # loop steps that every rank takes for some row; None: the config's
     depths: Tensor | None  # (b,) int64 loop steps of each row; None: all the same
@@ -94,8 +94,8 @@ def read_step(
 def _micro_batches(batch: Batch, size: int, depths: StepDepths | None) -> Iterator[MicroBatch]:
     for start in range(0, len(batch.tokens), size):
         rows = slice(start, start + size)
-        boundaries, longest = batch.documents(rows)
         padded = bool((batch.lengths[rows] < batch.tokens.shape[1]).any())
+        boundaries, longest = batch.documents(rows)
         yield MicroBatch(
             tokens=pinned(torch.from_numpy(batch.tokens[rows])),
             targets=pinned(torch.from_numpy(batch.targets[rows])),
