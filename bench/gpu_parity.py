@@ -2,8 +2,8 @@
 
 The reference is the same model with the same weights in fp32 on a CPU, with sdpa and the loop over experts,
 which the tests compare with transformers. In bf16 attention may err by twice what sdpa in bf16 does; experts
-are compared with the loop in bf16, since a router that sees other roundings may choose other experts. In FP8
-the kernels may err by twice what their emulation does.
+are compared with the loop in bf16, since a router that sees other roundings may choose other experts. The
+products in FP8 are compared with their emulation.
 """
 
 import math
@@ -18,7 +18,8 @@ from torch import Tensor
 from common.errors import error_line
 from common.schema import from_plain
 from model import ModelConfig
-from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig
+from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, require_fp8
+from model.fp8 import GroupedFp8, fp8_forward, fp8_to_rows, fp8_to_weight
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -40,7 +41,7 @@ HEADS: dict[str, dict[str, Any]] = {
 }
 # The balancing bias decides who gets tokens: all experts, or two of them.
 LOADS = {"all experts": 0.0, "2 of 8 experts": 9.0}
-FP32_LIMIT, BF16_LIMIT = 1e-4, 0.02
+FP32_LIMIT, BF16_LIMIT, FP8_LIMIT = 1e-4, 0.02, 0.005
 DTYPES = {"fp32": FP32_LIMIT, "bf16": BF16_LIMIT}
 SLOW = "flex"  # compiles for every shape
 PLAIN = {"attention": "sdpa", "experts": "loop"}
@@ -98,13 +99,37 @@ def _family(setting: Setting, family: str, cases: list[Case], names: tuple[str, 
 
 
 def _fp8(setting: Setting) -> None:
-    """FP8's kernels may err by twice what their emulation on a CPU does."""
-    # The second case sends all rows to the same experts: no rounding changes a choice.
-    cases, execution = [attention_cases()[0], expert_cases()[1]], {"attention": "sdpa", "precision": "fp8"}
-    reference = [values(case, PLAIN, "cpu", "fp32") for case in cases]
-    emulated = [values(case, execution, "cpu", "bf16") for case in cases]
-    limits = _doubled(emulated, reference, BF16_LIMIT)
-    _compare(setting, "products in FP8", execution, "bf16", cases, reference, limits)
+    """The products of a linear layer and of three experts, on the device against their emulation on a CPU.
+
+    Both round the same operands in the same way; only the order of their sums differs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    counts, inner, outer = torch.tensor([200, 0, 56]), 384, 256
+    shapes = {"rows": (256, inner), "grad": (256, outer), "weight": (3, outer, inner)}
+    given = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+    expected = _products_in_fp8(counts, **given)
+    try:
+        require_fp8(setting.device, torch.bfloat16)
+    except ValueError as refusal:
+        setting.note("products in FP8", ABSENT, error_line(refusal))
+        return
+    found = _products_in_fp8(counts.to(setting.device), **{n: x.to(setting.device) for n, x in given.items()})
+    for name, error in _errors(found, expected).items():
+        text = f"off by {error:.1e} from the emulation, allowed {FP8_LIMIT:.1e}"
+        setting.judge(f"FP8, {name}", error <= FP8_LIMIT, text, error=error)
+
+
+def _products_in_fp8(counts: Tensor, rows: Tensor, grad: Tensor, weight: Tensor) -> Values:
+    experts = GroupedFp8(counts)
+    found = {
+        "linear": fp8_forward(rows, weight[0]),
+        "linear, to rows": fp8_to_rows(grad, weight[0]),
+        "linear, to weight": fp8_to_weight(grad, rows),
+        "experts": experts.forward(rows, weight),
+        "experts, to rows": experts.to_rows(grad, weight),
+        "experts, to weight": experts.to_weight(grad, rows),
+    }
+    return {name: value.float().cpu() for name, value in found.items()}
 
 
 def _doubled(usual: list[Values], reference: list[Values], least: float) -> list[float]:
@@ -155,8 +180,10 @@ def values(case: Case, execution: dict[str, str], device: str, dtype: str) -> Va
 
 def _error(found: Values, reference: Values) -> float:
     """The largest relative error (2-norm) of the loss and any parameter's gradient; inf if one is missing."""
-    if found.keys() != reference.keys():
-        return math.inf
+    return max(_errors(found, reference).values()) if found.keys() == reference.keys() else math.inf
+
+
+def _errors(found: Values, reference: Values) -> dict[str, float]:
     tiny = torch.finfo(torch.float32).tiny
-    errors = [((found[n] - v).norm() / v.norm().clamp(min=tiny)).item() for n, v in reference.items()]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
+    errors = {n: ((found[n] - v).norm() / v.norm().clamp(min=tiny)).item() for n, v in reference.items()}
+    return {name: math.inf if math.isnan(error) else error for name, error in errors.items()}

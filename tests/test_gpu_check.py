@@ -268,7 +268,13 @@ def test_parity_names_the_backend_that_errs(bench, setting, monkeypatch):
     monkeypatch.setattr(parity, "EXPERT_BACKENDS", ("grouped_mm", "loop"))
     one_case = parity.attention_cases()[:1]
     monkeypatch.setattr(parity, "attention_cases", lambda: one_case)
-    right = attention._BACKENDS["blockwise"]
+    right, emulated, calls = attention._BACKENDS["blockwise"], parity.fp8_forward, list[int]()
+
+    def wrong_scale(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(1)  # the first call is the emulation's
+        return emulated(rows, weight) * (1.01 if len(calls) > 1 else 1)
+
+    monkeypatch.setattr(parity, "fp8_forward", wrong_scale)
 
     def broken_kernel(counts: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access")
@@ -284,6 +290,8 @@ def test_parity_names_the_backend_that_errs(bench, setting, monkeypatch):
     assert found["experts grouped_mm bf16"][0] == "FAILED"
     assert "illegal memory access" in found["experts grouped_mm bf16"][1]
     assert found["experts loop bf16"][0] == "ok"
+    assert found["FP8, linear"][0] == "FAILED"
+    assert found["FP8, experts, to weight"][0] == "ok"
 
 
 @pytest.mark.gpu
