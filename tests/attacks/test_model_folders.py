@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from common.locks import FolderLock
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.hf.deepseek import export_folder, import_folder
-from model.weight_files import save_tensors
+from model.weight_writer import save_tensors
 
 from ..model.hf_folders import LLAMA3_ROPE, gpt2_folder, llama_folder
 from ..model.test_hf import exported, random_config, random_model
