@@ -125,7 +125,9 @@ def _blocks(tensor: Tensor) -> Iterable[Tensor]:
 
 def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in host memory, copied only if they do not lie in order."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    whole = tensor.contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # a single number may have any stride
+    return flat.view(torch.uint8).numpy().data
 
 
 def _text(stored: Stored) -> str:

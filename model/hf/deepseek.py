@@ -42,7 +42,7 @@ from model.hf.files import (
 )
 from model.hf.folder import refuse_stale_weights, remove_old, writing
 from model.hf.own import export_own, import_own
-from model.hf.places import Imported, Place, fitted, renamed
+from model.hf.places import Imported, Place, fitted, renamed, write_places
 from model.hf.remote.section import MODEL_TYPE
 from model.hf.rope import deepseek_rope
 from model.hf.shards import DEFAULT_SIZE, size_in_bytes
@@ -312,9 +312,7 @@ def export_deepseek(checkpoint: Path, out: Path, max_shard_size: int) -> dict[st
         refuse_stale_weights(out, file_names(files))
         with writing_weights(out, files, stored) as writer:
             for name in weights:
-                tensor = weights.checked(name)
-                for place in places[name]:
-                    writer.write(place.name, place.change(tensor))
+                write_places(weights.checked(name), places[name], stored, writer)
             remove_old(out)
             ids = export_tokenizer(checkpoint, out, config.max_position_embeddings, begins=False)
     values |= {name: ids[name] for name in ENDS}

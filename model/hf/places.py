@@ -77,6 +77,15 @@ def _like(stored: Stored) -> Tensor:
     return torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="meta")
 
 
+def write_places(
+    tensor: Tensor, targets: Sequence[Place], planned: Mapping[str, Stored], writer: WeightWriter
+) -> None:
+    """Changes and writes a tensor. Its last name is the argument: the next one is read when it is gone."""
+    for place in targets:
+        value = place.change(tensor).to(DTYPES[planned[place.name].dtype])
+        writer.write(place.name, value, place.row)
+
+
 @dataclass(frozen=True)
 class Imported:
     """A model in a Hugging Face folder, to be written as an export."""
@@ -95,7 +104,4 @@ class Imported:
         for name, targets in self.places.items():
             if not targets:
                 continue
-            tensor = self.weights.checked(name)
-            for place in targets:
-                value = place.change(tensor).to(DTYPES[self.planned[place.name].dtype])
-                writer.write(place.name, value, place.row)
+            write_places(self.weights.checked(name), targets, self.planned, writer)
