@@ -22,7 +22,7 @@ class HostCopies:
         self.device, self.reuse = device, reuse
         self.api = torch.get_device_module(device)
         self.stream, self.done = self.api.Stream(), self.api.Event()
-        self._kept: list[Tensor] = []
+        self._kept: list[tuple[Any, Tensor]] = []  # in the order of a snapshot, which is always the same
         self._used = 0
 
     def begin(self) -> None:
@@ -55,12 +55,11 @@ class HostCopies:
         if not self.reuse:
             return torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         number, self._used = self._used, self._used + 1
-        if number == len(self._kept):
-            self._kept.append(torch.empty(0))
-        kept = self._kept[number]
-        if (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
-            kept = self._kept[number] = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-        return kept
+        form = tensor.shape, tensor.dtype, tensor.stride(), pinned
+        if number == len(self._kept) or self._kept[number][0] != form:
+            memory = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+            self._kept[number : number + 1] = [(form, memory)]
+        return self._kept[number][1]
 
     def end(self) -> None:
         """After the last copy of a snapshot has been asked for."""
