@@ -110,3 +110,18 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def read_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+        raise ValueError(f"{path} is not valid JSON ({error}); {fix}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys; {fix}")
+    return values

@@ -1,17 +1,19 @@
-"""The files of an exported checkpoint: model.safetensors and config.json."""
+"""The files of an exported checkpoint: config.json, and weights in one file or in several with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from common.files import replacing
+from common.files import read_object, replacing
 from model.config.model import ModelConfig
-from model.weight_files import all_finite, check_size, read_header, write_tensors
+from model.weight_files import WEIGHTS_NAME as WEIGHTS_NAME
+from model.weight_files import Stored, all_finite, check_size, read_header, weights_path
+from model.weight_writer import MAX_SHARD_BYTES, WeightWriter, describe, shards, writing_weights
 
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+CONFIG_NAME = "config.json"
 # Further files that evaluation needs; pretrain/export.py writes them.
 TOKENIZER_NAME, TRAINING_DATA_NAME = "tokenizer.model", "training_data.json"
 CONVERSIONS_NAME = "conversion.json"  # how model.convert made the folder
@@ -21,33 +23,49 @@ TRAINING_ONLY = "kv_projections."
 FIX = "export the checkpoint again"
 
 
-def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
-    """Raises ValueError, one line, for the first tensor that holds NaN or infinity.
+def require_finite(name: str, value: Tensor, where: object) -> None:
+    """Raises ValueError, one line, for a tensor that holds NaN or infinity.
 
     Args:
-        where: what the tensors are, for the message.
+        where: what it belongs to, for the message.
     """
-    for name, value in weights.items():
-        if value.is_floating_point() and not all_finite(value):
-            raise ValueError(f"{name} holds NaN or infinity in {where}; use an earlier checkpoint or export")
+    if not all_finite(value):
+        raise ValueError(f"{name} holds NaN or infinity in {where}; use an earlier checkpoint or export")
 
 
-def save_weights(directory: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Writes the two files, both whole before the first replaces an older one.
+@contextmanager
+def saving_weights(
+    directory: Path, config: ModelConfig, stored: Mapping[str, Stored], limit: int = MAX_SHARD_BYTES
+) -> Iterator[WeightWriter]:
+    """A writer of an export's weights, one tensor at a time; all files are whole before the first replaces
+    an older one.
 
-    The folder has no config.json between the two, so that nothing reads new weights with an old config,
-    however this ends.
+    The folder has no config.json while files are renamed, so that nothing reads new weights with an old
+    config, however this ends.
+
+    Args:
+        stored: all tensors, in the order in which they fill the files.
+        limit: bytes of weights in a file.
 
     Raises:
-        OSError: see common.files.replacing.
+        ValueError: a tensor was not written. OSError: see common.files.replacing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / CONFIG_NAME
     # What is entered last is renamed first.
-    with replacing(path) as new_config, replacing(directory / WEIGHTS_NAME) as new_weights:
-        write_tensors(new_weights, state)
+    with replacing(path) as new_config, writing_weights(directory, shards(stored, limit), stored) as writer:
+        yield writer
+        writer.finish()
         new_config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         path.unlink(missing_ok=True)
+
+
+def save_weights(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
+    """Writes an export from tensors in memory; see saving_weights."""
+    stored = {name: describe(value) for name, value in state.items()}
+    with saving_weights(directory, config, stored) as writer:
+        for name, value in state.items():
+            writer.write(name, value)
 
 
 def load_config(directory: str | Path) -> ModelConfig:
@@ -73,22 +91,7 @@ def load_config(directory: str | Path) -> ModelConfig:
         config = ModelConfig.from_stored(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    weights = Path(directory) / WEIGHTS_NAME
+    weights = weights_path(Path(directory))
     if weights.is_file():
         check_size(config, read_header(weights, FIX), path, FIX)
     return config
-
-
-def read_object(path: Path, fix: str) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
-        raise ValueError(f"{path} is not valid JSON ({error}); {fix}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no keys; {fix}")
-    return values

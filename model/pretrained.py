@@ -1,13 +1,40 @@
 """Loads a model from the files of an exported checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from model.export_files import CONFIG_NAME, FIX, WEIGHTS_NAME, load_config
+import torch
+
+from model.config.model import ModelConfig
+from model.export_files import CONFIG_NAME, FIX, load_config
 from model.transformer import ZeroModel
-from model.weight_files import check_values, read_header, read_tensors, unchanged
+from model.weight_files import OpenWeights, open_weights, unchanged, weights_path
 
 Shape = tuple[int, ...]
+
+
+def shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name -> shape of every tensor of a model's state."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in ZeroModel(config).state_dict().items()}
+
+
+@contextmanager
+def open_export(directory: Path) -> Iterator[tuple[ModelConfig, OpenWeights]]:
+    """Config and tensors of an exported folder, which must not change inside the `with` block.
+
+    Raises:
+        ValueError, OSError: a file is missing, damaged, or of another kind than the others.
+    """
+    path = weights_path(directory)
+    with unchanged(directory / CONFIG_NAME, path):
+        config, weights = load_config(directory), open_weights(path, FIX)
+        for name in weights:
+            weights.check_kind(name)
+        # The model is not larger than the weights: see load_config.
+        check_fits(shapes(config), {name: tensor.shape for name, tensor in weights.stored.items()}, path)
+        yield config, weights
 
 
 def load_pretrained(directory: str | Path) -> ZeroModel:
@@ -18,16 +45,11 @@ def load_pretrained(directory: str | Path) -> ZeroModel:
         ValueError: a file is damaged or was written meanwhile, the weights do not fit the config, are not
             finite, or are not floating-point numbers of 16 bits or more.
     """
-    path = Path(directory) / WEIGHTS_NAME
-    with unchanged(Path(directory) / CONFIG_NAME, path):
-        config = load_config(directory)
-        found = {name: tensor.shape for name, tensor in read_header(path, FIX).items()}
-        model = ZeroModel(config)  # not larger than the weights: see load_config
+    with open_export(Path(directory)) as (config, weights):
+        model = ZeroModel(config, seed=None)
         state = model.state_dict()
-        check_fits({name: tuple(tensor.shape) for name, tensor in state.items()}, found, path)
-        for name, tensor in read_tensors(path, FIX):
-            check_values(name, tensor, path, FIX)
-            state[name].copy_(tensor)
+        for name in weights:  # one at a time: memory holds the model and one tensor
+            state[name].copy_(weights.checked(name))
     return model.eval()
 
 

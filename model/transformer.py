@@ -38,7 +38,7 @@ class ZeroModel(nn.Module):
         config: sizes and switches.
         moe_class: the mixture-of-experts layer; pretrain/ passes its expert-parallel one.
         seed: the initial weights are a function of (seed, parameter name, global expert number), so they do
-            not depend on how the model is spread over ranks.
+            not depend on how the model is spread over ranks. None: they are not set, for a caller that does.
         execution: how to compute; changes no result.
     """
 
@@ -48,7 +48,7 @@ class ZeroModel(nn.Module):
         self,
         config: ModelConfig,
         moe_class: type[MoE] = MoE,
-        seed: int = 0,
+        seed: int | None = 0,
         execution: ExecutionConfig | None = None,
     ) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ZeroModel(nn.Module):
         self.lm_head = LMHead(config, self.model.embed_tokens)
         if config.latent_cot.num_latents:
             self.latent_thoughts = LatentThoughts(config)
-        if not self.model.embed_tokens.weight.is_meta:  # on the meta device there are shapes only
+        if seed is not None and not self.model.embed_tokens.weight.is_meta:  # meta: there are shapes only
             initialize(self, seed)
 
     def forward(

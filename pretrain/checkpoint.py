@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,6 +24,7 @@ from common.errors import error_line
 from common.files import sync_folder, write_file, writing_failed
 from common.schema import from_plain
 from model import ModelConfig
+from model.weight_files import read_tensors
 from pretrain.patience import gather_when_done
 
 T = TypeVar("T")
@@ -39,7 +40,10 @@ class Checkpointed(Protocol):
     """What is saved, and the ranks that save it: an Engine."""
 
     def snapshot(self) -> dict[str, Any]:
-        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part."""
+        """This rank's files, name -> contents, in memory once `copied` returns; all ranks take part."""
+
+    def copied(self) -> None:
+        """Returns when the last snapshot is in memory; any thread may call it."""
 
     def checkpoint_buffers(self) -> dict[str, Tensor]:
         """Tensors that are equal on every rank and in none of those files."""
@@ -211,6 +215,12 @@ def require_whole(folder: Path, problem: str | None) -> None:
     """Raises ValueError if a checkpoint that the user named has a problem, see `damage`."""
     if problem is not None:
         raise ValueError(f"{folder} is not a whole checkpoint: {problem}; choose another step")
+
+
+def averages(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of the moving average in a whole checkpoint that holds one, one after another."""
+    for path in sorted((folder / EMA).iterdir()):
+        yield from read_tensors(path, "choose another step")
 
 
 def read(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 from model.counts import num_parameters
-from model.export_files import WEIGHTS_NAME
+from model.export_files import FIX
+from model.weight_files import weight_files, weights_path
 from pretrain import checkpoint
 from pretrain.init import BASE
 from pretrain.setup import Run
@@ -27,9 +28,7 @@ def require_room(run: Run, trained: int, step: int) -> None:
     """
     config, exports = run.config, 4 * num_parameters(run.model_config)
     names = ["export"] if config.optimizer.ema_decay is None else ["export", "export_ema"]
-    missing = _base_bytes(run) + exports * sum(
-        not (run.folder / name / WEIGHTS_NAME).exists() for name in names
-    )
+    missing = _base_bytes(run) + exports * sum(not weights_path(run.folder / name).exists() for name in names)
     there = [size for size in map(_size, _folders(run.folder)) if size]
     each = there[0] if there else checkpoint_bytes(run, trained)
     saves = math.ceil((config.max_steps - step) / config.save_every)
@@ -68,7 +67,7 @@ def _base_bytes(run: Run) -> int:
     start, keeps = run.start, run.config.lora is not None or run.config.init.frozen
     if not keeps or start is None or start.weights is None or (run.folder / BASE).exists():
         return 0
-    return start.weights.stat().st_size
+    return sum(path.stat().st_size for path in weight_files(start.weights, FIX))
 
 
 def _folders(run: Path) -> list[Path]:

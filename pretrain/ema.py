@@ -53,18 +53,20 @@ class MovingAverage:
 
 
 def average_files(
-    average: MovingAverage, parameters: Callable[[], Iterator[tuple[str, Tensor]]], kept: bool
+    average: MovingAverage, parameters: Callable[[], Iterator[tuple[str, Tensor]]], rank: int, world_size: int
 ) -> dict[str, bytes]:
-    """The average as checkpoint files: whole tensors by name, so that any layout can read them.
+    """The average as checkpoint files: whole tensors by name, so that any layout can read them. This rank's
+    are in host memory until they are written; the ranks share them evenly.
 
     Args:
         parameters: name and whole value of every trained parameter as it is; all ranks take part.
-        kept: whether this rank returns the files, in host memory until they are written; the others none.
     """
-    files = {}
+    files, held = {}, [0] * world_size  # bytes of every rank
     with average.in_place():
         for name, value in parameters():
-            if kept:
+            owner = held.index(min(held))
+            held[owner] += value.nbytes
+            if owner == rank:
                 files[f"{EMA}/{name}.safetensors"] = to_safetensors({name: value.cpu().contiguous()})
     return files
 

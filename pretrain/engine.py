@@ -3,7 +3,6 @@
 Only this file, building.py, universal.py, process_group.py and expert_parallel.py import deepspeed.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +34,7 @@ from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ema import MovingAverage, average_files, read_average
 from pretrain.expert_parallel import (
     create_groups,
+    experts_by_rank,
     experts_in_checkpoints,
     gather_experts,
     is_expert,
@@ -45,7 +45,9 @@ from pretrain.init import Start
 from pretrain.lora import seed_dropout
 from pretrain.muon import MOMENTUM, restore_momentum, store_momentum
 from pretrain.optim import choose_adamw_kernel, parameter_groups
+from pretrain.parts import Part
 from pretrain.process_group import all_reduce_sum, device, rank, world_size
+from pretrain.snapshot import HostCopies
 from pretrain.stability import SpikeGuard
 from pretrain.universal import no_pickle_code
 
@@ -61,17 +63,19 @@ DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: ZERO_OPTIMI
 
 
 class _Snapshots(CheckpointEngine):
-    """Copies to memory what DeepSpeed would write to files; checkpoint.py writes it in the background."""
+    """Copies to memory what DeepSpeed would write to files; saver.py writes it in the background."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self.copies = HostCopies(device, reuse=device.type == "cuda")
         self.files: dict[str, Any] = {}
 
     def create(self, info: CheckpointCommitInfo) -> None:
         self.files = {}
+        self.copies.begin()
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.files[Path(path).name] = _copied(state_dict)
+        self.files[Path(path).name] = self.copies.deep(state_dict)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Nothing goes to disk here."""
@@ -84,17 +88,6 @@ class _Snapshots(CheckpointEngine):
 
     def preserves_storage_sharing(self) -> bool:
         return False  # every tensor is copied by itself, so DeepSpeed need not copy views first
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy with its tensors in CPU memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item) for item in value)
-    return copy.deepcopy(value)
 
 
 class Engine:
@@ -133,7 +126,7 @@ class Engine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         self.model: ZeroModel = self.deepspeed.module
-        self.snapshots = self.deepspeed.checkpoint_engine = _Snapshots()
+        self.snapshots = self.deepspeed.checkpoint_engine = _Snapshots(device())
         self.deepspeed._copy_recovery_script = lambda folder: None  # a script that reads pickles
         # For the thread that writes checkpoints: its messages must not mix with those of training.
         self.saving_group = torch.distributed.new_group(backend="gloo")
@@ -178,6 +171,7 @@ class Engine:
             group["lr"] = lr * ratio * group.get("lr_scale", 1.0)
         if loss is not None:
             self._loss, self._comparable = loss, comparable
+        self.snapshots.copies.hold()
         self.deepspeed.step()
         if self.average is not None and self.step_applied():
             self.average.update()
@@ -213,7 +207,7 @@ class Engine:
         return values
 
     def snapshot(self) -> dict[str, Any]:
-        """This rank's checkpoint files, name -> contents copied to memory; all ranks take part.
+        """This rank's files, name -> contents, in memory once `copied` returns; all ranks take part.
 
         Raises:
             CheckpointError: a weight is not finite; on all ranks.
@@ -229,11 +223,18 @@ class Engine:
                 ".", "snapshot", save_latest=False, exclude_frozen_parameters=self.freezes
             )
         files, self.snapshots.files = self.snapshots.files, {}
+        self.snapshots.copies.end()
+        self.snapshots.copies.hold()  # the average takes the weights' place below
         if self.muon:
+            self.copied()
             store_momentum(self.deepspeed.optimizer, files)
         if self.average is not None:
-            files.update(average_files(self.average, self._full_parameters, kept=rank() == 0))
+            files.update(average_files(self.average, self._full_parameters, rank(), world_size()))
         return files
+
+    def copied(self) -> None:
+        """Returns when the last snapshot is in memory; any thread may call it."""
+        self.snapshots.copies.wait()
 
     def load(self, checkpoint: Path) -> None:
         """Loads a checkpoint of the same layout."""
@@ -324,16 +325,38 @@ class Engine:
         yield from self._full_parameters()
         yield from self.buffers().items()
 
+    def weight_parts(self) -> Iterator[Part]:
+        """full_weights in parts: of the experts, those of one rank at a time; all ranks take every part."""
+        for name, parameter in self._trained():
+            value = self._full_value(name, parameter)
+            if not is_expert(parameter):
+                yield Part(name, value)
+                continue
+            for number, rows in enumerate(experts_by_rank(value, self.ep_size)):
+                yield Part(name, rows, number * len(rows))
+        for name, buffer in self.buffers().items():
+            yield Part(name, buffer)
+
+    def averaged_parts(self) -> Iterator[Part]:
+        """weight_parts of the moving average; buffers as they are now."""
+        assert self.average is not None
+        with self.average.in_place():
+            yield from self.weight_parts()
+
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def _full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained():
-            value = safe_get_full_fp32_param(parameter)
-            if value is None:
-                raise RuntimeError(f"ZeRO holds no fp32 copy of {name}")
-            value = value.view(getattr(parameter, "ds_shape", parameter.shape))
+            value = self._full_value(name, parameter)
             yield name, gather_experts(value, self.ep_size) if is_expert(parameter) else value
+
+    def _full_value(self, name: str, parameter: nn.Parameter) -> Tensor:
+        """The fp32 value of a parameter; of experts, those of this rank."""
+        value = safe_get_full_fp32_param(parameter)
+        if value is None:
+            raise RuntimeError(f"ZeRO holds no fp32 copy of {name}")
+        return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
     def checkpoint_buffers(self) -> dict[str, Tensor]:
         """What DeepSpeed's files do not hold (a universal load restores no buffers), equal on every rank."""

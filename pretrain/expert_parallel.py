@@ -292,6 +292,18 @@ def is_expert(parameter: Tensor) -> bool:
     return getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert"
 
 
+def experts_by_rank(local: Tensor, ep_size: int) -> Iterator[Tensor]:
+    """Every rank's (L, ...) of all experts (E, ...) in order, on every rank, one after another."""
+    if ep_size == 1:
+        yield local
+        return
+    group = groups._get_expert_parallel_group(group_name(ep_size))
+    for source in range(ep_size):
+        part = local.contiguous() if dist.get_rank(group) == source else torch.empty_like(local)
+        dist.broadcast(part, dist.get_global_rank(group, source), group=group)
+        yield part
+
+
 def gather_experts(local: Tensor, ep_size: int) -> Tensor:
     """All experts (E, ...) from every rank's (L, ...), on every rank."""
     if ep_size == 1:

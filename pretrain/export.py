@@ -5,31 +5,35 @@ Offline, in one process: python pretrain/export.py --run runs/NAME [--step N] [-
 """
 
 import argparse
+import math
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from common.errors import user_errors
 from common.files import write_file
 from data_pipeline.cleaning.decontaminate import EVALUATION_FILES
 from data_pipeline.shards.manifest import Manifest
-from model import ModelConfig, ZeroModel
+from model import ModelConfig
 from model.export_files import (
     CONVERSIONS_NAME,
     TOKENIZER_NAME,
     TRAINING_DATA_NAME,
     TRAINING_ONLY,
     require_finite,
-    save_weights,
+    saving_weights,
 )
+from model.pretrained import shapes
+from model.weight_files import Stored
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
-from pretrain.init import base_weights
+from pretrain.init import Shapes, base_weights
+from pretrain.parts import Part
 
 
 def describe_data(manifest: Manifest) -> dict[str, Any]:
@@ -53,36 +57,44 @@ def describe_data(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def write_export(folder: Path, config: ModelConfig, weights: dict[str, Tensor], run: Path) -> None:
-    """Writes the folder, with the run folder's tokenizer and data description (older runs have none); these
-    come first, so that weights never lack them.
+def write_export(folder: Path, config: ModelConfig, weights: Iterable[Part], run: Path) -> None:
+    """Writes the folder, in fp32, with the run's tokenizer and data description (older runs have none). They
+    come before the weights are in place, so that weights never lack them.
+
+    Args:
+        weights: every tensor of the model, in any order and perhaps in parts, of which memory holds one. What
+            only training needs is left out.
 
     Raises:
-        ValueError: a weight is not finite; nothing is written.
+        ValueError: a weight is not finite or missing; nothing is replaced.
     """
-    weights = {name: value for name, value in weights.items() if not name.startswith(TRAINING_ONLY)}
-    require_finite(weights, f"the weights to export to {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONVERSIONS_NAME).unlink(missing_ok=True)  # of a model that was there before
-    for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
-        if name == TOKENIZER_NAME or (run / name).is_file():
-            write_file(folder / name, (run / name).read_bytes())
-        else:
-            (folder / name).unlink(missing_ok=True)
-    save_weights(folder, config, weights)
+    planned = {name: Stored(shape, "F32") for name, shape in shapes(config).items()}
+    with saving_weights(folder, config, planned) as writer:
+        for name, value, row in weights:
+            if not name.startswith(TRAINING_ONLY):
+                require_finite(name, value, f"the weights to export to {folder}")
+                writer.write(name, value.float(), row)
+        (folder / CONVERSIONS_NAME).unlink(missing_ok=True)  # of a model that was there before
+        for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
+            if name == TOKENIZER_NAME or (run / name).is_file():
+                write_file(folder / name, (run / name).read_bytes())
+            else:
+                (folder / name).unlink(missing_ok=True)
 
 
-def with_base(run: Path, trained: dict[str, Tensor], state: TrainingState) -> dict[str, Tensor]:
+def with_base(run: Path, trained: Iterable[Part], state: TrainingState) -> Iterator[Part]:
     """All weights of the plain model: what was trained and buffers, and from init.BASE what was not.
 
     Raises:
         FileNotFoundError, ValueError: see init.base_weights.
     """
     if state.lora is not None:
-        return lora.merged(run, trained, state.lora)
+        yield from lora.merged(run, trained, state.lora)
+        return
+    yield from trained
     if state.origin is not None and state.origin.frozen:
-        return trained | base_weights(run, state.origin.sha256, state.origin.frozen)
-    return trained
+        for name, value in base_weights(run, state.origin.sha256, state.origin.frozen):
+            yield Part(name, value)
 
 
 def export_run(run: Path, step: int | None, out: Path) -> Path:
@@ -116,34 +128,47 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
 
     state, buffers = checkpoint.read(folder)
     require_no_pickle_code(folder)
+    config = ModelConfig.from_stored(state.model)
+    expected = shapes(config)
+    own_buffers = [Part(name, b) for name, b in buffers.items() if name in expected]  # not the trainer's
+
+    def write(target: Path, parameters: Iterator[tuple[str, Tensor]]) -> None:
+        trained = chain((Part(name, value) for name, value in parameters), own_buffers)
+        weights = _fitting(folder, with_base(run, trained, state), expected)
+        write_export(target, config, weights, run)
+
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        universal = convert_to_universal(folder, Path(scratch))
-        weights = dict(universal_weights(universal))
-    config = ModelConfig.from_stored(state.model)
-    with torch.device("meta"):
-        expected = ZeroModel(config).state_dict()
-    exports = {out: weights}
+        write(out, universal_weights(convert_to_universal(folder, Path(scratch))))
     if (folder / checkpoint.EMA).is_dir():
-        averaged = [load_file(path) for path in (folder / checkpoint.EMA).iterdir()]
-        average = {name: value for tensors in averaged for name, value in tensors.items()}
-        exports[out.with_name(f"{out.name}_ema")] = average
-    own_buffers = {name: b for name, b in buffers.items() if name in expected}  # the others are the trainer's
-    for target, parameters in exports.items():
-        values = parameters | own_buffers
-        values = with_base(run, values, state)
-        values = {name: value for name, value in values.items() if not name.startswith(TRAINING_ONLY)}
-        for name in sorted(values.keys() | expected.keys()):
-            found, wanted = (of[name].numel() if name in of else None for of in (values, expected))
-            if found != wanted:
-                raise ValueError(
-                    f"{folder} does not hold the model of its {checkpoint.STATE}: {name} has "
-                    f"{'no' if found is None else f'{found:,}'} numbers, expected "
-                    f"{'none' if wanted is None else f'{wanted:,}'}; export another checkpoint"
-                )
-        values = {name: values[name].view(expected[name].shape) for name in expected}
-        write_export(target, config, values, run)
+        write(out.with_name(f"{out.name}_ema"), checkpoint.averages(folder))
     return folder
+
+
+def _fitting(folder: Path, weights: Iterable[Part], expected: Shapes) -> Iterator[Part]:
+    """Whole weights in the shapes of a model; those of a Universal Checkpoint are perhaps flat.
+
+    Raises:
+        ValueError: a weight is missing or of another size, or there is one too many.
+    """
+
+    def misfit(name: str, found: str, wanted: str) -> ValueError:
+        return ValueError(
+            f"{folder} does not hold the model of its {checkpoint.STATE}: {name} has {found} numbers, "
+            f"expected {wanted}; export another checkpoint"
+        )
+
+    missing = dict(expected)
+    for name, value, _ in weights:
+        if name.startswith(TRAINING_ONLY):
+            continue
+        shape = missing.pop(name, None)
+        wanted = None if shape is None else math.prod(shape)
+        if shape is None or value.numel() != wanted:
+            raise misfit(name, f"{value.numel():,}", "none" if wanted is None else f"{wanted:,}")
+        yield Part(name, value.view(shape))
+    for name, shape in missing.items():
+        raise misfit(name, "no", f"{math.prod(shape):,}")
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ folder. BASE holds them once per run where checkpoints do not: frozen weights, a
 
 import difflib
 import fnmatch
-import hashlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,19 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import error_line
-from common.files import replacing, write_json
+from common.files import read_object, replacing, write_json
 from common.schema import from_plain
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
-from model.export_files import FIX, INIT_NAME, TOKENIZER_NAME, WEIGHTS_NAME, load_config, read_object
-from model.weight_files import (
-    FLOATS,
-    check_values,
-    read_header,
-    read_tensors,
-    readable_tensors,
-    unchanged,
-)
+from model.export_files import FIX, INIT_NAME, TOKENIZER_NAME, load_config
+from model.weight_files import FLOATS, open_weights, read_header, unchanged, weights_path
+from model.weight_writer import copy_weights, weights_digest
 from pretrain.checkpoint import Origin
 from pretrain.config import InitConfig
 
@@ -53,8 +45,8 @@ class Source:
 
     @property
     def path(self) -> Path:
-        """Of the weights, if the folder still exists."""
-        return Path(self.folder) / WEIGHTS_NAME
+        """Of the weights, or of their index, if the folder still exists."""
+        return weights_path(Path(self.folder))
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class Start:
     """A source that fits the run's model."""
 
     source: Source
-    weights: Path | None  # safetensors; None: the folder is gone, and only a checkpoint holds all weights
+    weights: Path | None  # of a file or an index; None: the folder is gone, a checkpoint holds all weights
     missing: tuple[str, ...]  # parameters and buffers that the source lacks; they start from the seed
     unused: tuple[str, ...]  # tensors of the source that the model does without
     frozen: tuple[str, ...]  # parameters of the source that are not trained
@@ -104,7 +96,7 @@ def find(folder: Path, run: Path) -> tuple[Source, Path | None]:
     """
     if not folder.is_dir() and (run / RECORD).is_file():
         return _recorded(folder, run)
-    config, weights, tokenizer = load_config(folder), folder / WEIGHTS_NAME, folder / TOKENIZER_NAME
+    config, weights, tokenizer = load_config(folder), weights_path(folder), folder / TOKENIZER_NAME
     stored = read_header(weights, FIX)
     for name, tensor in stored.items():
         if tensor.dtype not in FLOATS:
@@ -114,7 +106,7 @@ def find(folder: Path, run: Path) -> tuple[Source, Path | None]:
             )
     source = Source(
         folder=str(folder.absolute()),
-        sha256=digest(weights),
+        sha256=weights_digest(weights, FIX),
         tokenizer=Tokenizer(tokenizer).sha256 if tokenizer.exists() else None,
         config=config.to_dict(),
         tensors={name: tensor.shape for name, tensor in stored.items()},
@@ -131,12 +123,6 @@ def _recorded(folder: Path, run: Path) -> tuple[Source, Path | None]:
     if source.folder != str(folder.absolute()):
         raise FileNotFoundError(f"--init {folder} is missing; the run in {run} began with {source.folder}")
     return source, run / BASE if (run / BASE).is_file() else None
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_sizes(model: dict[str, Any], source: Source, tokenizer: Path | None) -> dict[str, Any]:
@@ -284,16 +270,9 @@ def given_values(start: Start | None) -> Iterator[Callable[[str], Tensor | None]
         yield lambda name: None
         return
     weights, held = start.weights, start.source.tensors
-    with unchanged(weights), readable_tensors(weights, FIX) as read:
-
-        def given(name: str) -> Tensor | None:
-            if name not in held:
-                return None
-            value = read(name)
-            check_values(name, value, weights, FIX)
-            return value
-
-        yield given
+    with unchanged(weights):
+        opened = open_weights(weights, FIX)
+        yield lambda name: opened.checked(name) if name in held else None
 
 
 def write_record(run: Path, start: Start) -> None:
@@ -308,16 +287,16 @@ def save_base(run: Path, start: Start) -> None:
         ValueError: they changed since the run was prepared.
     """
     base, sha256 = run / BASE, start.source.sha256
-    if start.weights is None or (base.is_file() and digest(base) == sha256):
+    if start.weights is None or (base.is_file() and weights_digest(base, FIX) == sha256):
         return
     with replacing(base) as temporary:
-        shutil.copyfile(start.weights, temporary)
-        if digest(temporary) != sha256:
+        copy_weights(start.weights, temporary, FIX)
+        if weights_digest(temporary, FIX) != sha256:
             raise ValueError(f"{start.weights} has changed since it was read; start again when it is whole")
 
 
-def base_weights(run: Path, sha256: str, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Weights that training started from, in fp32, from the run's BASE.
+def base_weights(run: Path, sha256: str, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Weights that training started from, in fp32 and one after another, from the run's BASE.
 
     Args:
         sha256: of the file, or its first digits.
@@ -330,9 +309,8 @@ def base_weights(run: Path, sha256: str, names: Iterable[str] | None = None) -> 
     path, fix = run / BASE, "copy --init's model.safetensors there"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, the weights that the run began with; {fix}")
-    if not digest(path).startswith(sha256):
+    if not weights_digest(path, fix).startswith(sha256):
         raise ValueError(f"{path} is damaged: it does not hold the weights that the run began with; {fix}")
     wanted = None if names is None else set(names)
-    return {
-        name: value.float() for name, value in read_tensors(path, fix) if wanted is None or name in wanted
-    }
+    weights = open_weights(path, fix)
+    return ((name, weights[name].float()) for name in weights if wanted is None or name in wanted)

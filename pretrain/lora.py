@@ -9,7 +9,7 @@ Checkpoints hold only what is trained. init.BASE holds the frozen weights, once 
 
 import hashlib
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.layers import Linear
 from pretrain.config import LoraConfig
 from pretrain.init import base_weights
+from pretrain.parts import Part
 
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"  # as peft names them
 
@@ -68,25 +69,32 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def merged(run: Path, trained: dict[str, Tensor], adapters: dict[str, Any]) -> dict[str, Tensor]:
-    """The plain model's weights, fp32: W + alpha/r B A instead of W.
+def merged(run: Path, trained: Iterable[Part], adapters: dict[str, Any]) -> Iterator[Part]:
+    """The plain model's weights, fp32: W + alpha/r B A instead of W. Memory holds all adapters.
 
     Args:
         run: folder that holds init.BASE.
-        trained: name -> fp32 value of what was trained, perhaps flat, and of buffers.
+        trained: what was trained, in fp32 and perhaps flat, and buffers.
         adapters: see `identity`.
 
     Raises:
         FileNotFoundError, ValueError: see init.base_weights.
     """
     scale = adapters["alpha"] / adapters["r"]
-    weights = base_weights(run, adapters["base"])
-    for name, value in trained.items():
-        if name.endswith(_A):
-            layer = name.removesuffix(_A)
-            base, up = weights[f"{layer}.weight"], trained[layer + _B].cpu()
-            rows, columns = base.shape
-            weights[f"{layer}.weight"] = base + scale * up.view(rows, -1) @ value.cpu().view(-1, columns)
-        elif not name.endswith(_B):
-            weights[name] = value
-    return weights
+    base = base_weights(run, adapters["base"])
+    matrices: dict[str, Tensor] = {}
+    replaced = set[str]()
+    for part in trained:
+        if part.name.endswith((_A, _B)):
+            matrices[part.name] = part.value.cpu()
+        else:
+            replaced.add(part.name)
+            yield part
+    for name, value in base:
+        layer = name.removesuffix(".weight")
+        if layer + _A in matrices:
+            rows, columns = value.shape
+            up, down = matrices[layer + _B].view(rows, -1), matrices[layer + _A].view(-1, columns)
+            yield Part(name, value + scale * up @ down)
+        elif name not in replaced:
+            yield Part(name, value)

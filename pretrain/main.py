@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from common.errors import user_errors
 from common.files import write_file, write_json
@@ -33,6 +32,7 @@ from pretrain.dry_run import describe
 from pretrain.export import describe_data, with_base, write_export
 from pretrain.launch import join_slurm_step
 from pretrain.metrics import environment, peak_tflops, say
+from pretrain.parts import Part
 from pretrain.setup import Outline, Run, choose_checkpoint, prepare
 from pretrain.stopping import STOP_FILE, StopRequests
 
@@ -234,28 +234,28 @@ def _finish(run: Run, engine: "Engine") -> None:
         CheckpointError: on all ranks, if they cannot be written.
     """
     heartbeat.note("export")
-    _export(run, engine, "export", engine.full_weights())
+    _export(run, engine, "export", engine.weight_parts())
     if engine.average is not None:
-        _export(run, engine, "export_ema", engine.averaged_weights())
+        _export(run, engine, "export_ema", engine.averaged_parts())
     done = f"{run.config.max_steps}\n".encode()
     together(engine, lambda: write_file(run.folder / "DONE", done) if run.rank == 0 else None)
     if run.rank == 0:
         print(f"done: {run.config.max_steps} steps in {run.folder}, exported to {run.folder / 'export'}")
 
 
-def _export(run: Run, engine: "Engine", name: str, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Gathers tensors on all ranks and exports them on rank 0 to a folder of the run."""
-    weights = {}
-    for key, value in tensors:
-        if run.rank == 0:
-            weights[key] = value.cpu()
+def _export(run: Run, engine: "Engine", name: str, parts: Iterator[Part]) -> None:
+    """Gathers weights on all ranks, one part at a time, and exports them on rank 0 to a folder of the run."""
 
     def write() -> None:
-        write_export(
-            run.folder / name, run.model_config, with_base(run.folder, weights, run.state), run.folder
-        )
+        try:
+            if run.rank == 0:
+                weights = with_base(run.folder, parts, run.state)
+                write_export(run.folder / name, run.model_config, weights, run.folder)
+        finally:
+            for _ in parts:  # also if rank 0 cannot write: no rank may wait for another
+                pass
 
-    together(engine, lambda: write() if run.rank == 0 else None)
+    together(engine, write)
 
 
 def _write_run_folder(run: Run, trained: int) -> None:

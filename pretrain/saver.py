@@ -1,6 +1,7 @@
 """Writes a run's checkpoints, each whole or absent, and deletes old ones.
 
-Training pauses while the state is copied to memory; a background thread on each rank writes the files.
+Training pauses while the state is copied to memory (on CUDA it only waits before the next optimizer step); a
+background thread on each rank writes the files.
 """
 
 import hashlib
@@ -101,6 +102,7 @@ class Saver:
 
     def _write(self, step: int, files: dict[str, Any], before: Callable[[], None]) -> None:
         heartbeat.note("write of the checkpoint", step)
+        self.engine.copied()
         folder = self.run / CHECKPOINTS / f"step-{step}"
         first, created = self.rank == 0, False
         try:

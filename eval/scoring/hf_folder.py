@@ -22,7 +22,7 @@ from common.schema import as_type
 from eval.scoring.hf_checks import check_folder, check_loaded, check_parameters, check_tokenizer, probe
 from eval.scoring.inference import Depth, Engine, GenerateJob, ScoreJob, choose, pad, score_value
 from model import ModelConfig, RecurrenceConfig
-from model.hf.files import read_headers
+from model.hf.files import open_folder
 from model.hf.remote.section import MODEL_TYPE, SECTION
 from model.weight_files import unchanged
 
@@ -227,7 +227,7 @@ def load_hf_engine(folder: Path, device: torch.device, trust_remote_code: bool =
         raise ValueError(f"{folder} has no tokenizer files: save the tokenizer there with save_pretrained")
     given = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     with unchanged(*(path for path in folder.iterdir() if path.is_file())):
-        stored = read_headers(folder)
+        stored = open_folder(folder).stored
         check_folder(folder, stored, trust_remote_code)
         with _one_line(folder, trust_remote_code):
             config = transformers.AutoConfig.from_pretrained(folder, **given)

@@ -16,8 +16,8 @@ from data_pipeline.tokenization.tokenizer import Tokenizer
 from eval.scoring.hf_folder import is_hf_folder, load_hf_engine
 from eval.scoring.inference import Answer, Engine, Job
 from model import load_pretrained
-from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME
-from model.weight_files import unchanged
+from model.export_files import CONFIG_NAME, TOKENIZER_NAME
+from model.weight_files import unchanged, weights_path
 
 
 class Workers:
@@ -117,5 +117,6 @@ def load_engine(checkpoint: Path, number: int = 0, trust_remote_code: bool = Fal
     device = torch.device("cuda", number % gpus) if gpus else torch.device("cpu")
     if is_hf_folder(checkpoint):
         return load_hf_engine(checkpoint, device, trust_remote_code)
-    with unchanged(*(checkpoint / name for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME))):
+    files = weights_path(checkpoint), checkpoint / CONFIG_NAME, checkpoint / TOKENIZER_NAME
+    with unchanged(*files):
         return Engine(load_pretrained(checkpoint).to(device), Tokenizer(checkpoint / TOKENIZER_NAME))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common.schema import Count, CountOrZero, as_type
 from data_pipeline.tokenization.tokenizer import Tokenizer
+from model.config.model import ModelConfig
 from model.export_files import TOKENIZER_NAME
 from model.transformer import ZeroModel
 
@@ -55,7 +56,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_texts(
-    text: Path, checkpoint: Path, model: ZeroModel, evaluation_tokens: int, calibration_tokens: int = 0
+    text: Path, checkpoint: Path, config: ModelConfig, evaluation_tokens: int, calibration_tokens: int = 0
 ) -> Texts:
     """Windows from the start of a file: first those for calibration, then those for evaluation.
 
@@ -67,7 +68,7 @@ def read_texts(
         ValueError: the folder has no tokenizer or one of another model, the file is not UTF-8 or too short.
         OSError: the file cannot be read.
     """
-    length = min(WINDOW, model.config.max_position_embeddings)
+    length = min(WINDOW, config.max_position_embeddings)
     counts = []
     for kind, name, value in (
         (CountOrZero, "--calibration_tokens", calibration_tokens),
@@ -76,7 +77,7 @@ def read_texts(
         tokens = as_type(kind, value, name)
         counts.append(max(tokens // length, min(tokens, 1)))
     needed = sum(counts) * length
-    tokenizer = _tokenizer(checkpoint, model)
+    tokenizer = _tokenizer(checkpoint, config)
     ids = _first_ids(text, tokenizer, needed)
     if len(ids) < needed:
         raise ValueError(
@@ -88,15 +89,15 @@ def read_texts(
     return Texts(windows[: counts[0]], windows[counts[0] :])
 
 
-def _tokenizer(checkpoint: Path, model: ZeroModel) -> Tokenizer:
+def _tokenizer(checkpoint: Path, config: ModelConfig) -> Tokenizer:
     path = checkpoint / TOKENIZER_NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint} has no {TOKENIZER_NAME} to encode --text with; leave --text out")
     tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path} has {tokenizer.vocab_size:,} tokens, but the model only vocab_size="
-            f"{model.config.vocab_size:,}; give the tokenizer of this model"
+            f"{config.vocab_size:,}; give the tokenizer of this model"
         )
     return tokenizer
 

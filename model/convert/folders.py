@@ -1,13 +1,13 @@
 """The folders that a conversion reads and writes: exports, with the record of how they were converted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from common.files import write_file, write_json
+from common.files import read_object, write_file, write_json
 from common.locks import FolderLock
 from model.config.model import ModelConfig
 from model.export_files import (
@@ -15,10 +15,11 @@ from model.export_files import (
     CONVERSIONS_NAME,
     TOKENIZER_NAME,
     TRAINING_DATA_NAME,
-    read_object,
     require_finite,
-    save_weights,
+    saving_weights,
 )
+from model.pretrained import shapes
+from model.weight_files import Stored
 
 _FIX = "choose another --out"
 
@@ -40,28 +41,33 @@ def writing(checkpoint: Path, out: Path) -> Iterator[None]:
 
 
 def write(
-    checkpoint: Path, out: Path, config: ModelConfig, state: dict[str, Tensor], record: dict[str, Any]
+    checkpoint: Path, out: Path, config: ModelConfig, state: Mapping[str, Tensor], record: dict[str, Any]
 ) -> None:
     """Writes the converted export; config.json, without which nothing reads the folder, comes last.
 
     Args:
         checkpoint: its tokenizer and description of training data are copied.
+        state: in fp32; read one tensor after another.
         record: what was done and measured; appended to the checkpoint's own conversions in conversion.json.
 
     Raises:
         ValueError: a weight is not finite, or the checkpoint's conversion.json is damaged.
         OSError: see common.files.replacing.
     """
-    require_finite(state, "the converted weights")
     conversions = [*earlier_conversions(checkpoint), record]
-    (out / CONFIG_NAME).unlink(missing_ok=True)
-    for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
-        if (checkpoint / name).is_file():
-            write_file(out / name, (checkpoint / name).read_bytes())
-        else:
-            (out / name).unlink(missing_ok=True)  # of the model that was there before
-    write_json(out / CONVERSIONS_NAME, {"conversions": conversions}, indent=2)
-    save_weights(out, config, state)
+    planned = {name: Stored(shape, "F32") for name, shape in shapes(config).items()}
+    with saving_weights(out, config, planned) as writer:
+        for name in planned:
+            value = state[name]
+            require_finite(name, value, "the converted weights")
+            writer.write(name, value)
+        (out / CONFIG_NAME).unlink(missing_ok=True)
+        for name in (TOKENIZER_NAME, TRAINING_DATA_NAME):
+            if (checkpoint / name).is_file():
+                write_file(out / name, (checkpoint / name).read_bytes())
+            else:
+                (out / name).unlink(missing_ok=True)  # of the model that was there before
+        write_json(out / CONVERSIONS_NAME, {"conversions": conversions}, indent=2)
 
 
 def earlier_conversions(checkpoint: Path) -> list[Any]:

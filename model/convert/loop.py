@@ -8,6 +8,8 @@ model/recurrence.py says.
 import argparse
 import dataclasses
 import re
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from model.config.recurrence import HaltingConfig, RecurrenceConfig
 from model.convert.calibration import add_text_arguments
 from model.convert.parts import (
     DEPTHS,
+    Weights,
     add_depth_arguments,
     layer_ranges,
     refuse_second_loop,
@@ -58,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     """Reads --checkpoint and writes --out; see parts.run."""
 
-    def change(config: ModelConfig, state: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    def change(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         refuse_second_loop(config)
         core = layer_ranges(arguments.core, "--core", config.num_hidden_layers)
         kept = kept_layers(config.num_hidden_layers, core, arguments.prelude, arguments.coda)
@@ -97,8 +100,8 @@ def block_loop(
 
 
 def looped(
-    config: ModelConfig, state: dict[str, Tensor], loop: RecurrenceConfig
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+    config: ModelConfig, state: Mapping[str, Tensor], loop: RecurrenceConfig
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """A model with this loop, and its weights: the old ones and initial values for what the loop adds.
 
     Raises:
@@ -130,17 +133,20 @@ def kept_layers(num_layers: int, core: list[list[int]], prelude: int | None, cod
 
 
 def keep_layers(
-    config: ModelConfig, state: dict[str, Tensor], kept: list[int]
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+    config: ModelConfig, state: Mapping[str, Tensor], kept: list[int]
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """The model of some of the layers, renumbered."""
     numbers = {old: new for new, old in enumerate(kept)}
-    layers: dict[str, Tensor] = {}
-    for name, tensor in state.items():
+    layers: dict[str, Callable[[], Tensor]] = {}
+    for name in state:
         found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
         if found is None:
-            layers[name] = tensor
+            layers[name] = partial(state.__getitem__, name)
         elif int(found[1]) in numbers:
-            layers[f"model.layers.{numbers[int(found[1])]}.{found[2]}"] = tensor
+            new = f"model.layers.{numbers[int(found[1])]}.{found[2]}"
+            layers[new] = partial(state.__getitem__, name)
     dropped = set(range(config.num_hidden_layers)) - set(kept)
     dense = config.first_k_dense_replace - sum(layer < config.first_k_dense_replace for layer in dropped)
-    return dataclasses.replace(config, num_hidden_layers=len(kept), first_k_dense_replace=dense), layers
+    return dataclasses.replace(config, num_hidden_layers=len(kept), first_k_dense_replace=dense), Weights(
+        layers
+    )

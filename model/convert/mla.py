@@ -1,7 +1,8 @@
 """Grouped-query attention -> multi-head latent attention: `python -m model.convert mla`.
 
 With qk_rope_head_dim = num_key_value_heads x head_dim = kv_lora_rank the logits stay the same. Smaller ranks
-approximate; latent.py says how.
+approximate; latent.py says how. Memory holds the whole model, which calibration runs, and maps of all layers'
+keys in fp64, since the choice of pairs compares layers; the converted model shares the other weights.
 """
 
 import argparse
@@ -110,7 +111,7 @@ def calibration_texts(arguments: argparse.Namespace, model: ZeroModel) -> Texts 
     return read_texts(
         arguments.text,
         arguments.checkpoint,
-        model,
+        model.config,
         arguments.evaluation_tokens,
         arguments.calibration_tokens,
     )
@@ -197,7 +198,7 @@ def _decomposing(name: str) -> Iterator[None]:
 @torch.no_grad()
 def converted(prepared: Prepared, ranks: Ranks) -> tuple[ZeroModel, dict[str, float]]:
     """The model with latent attention, in eval mode, and by layer the share of the energy of values and
-    unrotated keys that its latents keep.
+    unrotated keys that its latents keep. The weights that stay are shared with the prepared model.
 
     Raises:
         ValueError: the model has another switch that does not go with latent attention.
@@ -214,6 +215,6 @@ def converted(prepared: Prepared, ranks: Ranks) -> tuple[ZeroModel, dict[str, fl
             for kind in ("weight", "bias"):
                 state.pop(f"{name}.{own}.{kind}", None)
         state |= {f"{name}.{part}": value for part, value in weights.items()}
-    new = ZeroModel(config)
-    new.load_state_dict(state)
+    new = ZeroModel(config, seed=None)
+    new.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
     return new.eval(), kept

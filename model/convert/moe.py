@@ -8,12 +8,15 @@ Shapes: E experts, D hidden, F width of an expert, S shared experts.
 
 import argparse
 import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 
 from model.config.model import ModelConfig
 from model.convert.calibration import add_text_arguments
-from model.convert.parts import run, with_new_parts
+from model.convert.parts import Weights, check_memory, run, with_new_parts
+from model.pretrained import shapes
 
 # By hidden_act, the projections of a dense layer by their names in stacked experts.
 _PARTS = {
@@ -42,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     """Reads --checkpoint and writes --out; see parts.run."""
 
-    def change(config: ModelConfig, state: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    def change(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         return upcycled(
             config,
             state,
@@ -57,12 +60,12 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def upcycled(
     config: ModelConfig,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     n_routed_experts: int,
     num_experts_per_tok: int,
     n_shared_experts: int = 0,
     first_k_dense_replace: int = 0,
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """A model whose dense layers are mixtures of experts, and its weights.
 
     Raises:
@@ -83,18 +86,30 @@ def upcycled(
         norm_topk_prob=True,
         routed_scaling_factor=1.0,
     )
-    new = with_new_parts(changed, state)  # of what a mixture adds, only the router keeps its initial values
+    check_memory(changed)
     shared, share = n_shared_experts, 0.5 if n_shared_experts else 1.0
-    for layer in [name.removesuffix("experts.w1") for name in new if name.endswith(".experts.w1")]:
+    made: dict[str, Callable[[], Tensor]] = {name: partial(state.__getitem__, name) for name in state}
+    for mlp in [n.removesuffix("experts.w1") for n in shapes(changed) if n.endswith(".experts.w1")]:
         for part, name in _PARTS[config.hidden_act].items():
-            weight = state[f"{layer}{name}.weight"]
-            down = part == "w2"
-            copy = share * weight if down else weight
-            new[f"{layer}experts.{part}"].copy_(copy.expand(n_routed_experts, -1, -1))
-            if shared:  # their widths side by side make one layer
-                copies = (share / shared * weight).repeat(1, shared) if down else weight.repeat(shared, 1)
-                new[f"{layer}shared_experts.{name}.weight"].copy_(copies)
-    return changed, new
+            weight, down = made.pop(f"{mlp}{name}.weight"), part == "w2"
+            made[f"{mlp}experts.{part}"] = partial(_routed, weight, share if down else 1.0, n_routed_experts)
+            if shared:
+                scale = share / shared if down else 1.0
+                made[f"{mlp}shared_experts.{name}.weight"] = partial(
+                    _side_by_side, weight, scale, shared, down
+                )
+    # Of what a mixture adds, only the router has initial values.
+    return changed, with_new_parts(changed, Weights(made))
+
+
+def _routed(weight: Callable[[], Tensor], scale: float, count: int) -> Tensor:
+    """(E, out, in), which memory holds once."""
+    return (scale * weight().float()).expand(count, -1, -1)
+
+
+def _side_by_side(weight: Callable[[], Tensor], scale: float, count: int, down: bool) -> Tensor:
+    """Shared experts: their widths side by side make one layer."""
+    return (scale * weight().float()).repeat(*((1, count) if down else (count, 1)))
 
 
 def _check(config: ModelConfig, num_experts_per_tok: int, first_k_dense_replace: int) -> None:

@@ -3,17 +3,20 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from model.config.model import ModelConfig
 from model.config.recurrence import LEARNED
 from model.convert.calibration import perplexity, read_texts
 from model.convert.folders import write, writing
 from model.counts import num_parameters
-from model.pretrained import load_pretrained
+from model.initialization import initialize
+from model.pretrained import load_pretrained, open_export, shapes
 from model.transformer import ZeroModel
 
 _BYTES = 4  # of a parameter in fp32
@@ -21,28 +24,77 @@ KINDS = ("fixed", *LEARNED, "threshold")  # of halting
 DEPTHS = (1, 2, 4)  # at which perplexity is measured, beside num_steps
 
 # (config, its weights) -> (new config, its weights)
-Change = Callable[[ModelConfig, dict[str, Tensor]], tuple[ModelConfig, dict[str, Tensor]]]
+Change = Callable[[ModelConfig, Mapping[str, Tensor]], tuple[ModelConfig, Mapping[str, Tensor]]]
 
 
-def with_new_parts(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a config's model: those of `state`, and initial values for whatever it lacks.
+class Weights(Mapping[str, Tensor]):
+    """Tensors that are read or made when they are asked for, so that memory holds one at a time."""
+
+    def __init__(self, made: Mapping[str, Callable[[], Tensor]]) -> None:
+        self.made = dict(made)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.made[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
+def with_new_parts(config: ModelConfig, state: Mapping[str, Tensor]) -> Weights:
+    """The weights of a config's model, in fp32: those of `state`, and initial values for whatever it lacks.
 
     What pretrain's init.missing=allow does with the same config, which is why the values that suit a trained
     network are set where every parameter gets its initial value, and not here.
 
     Raises:
-        ValueError: the model needs more memory than the machine has.
+        ValueError: see check_memory.
     """
+    check_memory(config)
+    names = shapes(config)
+    fresh = _initial(config, [name for name in names if name not in state])
+    return Weights({name: partial(_fp32, fresh if name in fresh else state, name) for name in names})
+
+
+def check_memory(config: ModelConfig) -> None:
+    """Raises ValueError if a model needs more memory than the machine has."""
     needed = _BYTES * num_parameters(config)
     if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
         raise ValueError(
             f"the converted model would take {needed / 1e9:,.1f} GB in fp32, but this machine has "
             f"{memory / 1e9:,.1f} GB of memory; ask for fewer or smaller new parts"
         )
-    fresh = ZeroModel(config).state_dict()
-    for name in state.keys() & fresh.keys():
-        fresh[name].copy_(state[name])
-    return fresh
+
+
+def _fp32(state: Mapping[str, Tensor], name: str) -> Tensor:
+    return state[name].float()
+
+
+def _initial(config: ModelConfig, names: Collection[str]) -> dict[str, Tensor]:
+    """The initial values of some of a model's tensors; nothing else of it is made."""
+    with torch.device("meta"):
+        model = ZeroModel(config)
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        like = getattr(module, leaf)
+        if isinstance(like, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(torch.empty_like(like, device="cpu")))
+        else:  # a router's bias
+            setattr(module, leaf, torch.zeros_like(like, device="cpu"))
+    initialize(model, 0, given=lambda parameter: parameter.is_meta)
+    state = model.state_dict()
+    return {name: state[name] for name in names}
+
+
+def built(config: ModelConfig, state: Mapping[str, Tensor]) -> ZeroModel:
+    """The model in eval mode."""
+    model = ZeroModel(config, seed=None)
+    for name, value in model.state_dict().items():
+        value.copy_(state[name])
+    return model.eval()
 
 
 def layer_ranges(text: str, option: str, num_layers: int) -> list[list[int]]:
@@ -88,41 +140,49 @@ def add_depth_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, change: Change, depths: Sequence[int] = ()) -> None:
     """Reads --checkpoint, changes it, measures perplexity before and after on --text, and writes --out.
 
+    Memory holds the new parts and one tensor at a time; to measure on --text, one whole model.
+
     Args:
         depths: loop steps at which the changed model is measured; default: the config's.
     """
     checkpoint, out = arguments.checkpoint, arguments.out
     with writing(checkpoint, out):
         print(f"reading {checkpoint}", flush=True)
-        model = load_pretrained(checkpoint)
-        texts = None
-        if arguments.text is not None:
-            texts = read_texts(arguments.text, checkpoint, model, arguments.evaluation_tokens)
-        config, state = change(model.config, model.state_dict())
-        options = {name: value for name, value in vars(arguments).items() if name not in _COMMON}
-        record = {"command": arguments.command, "source": str(checkpoint), **options}
-        if texts is not None:
-            changed = ZeroModel(config)
-            changed.load_state_dict(state)
-            record["text"] = arguments.text.name
-            record |= _measured(model, changed.eval(), texts.evaluation, depths)
-        write(checkpoint, out, config, state, record)
+        with open_export(checkpoint) as (old, weights):
+            texts = None
+            if arguments.text is not None:
+                texts = read_texts(arguments.text, checkpoint, old, arguments.evaluation_tokens)
+            config, state = change(old, Weights({name: partial(weights.checked, name) for name in weights}))
+            options = {name: value for name, value in vars(arguments).items() if name not in _COMMON}
+            record = {"command": arguments.command, "source": str(checkpoint), **options}
+            if texts is not None:
+                record["text"] = arguments.text.name
+                before, after = partial(load_pretrained, checkpoint), partial(built, config, state)
+                record |= _measured(before, after, texts.evaluation, depths)
+            write(checkpoint, out, config, state, record)
     print(f"wrote {out}")
 
 
 _COMMON = ("command", "checkpoint", "out", "text", "evaluation_tokens")
 
 
-def _measured(before: ZeroModel, after: ZeroModel, windows: Tensor, depths: Sequence[int]) -> dict[str, Any]:
-    """Perplexities for the record, printed as they are measured; those after the change by loop steps."""
-    first = perplexity(before, windows)
+def _measured(
+    before: Callable[[], ZeroModel], after: Callable[[], ZeroModel], windows: Tensor, depths: Sequence[int]
+) -> dict[str, Any]:
+    """Perplexities for the record, printed as they are measured; those after the change by loop steps.
+
+    Args:
+        before, after: the models, of which memory holds one at a time.
+    """
+    first = perplexity(before(), windows)
     print(f"perplexity on {first.tokens:,} tokens: {first} before", flush=True)
+    changed = after()
     if not depths:
-        only = perplexity(after, windows)
+        only = perplexity(changed, windows)
         print(f"perplexity {only} after", flush=True)
         return {"perplexity_before": first.to_dict(), "perplexity_after": only.to_dict()}
     found = {}
     for steps in depths:
-        found[str(steps)] = (here := perplexity(after, windows, steps)).to_dict()
+        found[str(steps)] = (here := perplexity(changed, windows, steps)).to_dict()
         print(f"perplexity {here} after, with num_steps={steps}", flush=True)
     return {"perplexity_before": first.to_dict(), "perplexity_after": found}

@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import asdict
 
-from common.files import write_json
+from common.files import read_object, write_json
 from common.locks import FolderLock
 from model.convert.calibration import perplexity
 from model.convert.mla import (
@@ -15,7 +15,6 @@ from model.convert.mla import (
     prepare,
     texts_record,
 )
-from model.export_files import read_object
 from model.pretrained import load_pretrained
 
 FIX = "choose another --out"

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def convert(arguments: argparse.Namespace) -> None:
     """Reads --checkpoint and writes --out; see parts.run."""
 
-    def change(config: ModelConfig, state: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    def change(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         layers = None
         if arguments.layers is not None:
             layers = layer_ranges(arguments.layers, "--layers", config.num_hidden_layers)
@@ -46,12 +47,12 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def with_units(
     config: ModelConfig,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     placement: str,
     layers: list[list[int]] | None,
     num_steps: int,
     halting: str = "fixed",
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """A model with units, and its weights: the old ones and initial values for the units.
 
     A unit's core adds nothing at the start, so that every step hands on what it was given.

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from common.files import write_file
+from common.files import read_object, write_file
 from common.pages import plain
 from common.result_files import results_files
 from common.schema import as_type
 from model.config.model import ModelConfig
 from model.counts import num_parameters
-from model.export_files import CONVERSIONS_NAME, INIT_NAME, TRAINING_DATA_NAME, read_object
+from model.export_files import CONVERSIONS_NAME, INIT_NAME, TRAINING_DATA_NAME
 from model.transformer import ZeroModel
 
 FIX = "delete the file, or write it again"

@@ -10,7 +10,9 @@ Shapes: E experts, D hidden, V vocabulary.
 import dataclasses
 import re
 import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,8 @@ from model.export_files import (
     CONFIG_NAME,
     TOKENIZER_NAME,
     TRAINING_DATA_NAME,
-    WEIGHTS_NAME,
     load_config,
-    save_weights,
+    saving_weights,
 )
 from model.hf.card import write_card
 from model.hf.dense import DENSE, REFUSED, import_dense
@@ -35,22 +36,21 @@ from model.hf.files import (
     FIX,
     MTP_NAME,
     check_config,
+    open_folder,
     read_fields,
-    read_headers,
     read_json,
-    read_weights,
-    take,
 )
 from model.hf.folder import refuse_stale_weights, remove_old, writing
 from model.hf.own import export_own, import_own
+from model.hf.places import Imported, Place, fitted, renamed, write_places
 from model.hf.remote.section import MODEL_TYPE
 from model.hf.rope import deepseek_rope
 from model.hf.shards import DEFAULT_SIZE, size_in_bytes
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID
 from model.hf.tokenizer_export import ENDS, export_tokenizer
-from model.pretrained import load_pretrained
-from model.transformer import ZeroModel
-from model.weight_files import check_size, save_tensors
+from model.pretrained import open_export, shapes
+from model.weight_files import Stored, check_size
+from model.weight_writer import DTYPES, file_names, shards, writing_weights
 
 OWN_CONFIG = "zeromodel"  # key of config.json that keeps what the format has no name for
 
@@ -91,6 +91,7 @@ _FIXED: dict[str, Any] = {
     "moe_layer_freq": 1,
 }
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_STACK = re.compile(r"(.*\.mlp\.experts)\.(w[123])")
 _MTP_PARTS = {"norm.": "shared_head.norm.", "layer.": "", "enorm.": "enorm.", "hnorm.": "hnorm."}
 
 
@@ -187,60 +188,72 @@ def config_from_hf(values: dict[str, Any]) -> ModelConfig:
 _DEFAULTS: dict[str, Any] = {"num_nextn_predict_layers": 0, "q_lora_rank": None, "initializer_range": 0.02}
 
 
-def to_hf(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of ZeroModel under the names of the Hugging Face format; views, not copies."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        name = _mtp_to_hf(config, name)
-        match = re.fullmatch(r"(.*\.mlp\.experts)\.(w[123])", name)
-        if match is None:
-            out[name] = tensor
+    places = places_in_hf(config)
+    dtype = state["lm_head.weight"].dtype
+    empty = {name: torch.empty(shape, dtype=dtype) for name, shape in _empty_shared_experts(config).items()}
+    return {place.name: place.change(state[name]) for name in state for place in places[name]} | empty
+
+
+def places_in_hf(config: ModelConfig) -> dict[str, list[Place]]:
+    """Where the tensors of a ZeroModel go in the Hugging Face format; stacked experts go one by one."""
+    places = {
+        name: [Place(part, change=itemgetter(row)) for row, part in enumerate(parts)]
+        if _STACK.fullmatch(name)
+        else [Place(part) for part in parts]
+        for name, parts in _parts_in_hf(config).items()
+    }
+    for copy, original in _copies(config).items():
+        places[original].append(Place(copy))
+    return places
+
+
+def _parts_in_hf(config: ModelConfig) -> dict[str, list[str]]:
+    """The names in the Hugging Face format of a tensor's rows, for stacked experts, or of all of it."""
+    parts: dict[str, list[str]] = {}
+    for name, shape in shapes(config).items():
+        on_disk = _mtp_to_hf(config, name)
+        stack = _STACK.fullmatch(on_disk)
+        if stack is None:
+            parts[name] = [on_disk]
         else:
-            for expert, weight in enumerate(tensor):
-                out[f"{match[1]}.{expert}.{_PROJECTIONS[match[2]]}.weight"] = weight
-    for prefix in _shared_expert_prefixes(config):
-        out |= _empty_shared_experts(config, prefix, state["lm_head.weight"].dtype)
+            layer, projection = stack[1], _PROJECTIONS[stack[2]]
+            parts[name] = [f"{layer}.{expert}.{projection}.weight" for expert in range(shape[0])]
+    return parts
+
+
+def _copies(config: ModelConfig) -> dict[str, str]:
+    """Tensors that vLLM looks for in modules of multi-token prediction, and what they are copies of."""
     L = config.num_hidden_layers
-    for layer in range(L, L + config.num_nextn_predict_layers):  # the copies that vLLM looks for
-        out[f"model.layers.{layer}.embed_tokens.weight"] = state["model.embed_tokens.weight"]
-        out[f"model.layers.{layer}.shared_head.head.weight"] = state["lm_head.weight"]
-    return out
+    layers = [f"model.layers.{layer}" for layer in range(L, L + config.num_nextn_predict_layers)]
+    embeddings = {f"{layer}.embed_tokens.weight": "model.embed_tokens.weight" for layer in layers}
+    return embeddings | {f"{layer}.shared_head.head.weight": "lm_head.weight" for layer in layers}
 
 
-def from_hf(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of to_hf.
+def import_deepseek(values: dict[str, Any], hf: Path) -> Imported:
+    """The model of a folder in the DeepseekV3 format.
 
     Raises:
-        ValueError: a tensor is missing, has another shape, or does not belong to the model.
+        ValueError, FileNotFoundError: a file is missing or damaged, config.json is of another kind, or a
+            tensor is missing, has another shape, or does not belong to the model.
     """
-    tensors = dict(tensors)
-    for prefix in _shared_expert_prefixes(config):
-        for name in _empty_shared_experts(config, prefix, torch.float32):
-            tensors.pop(name, None)
-    with torch.device("meta"):
-        expected = ZeroModel(config).state_dict()
-    L, state = config.num_hidden_layers, {}
-    for name, like in expected.items():
-        on_disk = _mtp_to_hf(config, name)
-        match = re.fullmatch(r"(.*\.mlp\.experts)\.(w[123])", on_disk)
-        if match is None:
-            state[name] = take(tensors, on_disk, like.shape)
-        else:
-            parts = (f"{match[1]}.{e}.{_PROJECTIONS[match[2]]}.weight" for e in range(len(like)))
-            state[name] = torch.stack([take(tensors, part, like.shape[1:]) for part in parts])
-    for layer in range(L, L + config.num_nextn_predict_layers):
-        for copy, original in (
-            (f"model.layers.{layer}.embed_tokens.weight", "model.embed_tokens.weight"),
-            (f"model.layers.{layer}.shared_head.head.weight", "lm_head.weight"),
-        ):
-            if copy in tensors and not torch.equal(tensors.pop(copy), state[original]):
-                raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
-    if tensors:
-        raise ValueError(
-            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
-            "describes another model"
-        )
-    return state
+    config = config_from_hf(values)
+    weights = open_folder(hf)
+    check_size(config, weights.stored, hf / CONFIG_NAME, FIX)
+    places: dict[str, list[Place]] = {}
+    for name, parts in _parts_in_hf(config).items():
+        for row, part in enumerate(parts):
+            stacked = _STACK.fullmatch(name) is not None
+            places[part] = [Place(name, row, lambda expert: expert[None]) if stacked else Place(name)]
+    copies = {copy: original for copy, original in _copies(config).items() if copy in weights.stored}
+    empty = _empty_shared_experts(config).keys() & weights.stored.keys()
+    places |= {name: [] for name in (*copies, *empty)}
+    planned = fitted(weights.stored, places, shapes(config))
+    for copy, original in copies.items():
+        if not torch.equal(weights.checked(copy), weights.checked(original)):
+            raise ValueError(f"{copy} differs from {original}; multi-token prediction shares it here")
+    return Imported(config, weights, places, planned)
 
 
 def _mtp_to_hf(config: ModelConfig, name: str) -> str:
@@ -264,34 +277,46 @@ def _shared_expert_prefixes(config: ModelConfig) -> list[str]:
     return [f"model.layers.{i}.mlp.shared_experts" for i in layers if config.is_moe_layer(i)]
 
 
-def _empty_shared_experts(config: ModelConfig, prefix: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def _empty_shared_experts(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Tensors (name -> shape) of no numbers, for layers without shared experts."""
     D = config.hidden_size
-    shapes = {"gate_proj": (0, D), "up_proj": (0, D), "down_proj": (D, 0)}
-    return {f"{prefix}.{name}.weight": torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    parts = {"gate_proj": (0, D), "up_proj": (0, D), "down_proj": (D, 0)}
+    return {
+        f"{prefix}.{name}.weight": shape
+        for prefix in _shared_expert_prefixes(config)
+        for name, shape in parts.items()
+    }
 
 
-def export_deepseek(checkpoint: Path, out: Path) -> dict[str, Any]:
+def export_deepseek(checkpoint: Path, out: Path, max_shard_size: int) -> dict[str, Any]:
     """Writes tokenizer and weights of an export/ folder that the DeepseekV3 format can express.
+
+    Args:
+        max_shard_size: bytes of weights in a file.
 
     Returns:
         config.json, not written yet.
 
     Raises:
-        ValueError, OSError: see load_pretrained, hf_config and export_tokenizer.
+        ValueError, OSError: see open_export, hf_config and export_tokenizer.
     """
-    model = load_pretrained(checkpoint)
-    values = hf_config(model.config)
-    tensors = to_hf(model.config, model.state_dict())
-    dtype = str(tensors["lm_head.weight"].dtype).removeprefix("torch.")
-    beyond = {name for name in tensors if _layer_number(name) >= model.config.num_hidden_layers}
-    refuse_stale_weights(out, [WEIGHTS_NAME, *([MTP_NAME] if beyond else [])])
-    remove_old(out)
-    ids = export_tokenizer(checkpoint, out, model.config.max_position_embeddings, begins=False)
+    with open_export(checkpoint) as (config, weights):
+        values, places = hf_config(config), places_in_hf(config)
+        dtype = weights.stored["lm_head.weight"].dtype
+        stored = renamed(weights.stored, places)
+        stored |= {name: Stored(shape, dtype) for name, shape in _empty_shared_experts(config).items()}
+        beyond = [name for name in stored if _layer_number(name) >= config.num_hidden_layers]
+        files = shards({name: stored[name] for name in stored if name not in beyond}, max_shard_size)
+        if beyond:
+            files[MTP_NAME] = beyond
+        refuse_stale_weights(out, file_names(files))
+        with writing_weights(out, files, stored) as writer:
+            for name in weights:
+                write_places(weights.checked(name), places[name], stored, writer)
+            remove_old(out)
+            ids = export_tokenizer(checkpoint, out, config.max_position_embeddings, begins=False)
     values |= {name: ids[name] for name in ENDS}
-    if beyond:
-        save_tensors(out / MTP_NAME, {name: tensors[name] for name in beyond})
-    save_tensors(out / WEIGHTS_NAME, {name: t for name, t in tensors.items() if name not in beyond})
-    return {**values, "torch_dtype": dtype}
+    return {**values, "torch_dtype": str(DTYPES[dtype]).removeprefix("torch.")}
 
 
 def export_folder(
@@ -301,7 +326,7 @@ def export_folder(
     the model, since vLLM reads it too; otherwise with its own code.
 
     Args:
-        max_shard_size: bytes of weights in a file, for folders with their own code.
+        max_shard_size: bytes of weights in a file.
         scores: folder of results for the model card; default: eval/ beside the checkpoint.
 
     Returns:
@@ -314,7 +339,7 @@ def export_folder(
     beyond = beyond_deepseek(config)
     with writing(out, "a Hugging Face export", is_hf=True):
         if beyond is None:
-            values = export_deepseek(checkpoint, out)
+            values = export_deepseek(checkpoint, out, max_shard_size)
         else:
             values = export_own(checkpoint, out, max_shard_size)
         write_card(config, checkpoint, out, scores, own_code=beyond is not None)
@@ -343,20 +368,18 @@ def import_folder(hf: Path, out: Path) -> None:
         print(f"note: {hf} brings Python code, which is not run: {kind} is built in", file=sys.stderr)
     tokenizer: bytes | None
     if kind in DENSE:
-        config, state, tokenizer = import_dense(values, hf)
-    elif kind == MODEL_TYPE:
-        config, state = import_own(values, hf)
-        path = hf / TOKENIZER_NAME
-        tokenizer = path.read_bytes() if path.is_file() else None
+        imported, tokenizer = import_dense(values, hf)
     else:
-        config = config_from_hf(values)
-        check_size(config, read_headers(hf), hf / CONFIG_NAME, FIX)
-        state = from_hf(config, dict(read_weights(hf)))
+        imported = (import_own if kind == MODEL_TYPE else import_deepseek)(values, hf)
         path = hf / TOKENIZER_NAME
         tokenizer = path.read_bytes() if path.is_file() else None
     if (hf / "chat_template.jinja").is_file():
         print(f"note: the chat template of {hf} is not kept: prompts here are plain text", file=sys.stderr)
-    with writing(out, "an import", is_hf=False):
+    with (
+        writing(out, "an import", is_hf=False),
+        saving_weights(out, imported.config, imported.planned) as writer,
+    ):
+        imported.write(writer)
         remove_old(out)
         if tokenizer is None:
             name = "tokenizer.json" if kind in DENSE else TOKENIZER_NAME
@@ -368,7 +391,6 @@ def import_folder(hf: Path, out: Path) -> None:
             write_file(out / TOKENIZER_NAME, tokenizer)
         if kind == MODEL_TYPE and (data := hf / TRAINING_DATA_NAME).is_file():
             write_file(out / TRAINING_DATA_NAME, data.read_bytes())
-        save_weights(out, config, state)
 
 
 def _model_type(values: dict[str, Any]) -> str:

@@ -10,8 +10,9 @@ Shapes: D hidden, V vocabulary.
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from torch import Tensor
 from common.schema import as_type
 from model.config.model import ModelConfig
 from model.export_files import CONFIG_NAME
-from model.hf.files import FIX, check_config, read_fields, read_headers, read_weights, take
+from model.hf.files import FIX, check_config, open_folder, read_fields
+from model.hf.places import Imported, Place, fitted
 from model.hf.rope import llama_rope
 from model.hf.special_tokens import VOCAB_SIZE, SpecialTokens, add_special_tokens, changes_of_texts
-from model.transformer import ZeroModel
+from model.pretrained import shapes
 from model.weight_files import check_size
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -189,94 +191,87 @@ def _check_window(values: dict[str, Any], kind: LlamaKind, config: ModelConfig) 
         )
 
 
-def gpt2_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """GPT-2's tensors under ZeroModel's names.
-
-    Raises:
-        ValueError: see _complete.
-    """
-    found: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        name = name.removeprefix("transformer.")  # absent from the folders of 2019
-        match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name)
-        if match is None or re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # masks
+def gpt2_places(config: ModelConfig, stored: Iterable[str]) -> dict[str, list[Place]]:
+    """Where GPT-2's tensors go; matrices are (in, out) on disk."""
+    places: dict[str, list[Place]] = {}
+    for name in stored:
+        match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(weight|bias)", name.removeprefix("transformer."))
+        if match is None or re.fullmatch(r"(.*\.)?h\.\d+\.attn\.(masked_)?bias", name):  # masks
+            places[name] = []
             continue
         layer, part, kind = match.groups()
         if layer is None:
-            found[f"model.{_GPT2_TOP[part]}.{kind}" if part in _GPT2_TOP else name] = value
+            known = f"model.{_GPT2_TOP[part]}" if part in _GPT2_TOP else part
+            places[name] = [Place(f"{known}.{kind}")]
             continue
         prefix = f"model.layers.{layer}"
-        value = value.T if value.dim() == 2 else value  # (in, out) on disk
         if part == "attn.c_attn":
-            for third, projection in zip(value.tensor_split(3), ("q_proj", "k_proj", "v_proj"), strict=True):
-                found[f"{prefix}.self_attn.{projection}.{kind}"] = third.clone()
+            places[name] = [
+                Place(f"{prefix}.self_attn.{projection}.{kind}", change=partial(_third, number))
+                for number, projection in enumerate(("q_proj", "k_proj", "v_proj"))
+            ]
         else:
-            found[f"{prefix}.{_GPT2_LAYER.get(part, part)}.{kind}"] = value
-    return _complete(config, found)
+            places[name] = [Place(f"{prefix}.{_GPT2_LAYER.get(part, part)}.{kind}", change=_turned)]
+    return places
 
 
-def llama_state(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a relative of Llama, already under ZeroModel's names, with pairs (2i, 2i+1) for the halves
-    (i, i + R/2) of a head: in rows and biases of queries and keys, and in the norms of a head.
+def _turned(value: Tensor) -> Tensor:
+    return value.T if value.dim() == 2 else value
 
-    Raises:
-        ValueError: see _complete.
+
+def _third(number: int, value: Tensor) -> Tensor:
+    return _turned(value).tensor_split(3)[number]
+
+
+def llama_places(config: ModelConfig, stored: Iterable[str]) -> dict[str, list[Place]]:
+    """Where the tensors of a relative of Llama go: under their names, which are ours. The halves (i, i + R/2)
+    of a head become pairs (2i, 2i+1), in rows and biases of queries and keys, and in the norms of a head.
     """
-    found = {name: value for name, value in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    state = _complete(config, found)
-    for name, value in state.items():
-        if re.search(r"self_attn\.[qk]_(proj|norm)\.(weight|bias)$", name):
-            halves = value.unflatten(0, (-1, 2, config.plain_head_dim // 2))
-            state[name] = halves.transpose(1, 2).flatten(0, 2)
-    return state
+
+    def paired(value: Tensor) -> Tensor:
+        halves = value.unflatten(0, (-1, 2, config.plain_head_dim // 2))
+        return halves.transpose(1, 2).flatten(0, 2)
+
+    places: dict[str, list[Place]] = {}
+    for name in stored:
+        if name.endswith("rotary_emb.inv_freq"):
+            places[name] = []
+        elif re.search(r"self_attn\.[qk]_(proj|norm)\.(weight|bias)$", name):
+            places[name] = [Place(name, change=paired)]
+        else:
+            places[name] = [Place(name)]
+    return places
 
 
-def _complete(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's state.
-
-    Raises:
-        ValueError: a tensor is missing, has another shape, or does not belong to the model.
-    """
-    with torch.device("meta"):
-        expected = ZeroModel(config).state_dict()
-    tied = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
-    state = {name: take(tensors, name, like.shape) for name, like in expected.items()}
-    if tied is not None and not torch.equal(tied, state[EMBEDDING]):
-        raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; fix one of them")
-    if tensors:
-        raise ValueError(
-            f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them; config.json "
-            "describes another model"
-        )
-    return state
-
-
-def with_rows(weight: Tensor, tokens: SpecialTokens) -> Tensor:
-    """weight (V, D) of embedding or head -> (V', D), with a row for every added special token.
+def with_rows(weight: Tensor, tokens: SpecialTokens) -> tuple[Tensor, Tensor]:
+    """weight (V, D) of embedding or head -> itself and the rows (V' - V, D) behind it, with a row for every
+    added special token; `weight` is changed.
 
     A new row is the mean of the known tokens' rows plus normal noise with their standard deviation in each
     column, so that new tokens resemble known ones and differ from each other.
     """
     known = weight[: tokens.known].float()
-    grown = weight.new_zeros(tokens.ids[VOCAB_SIZE], weight.shape[1])
-    grown[: len(weight)] = weight
     generator = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(len(tokens.added), weight.shape[1], generator=generator)
-    grown[tokens.added] = (known.mean(0) + known.std(0) * noise).to(weight.dtype)
-    return grown
+    rows = (known.mean(0) + known.std(0) * noise).to(weight.dtype)
+    behind = weight.new_zeros(tokens.ids[VOCAB_SIZE] - len(weight), weight.shape[1])
+    for token, row in zip(tokens.added, rows, strict=True):
+        target, place = (weight, token) if token < len(weight) else (behind, token - len(weight))
+        target[place] = row
+    return weight, behind
 
 
 Importer = tuple[
-    Callable[[dict[str, Any]], ModelConfig], Callable[[ModelConfig, dict[str, Tensor]], dict[str, Tensor]]
+    Callable[[dict[str, Any]], ModelConfig], Callable[[ModelConfig, Iterable[str]], dict[str, list[Place]]]
 ]
 DENSE: dict[str, Importer] = {  # by model_type
-    "gpt2": (gpt2_config, gpt2_state),
-    **dict.fromkeys(LLAMA_KINDS, (llama_config, llama_state)),
+    "gpt2": (gpt2_config, gpt2_places),
+    **dict.fromkeys(LLAMA_KINDS, (llama_config, llama_places)),
 }
 
 
-def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[str, Tensor], bytes | None]:
-    """Config, state and the content of the tokenizer file of an export/ folder.
+def import_dense(values: dict[str, Any], hf: Path) -> tuple[Imported, bytes | None]:
+    """The model, and the content of the tokenizer file of an export/ folder.
 
     None: the folder has no tokenizer, and the vocabulary stays as it is.
 
@@ -286,18 +281,38 @@ def import_dense(values: dict[str, Any], hf: Path) -> tuple[ModelConfig, dict[st
     Raises:
         ValueError, FileNotFoundError: a file is missing or damaged, or the model is of another kind.
     """
-    read_config, read_state = DENSE[values["model_type"]]
+    read_config, find_places = DENSE[values["model_type"]]
     config = read_config(values)
-    check_size(config, read_headers(hf), hf / CONFIG_NAME, FIX)
+    weights = open_folder(hf)
+    check_size(config, weights.stored, hf / CONFIG_NAME, FIX)
     found = add_special_tokens(hf, values)
-    state = read_state(config, dict(read_weights(hf)))
+    places = find_places(config, weights.stored)
+    tied = HEAD if config.tie_word_embeddings and HEAD in places else None
+    if tied is not None:
+        places[tied] = []
+    planned = fitted(weights.stored, places, shapes(config))
+    if tied is not None:
+        [embedding] = [name for name, targets in places.items() if Place(EMBEDDING) in targets]
+        if not torch.equal(weights.checked(tied), weights.checked(embedding)):
+            raise ValueError(f"{HEAD} differs from {EMBEDDING}, but config.json ties them; fix one of them")
     if found is None:
-        return config, state, None
+        return Imported(config, weights, places, planned), None
     tokenizer, tokens = found
     if changes := changes_of_texts(tokenizer):
         print(f"note: the tokenizer of {hf} {' and '.join(changes)}", file=sys.stderr)
-    for name in (EMBEDDING, HEAD):
-        if name in state:
-            state[name] = with_rows(state[name], tokens)
+    for name, targets in places.items():
+        if targets and targets[0].name in (EMBEDDING, HEAD):
+            target, old = targets[0].name, planned[targets[0].name]
+            width = tokens.ids[VOCAB_SIZE]
+            planned[target] = old._replace(shape=(width, *old.shape[1:]))
+            places[name] = _grown(target, old.shape[0], tokens)
     grown = ModelConfig.from_dict({**config.to_dict(), "vocab_size": tokens.ids[VOCAB_SIZE]})
-    return grown, state, (json.dumps(tokenizer, indent=2) + "\n").encode()
+    return Imported(grown, weights, places, planned), (json.dumps(tokenizer, indent=2) + "\n").encode()
+
+
+def _grown(name: str, vocabulary: int, tokens: SpecialTokens) -> list[Place]:
+    """The places of a tensor (V, D) that gets new rows."""
+    return [
+        Place(name, 0, lambda weight: with_rows(weight, tokens)[0]),
+        Place(name, vocabulary, lambda weight: with_rows(weight, tokens)[1]),
+    ]

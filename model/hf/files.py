@@ -2,19 +2,16 @@
 
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Size, Tensor
-
+from common.files import read_object
 from common.schema import as_type
 from model.config.model import ModelConfig
-from model.export_files import WEIGHTS_NAME, read_object
-from model.weight_files import FLOATS, Stored, check_values, read_header, read_tensors
+from model.weight_files import OpenWeights, weight_files, weights_path
 
 MTP_NAME = "mtp.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 FIX = "download the folder again, or save it there again with save_pretrained"
 # Masks and tables that older versions of transformers saved beside the weights.
 HARMLESS = re.compile(r"(^|\.)(((attn|attention)\.(masked_)?bias)|rotary_emb\.inv_freq|position_ids)$")
@@ -58,88 +55,27 @@ def read_fields(
     return {ours: as_type(hints[ours], given[name], f"config.json: {name}") for ours, name in names.items()}
 
 
-def take(tensors: dict[str, Tensor], name: str, shape: Size) -> Tensor:
-    """Removes a tensor and returns it.
-
-    Raises:
-        ValueError: it is missing or of another shape.
-    """
-    if name not in tensors:
-        raise ValueError(
-            f"{name} is missing; the folder is not complete or config.json describes another model"
-        )
-    tensor = tensors.pop(name)
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name} is {tuple(tensor.shape)}, expected {tuple(shape)}; config.json describes another model"
-        )
-    return tensor
-
-
-def read_headers(hf: Path) -> dict[str, Stored]:
-    """Name -> shape and type of every tensor in a folder, without reading their values.
+def open_folder(hf: Path) -> OpenWeights:
+    """The tensors of a folder, each read when it is asked for; see checked.
 
     Raises:
         ValueError, FileNotFoundError: a file is missing or damaged, the files contradict their index or each
             other, or a tensor is not in bf16 or wider.
     """
-    stored: dict[str, Stored] = {}
-    for path, expected in _weight_files(hf).items():
-        header = read_header(path, FIX)
-        for name, tensor in header.items():
-            if name in stored:
-                raise ValueError(f"{path} holds {name}, which another file of the folder holds too; {FIX}")
-            if tensor.dtype not in FLOATS and HARMLESS.search(name) is None:
-                raise ValueError(
-                    f"{path}: {name} is in {tensor.dtype}, but weights are in bf16 or wider; convert the "
-                    "checkpoint, or choose another one"
-                )
-        if expected is not None and header.keys() != expected:
-            name = min(header.keys() ^ expected)
-            holds = "holds" if name in header else "lacks"
-            raise ValueError(f"{path} {holds} {name}, but {INDEX_NAME} says otherwise; {FIX}")
-        stored |= header
-    return stored
-
-
-def read_weights(hf: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all tensors in a folder that read_headers has accepted.
-
-    Raises:
-        ValueError, FileNotFoundError: a file is missing or damaged, or a tensor is not finite.
-    """
-    for path in _weight_files(hf):
-        for name, tensor in read_tensors(path, FIX):
-            if HARMLESS.search(name) is None:
-                check_values(name, tensor, path, FIX)
-            yield name, tensor
-
-
-def _weight_files(hf: Path) -> dict[Path, set[str] | None]:
-    """The files of weights, each with the names that it must hold; None: whatever it holds."""
-    index, whole = hf / INDEX_NAME, hf / WEIGHTS_NAME
-    files: dict[Path, set[str] | None] = {}
-    if index.is_file():
-        if whole.is_file():
-            raise ValueError(
-                f"{hf} has both {WEIGHTS_NAME} and {INDEX_NAME}; delete the one that is outdated"
-            )
-        where = f"{index}: weight_map"
-        shards = as_type(dict[str, str], read_object(index, FIX).get("weight_map"), where)
-        for name, file in shards.items():
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{where} names {file!r}, which is not a safetensors file in it; {FIX}")
-            files.setdefault(hf / file, set()).add(name)  # type: ignore[union-attr]
-    elif not whole.is_file() and (pickled := sorted(path.name for path in hf.glob("*.bin"))):
+    path = weights_path(hf)
+    if not path.is_file() and (pickled := sorted(path.name for path in hf.glob("*.bin"))):
         raise FileNotFoundError(
-            f"{whole} is missing; {pickled[0]} is not read, since pickled files can run code: load it with "
+            f"{path} is missing; {pickled[0]} is not read, since pickled files can run code: load it with "
             "transformers and save it again with save_pretrained"
         )
-    else:
-        files[whole] = None
+    files = weight_files(path, FIX)
     if (hf / MTP_NAME).is_file():
         files.setdefault(hf / MTP_NAME, None)
-    return files
+    weights = OpenWeights(files, FIX)
+    for name in weights:
+        if HARMLESS.search(name) is None:
+            weights.check_kind(name)
+    return weights
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from common.files import read_object
 from common.locks import FolderLock
 from model.export_files import (
     CONFIG_NAME,
     CONVERSIONS_NAME,
     TOKENIZER_NAME,
     TRAINING_DATA_NAME,
-    read_object,
 )
-from model.hf.files import INDEX_NAME
+from model.weight_files import INDEX_NAME
 
 # Files of a model's that speak for it where they lie, beside its config and weights.
 _PARTS = (

@@ -7,29 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from common.files import write_json
-from model.config.model import ModelConfig
-from model.export_files import CONFIG_NAME, FIX, WEIGHTS_NAME, load_config
+from model.export_files import CONFIG_NAME
 from model.hf import bundle
 from model.hf.files import FIX as HF_FIX
-from model.hf.files import read_headers, read_weights, take
+from model.hf.files import open_folder
 from model.hf.folder import refuse_stale_weights, remove_old
+from model.hf.places import Imported, Place, fitted
 from model.hf.remote.section import MODEL_TYPE, SECTION, SHARED, described_model
-from model.hf.shards import ShardPlan
 from model.hf.tokenizer_export import ENDS, export_tokenizer
-from model.pretrained import check_fits
-from model.transformer import ZeroModel
-from model.weight_files import check_size, read_header, unchanged
+from model.pretrained import open_export, shapes
+from model.weight_files import check_size
+from model.weight_writer import DTYPES, file_names, shards, writing_weights
 
 PREFIX = "network."
 CLASSES = {
     "AutoConfig": f"{bundle.CONFIGURATION.rpartition('.')[2]}.ZeroModelConfig",
     "AutoModelForCausalLM": f"{bundle.MODELING.rpartition('.')[2]}.ZeroModelForCausalLM",
 }
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def export_own(checkpoint: Path, out: Path, max_shard_size: int) -> dict[str, Any]:
@@ -42,20 +37,20 @@ def export_own(checkpoint: Path, out: Path, max_shard_size: int) -> dict[str, An
         config.json, not written yet.
 
     Raises:
-        ValueError, OSError: a file is missing, damaged, or of another kind than the others.
+        ValueError, OSError: see open_export and export_tokenizer.
     """
-    path = checkpoint / WEIGHTS_NAME
-    with unchanged(checkpoint / CONFIG_NAME, path):
-        config, stored = load_config(checkpoint), read_header(path, FIX)
-        check_fits(shapes(config), {name: tensor.shape for name, tensor in stored.items()}, path)
-        plan, files = ShardPlan(stored, max_shard_size), bundle.bundle()
-        refuse_stale_weights(out, plan.written)
-        remove_old(out)
-        ids = export_tokenizer(checkpoint, out, config.max_position_embeddings, begins=True)
-        for name, text in files.items():  # whole once config.json is there, which comes last
-            (out / name).write_bytes(text.encode())
-        write_json(out / "generation_config.json", {name: ids[name] for name in ENDS}, indent=2)
-        plan.write(path, out, lambda name: PREFIX + name)
+    with open_export(checkpoint) as (config, weights):
+        stored = {PREFIX + name: tensor for name, tensor in weights.stored.items()}
+        divided, files = shards(stored, max_shard_size), bundle.bundle()
+        refuse_stale_weights(out, file_names(divided))
+        with writing_weights(out, divided, stored) as writer:
+            for name in weights:
+                writer.write(PREFIX + name, weights.checked(name))
+            remove_old(out)
+            ids = export_tokenizer(checkpoint, out, config.max_position_embeddings, begins=True)
+            for name, text in files.items():  # whole once config.json is there, which comes last
+                (out / name).write_bytes(text.encode())
+            write_json(out / "generation_config.json", {name: ids[name] for name in ENDS}, indent=2)
     return {
         "architectures": ["ZeroModelForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -63,14 +58,14 @@ def export_own(checkpoint: Path, out: Path, max_shard_size: int) -> dict[str, An
         **{name: getattr(config, name) for name in SHARED},
         **ids,
         "use_cache": True,
-        "torch_dtype": DTYPES[stored["model.embed_tokens.weight"].dtype],
+        "torch_dtype": str(DTYPES[weights.stored["model.embed_tokens.weight"].dtype]).removeprefix("torch."),
         "zeromodel_code": bundle.describe(files),
         SECTION: config.to_dict(),
     }
 
 
-def import_own(values: Mapping[str, Any], hf: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and state of such a folder, from its data alone: its code is neither run nor read.
+def import_own(values: Mapping[str, Any], hf: Path) -> Imported:
+    """The model of such a folder, from its data alone: its code is neither run nor read.
 
     Args:
         values: config.json.
@@ -79,15 +74,7 @@ def import_own(values: Mapping[str, Any], hf: Path) -> tuple[ModelConfig, dict[s
         ValueError, FileNotFoundError: a file is missing or damaged, or config.json contradicts itself.
     """
     config = described_model(dict(values))
-    check_size(config, read_headers(hf), hf / CONFIG_NAME, HF_FIX)
-    tensors = dict(read_weights(hf))
-    state = {name: take(tensors, PREFIX + name, torch.Size(shape)) for name, shape in shapes(config).items()}
-    if tensors:
-        raise ValueError(f"{len(tensors)} tensors do not belong to the model, {min(tensors)} among them")
-    return config, state
-
-
-def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a model's state."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in ZeroModel(config).state_dict().items()}
+    weights, expected = open_folder(hf), shapes(config)
+    check_size(config, weights.stored, hf / CONFIG_NAME, HF_FIX)
+    places = {PREFIX + name: [Place(name)] for name in expected}
+    return Imported(config, weights, places, fitted(weights.stored, places, expected))

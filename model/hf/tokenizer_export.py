@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.files import write_file, write_json
+from common.files import read_object, write_file, write_json
 from common.schema import as_type
-from model.export_files import TOKENIZER_NAME, read_object
+from model.export_files import TOKENIZER_NAME
 from model.hf.special_tokens import SECTION
 from model.hf.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, write_tokenizer
 

@@ -15,8 +15,9 @@ from data_pipeline.loading.loader import Loader
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
 from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
+from model.weight_writer import weights_digest
 from pretrain import setup
-from pretrain.init import BASE, RECORD, base_weights, digest, given_values, save_base, write_record
+from pretrain.init import BASE, RECORD, base_weights, given_values, save_base, write_record
 from pretrain.setup import Run, prepare
 
 from ..conftest import ROOT
@@ -171,7 +172,7 @@ def test_a_changed_base_is_copied_again_or_refused(started, folder, tmp_path):
     run = started("init.frozen=[lm_head.*]")
     run.folder.mkdir()
     save_base(run.folder, run.start)
-    base, sha256 = run.folder / BASE, digest(folder / WEIGHTS_NAME)
+    base, sha256 = run.folder / BASE, weights_digest(folder / WEIGHTS_NAME, "")
     content = bytearray(base.read_bytes())
     content[-1] ^= 64
     base.write_bytes(content)
@@ -179,7 +180,7 @@ def test_a_changed_base_is_copied_again_or_refused(started, folder, tmp_path):
         refusal(lambda: base_weights(run.folder, sha256)) or ""
     )
     save_base(run.folder, run.start)
-    assert digest(base) == sha256
+    assert weights_digest(base, "") == sha256
     base.unlink()
     (folder / WEIGHTS_NAME).write_bytes(content)
     assert "has changed since it was read" in (refusal(lambda: save_base(run.folder, run.start)) or "")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from common.locks import FolderLock
 from model import ModelConfig, ZeroModel, load_pretrained
 from model.hf.deepseek import export_folder, import_folder
-from model.weight_files import save_tensors
+from model.weight_writer import save_tensors
 
 from ..model.hf_folders import LLAMA3_ROPE, gpt2_folder, llama_folder
 from ..model.test_hf import exported, random_config, random_model
@@ -238,10 +238,15 @@ def shards(folder: Path) -> dict[str, str]:
         ("both", "has both model.safetensors and model.safetensors.index.json"),
         ("no map", "weight_map=None is not a mapping"),
         ("numbers", "is not text"),
+        ("unknown tensor", "lacks nothing.weight, but model.safetensors.index.json says otherwise"),
+        ("cut", "is damaged ("),
+        ("map of maps", "weight_map"),
+        ("brackets", "is not valid JSON"),
     ],
 )
-def test_shards(copy, name, message):
-    folder = copy("llama")
+@pytest.mark.parametrize("kind", ["llama", "export"])
+def test_shards(copy, kind, name, message):
+    folder = copy(kind)
     where = shards(folder)
     first = min(where)
     file, index = where[first], folder / f"{WEIGHTS}.index.json"
@@ -259,11 +264,19 @@ def test_shards(copy, name, message):
         other = folder / where[max(where)]
         save_file({**load_file(other), first: torch.zeros(1)}, other, {"format": "pt"})
         where = dict(where)
+    elif name == "unknown tensor":
+        where["nothing.weight"] = file
+    elif name == "cut":
+        (folder / file).write_bytes((folder / file).read_bytes()[:-4])
+    elif name == "map of maps":
+        where = {"a": where}
     elif name == "both":
         shutil.copy(folder / file, folder / WEIGHTS)
     index.write_text(json.dumps({} if name == "no map" else {"weight_map": where}))
     if name == "numbers":
         index.write_text(json.dumps({"weight_map": dict.fromkeys(where, 1)}))
+    if name == "brackets":
+        index.write_text("[" * 10**5)
     found = refusal(name, lambda: read(folder))
     assert found is None if message is None else message in (found or "accepted")
 

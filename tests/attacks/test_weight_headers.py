@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from model.weight_files import read_header, save_tensors
+from model.weight_files import read_header
+from model.weight_writer import save_tensors
 
 Header = dict[str, Any]
 

@@ -31,6 +31,7 @@ from pretrain.ds_config import load_ds_config
 from pretrain.engine import Engine
 from pretrain.export import with_base
 from pretrain.init import Start, find, fit, save_base
+from pretrain.parts import Part
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.saver import Saver
 from pretrain.trainer import update_router_biases
@@ -172,7 +173,7 @@ def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     further = train(engine, range(STEPS, 2 * STEPS))
     tensors = [(name, value.clone()) for name, value in engine.full_weights()]
     averages = {name: value.clone() for name, value in engine.averaged_weights()}
-    weights = with_base(out, dict(tensors), state)
+    weights = {part.name: part.value for part in with_base(out, (Part(*tensor) for tensor in tensors), state)}
     engine.deepspeed.destroy()
 
     other = {**case, **case["resumed"]}

@@ -21,6 +21,9 @@ class OneRank:
     def __init__(self) -> None:
         self.step = 0
 
+    def copied(self) -> None:
+        """Nothing is copied."""
+
     def snapshot(self) -> dict[str, Any]:
         value = torch.full((3000,), float(self.step))
         return {"weights.pt": {"w": value}, "ema/w.safetensors": save({"w": value})}
