@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
@@ -23,6 +24,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+from torch.utils.serialization import config as load_options
 
 from common.files import writing_failed
 from pretrain.checkpoint import read
@@ -97,9 +99,16 @@ def convert_to_universal(checkpoint: Path, scratch: Path) -> Path:
         strict=True,
         inject_missing_state=True,
     )
+    mapped = patch.object(load_options.load, "mmap", True)  # or DeepSpeed would read whole files
     experts = experts_in_checkpoints(state.model.get("hidden_act", "silu"))
     try:
-        with experts, no_pickle_code(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with (
+            mapped,
+            experts,
+            no_pickle_code(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
             ds_to_universal.main(arguments)
     except RuntimeError as error:
         if "inline_container" not in str(error):

@@ -14,8 +14,15 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.loading.loader import Loader
 from data_pipeline.tokenization.tokenizer import Tokenizer
 from model import ModelConfig, ZeroModel
-from model.export_files import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, save_weights
-from model.weight_writer import weights_digest
+from model.export_files import (
+    CONFIG_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    load_config,
+    save_weights,
+    saving_weights,
+)
+from model.weight_writer import describe, weights_digest
 from pretrain import setup
 from pretrain.init import BASE, RECORD, base_weights, given_values, save_base, write_record
 from pretrain.setup import Run, prepare
@@ -166,6 +173,27 @@ def test_a_damaged_record_is_refused_in_a_line_or_fits(begun, tmp_path, count):
 def test_another_folder_that_is_missing_too_is_not_taken_for_the_recorded_one(begun, started, tmp_path):
     line = refusal(lambda: started("init.frozen=[lm_head.*]", init=tmp_path / "typo"))
     assert f"--init {tmp_path / 'typo'} is missing; the run in {tmp_path / 'run'} began with " in (line or "")
+
+
+def test_weights_in_shards_are_the_same_start(started, folder, tmp_path):
+    whole = started("init.frozen=[lm_head.*]")
+    split, state = tmp_path / "split", load_file(folder / WEIGHTS_NAME)
+    stored = {name: describe(value) for name, value in state.items()}
+    with saving_weights(split, load_config(folder), stored, limit=10**5) as writer:
+        for name, value in state.items():
+            writer.write(name, value)
+    shutil.copyfile(folder / TOKENIZER_NAME, split / TOKENIZER_NAME)
+    run = started("init.frozen=[lm_head.*]", init=split)
+    assert len(list(split.glob("*.safetensors"))) > 1
+    assert run.start.source.sha256 == whole.start.source.sha256
+    assert run.start.origin == whole.start.origin
+    run.folder.mkdir()
+    save_base(run.folder, run.start)
+    assert (run.folder / BASE).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+    next(split.glob("*.safetensors")).unlink()
+    assert "is missing; export the checkpoint again" in (
+        refusal(lambda: started("init.frozen=[lm_head.*]", init=split)) or ""
+    )
 
 
 def test_a_changed_base_is_copied_again_or_refused(started, folder, tmp_path):

@@ -11,6 +11,7 @@ import copy
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,17 @@ def largest(ours: Any, theirs: Any) -> float:
     return max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def in_parts(parts: Iterable[Part], whole: dict[str, torch.Tensor]) -> bool:
+    """Whether the parts, put together, are the whole tensors; rows come in order."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, value, row in parts:
+        rows = found.setdefault(name, [])
+        assert row in (None, sum(map(len, rows)))
+        rows.append(value.clone())
+    joined = {name: rows[0] if len(rows) == 1 else torch.cat(rows) for name, rows in found.items()}
+    return joined.keys() == whole.keys() and all(torch.equal(joined[name], whole[name]) for name in whole)
+
+
 def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     config = run_config(case)
     engine, start, state = build(case, config, folder)
@@ -173,6 +185,8 @@ def run(case: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     further = train(engine, range(STEPS, 2 * STEPS))
     tensors = [(name, value.clone()) for name, value in engine.full_weights()]
     averages = {name: value.clone() for name, value in engine.averaged_weights()}
+    assert in_parts(engine.weight_parts(), dict(tensors))
+    assert in_parts(engine.averaged_parts(), averages)
     weights = {part.name: part.value for part in with_base(out, (Part(*tensor) for tensor in tensors), state)}
     engine.deepspeed.destroy()
 
