@@ -156,14 +156,23 @@ def loop_sums(
     """
     N = halt_probs.shape[-1]
     steps, halted = num_iterations.flatten(1), halt_probs.flatten(1, 2)
-    if real is not None and real.device.type == "cpu":
-        steps, halted = steps[:, real.flatten()], halted[:, real.flatten()]
-    elif real is not None:  # nothing is selected: the host would wait for how much
-        steps, halted = steps * real.flatten(), halted.masked_fill(~real.flatten()[:, None], 0.0)
+    if real is not None:
+        counted = kept_tokens if real.device.type == "cpu" else zeroed_tokens
+        steps, halted = counted(steps, halted, real.flatten())
     ran = torch.stack([(steps > n).sum(1) for n in range(N)], -1).double()
     stopped = ran.sum(0) - torch.cat((ran.sum(0)[1:], ran.new_zeros(1)))
     probability = halted.double().sum((0, 1))
     return torch.stack((stopped, probability, (residuals.double() * ran).sum(0)))
+
+
+def kept_tokens(steps: Tensor, halted: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Of steps (U, n) and probabilities (U, n, N) those of real tokens (n,)."""
+    return steps[:, real], halted[:, real]
+
+
+def zeroed_tokens(steps: Tensor, halted: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for sums, where the host would have to wait for how many are real: the others become 0."""
+    return steps * real, halted.masked_fill(~real[:, None], 0.0)
 
 
 def loop_figures(sums: Tensor) -> dict[str, float | list[float]]:

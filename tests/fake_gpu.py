@@ -131,7 +131,8 @@ _SHAPED: dict[Any, Callable[..., Any]] = {
     aten.nonzero.default: lambda x: x.new_zeros((x.numel(), x.dim()), dtype=torch.int64),
     aten.masked_select.default: lambda x, mask: x.new_zeros(x.numel()),
     aten.repeat_interleave.Tensor: lambda repeats, output_size=None: repeats.new_zeros(len(repeats)),
-    aten._unique2.default: lambda x, *_, **__: (x.flatten(), x.flatten(), x.flatten()),
+    aten._unique2.default: lambda x, *_, **__: (x.flatten(), torch.zeros_like(x), x.flatten()),
+    aten.unique_consecutive.default: lambda x, *_, **__: (x.flatten(), torch.zeros_like(x), x.flatten()),
     aten.equal.default: lambda a, b: True,
 }
 

@@ -158,8 +158,8 @@ class WeightedFeedForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (p, up, w3), wide = ctx.saved_tensors[:3], ctx.product_dtype
-        x, first, w1, w2 = (t.to(wide) for t in ctx.saved_tensors[3:])
+        (p, up, w3, *rest), wide = ctx.saved_tensors, ctx.product_dtype
+        x, first, w1, w2 = (t.to(wide) for t in rest)
         up = None if up is None else up.to(wide)
         products, grad = ctx.products, grads[0].to(wide).contiguous()
         hidden, grad_hidden = _hidden(first, up), products.to_rows(grad, w2)

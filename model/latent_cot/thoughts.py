@@ -33,7 +33,7 @@ class Thoughts(NamedTuple):
     hidden: Tensor  # (B, c, D) of the last iteration, normed
     iterations: int  # of the slowest row, counted as num_iterations; 0 for kinds without any
     passes: int  # forward passes over latents
-    change: list[float]  # of the latents per iteration: |new - old| / |old|, the largest over the rows
+    change: Tensor  # (iterations,) of the latents: |new - old| / |old|, the largest over the rows
 
 
 class _Iteration(NamedTuple):
@@ -109,7 +109,8 @@ def think(
     question, _ = model.read(tokens, attention_mask, cache=cache, **loop)
     mask = None if attention_mask is None else F.pad(attention_mask, (0, c), value=1)
     thinker, settings = _Thinker(model, cache, mask, **loop), model.config.latent_cot
-    bot, change = question.hidden[:, -1:], list[float]()
+    bot = question.hidden[:, -1:]
+    change = bot.new_zeros(0)
     if settings.feedback == "sequential":
         last = _one_after_another(thinker, bot, c)
     else:
@@ -161,7 +162,7 @@ def _one_after_another(thinker: _Thinker, bot: Tensor, c: int) -> _Iteration:
 
 def _all_at_once(
     thinker: _Thinker, bot: Tensor, c: int, iterations: int, tolerance: float
-) -> tuple[_Iteration, list[float]]:
+) -> tuple[_Iteration, Tensor]:
     """Parallel feedback; also the latents' change in each iteration after the first pass."""
     unit, settings = thinker.model.latent_thoughts, thinker.model.config.latent_cot
     ids = torch.zeros(len(bot), c, dtype=torch.int64, device=bot.device)
@@ -178,7 +179,7 @@ def _all_at_once(
             latents = torch.where(running[:, None, None], latents, last.latents)
         changes.append(change.masked_fill(~running, 0.0).amax())
         last = thinker.run(latents, thinker.cache)
-    return last, torch.stack(changes).tolist() if changes else []
+    return last, torch.stack(changes) if changes else bot.new_zeros(0)
 
 
 @torch.no_grad()

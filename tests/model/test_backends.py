@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model import ModelConfig, ZeroModel
 from model.backends.attention import attend
 from model.backends.blockwise import blockwise_mask
+from model.backends.experts import expert_products
 from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig, expert_backend
 from model.context import AttentionContext, segments, visible_keys
 
@@ -121,11 +122,46 @@ def expert_model(experts: str, **overrides) -> ZeroModel:
     return ZeroModel(ModelConfig.from_dict(sizes), execution=ExecutionConfig(experts=experts))
 
 
+@settings(max_examples=40, deadline=None)
+@given(counts=st.lists(st.sampled_from([0, 0, 1, 5, 16, 17, 90]), min_size=1, max_size=7))
+def test_products_of_padded_blocks_equal_the_loop(counts):
+    """Experts without rows, with as many as fill blocks, with all; ranks that receive no row."""
+    generator = torch.Generator().manual_seed(0)
+    n, sizes = sum(counts), torch.tensor(counts)
+    rows, grad, weight = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((n, 3), (n, 2), (len(counts), 2, 3))
+    )
+    expected, found = expert_products("loop", sizes), expert_products("padded", sizes)
+    torch.testing.assert_close(found.forward(rows, weight), expected.forward(rows, weight))
+    torch.testing.assert_close(found.to_rows(grad, weight), expected.to_rows(grad, weight))
+    torch.testing.assert_close(found.to_weight(grad, rows), expected.to_weight(grad, rows))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype", "chosen"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, "grouped_mm"),
+        ("cuda", (10, 0), torch.bfloat16, "grouped_mm"),
+        ("cuda", (9, 0), torch.float32, "padded"),
+        ("cuda", (8, 0), torch.bfloat16, "padded"),
+        ("cuda", (12, 0), torch.bfloat16, "padded"),
+        ("cpu", None, torch.bfloat16, "grouped_mm"),
+    ],
+)
+def test_auto_takes_grouped_mm_where_torch_has_a_kernel(monkeypatch, device, capability, dtype, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    expert_backend.cache_clear()
+    assert expert_backend("auto", device, dtype, (32, 64)) == chosen
+    expert_backend.cache_clear()
+
+
 @pytest.mark.parametrize("hidden_act", ["silu", "relu2"])
 @pytest.mark.parametrize("starve", [False, True])
-def test_grouped_mm_equals_the_loop_in_value_and_gradient(tokens, starve, hidden_act):
+@pytest.mark.parametrize("backend", ["grouped_mm", "padded"])
+def test_backends_of_experts_equal_the_loop_in_value_and_gradient(tokens, starve, hidden_act, backend):
     results = []
-    for experts in ("loop", "grouped_mm"):
+    for experts in ("loop", backend):
         model = expert_model(experts, hidden_act=hidden_act)
         if starve:  # all tokens go to the first two experts
             for layer in model.moe_layers():

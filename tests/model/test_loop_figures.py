@@ -3,10 +3,13 @@
 import pytest
 import torch
 
-from model.loop_trace import loop_figures, loop_sums
+from model import loop_trace
+from model.loop_trace import kept_tokens, loop_figures, loop_sums, zeroed_tokens
 
 
-def test_figures_of_two_loops_and_padding():
+@pytest.mark.parametrize("counted", [kept_tokens, zeroed_tokens])  # on a CPU, on a GPU
+def test_figures_of_two_loops_and_padding(monkeypatch, counted):
+    monkeypatch.setattr(loop_trace, "kept_tokens", counted)
     steps = torch.tensor([[[1, 3, 9]], [[2, 3, 9]]])  # (U, B, T), the last token is padding
     p = torch.zeros(2, 1, 3, 3)
     p[0, 0, 0, 0] = p[0, 0, 1, 2] = p[1, 0, 0, 1] = p[1, 0, 1, 2] = 1.0

@@ -4,12 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.losses import IGNORE_INDEX, chunked_cross_entropy, total_loss
+from model import losses
+from model.losses import IGNORE_INDEX, chunked_cross_entropy, kept_rows, total_loss, weighted_rows
+
+ON_EACH_DEVICE = pytest.mark.parametrize("rows", [kept_rows, weighted_rows])  # on a CPU, on a GPU
 
 
+@ON_EACH_DEVICE
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 @pytest.mark.parametrize("kept", [0, 1, 7])
-def test_value_and_gradients_equal_torch(chunk, kept):
+def test_value_and_gradients_equal_torch(monkeypatch, chunk, kept, rows):
+    monkeypatch.setattr(losses, "kept_rows", rows)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, requires_grad=True)
@@ -24,8 +29,10 @@ def test_value_and_gradients_equal_torch(chunk, kept):
         torch.testing.assert_close(a, b)
 
 
+@ON_EACH_DEVICE
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
-def test_a_share_of_each_token_scales_its_loss_and_has_a_gradient(chunk):
+def test_a_share_of_each_token_scales_its_loss_and_has_a_gradient(monkeypatch, chunk, rows):
+    monkeypatch.setattr(losses, "kept_rows", rows)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(7, 5, generator=generator, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, requires_grad=True)

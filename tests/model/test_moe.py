@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from model import ModelConfig
-from model.backends.experts import expert_products
+from model import moe as moe_module
+from model.backends.experts import WeightedFeedForward, expert_products
 from model.config.execution import ExecutionConfig
 from model.layers import DENSE, SquaredReluFeedForward
 from model.moe import MoE
@@ -64,8 +65,10 @@ def literal_moe(moe: MoE, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 @pytest.mark.parametrize("shape", [(2, 7), (1, 1)])
-def test_output_and_gradients_equal_the_loop_over_tokens(overrides, shape):
-    moe = make_moe(**overrides)
+@pytest.mark.parametrize("as_on", ["cpu", "gpu"])
+def test_output_and_gradients_equal_the_loop_over_tokens(monkeypatch, overrides, shape, as_on):
+    monkeypatch.setattr(moe_module, "folds_weights", lambda x: as_on == "gpu")
+    moe = make_moe("auto" if as_on == "cpu" else "padded", **overrides)
     x = torch.randn(*shape, 24, generator=torch.Generator().manual_seed(1), requires_grad=True)
     out, _ = moe(x)
     expected = literal_moe(moe, x.flatten(0, 1)).view_as(x)
@@ -106,6 +109,20 @@ def test_squared_relu_gradients_equal_finite_differences():
     dense = (x, w1[0].detach().requires_grad_(), w2[0].detach().requires_grad_())
     assert torch.autograd.gradcheck(
         lambda *inputs: SquaredReluFeedForward.apply(*inputs, DENSE, torch.float64), dense
+    )
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_of_weighted_experts_equal_finite_differences(gated):
+    generator = torch.Generator().manual_seed(0)
+    x, p, w1, w2, w3 = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((6, 4), (6,), (3, 5, 4), (3, 4, 5), (3, 5, 4))
+    )
+    products, inputs = expert_products("padded", torch.tensor([5, 0, 1])), (x, p, w1, w2)
+    assert torch.autograd.gradcheck(
+        lambda x, p, w1, w2, w3=None: WeightedFeedForward.apply(x, p, w1, w3, w2, products, torch.float64),
+        (*inputs, w3) if gated else inputs,
     )
 
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import sys
+from unittest.mock import patch
 
 import torch
 
@@ -35,6 +36,7 @@ CASES = {
         "ep_size": 2,
         "micro": 4,
         "starve": True,
+        "as_on_gpu": True,
         "model": {"hidden_act": "relu2", "rms_norm_affine": False},
     },
     "compiled": {"ep_size": 2, "micro": 4, "execution": {"compile": True}},
@@ -121,7 +123,8 @@ CASES = {
     "refined latents": {
         "ep_size": 2,
         "micro": 2,
-        "execution": {"checkpointing": "block"},
+        "as_on_gpu": True,
+        "execution": {"checkpointing": "block", "experts": "padded"},
         "model": {
             "recurrence": RecurrenceConfig(
                 "kv", num_steps=2, position_mixing=3, query_conditioned=True, halting=HALTING
@@ -272,7 +275,10 @@ def main() -> None:
             **{"recurrence": LOOP, **case.get("model", {})},
         )
         starved = case.get("starve", False)
-        ours, plain = distributed(config, model_config, starved), reference(config, model_config, starved)
+        folds = case.get("as_on_gpu", False)
+        with patch("model.moe.folds_weights", lambda x, folds=folds: folds):
+            ours = distributed(config, model_config, starved)
+        plain = reference(config, model_config, starved)
         if rank() == 0:
             weights, expected = ours[-1]["weights"], plain[-1]["weights"]
             assert set(weights) == set(expected)
