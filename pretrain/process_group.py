@@ -47,6 +47,9 @@ def init_process_group(timeout_minutes: float = RunConfig.communication_timeout_
         # DeepSpeed and torch, too, read from here which device is this rank's.
         os.environ["LOCAL_RANK"] = str(device_number(get_accelerator().device_count()))
     use_device()
+    # fp32 means fp32: no product of it is rounded to TF32's 10 bits, neither a matrix's nor a convolution's.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     timeout = timedelta(minutes=timeout_minutes)
     # What torch gives to groups made without a time-out, as DeepSpeed makes those of experts and their
     # replicas: 10 minutes with NCCL, 30 with gloo.

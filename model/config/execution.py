@@ -21,7 +21,7 @@ EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "padded", "megablocks")
 HALF = (torch.bfloat16, torch.float16)
 FLASH_WIDTH = 256  # the widest head of FlashAttention-2's kernels, which torch's are too
 CHECKPOINTING = ("none", "block", "selective", "iteration")
-PRECISIONS = ("auto", "fp8")
+PRECISIONS = ("auto", "fp32", "fp8")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ExecutionConfig:
     # | iteration: every step of a loop keeps its state and the routers' choices
     checkpointing: str = "none"
     compile: bool = False  # torch.compile of each layer's parts between expert products and exchanges
-    # Of the products in attention's projections, feed-forward layers and experts. auto: that of the weights,
-    # which the DeepSpeed JSON chooses | fp8: see model/fp8.py
+    # auto: the DeepSpeed JSON's, on a GPU only bf16 | fp32: the JSON's fp32 is meant, on a GPU too
+    # | fp8: of the products in attention's projections, feed-forward layers and experts, see model/fp8.py
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -129,6 +129,25 @@ def expert_backend(name: str, device: str, dtype: torch.dtype, widths: tuple[int
         _require_package("experts", "grouped_gemm", "grouped_gemm")
     log.info("expert backend on %s in %s: %s", device, dtype, chosen)
     return chosen
+
+
+def check_precision(precision: str, device: str, dtype: torch.dtype) -> None:
+    """Checks that a model with weights in `dtype` should train so on a device ("cpu", "cuda").
+
+    Raises:
+        ValueError: it cannot, or nobody would want it.
+    """
+    if precision == "fp8":
+        require_fp8(device, dtype)
+    if precision == "fp32" and dtype != torch.float32:
+        raise ValueError(
+            "execution.precision=fp32, but the DeepSpeed JSON sets bf16.enabled=true; choose one of the two"
+        )
+    if precision == "auto" and device != "cpu" and dtype == torch.float32:
+        raise ValueError(
+            f"the DeepSpeed JSON trains in fp32, which is several times slower than bf16 on {device}; use "
+            "one with bf16, such as ds_configs/zero1_bf16.json, or set execution.precision=fp32"
+        )
 
 
 @functools.cache

@@ -22,10 +22,11 @@ from model.latent_cot.targets import loss_counts
 from model.losses import total_loss
 from pretrain.config import InitConfig, LoraConfig, RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
-from pretrain.engine import Engine, build_optimizer
+from pretrain.engine import Engine
 from pretrain.init import find, fit
 from pretrain.lora import adapt
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
+from pretrain.zero_optimizer import build_optimizer
 
 CLIP, LR, ROWS, STEPS = 0.3, 1e-3, 4, 3
 GPT2: dict[str, Any] = {

@@ -20,9 +20,10 @@ from model.losses import IGNORE_INDEX, total_loss
 from pretrain.config import RunConfig, check_layout
 from pretrain.depths import StepDepths, step_depths
 from pretrain.ds_config import load_ds_config
-from pretrain.engine import Engine, build_optimizer
+from pretrain.engine import Engine
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
+from pretrain.zero_optimizer import build_optimizer
 
 CLIP, LR, ROWS, STEPS, T = 0.3, 1e-3, 8, 5, 21
 LOOP = RecurrenceConfig(placement="block", ranges=[[1, 1]], num_steps=2)

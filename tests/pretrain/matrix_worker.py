@@ -21,10 +21,11 @@ from model.losses import IGNORE_INDEX, total_loss
 from model.recurrence import sample_depth
 from pretrain.config import RunConfig, check_layout
 from pretrain.ds_config import load_ds_config
-from pretrain.engine import Engine, build_optimizer
+from pretrain.engine import Engine
 from pretrain.expert_parallel import gather_experts, is_expert
 from pretrain.process_group import all_reduce_sum, init_process_group, rank, world_size
 from pretrain.trainer import update_router_biases
+from pretrain.zero_optimizer import build_optimizer
 
 LR, ROWS, STEPS, T = 1e-3, 16, 2, 13
 DS_CONFIGS = {1: "ds_configs/zero1.json", 2: "ds_configs/zero2.json", 3: "ds_configs/zero3_ep.json"}

@@ -111,6 +111,7 @@ def main() -> None:
             "history": history,
             "resumed_alike": alike,
             "dtype": str(dtype),
+            "tf32": torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32,
             "gradient": distance(gradient, summed_gradient(dtype)),
         }
         if rank() == 0:

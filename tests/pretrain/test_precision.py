@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from model.config.execution import check_precision
 from tests.conftest import ROOT
 
 WORKER = Path(__file__).with_name("precision_worker.py")
@@ -44,3 +46,27 @@ def test_losses_are_those_of_fp32(reports, file):
 
 def test_every_shipped_file_is_covered():
     assert {path.name for path in (ROOT / "ds_configs").iterdir()} == {*FILES, "zero2.json", "zero3_ep.json"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "dtype", "line"),
+    [
+        ("auto", "cuda", torch.float32, "trains in fp32, which is several times slower than bf16 on cuda"),
+        ("fp32", "cuda", torch.bfloat16, "execution.precision=fp32, but the DeepSpeed JSON sets bf16"),
+        ("fp32", "cpu", torch.bfloat16, "execution.precision=fp32, but the DeepSpeed JSON sets bf16"),
+        ("auto", "cpu", torch.float32, None),
+        ("auto", "cuda", torch.bfloat16, None),
+        ("fp32", "cuda", torch.float32, None),
+    ],
+)
+def test_fp32_on_a_gpu_must_be_asked_for(precision, device, dtype, line):
+    if line is None:
+        check_precision(precision, device, dtype)
+        return
+    with pytest.raises(ValueError, match=line) as caught:
+        check_precision(precision, device, dtype)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_product_is_rounded_to_tf32(reports):
+    assert all(report["tf32"] is False for report in reports.values())
