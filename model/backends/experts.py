@@ -52,7 +52,11 @@ def _padded(counts: Tensor) -> Products:
     Every expert's rows fill blocks of their own, and zeros fill up the last. The number of blocks then has a
     limit that the host knows without reading the counts, wherever the router sends the rows: see _blocks.
     """
-    blocks = functools.cache(functools.partial(_blocks, counts))
+    blocks: Callable[[int], _Blocks] = functools.partial(_blocks, counts)
+    if (
+        not torch.compiler.is_compiling()
+    ):  # the compiler finds equal ones itself, and no cache may be in a graph
+        blocks = functools.cache(blocks)
 
     def forward(rows: Tensor, weight: Tensor) -> Tensor:
         b = blocks(len(rows))

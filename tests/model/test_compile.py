@@ -29,6 +29,7 @@ def traced(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("experts", [pytest.param("grouped_mm", marks=pytest.mark.slow), "padded"])
 def test_a_loop_step_over_a_decoder_layer_is_one_graph(monkeypatch, tokens, experts):
     """MLA, norms, router, expert products, combination, statistics; the loop's injection and update."""

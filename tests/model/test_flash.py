@@ -16,6 +16,7 @@ from model.backends.attention import sdpa
 from model.backends.flash import Documents, flash_attn_4_widths, row_documents
 from model.config.execution import DOCUMENT_BACKENDS, ExecutionConfig, attention_backend
 
+from ..fake_gpu import device, fake_gpu, on_gpu
 from .conftest import SMALL
 from .flash_kernels import Kernels, install
 
@@ -193,3 +194,19 @@ def test_torchs_operators_take_what_a_layer_gives_them(monkeypatch):
     assert all(y.is_contiguous() for y in (query, key, value))
     assert of_queries is of_keys is documents.boundaries
     assert longest == [7, 7]
+
+
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
+def test_the_host_waits_for_nothing_to_tell_a_gpu_about_documents(monkeypatch, backend):
+    """On a pretended GPU: the loader's documents, positions, rotation and the kernels' operators."""
+    monkeypatch.setattr("model.context.attention_backend", lambda name, *_: name)
+    config = ModelConfig.from_dict({**SMALL, "v_head_dim": 16, "use_moe": False, "num_pause_tokens": 1})
+    with fake_gpu() as waits:
+        model = on_gpu(lambda: ZeroModel(config, execution=ExecutionConfig(attention=backend))).train()
+        tokens = torch.zeros(2, 9, dtype=torch.int64, device=device())
+        starts, ends = (torch.zeros(shape, dtype=torch.int32, device=device()) for shape in ((2, 4), (5,)))
+        out = model(tokens, cu_seqlens=starts, documents=Documents(ends, 7), targets=tokens)
+        assert out.loss is not None
+        out.loss.backward()
+    assert not waits.found
+    assert all(p.grad is not None and p.grad.device == device() for p in model.parameters())
