@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from model.backends.blockwise import BlockwiseMask, blockwise_mask
 from model.cache import LatentCache, full_mask, kept_keys, slot_of
-from model.config.execution import ExecutionConfig, attention_backend
+from model.config.execution import ExecutionConfig, attention_backend, require_fp8
 from model.config.model import ModelConfig
 from model.config.recurrence import RecurrenceConfig
 from model.layers import rotations
@@ -139,6 +139,8 @@ def build_context(
         context.positions = position_ids
     else:
         context.rotation = rotations(position_ids, config)
+    if execution.precision == "fp8":
+        require_fp8(tokens.device.type, dtype)
     backend = attention_backend(execution.attention, tokens.device.type, dtype)
     _choose_backend(context, backend, config.recurrence.cache == "parallel", tokens, cu_seqlens)
     return context

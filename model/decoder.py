@@ -13,7 +13,7 @@ from model.checkpointing import recomputed
 from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
 from model.context import AttentionContext
-from model.layers import feed_forward, layer_norm, maybe_compiled
+from model.layers import feed_forward, layer_norm, maybe_compiled, multiply_in_fp8
 from model.loop_trace import LoopTrace
 from model.moe import MoE
 
@@ -47,6 +47,9 @@ class DecoderLayer(nn.Module):
             if config.is_moe_layer(layer)
             else feed_forward(config, config.intermediate_size)
         )
+        if execution.precision == "fp8":
+            multiply_in_fp8(self.self_attn)
+            multiply_in_fp8(getattr(self.mlp, "shared_experts", self.mlp))
 
         r = config.recurrence
         looped = r.placement == "block" and r.range_of(layer, config.num_hidden_layers) is not None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.config.model import ModelConfig
 from model.config.rope import Llama3RopeConfig, YarnConfig
+from model.fp8 import fp8_forward, fp8_linear, fp8_to_rows, fp8_to_weight
 
 
 @functools.cache
@@ -85,6 +86,7 @@ class Linear(nn.Linear):
         zero: bool = False,
     ) -> None:
         self.initial_bias, self.zero = initial_bias, zero
+        self.fp8 = False  # see multiply_in_fp8
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:
@@ -97,8 +99,15 @@ class Linear(nn.Linear):
                 self.bias.fill_(self.initial_bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        out = linear(input, self.weight)
+        out = fp8_linear(input, self.weight) if self.fp8 else linear(input, self.weight)
         return out if self.bias is None else out + self.bias
+
+
+def multiply_in_fp8(module: nn.Module) -> None:
+    """Makes the linear layers that a module holds itself, not those inside its parts, multiply in FP8."""
+    for child in module.children():
+        if isinstance(child, Linear):
+            child.fp8 = True
 
 
 def whole_weight(layer: nn.Module) -> Tensor:
@@ -241,6 +250,7 @@ DENSE = Products(
     to_rows=lambda grad, weight: grad @ weight,
     to_weight=lambda grad, rows: grad.T @ rows,
 )
+FP8 = Products(fp8_forward, fp8_to_rows, fp8_to_weight)
 
 
 class GatedFeedForward(torch.autograd.Function):
@@ -308,6 +318,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if upcasts(x) else x.dtype
 
 
+def _dense_products(layer: Linear, x: Tensor) -> tuple[Products, torch.dtype]:
+    """How x is multiplied by the weights of a feed-forward layer that `layer` is part of."""
+    return (FP8, x.dtype) if layer.fp8 else (DENSE, product_dtype(x))
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer: down(silu(gate(x)) * up(x)) (Shazeer 2020, eq. 6)."""
 
@@ -323,7 +338,7 @@ class SwiGLU(nn.Module):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         rows = x.reshape(-1, x.shape[-1])
-        return GatedFeedForward.apply(rows, gate, up, down, DENSE, product_dtype(x)).view_as(x)
+        return GatedFeedForward.apply(rows, gate, up, down, *_dense_products(self.up_proj, x)).view_as(x)
 
 
 class UngatedFeedForward(nn.Module):
@@ -345,7 +360,7 @@ class UngatedFeedForward(nn.Module):
             up = self.up_proj(x)
             return self.down_proj(F.gelu(up, approximate="tanh") if self.gelu else F.relu(up).square())
         up, down, rows = self.up_proj.weight, self.down_proj.weight, x.reshape(-1, x.shape[-1])
-        return SquaredReluFeedForward.apply(rows, up, down, DENSE, product_dtype(x)).view_as(x)
+        return SquaredReluFeedForward.apply(rows, up, down, *_dense_products(self.up_proj, x)).view_as(x)
 
 
 def feed_forward(config: ModelConfig, width: int) -> SwiGLU | UngatedFeedForward:

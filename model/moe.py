@@ -89,6 +89,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, expert_ids: range, execution: ExecutionConfig) -> None:
         super().__init__()
         self.expert_ids, self.execution = expert_ids, execution  # global numbers of the experts held here
+        self.backend = "fp8" if execution.precision == "fp8" else execution.experts
         E, D, width = len(expert_ids), config.hidden_size, config.moe_intermediate_size
         self.widths, self.gated = (D, width), config.hidden_act == "silu"
         self.w1 = nn.Parameter(torch.empty(E, width, D))
@@ -103,10 +104,10 @@ class Experts(nn.Module):
 
         Experts without rows still take part, so that every weight always has a gradient.
         """
-        backend = expert_backend(self.execution.experts, x.device.type, x.dtype, self.widths)
-        if few_rows(x) and len(x) and weights is None:
+        backend = expert_backend(self.backend, x.device.type, x.dtype, self.widths)
+        if few_rows(x) and len(x) and weights is None and backend != "fp8":
             return self._decode(x, counts)
-        products, dtype = expert_products(backend, counts), product_dtype(x)
+        products, dtype = expert_products(backend, counts), x.dtype if backend == "fp8" else product_dtype(x)
         if weights is not None:
             w3 = self.w3 if self.gated else None
             return WeightedFeedForward.apply(x, weights, self.w1, w3, self.w2, products, dtype)

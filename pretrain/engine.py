@@ -26,6 +26,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from model import ModelConfig, ModelOutput, ZeroModel
+from model.config.execution import require_fp8
 from model.decoder import DecoderLayer
 from model.moe import MoE
 from pretrain.checkpoint import EMA, CheckpointError
@@ -110,6 +111,9 @@ class Engine:
         model_class: type[ZeroModel] = ZeroModel,
         start: Start | None = None,
     ) -> None:
+        if config.execution.precision == "fp8":
+            half = ds_config.get("bf16", {}).get("enabled", False)
+            require_fp8(device().type, torch.bfloat16 if half else torch.float32)
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
         # DeepSpeed cannot save frozen AutoEP experts.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.fp8 import GroupedFp8
 from model.layers import Products
 
 
@@ -116,11 +117,18 @@ def _megablocks(counts: Tensor) -> Products:
     )
 
 
+def _fp8(counts: Tensor) -> Products:
+    """See model/fp8.py."""
+    grouped = GroupedFp8(counts)
+    return Products(grouped.forward, grouped.to_rows, grouped.to_weight)
+
+
 _PRODUCTS: dict[str, Callable[[Tensor], Products]] = {
     "loop": _loop,
     "grouped_mm": _grouped_mm,
     "padded": _padded,
     "megablocks": _megablocks,
+    "fp8": _fp8,
 }
 
 

@@ -1,4 +1,7 @@
-"""How the network is computed: the same numbers up to rounding, at different speed and memory."""
+"""How the network is computed: the same numbers up to rounding, at different speed and memory.
+
+That rounding is small with every switch but one: precision=fp8 rounds the operands of products to 4 digits.
+"""
 
 import functools
 import importlib.util
@@ -7,16 +10,19 @@ from dataclasses import dataclass
 
 import torch
 
+from common.nearest import nearest
+
 log = logging.getLogger("zeromodel")
 
 ATTENTION_BACKENDS = ("auto", "sdpa", "blockwise", "flex", "varlen", "flash_attn")
 EXPERT_BACKENDS = ("auto", "loop", "grouped_mm", "padded", "megablocks")
 CHECKPOINTING = ("none", "block", "selective", "iteration")
+PRECISIONS = ("auto", "fp8")
 
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Switches that change no result; not part of a checkpoint.
+    """Switches that change no result but by rounding; not part of a checkpoint.
 
     Raises:
         ValueError: unknown value.
@@ -31,6 +37,9 @@ class ExecutionConfig:
     # | iteration: every step of a loop keeps its state and the routers' choices
     checkpointing: str = "none"
     compile: bool = False  # torch.compile of each layer's dense parts
+    # Of the products in attention's projections, feed-forward layers and experts. auto: that of the weights,
+    # which the DeepSpeed JSON chooses | fp8: see model/fp8.py
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -42,6 +51,14 @@ class ExecutionConfig:
                 raise ValueError(
                     f"execution.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(allowed)}"
                 )
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"execution.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}"
+            )
+        if self.precision == "fp8" and self.experts != "auto":
+            raise ValueError(
+                f"execution.experts={self.experts} does not multiply in FP8; delete it, or precision=fp8"
+            )
 
 
 @functools.cache
@@ -91,6 +108,34 @@ def _has_grouped_products(device: str, dtype: torch.dtype) -> bool:
     Elsewhere grouped_mm runs too, but the host waits for the sizes and multiplies group by group.
     """
     return device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+@functools.cache
+def require_fp8(device: str, dtype: torch.dtype) -> None:
+    """Checks that a model in `dtype` can multiply in FP8 on a device ("cpu", "cuda").
+
+    A CPU emulates it. torch 2.13 has products with scales by tiles of 128 for NVIDIA's compute capability 9
+    alone, from CUDA 12.9 on (aten/src/ATen/native/cuda/ScaledBlas.cpp).
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if device == "cpu":
+        return
+    found, fix = "", "choose execution.precision=auto"
+    if device != "cuda" or torch.version.cuda is None:
+        found = f"on {device} without CUDA"
+    elif (capability := torch.cuda.get_device_capability())[0] != 9:
+        found = f"on a GPU of compute capability {capability[0]}.{capability[1]}"
+    elif tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 9):
+        found = f"with CUDA {torch.version.cuda}"
+    elif dtype != torch.bfloat16:
+        found, fix = f"in {dtype}", f"set bf16.enabled=true in the DeepSpeed JSON, or {fix}"
+    if found:
+        raise ValueError(
+            "execution.precision=fp8 needs a CPU, or bf16 weights, CUDA 12.9 or later and a GPU of compute "
+            f"capability 9 (H100, H200), but the model runs {found}; {fix}"
+        )
 
 
 def _require_gpu(switch: str, name: str, device: str, dtype: torch.dtype) -> None:

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from deepspeed.utils import safe_get_full_grad
@@ -50,7 +51,9 @@ def configs(case: dict[str, Any]) -> tuple[RunConfig, ModelConfig]:
         ep_size=case["ep_size"],
         global_batch_size=ROWS,
         micro_batch_size=ROWS // world_size() // case["accumulation"],
-        execution=ExecutionConfig(checkpointing=case["checkpointing"]),
+        execution=ExecutionConfig(
+            checkpointing=case["checkpointing"], precision=case.get("precision", "auto")
+        ),
     )
     run.optimizer.clip = case["clip"]
     model = ModelConfig(
@@ -69,7 +72,8 @@ def configs(case: dict[str, Any]) -> tuple[RunConfig, ModelConfig]:
 
 
 def plain(run: RunConfig, config: ModelConfig) -> list[dict[str, Any]]:
-    model = ZeroModel(config, seed=run.seed).train()
+    execution = ExecutionConfig(precision=run.execution.precision)
+    model = ZeroModel(config, seed=run.seed, execution=execution).train()
     optimizer = build_optimizer(model, run.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = LR
@@ -138,10 +142,21 @@ def full_gradients(engine: Engine, ep_size: int) -> dict[str, Tensor]:
     return gradients
 
 
+def refusal(run: RunConfig, config: ModelConfig) -> str:
+    """What the engine says to a run in fp32 on a GPU."""
+    with patch("pretrain.engine.device", lambda: torch.device("cuda")):
+        try:
+            Engine(run, config, {})
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
 def compare(ours: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, Any]:
     """The largest differences over the steps."""
     report: dict[str, Any] = dict.fromkeys(("loss", "norm", "gradient", "gradient_relative"), 0.0)
     report["missing"], report["smallest_norm"] = [], float("inf")
+    report["first_loss"] = abs(ours[0]["loss"] - expected[0]["loss"])
     for a, b in zip(ours, expected, strict=True):
         report["loss"] = max(report["loss"], abs(a["loss"] - b["loss"]))
         report["norm"] = max(report["norm"], abs(a["norm"] - b["norm"]))
@@ -167,6 +182,8 @@ def main() -> None:
         ours, spread = distributed(run, config, case)
         if rank() == 0:
             report = compare(ours, plain(run, config)) | {"case": case, "bias_spread": spread}
+            if "precision" in case:
+                report["refusal"] = refusal(run, config)
             print("REPORT " + json.dumps(report), flush=True)
 
 
