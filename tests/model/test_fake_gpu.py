@@ -181,9 +181,10 @@ class Exchange:
         self.log.append("wait")
 
 
-def test_expert_parallelism_waits_once_for_a_layers_sizes(monkeypatch):
-    """all_to_all takes its sizes from the host: one pinned copy per layer, for which the host waits while the
-    device has the rows to sort. Nothing else waits, and shared experts run while rows travel."""
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("block", marks=pytest.mark.slow)])
+def test_expert_parallelism_waits_once_for_a_layers_sizes(monkeypatch, checkpointing):
+    """all_to_all takes its sizes from the host: one pinned copy per run of a layer, for which the host waits
+    while the device sorts the rows. Nothing else waits, and shared experts run while rows travel."""
     exchange = Exchange()
     monkeypatch.setattr(expert_parallel, "dist", exchange)
     monkeypatch.setattr(expert_parallel, "groups", Groups())
@@ -193,7 +194,8 @@ def test_expert_parallelism_waits_once_for_a_layers_sizes(monkeypatch):
     config = ModelConfig.from_dict({**SIZES, "n_shared_experts": 1})
 
     def build() -> ZeroModel:
-        model = ZeroModel(config, expert_parallel_class(RANKS))
+        execution = ExecutionConfig(checkpointing=checkpointing)
+        model = ZeroModel(config, expert_parallel_class(RANKS), execution=execution)
         for layer in model.moe_layers():
             layer.shared_experts.register_forward_hook(lambda *_: exchange.log.append("shared"))
             layer.shared_experts.register_full_backward_hook(lambda *_: exchange.log.append("shared back"))
@@ -201,10 +203,13 @@ def test_expert_parallelism_waits_once_for_a_layers_sizes(monkeypatch):
 
     waits = train(build, 2 * ROWS * LENGTH // RANKS)  # as many rows to and from each rank
     assert not waits.found
-    assert waits.queued == {("pretrain/transfer.py:_queued_copy", "copy"): MOE_LAYERS}
-    assert Event.waited == MOE_LAYERS
+    runs = MOE_LAYERS if checkpointing == "none" else 2 * MOE_LAYERS
+    assert waits.queued == {("pretrain/transfer.py:_queued_copy", "copy"): runs}
+    assert Event.waited == runs
     there, back = ["counts", "start", "start", "shared", "wait", "wait"], ["start", "wait"]
     backward = [*back, "start", "start", "shared back", "wait", "wait"]
+    if checkpointing == "block":  # a layer runs again before its gradients
+        backward = [*there, *back, *backward]
     assert exchange.log == MOE_LAYERS * (there + back) + MOE_LAYERS * backward
 
 

@@ -111,7 +111,8 @@ def test_a_checkpoint_that_one_rank_cannot_write_names_that_rank(tmp_path):
         told.append(watcher.look(now))
     assert told[-1] == (
         'warning: 2 of 3 ranks wait for rank 1, whose last action, 60 s ago, was "save" in step 8, and '
-        '"write of the checkpoint" in step 4; theirs is "save" in step 8, and "wait for the other ranks" in step 4'
+        '"write of the checkpoint" in step 4; theirs is "save" in step 8, and "wait for the other ranks" in '
+        "step 4"
     )
 
 

@@ -4,15 +4,19 @@ import os
 import socket
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from pretrain import process_group
 from pretrain.launch import (
     Process,
+    device_number,
     first_host,
     join_slurm_step,
     launchers,
@@ -83,6 +87,13 @@ def test_a_port_in_use_and_a_lost_rank_have_different_errors(monkeypatch):
     assert lost is not None
     assert lost.startswith("rank 0 lost another rank, whose own error says why if it had one ([gloo/")
     assert communication_problem(RuntimeError("something else")) is None
+    late = RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv")
+    assert str(communication_problem(late)).startswith(
+        "rank 0 waited longer than communication_timeout_minutes for another rank; if that one was still at"
+    )
+    nccl = "NCCL error in: x.cpp:3690, invalid usage (run with NCCL_DEBUG=WARN for details)\nLast error:\n"
+    shared = torch.distributed.DistBackendError(f"{nccl}Duplicate GPU detected : rank 0 and rank 1 both on")
+    assert str(communication_problem(shared)).startswith("rank 0 shares its GPU with another rank; start as")
 
 
 def test_steps_of_a_job_have_different_ports():
@@ -156,6 +167,49 @@ def test_a_process_runs_until_it_has_ended_even_as_a_zombie():
 def test_a_given_address_is_kept():
     kept = set_variables({**STEP, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
     assert kept == {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(("local", "visible", "number"), [("3", 1, 0), ("0", 1, 0), ("3", 8, 3), ("7", 8, 7)])
+def test_a_rank_takes_its_own_gpu_and_the_only_one_it_sees(monkeypatch, local, visible, number):
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert device_number(visible) == number
+
+
+def test_the_device_of_a_rank_is_that_of_every_library(monkeypatch):
+    """With a pretended accelerator: LOCAL_RANK, which DeepSpeed reads, becomes the device's number."""
+    used: list[int] = []
+
+    def stop_here(**options):
+        raise InterruptedError
+
+    accelerator = types.SimpleNamespace(
+        device_name=lambda: "cuda",
+        device_count=lambda: 1,
+        set_device=used.append,
+        communication_backend_name=stop_here,
+    )
+    monkeypatch.setattr(process_group, "get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(process_group, "prepare_extensions", lambda: None)
+    # What init_process_group changes beside them comes back after the test.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(process_group.distributed_c10d, name, timedelta(minutes=10))
+    monkeypatch.setenv("RANK", "11")
+    monkeypatch.setenv("MASTER_PORT", "4000")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(InterruptedError):
+        process_group.init_process_group()
+    assert (os.environ["LOCAL_RANK"], used) == ("0", [0])
+
+
+def test_more_ranks_than_gpus_is_one_line(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    message = (
+        r"LOCAL_RANK=4 has no GPU of its own, since this process sees 4 \(CUDA_VISIBLE_DEVICES=0,1,2,3\); "
+        r"start at most 4 ranks per node, or give each task one GPU \(--gpus-per-task=1\)$"
+    )
+    with pytest.raises(ValueError, match=message):
+        device_number(4)
 
 
 def test_the_first_host_of_a_list():
