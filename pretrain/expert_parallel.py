@@ -38,6 +38,7 @@ from model.config.execution import ExecutionConfig
 from model.config.model import ModelConfig
 from model.dispatch import Dispatch, Permute, ToRows, inverse_permutation
 from model.moe import Experts, MoE
+from pretrain import heartbeat
 from pretrain.transfer import Fetched
 
 PINNED_VERSION = "0.19.8"
@@ -94,6 +95,7 @@ class _Exchange:
         """rows (n, ...) -> (m, ...), empty until finish(); back: the other way."""
         send, receive = (self.receive, self.send) if back else (self.send, self.receive)
         received = rows.new_empty(sum(receive), *rows.shape[1:])
+        heartbeat.note("all-to-all of rows")
         work = dist.all_to_all_single(
             received, rows.contiguous(), receive, send, group=self.group, async_op=True
         )
@@ -261,6 +263,7 @@ class _SpreadMoE(MoE):
         all_to_all takes its sizes from the host, which must wait for them: a layer's one wait.
         """
         received = torch.empty_like(counts)
+        heartbeat.note("all-to-all of counts")
         dist.all_to_all_single(received, counts, group=self.ep_group)
         both = torch.stack((counts, received)).view(2, self.ep_size, self.num_local_experts)
         return both[1], Fetched({"rows": both.sum(2)})

@@ -10,7 +10,6 @@ others wait for. Durations are measured by the reader: nodes need not agree on t
 """
 
 import atexit
-import json
 import os
 import shutil
 import threading
@@ -88,8 +87,11 @@ class Heartbeat:
         self.counts[line] += 1
         if step is not None:
             self.steps[line] = step
-        record = {"count": self.counts[line], "step": self.steps[line], "action": action, "time": time.time()}
-        text = json.dumps(record)[: WIDTH - 1].ljust(WIDTH - 1) + "\n"
+        # JSON by hand, several times as fast: an action is a few plain words.
+        text = (
+            f'{{"count": {self.counts[line]}, "step": {self.steps[line]}, "action": "{action}", '
+            f'"time": {time.time():.3f}}}'
+        )[: WIDTH - 1].ljust(WIDTH - 1) + "\n"
         if self.file is not None:
             with suppress(OSError):
                 os.pwrite(self.file, text.encode(), line * WIDTH)

@@ -161,7 +161,7 @@ def test_a_damaged_base_of_adapters_is_refused(tmp_path, count):
     for _, damaged in byte_mutations(content, count, seed=2):
         (tmp_path / BASE).write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged: it does not hold the weights"):
-            merged(tmp_path, {}, adapters)
+            list(merged(tmp_path, [], adapters))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

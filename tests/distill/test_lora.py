@@ -17,6 +17,7 @@ from model.layers import Linear, whole_weight
 from pretrain.config import InitConfig, LoraConfig
 from pretrain.init import Start, find, fit, save_base
 from pretrain.lora import adapt, identity, merged
+from pretrain.parts import Part
 from pretrain.run_config import load_run_config
 
 from ..model.conftest import SMALL
@@ -60,8 +61,9 @@ def exported(start: ZeroModel, adapted: ZeroModel, folder: Path) -> dict[str, to
     """The weights of its export, in fp32."""
     base = started_from(start, folder)
     save_base(folder, base)
-    trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
-    return merged(folder, trained, identity(CONFIG, base.source.sha256))
+    trained = [Part(name, p.detach()) for name, p in adapted.named_parameters() if p.requires_grad]
+    adapters = identity(CONFIG, base.source.sha256)
+    return {part.name: part.value for part in merged(folder, trained, adapters)}
 
 
 def outputs(m: ZeroModel) -> dict[str, torch.Tensor]:
@@ -193,7 +195,7 @@ def test_lora_needs_weights_and_peft(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="with --init, or leave lora out"):
         identity(CONFIG, None)
     with pytest.raises(FileNotFoundError, match="copy --init's model.safetensors there"):
-        merged(tmp_path, {}, {"r": 4, "alpha": 4, "base": ""})
+        list(merged(tmp_path, [], {"r": 4, "alpha": 4, "base": ""}))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install -e '.\[lora\]'"):
         identity(CONFIG, "0" * 64)
@@ -209,10 +211,10 @@ def test_the_base_is_a_copy_and_a_damaged_one_is_refused(tmp_path):
     assert given.weights is not None
     assert base.read_bytes() == given.weights.read_bytes()
     adapters = identity(CONFIG, given.source.sha256)
-    whole = merged(run, {}, adapters)
+    whole = {part.name: part.value for part in merged(run, [], adapters)}
     assert all(torch.equal(value, whole[name]) for name, value in start.state_dict().items())
     damaged = bytearray(base.read_bytes())
     damaged[-1] ^= 64  # a bit of a weight, which no header shows
     base.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"base\.safetensors is damaged: .* copy --init's model"):
-        merged(run, {}, adapters)
+        list(merged(run, [], adapters))

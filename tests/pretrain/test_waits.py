@@ -1,4 +1,4 @@
-"""The trainer's own part of a step on a pretended GPU: what makes the host wait for the device."""
+"""A whole step, model included, and its line on a pretended GPU: nothing makes the host wait."""
 
 from concurrent.futures import Executor, Future
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from pretrain.config import DataConfig, RunConfig
 from pretrain.stability import SpikeGuard
 from pretrain.trainer import Trainer
 
-from ..fake_gpu import Waits, device, fake_gpu, on_gpu
+from ..fake_gpu import device, fake_gpu, on_gpu
 
 ROWS, LENGTH = 4, 16
 SIZES = {
@@ -143,11 +143,6 @@ def trainer_of(model: dict[str, Any], lines: list[dict[str, Any]], tmp_path) -> 
     return trainer
 
 
-def own_waits(waits: Waits) -> dict[tuple[str, str], int]:
-    """Without those inside the model, which has tests of its own."""
-    return {found: times for found, times in waits.found.items() if not found[0].startswith("model/")}
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_and_its_line_wait_for_nothing(name, one_gpu, tmp_path):
     lines: list[dict[str, Any]] = []
@@ -160,7 +155,7 @@ def test_a_step_and_its_line_wait_for_nothing(name, one_gpu, tmp_path):
         waits.answer = 0  # requests to stop
         trainer._report(first)
         assert [event.waited_for for event in Event.all] == [True, False]
-    assert not own_waits(waits)
+    assert not waits.found
     assert {place for place, _ in waits.queued} >= {
         "pretrain/transfer.py:to_device",
         "pretrain/transfer.py:_queued_copy",
@@ -177,7 +172,7 @@ def test_a_validation_waits_for_its_result_alone(one_gpu, tmp_path):
         batches = trainer.config.eval_batches
         # Each batch's flag once the next batch is queued, and at the end the sums.
         assert [event.waited_for for event in Event.all] == [True] * (batches - 1) + [False, True]
-    assert not own_waits(waits)
+    assert not waits.found
 
 
 @pytest.mark.parametrize("planted", ["unpinned", "read"])
@@ -190,4 +185,4 @@ def test_a_planted_wait_is_found(planted, one_gpu, tmp_path, monkeypatch):
         trainer = trainer_of({}, [], tmp_path)
         waits.found.clear()
         trainer._train_step(Here().submit(trainer._read, 0))
-    assert {kind for _, kind in own_waits(waits)} == {"copy" if planted == "unpinned" else "item"}
+    assert {kind for _, kind in waits.found} == {"copy" if planted == "unpinned" else "item"}
