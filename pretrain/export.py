@@ -133,7 +133,8 @@ def export_run(run: Path, step: int | None, out: Path) -> Path:
     own_buffers = [Part(name, b) for name, b in buffers.items() if name in expected]  # not the trainer's
 
     def write(target: Path, parameters: Iterator[tuple[str, Tensor]]) -> None:
-        trained = chain((Part(name, value) for name, value in parameters), own_buffers)
+        # Beside adapters, a Universal Checkpoint holds buffers too.
+        trained = chain((Part(*given) for given in parameters if given[0] not in buffers), own_buffers)
         weights = _fitting(folder, with_base(run, trained, state), expected)
         write_export(target, config, weights, run)
 

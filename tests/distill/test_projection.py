@@ -10,6 +10,7 @@ from model import ZeroModel, load_pretrained
 from model.export_files import TOKENIZER_NAME, TRAINING_ONLY
 from model.latent_cot.modules import orthonormal_rows
 from pretrain.export import export_run, write_export
+from pretrain.parts import Part
 
 from .test_run import distill, records
 from .test_student import DOCUMENTS, KINDS, compare, model, sums
@@ -101,7 +102,8 @@ def test_a_batch_without_documents_gives_every_map_a_gradient():
 def test_exports_hold_no_maps_and_start_another_student(tmp_path):
     student = with_random_maps(model("grouped queries", "kava", FULL)).float()
     (tmp_path / TOKENIZER_NAME).write_bytes(b"")
-    write_export(tmp_path / "export", student.config, student.state_dict(), tmp_path)
+    weights = [Part(*item) for item in student.state_dict().items()]
+    write_export(tmp_path / "export", student.config, weights, tmp_path)
     exported = load_pretrained(tmp_path / "export")
     assert exported.config == student.config
     batch = packed([DOCUMENTS], 160)
