@@ -50,14 +50,22 @@ def saving_weights(
     Raises:
         ValueError: a tensor was not written. OSError: see common.files.replacing.
     """
+    created, path = not directory.is_dir(), directory / CONFIG_NAME
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / CONFIG_NAME
-    # What is entered last is renamed first.
-    with replacing(path) as new_config, writing_weights(directory, shards(stored, limit), stored) as writer:
-        yield writer
-        writer.finish()
-        new_config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        path.unlink(missing_ok=True)
+    try:
+        # What is entered last is renamed first.
+        with (
+            replacing(path) as new_config,
+            writing_weights(directory, shards(stored, limit), stored) as writer,
+        ):
+            yield writer
+            writer.finish()
+            new_config.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+            path.unlink(missing_ok=True)
+    except BaseException:
+        if created and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
 
 
 def save_weights(directory: Path, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
