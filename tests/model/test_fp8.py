@@ -448,7 +448,7 @@ def test_trained_weights_load_without_fp8(tokens):
 def test_a_misspelt_precision_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"execution\.precision='fp_8' is unknown; did you mean 'fp8'\?$"):
         ExecutionConfig(precision="fp_8")
-    with pytest.raises(ValueError, match=r"'bf16' is unknown; known: auto, fp8$"):
+    with pytest.raises(ValueError, match=r"'bf16' is unknown; known: auto, fp32, fp8$"):
         ExecutionConfig(precision="bf16")
 
 

@@ -8,7 +8,8 @@ import pytest
 WORKER = Path(__file__).with_name("offload_worker.py")
 
 
-@pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_precision.py has a run with offload
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_offload_changes_no_loss_and_resumes(launch, kind):
     """Under every ZeRO stage, with accumulation, a refused step and the moving average."""
     output = launch(2, WORKER, kind).stdout

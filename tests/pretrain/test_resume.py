@@ -31,6 +31,7 @@ def test_every_layout_of_two_ranks_loads_the_checkpoint_of_another(launch, tmp_p
     check(done.stdout, 6)
 
 
+@pytest.mark.slow
 def test_with_muon_too(launch, tmp_path):
     done = launch(2, ROOT / "tests/pretrain/elastic_worker.py", "muon", tmp_path, "save,each")
     check(done.stdout, 6, clipped=False)
