@@ -77,6 +77,7 @@ def test_a_cell_has_its_record(done):
     ]
 
 
+@pytest.mark.slow
 def test_by_number_a_killed_cell_resumes_and_has_the_same_losses(done, tmp_path):
     """Killed after its first checkpoint, with all that it started."""
     process = start("tiny", tmp_path, "--index", "0")

@@ -56,7 +56,7 @@ def check(launch: Any, ranks: int, cases: list[dict[str, Any]], folder: Path) ->
         assert report["bias_spread"] == 0, report
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_covering_layouts_equal_one_plain_process(launch, ranks, tmp_path):
     check(launch, ranks, covering(product(ranks)), tmp_path)
 

@@ -262,6 +262,7 @@ def older(checkpoint: Path) -> None:
     seal(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_momentum_of_an_older_version_resumes_in_its_layout_alone(train, runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0] / "checkpoints/step-2", run / "checkpoints/step-2")
