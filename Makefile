@@ -24,6 +24,10 @@ GPU_CHECK ?=
 
 .PHONY: setup setup-gpu demo real experiments results distill-matrix distill-quick distill-gsm8k test test-slow check bench gpu-check test-gpu
 
+# Ranks of these are CPU processes, also on a machine with GPUs.
+demo real experiments distill-matrix distill-quick distill-gsm8k test test-slow: export DS_ACCELERATOR := cpu
+demo real experiments distill-matrix distill-quick distill-gsm8k test test-slow: export CUDA_VISIBLE_DEVICES :=
+
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt requirements-dev.txt requirements-lora.txt pyproject.toml

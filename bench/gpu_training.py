@@ -197,7 +197,7 @@ class Training:
     """A run of pretrain/main.py on one device. Leaving the context kills it."""
 
     def __init__(self, setting: Setting, name: str, config: str, overrides: Iterable[str]) -> None:
-        self.folder, self.log = setting.work / name, setting.work / f"{name}.log"
+        self.folder, self.log = setting.work / name, setting.work / f"{name}.training.log"
         self.command = [sys.executable, *command(setting, name, config, overrides)]
 
     def __enter__(self) -> Self:

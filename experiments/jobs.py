@@ -18,6 +18,7 @@ from tqdm import tqdm
 from common.files import json_object, write_file, write_json
 from data_pipeline.shards.held_out import texts
 from experiments.record import FAILED, RECORD
+from experiments.settings import DS_CONFIG
 from model.export_files import CONFIG_NAME
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,9 @@ def _train_and_evaluate(job: Job, folder: Path, out: Path, lock: IO[str]) -> Non
         for name, evaluation in evaluations.items():
             _evaluate(folder, init, f"start/{name}", job.results, evaluation, lock)
     start = [] if init is None else ["--init", init]
-    train(folder, job.script, *start, *job.training, f"data.path={data}", lock=lock)
+    # Groups are compared in fp32, on a GPU too.
+    precision = ["execution.precision=fp32"] if DS_CONFIG in job.training else []
+    train(folder, job.script, *start, *job.training, *precision, f"data.path={data}", lock=lock)
     for name, evaluation in evaluations.items():
         _evaluate(folder, folder / "export", name, job.results, evaluation, lock)
     if job.record is not None:

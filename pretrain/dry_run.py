@@ -13,7 +13,7 @@ from pretrain.planning.memory import host_start, memory, start_memory
 from pretrain.setup import Outline, Run, host_memory
 
 # Of an accumulated gradient, by grad_accum_dtype; None: as of a weight.
-GRADIENT_BYTES = {None: None, "bf16": 2, "fp32": 4}
+BYTES = {None: None, "bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def describe(run: Outline) -> str:
@@ -80,7 +80,8 @@ def layout_of(run: Outline) -> Layout:
         sequence_length=config.data.sequence_length,
         checkpointing=config.execution.checkpointing,
         element_bytes=run.element_bytes,
-        gradient_bytes=GRADIENT_BYTES[run.ds_config.get("data_types", {}).get("grad_accum_dtype")],
+        gradient_bytes=BYTES[run.ds_config.get("data_types", {}).get("grad_accum_dtype")],
+        reduction_bytes=BYTES[run.ds_config.get("communication_data_type")],
         gpus_per_node=run.world_size,
         zero=ZeroSettings(
             zero.get("reduce_bucket_size", defaults.reduce_bucket_size),

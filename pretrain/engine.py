@@ -43,7 +43,7 @@ from pretrain.lora import seed_dropout
 from pretrain.muon import restore_momentum, store_momentum
 from pretrain.optim import choose_adamw_kernel
 from pretrain.parts import Part
-from pretrain.process_group import all_reduce_sum, device, rank, world_size
+from pretrain.process_group import all_reduce_sum, device, rank, use_device, world_size
 from pretrain.snapshot import HostCopies
 from pretrain.stability import SpikeGuard
 from pretrain.universal import no_pickle_code
@@ -223,6 +223,7 @@ class Engine:
 
     def copied(self) -> None:
         """Returns when the last snapshot is in memory; any thread may call it."""
+        use_device()
         self.snapshots.copies.wait()
 
     def load(self, checkpoint: Path) -> None:

@@ -79,6 +79,7 @@ class Heartbeat:
         self.folder, self.rank, self.path = folder, rank, path_of(folder, rank)
         self.counts, self.steps, self.ended = [0, 0, 0], [0, 0, 0], threading.Event()
         self.file: int | None = None
+        self.lock = threading.Lock()  # a closed file's number may soon be another file's
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
             self.file = os.open(self.path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
@@ -92,18 +93,18 @@ class Heartbeat:
             f'{{"count": {self.counts[line]}, "step": {self.steps[line]}, "action": "{action}", '
             f'"time": {time.time():.3f}}}'
         )[: WIDTH - 1].ljust(WIDTH - 1) + "\n"
-        if self.file is not None:
-            with suppress(OSError):
+        with self.lock, suppress(OSError):
+            if self.file is not None:
                 os.pwrite(self.file, text.encode(), line * WIDTH)
 
     def close(self) -> None:
         self.ended.set()
-        with suppress(OSError):
-            if self.file is not None:
-                os.close(self.file)
+        with self.lock, suppress(OSError):
+            file, self.file = self.file, None
+            if file is not None:
+                os.close(file)
             self.path.unlink(missing_ok=True)
             self.folder.rmdir()  # fails while other ranks have files
-        self.file = None
 
 
 def path_of(folder: Path, rank: int) -> Path:

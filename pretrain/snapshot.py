@@ -28,7 +28,6 @@ class HostCopies:
     def begin(self) -> None:
         """Before the first copy of a snapshot; the last snapshot's copies have been written by now."""
         self._used = 0
-        self.stream.wait_stream(self.api.current_stream())
 
     def deep(self, value: Any) -> Any:
         """A deep copy with its tensors in host memory, once `wait` returns."""
@@ -46,6 +45,8 @@ class HostCopies:
             target = self._memory(tensor, pinned=False)
             return target.copy_(tensor)
         target = self._memory(tensor, pinned=True)
+        # Here and not once in `begin`: DeepSpeed makes some of the tensors while it saves.
+        self.stream.wait_stream(self.api.current_stream())
         with self.api.stream(self.stream):
             target.copy_(tensor, non_blocking=True)
         tensor.record_stream(self.stream)  # a temporary tensor's memory is not used again before

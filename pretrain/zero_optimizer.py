@@ -84,7 +84,7 @@ def judge_grad_norm(optimizer: Any, refuses: Callable[[Tensor], Tensor]) -> None
             if optimizer.cpu_offload and momenta() and bool(refused):
                 for number, momentum in momenta().items():
                     momentum.copy_(before.get(number, torch.zeros(())))
-            return norm + infinite(refused)
+            return norm + infinite(refused).to(norm.device)  # with offload in host memory
 
         optimizer.scaled_global_norm, optimizer._apply_muon_updates_cpu_offload = judged_norm, kept_momentum
         return

@@ -71,10 +71,9 @@ class Layout:
     sequence_length: Count = 2048  # tokens
     checkpointing: str = "none"  # as execution.checkpointing
     element_bytes: int = 2  # of weights, gradients, activations: bf16
-    gradient_bytes: int | None = None  # of accumulated gradients: grad_accum_dtype; None: as element_bytes
-    reduction_bytes: int | None = (
-        None  # of what ranks add up: communication_data_type; None: as element_bytes
-    )
+    # None: as element_bytes.
+    gradient_bytes: int | None = None  # of accumulated gradients: grad_accum_dtype
+    reduction_bytes: int | None = None  # of what ranks add up: communication_data_type
     gpus_per_node: GPUs = 8
     zero: ZeroSettings = field(default_factory=ZeroSettings)
 

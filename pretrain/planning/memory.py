@@ -70,13 +70,17 @@ def memory(
     step = {"optimizer step": 12 * max(_groups(learned, layout)) if cpu else 8 * shard}
     rows = layout.micro_tokens * config.positions_per_token * config.num_experts_per_tok
     buckets = 1 if layout.stage == 3 else 2  # stages 1 and 2 fill one while the other is sent
-    # setup.prepare makes them no larger than the model.
+    # Their type: what is accumulated, computed and reduced under stages 1, 2 and 3. Where they are reduced in
+    # another one, the bucket that is sent exists in both. setup.prepare makes them no larger than the model.
+    reduced = layout.reduction_bytes or width
+    filled = {1: layout.gradient_bytes or width, 2: width, 3: reduced}[layout.stage]
+    sent = 0 if filled == reduced else reduced
     bucket = min(layout.zero.reduce_bucket_size, sum(part.held(1) for part in parts.values()))
     vocabulary = config.vocab_size
     logit_rows = min(LOGIT_ROWS, layout.micro_tokens)
     largest = max(part.held(layout.ep) for part in learned.values())
     backward = {
-        "gradient buckets": int((buckets + 2 * cpu) * width * bucket),
+        "gradient buckets": int((buckets * filled + sent + 2 * cpu * reduced) * bucket),
         "gathered parameters": width * gathering.peak_elements if gathering else 0,
         # On a CPU also its weights and their gradient in fp32.
         "largest layer's gradient": (width + (8 if cpu and width == 2 else 0)) * largest,

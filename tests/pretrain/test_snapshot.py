@@ -1,7 +1,9 @@
 """Copies of a checkpoint's tensors in host memory: exact, and in which order a device is made to wait."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -73,13 +75,25 @@ def test_training_waits_for_the_copies_on_the_device_only(monkeypatch):
         def synchronize(self) -> None:
             log.append("host waits for event")
 
-    api = SimpleNamespace(Stream=Stream, Event=Event, current_stream=lambda: SimpleNamespace(name="main"))
+    api = SimpleNamespace(
+        Stream=Stream, Event=Event, current_stream=lambda: SimpleNamespace(name="main"), stream=nullcontext
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda device: api)
     copies = HostCopies(CPU, reuse=True)
     copies.begin()
-    copies.copy(torch.ones(2))
+    on_device, host = Mock(), Mock()
+    on_device.device.type = "cuda"
+    host.copy_.side_effect = lambda source, non_blocking: log.append("copy")
+    monkeypatch.setattr(copies, "_memory", lambda tensor, pinned: host)
+    copies.copy(on_device)
+    log.append("DeepSpeed makes another tensor")
+    copies.copy(on_device)
     copies.end()
     copies.hold()
-    assert log == ["side waits for main", "event after side", "main waits for event"]
+    one = ["side waits for main", "copy"]
+    assert log == [
+        *(*one, "DeepSpeed makes another tensor", *one),
+        *("event after side", "main waits for event"),
+    ]
     copies.wait()
     assert log[-1] == "host waits for event"
