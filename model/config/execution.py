@@ -60,6 +60,11 @@ class ExecutionConfig:
             raise ValueError(
                 f"execution.precision={self.precision!r} is unknown; {nearest(self.precision, PRECISIONS)}"
             )
+        if self.precision == "fp8" and self.compile:
+            raise ValueError(
+                "execution.compile=true with precision=fp8 is not supported: torch 2.13's compiler calls "
+                "another product, which reads other scales; delete one of the two"
+            )
         if self.precision == "fp8" and self.experts != "auto":
             raise ValueError(
                 f"execution.experts={self.experts} does not multiply in FP8; delete it, or precision=fp8"
@@ -181,9 +186,10 @@ def require_fp8(device: str, dtype: torch.dtype) -> None:
 def _has_grouped_products(device: str, dtype: torch.dtype) -> bool:
     """Whether torch 2.13 has a GPU's kernel for grouped products (aten/src/ATen/native/cuda/GroupedBlas.cpp).
 
-    Elsewhere grouped_mm runs too, but the host waits for the sizes and multiplies group by group.
+    Elsewhere grouped_mm runs too, but the host waits for the sizes and multiplies group by group; on compute
+    capability 10 an expert without rows gets a wrong gradient (pytorch issue 172439).
     """
-    return device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
+    return device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] == 9
 
 
 def _require_gpu(switch: str, name: str, device: str, dtype: torch.dtype) -> None:

@@ -452,6 +452,11 @@ def test_a_misspelt_precision_is_refused_with_the_nearest_name():
         ExecutionConfig(precision="bf16")
 
 
+def test_compilation_is_refused():
+    with pytest.raises(ValueError, match="compile=true with precision=fp8 is not supported: torch 2.13"):
+        ExecutionConfig(precision="fp8", compile=True)
+
+
 @pytest.mark.parametrize("experts", ["loop", "grouped_mm", "megablocks"])
 def test_a_named_expert_backend_is_refused(experts):
     with pytest.raises(ValueError, match=f"experts={experts} does not multiply in FP8; delete it, or prec"):
