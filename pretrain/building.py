@@ -16,6 +16,7 @@ from model import ModelConfig, ZeroModel
 from model.initialization import fill_initial
 from model.moe import MoE
 from pretrain.config import RunConfig
+from pretrain.ds_config import training_dtype
 from pretrain.expert_parallel import expert_parallel_class, is_expert, local_experts, unmark_frozen
 from pretrain.init import Start, freeze, given_values
 from pretrain.lora import adapt
@@ -45,7 +46,7 @@ def build_model(
     if start is not None:
         freeze(model, start)
         unmark_frozen(model)
-    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+    dtype = training_dtype(ds_config)
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     with given_values(start) as given:
 

@@ -9,6 +9,7 @@ from model.counts import num_parameters
 from model.export_files import FIX
 from model.weight_files import weight_files, weights_path
 from pretrain import checkpoint
+from pretrain.ds_config import training_dtype
 from pretrain.init import BASE
 from pretrain.setup import Run
 
@@ -57,8 +58,7 @@ def checkpoint_bytes(run: Run, trained: int) -> int:
     """
     moments = 2 if run.config.optimizer.kind == "adamw" else 1
     average = run.config.optimizer.ema_decay is not None
-    half = any(run.ds_config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
-    computing = 0 if run.state.zero_stage == 3 else 2 if half else 4
+    computing = 0 if run.state.zero_stage == 3 else training_dtype(run.ds_config).itemsize
     return trained * (4 * (1 + moments + average) + computing)
 
 

@@ -12,7 +12,7 @@ from pretrain.planning.layout import Layout, ZeroSettings, model_parts
 from pretrain.planning.memory import host_start, memory, start_memory
 from pretrain.setup import Outline, Run, host_memory
 
-# Of an accumulated gradient, by grad_accum_dtype; None: as of a weight.
+# Of a number, by a type of the DeepSpeed JSON; None: as of a weight.
 BYTES = {None: None, "bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -70,6 +70,7 @@ def describe(run: Outline) -> str:
 
 
 def layout_of(run: Outline) -> Layout:
+    """The run as the planner sees it, with all its ranks in one node."""
     config, zero, defaults = run.config, run.ds_config["zero_optimization"], ZeroSettings()
     return Layout(
         gpus=run.world_size,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.schema import from_plain
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.ds_keys import REFUSED, STAGES, DeepSpeedJson
@@ -44,7 +46,9 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
         _check(typed, values, config.optimizer)
     except ValueError as error:
         raise ValueError(f"--ds_config {path}: {error}") from None
-    if typed.bf16.enabled:  # DeepSpeed's default would add micro-batches up in 8 bits of mantissa
+    if (
+        training_dtype(values) == torch.bfloat16
+    ):  # DeepSpeed's default would add micro-batches up in 8 bits of mantissa
         values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values["train_batch_size"] = config.global_batch_size
     values["train_micro_batch_size_per_gpu"] = micro
@@ -56,6 +60,11 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
     if config.optimizer.kind == "muon" and zero["stage"] == 3:
         zero["reduce_scatter"] = False
     return values
+
+
+def training_dtype(values: dict[str, Any]) -> torch.dtype:
+    """Of the weights in the forward pass."""
+    return torch.bfloat16 if values.get("bf16", {}).get("enabled") else torch.float32
 
 
 def fit_buckets(values: dict[str, Any], parameters: int) -> None:

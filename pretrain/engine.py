@@ -28,6 +28,7 @@ from model.decoder import DecoderLayer
 from pretrain.building import build_model
 from pretrain.checkpoint import EMA, CheckpointError
 from pretrain.config import RunConfig
+from pretrain.ds_config import training_dtype
 from pretrain.ema import MovingAverage, average_files, read_average
 from pretrain.expert_parallel import (
     create_groups,
@@ -96,8 +97,7 @@ class Engine:
         model_class: type[ZeroModel] = ZeroModel,
         start: Start | None = None,
     ) -> None:
-        half = ds_config.get("bf16", {}).get("enabled", False)
-        check_precision(config.execution.precision, device().type, torch.bfloat16 if half else torch.float32)
+        check_precision(config.execution.precision, device().type, training_dtype(ds_config))
         self.ep_size = config.ep_size
         create_groups(config.ep_size)
         model = build_model(config, model_config, ds_config, model_class, start)

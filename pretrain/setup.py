@@ -16,7 +16,7 @@ from model.counts import num_parameters
 from pretrain import checkpoint, lora
 from pretrain.checkpoint import TrainingState
 from pretrain.config import InitConfig, RunConfig, check_layout
-from pretrain.ds_config import fit_buckets, load_ds_config
+from pretrain.ds_config import fit_buckets, load_ds_config, training_dtype
 from pretrain.init import BASE, Source, Start, find, fit, with_sizes
 from pretrain.run_config import load_run_config
 
@@ -50,7 +50,7 @@ class Outline:
     @property
     def element_bytes(self) -> int:
         """Of a weight as it is trained."""
-        return 2 if self.ds_config.get("bf16", {}).get("enabled") else 4
+        return training_dtype(self.ds_config).itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ class HostCopies:
     """
 
     def __init__(self, device: torch.device, reuse: bool) -> None:
-        self.device, self.reuse = device, reuse
+        self.reuse = reuse
         self.api = torch.get_device_module(device)
         self.stream, self.done = self.api.Stream(), self.api.Event()
         self._kept: list[tuple[Any, Tensor]] = []  # in the order of a snapshot, which is always the same

@@ -56,6 +56,7 @@ class StepInputs:
     micro_batches: list[MicroBatch]
     counts: dict[str, int]  # see read_step
     pinned_counts: Tensor  # the same numbers, (counts,) int64
+    depths: StepDepths | None  # of the rows of all ranks; None: the config's
 
 
 def read_step(
@@ -88,7 +89,7 @@ def read_step(
         counts["looped_tokens"] = int((torch.from_numpy(batch.lengths) * depths.rows[rank()]).sum())
     counts["damaged_rows"] = len(loader.damaged)
     micro_batches = list(_micro_batches(batch, micro_batch_size, depths))
-    return StepInputs(micro_batches, counts, pinned(torch.tensor([*counts.values()])))
+    return StepInputs(micro_batches, counts, pinned(torch.tensor([*counts.values()])), depths)
 
 
 def _micro_batches(batch: Batch, size: int, depths: StepDepths | None) -> Iterator[MicroBatch]:

@@ -23,7 +23,7 @@ from model.losses import loss_terms, total_loss
 from pretrain import heartbeat
 from pretrain.checkpoint import CheckpointError, TrainingState
 from pretrain.config import RunConfig
-from pretrain.depths import StepDepths, step_depths
+from pretrain.depths import step_depths
 from pretrain.engine import Engine
 from pretrain.evaluation import Evaluator
 from pretrain.metrics import MetricsLog, say
@@ -186,7 +186,8 @@ class Trainer:
 
     def _read(self, step: int) -> StepInputs:
         """This rank's part of a step; in the reader's thread."""
-        depths = self._step_depths(step)
+        rows = self.config.global_batch_size
+        depths = step_depths(self.model_config, self.config.seed, step, world_size(), rows)
         return read_step(self.loader, step, self.model_config, self.micro_batch_size, depths)
 
     def _train_step(self, pending: "Future[StepInputs]") -> Figures:
@@ -199,8 +200,8 @@ class Trainer:
         started = time.perf_counter()
         heartbeat.note("wait for data", self.step + 1)
         inputs = pending.result()
-        waited = time.perf_counter() - started
-        depths = self._step_depths(self.step)
+        waited, depths = time.perf_counter() - started, inputs.depths
+        assert depths is not None
         lr = learning_rate(self.config.optimizer, self.step, self.config.max_steps)
         heartbeat.note("sum of counts")
         totals = all_reduce_sum(to_device(inputs.pinned_counts))
@@ -288,10 +289,6 @@ class Trainer:
                 "global_batch_size or look at the data with show_step.py",
                 flush=True,
             )
-
-    def _step_depths(self, step: int) -> StepDepths:
-        rows = self.config.global_batch_size
-        return step_depths(self.model_config, self.config.seed, step, world_size(), rows)
 
     @torch.no_grad()
     def validation_loss(self, reader: Executor) -> float | None:

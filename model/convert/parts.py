@@ -15,7 +15,7 @@ from model.config.recurrence import LEARNED
 from model.convert.calibration import perplexity, read_texts
 from model.convert.folders import write, writing
 from model.counts import num_parameters
-from model.initialization import initialize
+from model.initialization import fill_initial
 from model.pretrained import load_pretrained, open_export, shapes
 from model.transformer import ZeroModel
 
@@ -76,17 +76,15 @@ def _initial(config: ModelConfig, names: Collection[str]) -> dict[str, Tensor]:
     """The initial values of some of a model's tensors; nothing else of it is made."""
     with torch.device("meta"):
         model = ZeroModel(config)
+    values = {}
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
         like = getattr(module, leaf)
-        if isinstance(like, nn.Parameter):
-            setattr(module, leaf, nn.Parameter(torch.empty_like(like, device="cpu")))
-        else:  # a router's bias
-            setattr(module, leaf, torch.zeros_like(like, device="cpu"))
-    initialize(model, 0, given=lambda parameter: parameter.is_meta)
-    state = model.state_dict()
-    return {name: state[name] for name in names}
+        values[name] = torch.zeros_like(like, device="cpu")
+        if isinstance(like, nn.Parameter):  # else a router's bias
+            fill_initial(values[name], module, path, leaf, config.initializer_range, seed=0)
+    return values
 
 
 def built(config: ModelConfig, state: Mapping[str, Tensor]) -> ZeroModel:

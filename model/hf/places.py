@@ -42,7 +42,6 @@ def fitted(stored: Mapping[str, Stored], places: Places, expected: Shapes) -> di
     Raises:
         ValueError: a tensor is missing, has another shape, or does not belong to the model.
     """
-    filled = dict.fromkeys(expected, 0)  # numbers
     dtypes: dict[str, torch.dtype] = {}
     beyond = [name for name in stored if name not in places]
     order = {name: number for number, name in enumerate(expected)}
@@ -58,7 +57,6 @@ def fitted(stored: Mapping[str, Stored], places: Places, expected: Shapes) -> di
                 wanted = (len(given), *wanted[1:])
             if given.shape != wanted:
                 raise ValueError(f"{name} is {tuple(given.shape)}, expected {wanted}; {FIX}")
-            filled[place.name] += given.numel()
             dtypes[place.name] = torch.promote_types(given.dtype, dtypes.get(place.name, given.dtype))
     for name in expected:
         if name not in dtypes:
