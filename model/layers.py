@@ -267,64 +267,70 @@ DENSE = Products(
 FP8 = Products(fp8_forward, fp8_to_rows, fp8_to_weight)
 
 
-class GatedFeedForward(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)) that keeps only x, gate(x) and up(x), in the dtype of x."""
+class FeedForward(torch.autograd.Function):
+    """A feed-forward layer that keeps only its input and the products with it, in the dtype of the input:
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, products: Products, dtype: torch.dtype
-    ) -> Tensor:
-        """x (n, D), w1 (gate) and w3 (up) (..., F, D), w2 (down) (..., D, F) -> (n, D).
+        down(p silu(gate(x)) up(x)), or without a gate down(p relu(up(x))^2),
 
-        dtype: of the products; see upcasts.
-        """
-        rows = x.to(dtype)
-        gate, up = products.forward(rows, w1.to(dtype)), products.forward(rows, w3.to(dtype))
-        ctx.save_for_backward(x, gate.to(x.dtype), up.to(x.dtype), w1, w3, w2)
-        ctx.products, ctx.product_dtype = products, dtype
-        return products.forward(F.silu(gate).mul_(up), w2.to(dtype)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, w1, w3, w2 = (t.to(ctx.product_dtype) for t in ctx.saved_tensors)
-        products, grad = ctx.products, grads[0].to(ctx.product_dtype).contiguous()
-        opened = F.silu(gate)
-        grad_w2 = products.to_weight(grad, opened * up)
-        grad_hidden = products.to_rows(grad, w2)
-        grad_up = opened.mul_(grad_hidden)
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-        grad_x = products.to_rows(grad_gate, w1) + products.to_rows(grad_up, w3)
-        grad_w1, grad_w3 = products.to_weight(grad_gate, x), products.to_weight(grad_up, x)
-        dtype = grads[0].dtype
-        return grad_x.to(dtype), grad_w1.to(dtype), grad_w3.to(dtype), grad_w2.to(dtype), None, None
-
-
-class SquaredReluFeedForward(torch.autograd.Function):
-    """down(relu(up(x))^2) that keeps only x and up(x), in the dtype of x.
-
-    Squared ReLU: Primer, arXiv 2109.08668, section 3.
+    where p, if given, is a factor of each row. As down is linear, this equals p times the layer, but takes no
+    pass over its results, and backward needs none of them. Squared ReLU: Primer, arXiv 2109.08668, section 3.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, products: Products, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        w3: Tensor | None,
+        w2: Tensor,
+        p: Tensor | None,
+        products: Products,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """x (n, D), w1 (up) (..., F, D), w2 (down) (..., D, F) -> (n, D); dtype: of the products."""
-        up = products.forward(x.to(dtype), w1.to(dtype))
-        ctx.save_for_backward(x, up.to(x.dtype), w1, w2)
+        """x (n, D), w1 (..., F, D), w3 like it, w2 (..., D, F), p (n,) -> (n, D).
+
+        w1 is gate and w3 up, or w1 is up and w3 None; w2 is down. p is not rounded. dtype: of the products;
+        see upcasts.
+        """
+        rows = x.to(dtype)
+        first = products.forward(rows, w1.to(dtype))
+        up = None if w3 is None else products.forward(rows, w3.to(dtype))
+        ctx.save_for_backward(p, None if up is None else up.to(x.dtype), w3, x, first.to(x.dtype), w1, w2)
         ctx.products, ctx.product_dtype = products, dtype
-        return products.forward(F.relu(up).square_(), w2.to(dtype)).to(x.dtype)
+        hidden = F.relu(first).square_() if up is None else F.silu(first).mul_(up)
+        if p is not None:
+            hidden.mul_(p[:, None])
+        return products.forward(hidden, w2.to(dtype)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, up, w1, w2 = (t.to(ctx.product_dtype) for t in ctx.saved_tensors)
-        products, grad = ctx.products, grads[0].to(ctx.product_dtype).contiguous()
-        opened = F.relu(up)
-        grad_w2 = products.to_weight(grad, opened.square())
-        grad_up = products.to_rows(grad, w2).mul_(opened).mul_(2)
-        grad_x, grad_w1 = products.to_rows(grad_up, w1), products.to_weight(grad_up, x)
-        dtype = grads[0].dtype
-        return grad_x.to(dtype), grad_w1.to(dtype), grad_w2.to(dtype), None, None
+        """The gradient (n, D) of the result -> those of x, the weights and p."""
+        (p, up, w3, *rest), wide = ctx.saved_tensors, ctx.product_dtype
+        x, first, w1, w2 = (t.to(wide) for t in rest)
+        up = None if up is None else up.to(wide)
+        products, grad, dtype = ctx.products, grads[0].to(wide).contiguous(), grads[0].dtype
+        opened = F.relu(first) if up is None else F.silu(first)
+        hidden = opened.square() if up is None else opened * up
+        grad_p, grad_w3 = None, None
+        if p is None:
+            grad_w2 = products.to_weight(grad, hidden)
+            del hidden
+            grad_hidden = products.to_rows(grad, w2)
+        else:
+            grad_hidden = products.to_rows(grad, w2)
+            grad_p = (grad_hidden * hidden).sum(-1, dtype=p.dtype)
+            grad_w2 = products.to_weight(grad, hidden.mul_(p[:, None]))
+            grad_hidden.mul_(p[:, None])
+        if up is None:
+            grad_first = grad_hidden.mul_(opened).mul_(2)
+            grad_x = products.to_rows(grad_first, w1)
+        else:
+            grad_up = opened.mul_(grad_hidden)
+            grad_first = torch.ops.aten.silu_backward(grad_hidden.mul_(up), first)
+            grad_x = products.to_rows(grad_first, w1) + products.to_rows(grad_up, w3.to(wide))
+            grad_w3 = products.to_weight(grad_up, x).to(dtype)
+        grad_w1 = products.to_weight(grad_first, x).to(dtype)
+        return grad_x.to(dtype), grad_w1, grad_w3, grad_w2.to(dtype), grad_p, None, None
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -352,7 +358,7 @@ class SwiGLU(nn.Module):
             return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         rows = x.reshape(-1, x.shape[-1])
-        return GatedFeedForward.apply(rows, gate, up, down, *_dense_products(self.up_proj, x)).view_as(x)
+        return FeedForward.apply(rows, gate, up, down, None, *_dense_products(self.up_proj, x)).view_as(x)
 
 
 class UngatedFeedForward(nn.Module):
@@ -374,7 +380,7 @@ class UngatedFeedForward(nn.Module):
             up = self.up_proj(x)
             return self.down_proj(F.gelu(up, approximate="tanh") if self.gelu else F.relu(up).square())
         up, down, rows = self.up_proj.weight, self.down_proj.weight, x.reshape(-1, x.shape[-1])
-        return SquaredReluFeedForward.apply(rows, up, down, *_dense_products(self.up_proj, x)).view_as(x)
+        return FeedForward.apply(rows, up, None, down, None, *_dense_products(self.up_proj, x)).view_as(x)
 
 
 def feed_forward(config: ModelConfig, width: int) -> SwiGLU | UngatedFeedForward:

@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backends.experts import WeightedFeedForward, expert_products
+from model.backends.experts import expert_products
 from model.config.execution import ExecutionConfig, expert_backend
 from model.config.model import ModelConfig
 from model.dispatch import Dispatch, Permute, ToRows, ToTokens, dispatch
 from model.layers import (
-    GatedFeedForward,
-    SquaredReluFeedForward,
+    FeedForward,
     at_least_fp32,
     feed_forward,
     few_rows,
@@ -108,12 +107,8 @@ class Experts(nn.Module):
         if few_rows(x) and len(x) and weights is None and backend != "fp8":
             return self._decode(x, counts)
         products, dtype = expert_products(backend, counts), x.dtype if backend == "fp8" else product_dtype(x)
-        if weights is not None:
-            w3 = self.w3 if self.gated else None
-            return WeightedFeedForward.apply(x, weights, self.w1, w3, self.w2, products, dtype)
-        if not self.gated:
-            return SquaredReluFeedForward.apply(x, self.w1, self.w2, products, dtype)
-        return GatedFeedForward.apply(x, self.w1, self.w3, self.w2, products, dtype)
+        w3 = self.w3 if self.gated else None
+        return FeedForward.apply(x, self.w1, w3, self.w2, weights, products, dtype)
 
     def _decode(self, x: Tensor, counts: Tensor) -> Tensor:
         """As forward, for few rows without gradients: rows become columns, idle experts cost nothing."""

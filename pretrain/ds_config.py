@@ -46,9 +46,7 @@ def load_ds_config(path: str, config: RunConfig, micro: int, accumulation: int) 
         _check(typed, values, config.optimizer)
     except ValueError as error:
         raise ValueError(f"--ds_config {path}: {error}") from None
-    if (
-        training_dtype(values) == torch.bfloat16
-    ):  # DeepSpeed's default would add micro-batches up in 8 bits of mantissa
+    if typed.bf16.enabled:  # DeepSpeed's default would add micro-batches up in 8 bits of mantissa
         values.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     values["train_batch_size"] = config.global_batch_size
     values["train_micro_batch_size_per_gpu"] = micro

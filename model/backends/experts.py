@@ -5,7 +5,7 @@ Shapes: E experts, n rows, D hidden, F expert width.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,63 +134,3 @@ _PRODUCTS: dict[str, Callable[[Tensor], Products]] = {
     "megablocks": _megablocks,
     "fp8": _fp8,
 }
-
-
-class WeightedFeedForward(torch.autograd.Function):
-    """The experts' feed-forward layers times a factor p of each row, applied to the F hidden numbers:
-
-        down(p silu(gate(x)) up(x)), or without a gate down(p relu(up(x))^2).
-
-    As down is linear, this equals p times the layer, but takes no pass over the (n, D) results, and backward
-    needs none of them. p is not rounded to the dtype of the products.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        p: Tensor,
-        w1: Tensor,
-        w3: Tensor | None,
-        w2: Tensor,
-        products: Products,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """x (n, D), p (n,), w1 and w3 (E, F, D), w2 (E, D, F) as in moe.Experts -> (n, D).
-
-        dtype: of the products, see layers.product_dtype.
-        """
-        rows = x.to(dtype)
-        first = products.forward(rows, w1.to(dtype))
-        up = None if w3 is None else products.forward(rows, w3.to(dtype))
-        ctx.save_for_backward(p, None if up is None else up.to(x.dtype), w3, x, first.to(x.dtype), w1, w2)
-        ctx.products, ctx.product_dtype = products, dtype
-        hidden = _hidden(first, up).mul_(p[:, None])
-        return products.forward(hidden, w2.to(dtype)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (p, up, w3, *rest), wide = ctx.saved_tensors, ctx.product_dtype
-        x, first, w1, w2 = (t.to(wide) for t in rest)
-        up = None if up is None else up.to(wide)
-        products, grad = ctx.products, grads[0].to(wide).contiguous()
-        hidden, grad_hidden = _hidden(first, up), products.to_rows(grad, w2)
-        grad_p = (grad_hidden * hidden).sum(-1, dtype=p.dtype)
-        grad_w2 = products.to_weight(grad, hidden.mul_(p[:, None]))
-        grad_hidden.mul_(p[:, None])
-        dtype, grad_w3 = grads[0].dtype, None
-        if up is None:
-            grad_first = grad_hidden.mul_(F.relu(first)).mul_(2)
-            grad_x = products.to_rows(grad_first, w1)
-        else:
-            grad_up = F.silu(first).mul_(grad_hidden)
-            grad_first = torch.ops.aten.silu_backward(grad_hidden.mul_(up), first)
-            grad_x = products.to_rows(grad_first, w1) + products.to_rows(grad_up, w3.to(wide))
-            grad_w3 = products.to_weight(grad_up, x).to(dtype)
-        grad_w1 = products.to_weight(grad_first, x).to(dtype)
-        return grad_x.to(dtype), grad_p, grad_w1, grad_w3, grad_w2.to(dtype), None, None
-
-
-def _hidden(first: Tensor, up: Tensor | None) -> Tensor:
-    """The products (n, F) with the gate and the up projection, or with the latter alone -> (n, F)."""
-    return F.relu(first).square_() if up is None else F.silu(first).mul_(up)

@@ -5,9 +5,9 @@ import torch
 
 from model import ModelConfig
 from model import moe as moe_module
-from model.backends.experts import WeightedFeedForward, expert_products
+from model.backends.experts import expert_products
 from model.config.execution import ExecutionConfig
-from model.layers import DENSE, SquaredReluFeedForward
+from model.layers import DENSE, FeedForward
 from model.moe import MoE
 
 from .conftest import SMALL
@@ -104,11 +104,11 @@ def test_squared_relu_gradients_equal_finite_differences():
     )
     products = expert_products("loop", torch.tensor([5, 0, 1]))
     assert torch.autograd.gradcheck(
-        lambda *inputs: SquaredReluFeedForward.apply(*inputs, products, torch.float64), (x, w1, w2)
+        lambda x, up, down: FeedForward.apply(x, up, None, down, None, products, torch.float64), (x, w1, w2)
     )
     dense = (x, w1[0].detach().requires_grad_(), w2[0].detach().requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda *inputs: SquaredReluFeedForward.apply(*inputs, DENSE, torch.float64), dense
+        lambda x, up, down: FeedForward.apply(x, up, None, down, None, DENSE, torch.float64), dense
     )
 
 
@@ -121,17 +121,17 @@ def test_gradients_of_weighted_experts_equal_finite_differences(gated):
     )
     products, inputs = expert_products("padded", torch.tensor([5, 0, 1])), (x, p, w1, w2)
     assert torch.autograd.gradcheck(
-        lambda x, p, w1, w2, w3=None: WeightedFeedForward.apply(x, p, w1, w3, w2, products, torch.float64),
+        lambda x, p, w1, w2, w3=None: FeedForward.apply(x, w1, w3, w2, p, products, torch.float64),
         (*inputs, w3) if gated else inputs,
     )
 
 
 def test_squared_relu_keeps_its_input_and_one_product():
     x, w1, w2 = torch.randn(64, 8), torch.randn(32, 8), torch.randn(8, 32)
-    inputs = [t.requires_grad_() for t in (x, w1, w2)]
+    x, w1, w2 = (t.requires_grad_() for t in (x, w1, w2))
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        SquaredReluFeedForward.apply(*inputs, DENSE, torch.float32)
+        FeedForward.apply(x, w1, None, w2, None, DENSE, torch.float32)
     assert sorted(kept) == sorted([x.shape, (64, 32), w1.shape, w2.shape])
 
 
