@@ -8,10 +8,11 @@ products in FP8 are compared with their emulation.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_rows import ABSENT, FAILED, Setting
+from gpu_rows import ABSENT, Setting
 from measuring import our_model, packed_rows, random_tokens
 from torch import Tensor
 
@@ -147,13 +148,9 @@ def _compare(
 ) -> None:
     figures = {}
     for case, expected, allowed in zip(cases, reference, limits, strict=True):
-        try:
-            found = values(case, execution, setting.device, dtype)
-        except ValueError as refusal:  # the model names what it cannot run and why
-            setting.note(what, ABSENT, error_line(refusal))
-            return
-        except Exception as failure:  # of a kernel; the other backends are still compared
-            setting.note(what, FAILED, f"{case.name}: {error_line(failure)}")
+        computing = partial(values, case, execution, setting.device, dtype)
+        found = setting.attempt(what, computing, f"{case.name}: ")
+        if found is None:
             return
         figures[case.name] = {"error": _error(found, expected), "allowed": allowed}
     worst = max(figures, key=lambda name: figures[name]["error"] / figures[name]["allowed"])

@@ -1,9 +1,14 @@
 """Lines of gpu_check.py's table: what a check found, and how it reports it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from common.errors import error_line
+
+T = TypeVar("T")
 
 # ok, FAILED: held against a limit. measured: a figure without one. n/a: this machine lacks what it needs.
 # not run: interrupted.
@@ -51,6 +56,16 @@ class Setting:
         row = Row(self.check, what, verdict, result, figures)
         with self.rows.open("a") as file:
             file.write(json.dumps(asdict(row)) + "\n")
+
+    def attempt(self, what: str, call: Callable[[], T], case: str = "") -> T | None:
+        """What `call` returns. None, with a line, if the model refuses it here or a kernel fails."""
+        try:
+            return call()
+        except ValueError as refusal:  # the model names what it cannot run and why
+            self.note(what, ABSENT, error_line(refusal))
+        except Exception as failure:  # of a kernel; the others are still tried
+            self.note(what, FAILED, case + error_line(failure))
+        return None
 
     def judge(self, what: str, good: bool, result: str, **figures: Any) -> None:
         """A line whose verdict is ok or FAILED."""

@@ -1,14 +1,14 @@
 """What gpu_check.py times: decoding, and every backend on packed rows."""
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
 from gpu import measure
-from gpu_rows import ABSENT, FAILED, MEASURED, Setting
+from gpu_rows import MEASURED, Setting
 from measuring import GPU_SIZES, now, our_model, random_tokens
 
-from common.errors import error_line
 from model import ModelConfig
 from model.config.execution import ATTENTION_BACKENDS, EXPERT_BACKENDS, ExecutionConfig
 from model.generate import generate
@@ -69,13 +69,8 @@ def backends(setting: Setting) -> None:
     pairs = [("auto", name) for name in EXPERT_BACKENDS[1:]] + [(name, "auto") for name in names]
     for attention, experts in pairs:
         what = f"attention {attention}, experts {experts}"
-        try:
-            found = measure(config, attention, experts, *sizes)
-        except ValueError as error:  # the model names what it cannot run and why
-            setting.note(what, ABSENT, error_line(error))
-            continue
-        except Exception as error:  # of a kernel; the others are still timed
-            setting.note(what, FAILED, error_line(error))
+        found = setting.attempt(what, partial(measure, config, attention, experts, *sizes))
+        if found is None:
             continue
         middle = statistics.median(found["seconds"])
         text = f"{1000 * middle:.2f} ms for {sizes[1]} x {sizes[2]} tokens, {found['bytes'] / 2**20:,.0f} MiB"
