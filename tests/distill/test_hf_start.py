@@ -43,7 +43,8 @@ def prepared(kind: str, folder: Path, data_root: Path) -> tuple[Path, Path]:
     return folder / "start", folder / "data"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_kava_from_a_hugging_face_folder(kind, launch, data_root, tmp_path, monkeypatch):
     start, data = prepared(kind, tmp_path, data_root)
     run = tmp_path / "kava"

@@ -68,6 +68,7 @@ def test_a_run_killed_twenty_times_ends_like_an_undisturbed_one(begin, train, tr
     killed_and_undisturbed(begin, train, training, tmp_path, kills=20, max_steps=130)
 
 
+@pytest.mark.slow  # tests/attacks/test_run_faults.py fills the disk too
 def test_a_full_disk_ends_the_run_with_one_line_and_spares_the_older_checkpoint(begin, training, tmp_path):
     """One rank cannot write any more: the other one, which can, reports it, long before the next save."""
     run = tmp_path / "run"

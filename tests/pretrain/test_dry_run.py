@@ -76,13 +76,14 @@ def test_a_dry_run_needs_no_data(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_memory_of_a_small_model_is_small(monkeypatch, stage):
+def test_the_memory_of_a_small_model_is_small(monkeypatch, stage, tmp_path):
     """The buckets, 2,000 to 4,000 MB by default, hold one gradient of every parameter."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "1")
     files = {1: "zero1", 2: "zero2", 3: "zero3_ep"}
     sizes = ["hidden_size=16", "intermediate_size=32", "moe_intermediate_size=16", "vocab_size=300"]
     overrides = ["ep_size=1", "data.sequence_length=32", *(f"model.{size}" for size in sizes)]
+    overrides.append(f"data.path={tmp_path / 'unbuilt'}")  # the checkout may hold the demo's
     run = prepare("pretrain/configs/demo.yaml", f"ds_configs/{files[stage]}.json", overrides, dry_run=True)
     total = num_parameters(run.model_config)
     assert run.ds_config["zero_optimization"]["reduce_bucket_size"] == total
@@ -91,12 +92,14 @@ def test_the_memory_of_a_small_model_is_small(monkeypatch, stage):
     assert sum(float(size) for size in parts.values()) < 20
 
 
-def test_a_model_that_the_host_cannot_hold_is_refused_and_described(monkeypatch):
+def test_a_model_that_the_host_cannot_hold_is_refused_and_described(monkeypatch, tmp_path):
     monkeypatch.setattr(setup, "host_memory", lambda: 11 * 10**6)
     monkeypatch.setattr("pretrain.dry_run.host_memory", lambda: 11 * 10**6)
     monkeypatch.chdir(ROOT)
-    given = ("pretrain/configs/demo.yaml", "ds_configs/zero1.json", ["ep_size=1"])
-    run = prepare(*given, dry_run=True)  # 2.9 million parameters
+    overrides = ["ep_size=1", f"data.path={tmp_path / 'unbuilt'}"]
+    run = prepare(
+        "pretrain/configs/demo.yaml", "ds_configs/zero1.json", overrides, dry_run=True
+    )  # 2.9 million
     with pytest.raises(
         ValueError, match="but this machine has 11,000,000; lower the model's sizes, or raise"
     ):

@@ -140,6 +140,7 @@ def test_an_array_runs_the_four_evaluations(cluster, undisturbed, data_root, tmp
         assert sum(task in report for report in reports) == 1, task
 
 
+@pytest.mark.slow
 def test_an_array_runs_the_cells_of_a_matrix(cluster, tmp_path):
     """Two at once, which share one build of the data."""
     options = ("--array=0-1", "--cpus-per-task=1", "--gpus-per-node=1")
